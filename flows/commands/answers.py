@@ -1,0 +1,65 @@
+"""What a command leaves: its answer on stdout, as text or as one JSON object, and files that are whole or absent."""
+
+import argparse
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from sera_core.artifacts import schema
+from sera_core.artifacts.canonical import finite
+from sera_core.errors import InputError
+
+
+def answer(args: argparse.Namespace, value: Mapping[str, Any], lines: Iterable[str]) -> None:
+    """Print the answer: with --json the value as one object, else the lines."""
+    text = json.dumps(finite(value), ensure_ascii=False) if args.json else "\n".join(lines)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def say(line: str) -> None:
+    """A remark on stderr, beside the answer."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuse an output file that exists or could not be written.
+
+    Raises:
+        InputError: the file exists and --force was not given, or its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: this is a folder; name the file to write in it")
+    if path.exists() and not force:
+        raise InputError(f"{path}: exists already; name another file, or give --force to replace it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise InputError(f"{path}: {folder} is a file, not a folder; name another place")
+    if not os.access(folder, os.W_OK):
+        raise InputError(
+            f"{path}: nothing can be written to {folder}; name another place, or change its permissions"
+        )
+
+
+def write_output(table: pa.Table, path: Path) -> None:
+    """Write a parquet file beside its place and move it there: it is whole, or it is not there."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        schema.write_table(table, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def count_lines(counts: Mapping[str, int]) -> list[str]:
+    """Counts as aligned lines, the largest first."""
+    width = max(map(len, counts), default=0)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [f"  {name:<{width}}  {count:>9,}" for name, count in ordered]

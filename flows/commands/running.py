@@ -1,0 +1,146 @@
+"""`sera run`, `sera demo`, `sera plan`: do a run, or say what it would do."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from flows import opening
+from flows.commands.printing import print_table, print_text
+from flows.commands.summary import closing_lines, rounds_table
+from flows.experiments import load_experiment
+from flows.looking import show
+from flows.planning import plan
+from sera_core.artifacts.runs import RunStore, check_name
+from sera_core.config import SeraConfig
+
+DEMO = "bundled:demo"
+
+
+def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
+    """`sera run EXPERIMENT.toml [--name RUN] [--set a.b=value …]`."""
+    sub = commands.add_parser("run", parents=[common], help="all rounds of an experiment; the same name again goes on")
+    sub.add_argument("experiment", help="TOML file, or bundled:<name>")
+    sub.add_argument("--name", help="run name (default: the file's stem)")
+    _add_set(sub)
+    sub.set_defaults(command=run_command)
+
+
+def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
+    """`sera demo [--quick]`."""
+    sub = commands.add_parser("demo", parents=[common], help="the whole loop on a small real model and real preferences")
+    sub.add_argument("--quick", action="store_true", help="one self-reviewed round on 16 pairs: the smoke test")
+    _add_set(sub)
+    sub.set_defaults(command=demo_command)
+
+
+def add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
+    """`sera plan EXPERIMENT.toml`."""
+    sub = commands.add_parser("plan", parents=[common], help="what a run would reuse and do, and what that costs")
+    sub.add_argument("experiment", help="TOML file, or bundled:<name>")
+    sub.add_argument("--name", help="run name (default: the file's stem)")
+    _add_set(sub)
+    sub.set_defaults(command=plan_command)
+
+
+def _add_set(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="a.b=value", help="change one setting of the file; may be repeated"
+    )
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Do a run to its end, or answer from the store when it is finished."""
+    config = load_experiment(args.experiment, args.set)
+    return _run(config, check_name(args.name or name_of(args.experiment)), args)
+
+
+def demo_command(args: argparse.Namespace) -> int:
+    """The demo, or its quick form."""
+    experiment = f"{DEMO}-quick" if args.quick else DEMO
+    name = "demo-quick" if args.quick else "demo"
+    return _run(load_experiment(experiment, args.set), name, args)
+
+
+def plan_command(args: argparse.Namespace) -> int:
+    """Print the plan."""
+    config = load_experiment(args.experiment, args.set)
+    found = plan(config, check_name(args.name or name_of(args.experiment)), args.store)
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    if found["note"]:
+        print_text(found["note"])
+    columns = ["round", "step", "status", "why", "tokens", "seconds", "bytes"]
+    print_table(f"plan of {found['run']}", columns, [[row[name] for name in columns] for row in found["steps"]])
+    print_text(_forecast(found))
+    return 0
+
+
+def name_of(experiment: str) -> str:
+    """A run's default name: the file's stem."""
+    return Path(experiment.removeprefix("bundled:")).stem
+
+
+def _run(config: SeraConfig, name: str, args: argparse.Namespace) -> int:
+    begun = time.monotonic()
+    records = opening.open_run(config, name, args.store)
+    state = opening.state_of(records)
+    if state == "open" or (state not in ("waiting", "budget") and _test_side_open(records)):
+        _announce(config, name, args)
+        state = _work(config, name, args)
+        if not args.json:
+            print_text(f"{time.monotonic() - begun:.0f} s in all.")
+    return _tell(records, args)
+
+
+def _test_side_open(records: RunStore) -> bool:
+    """Whether the run has stopped but its test side was not reported yet."""
+    best = records.history().best
+    if best is None or opening.test_record(records) is not None:
+        return False
+    rendered = best.steps["pairs"]
+    from sera_core.artifacts.manifest import Artifact
+
+    return bool(Artifact(records.store, rendered).record.files["test.parquet"].rows)
+
+
+def _announce(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
+    print(_forecast(plan(config, name, args.store)), file=sys.stderr, flush=True)
+
+
+def _forecast(found: dict[str, Any]) -> str:
+    todo = found["run_now"] + found["depends"]
+    if not todo:
+        return f"run {found['run']}: all {found['reuse']} steps are in the store; nothing to do."
+    seconds = found["seconds"]
+    about = "an unknown time (the model is not on this machine yet)" if seconds is None else _minutes(seconds)
+    return (
+        f"run {found['run']}: {found['reuse']} steps to reuse, {todo} to do; about {found['tokens']:,} tokens, "
+        f"{found['bytes'] / 1e6:,.0f} MB, {about} on this machine (a guess)."
+    )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+def _work(config: SeraConfig, name: str, args: argparse.Namespace) -> str:
+    from flows.embedded_server import prefect_api
+
+    with prefect_api(args.debug):
+        from flows.sera import sera
+
+        return sera(config, run=name, store=args.store)
+
+
+def _tell(records: RunStore, args: argparse.Namespace) -> int:
+    if args.json:
+        print(json.dumps(show(records)))
+        return 0
+    rounds_table(records)
+    for line in closing_lines(records):
+        print_text(line)
+    return 0

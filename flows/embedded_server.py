@@ -1,0 +1,119 @@
+"""A Prefect server of our own for one command: it ends with us, however we end.
+
+Prefect's own embedded server outlives a killed flow and keeps its output pipe open. This one is told by the kernel
+(Linux) or by a watching thread when its parent is gone, and writes to a file.
+
+    python -m flows.embedded_server PORT PARENT_PID
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sera_core.artifacts.folders import cache_folder
+from sera_core.errors import SeraError
+
+START_SECONDS = 180
+_QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+}
+
+
+@contextmanager
+def prefect_api(debug: bool = False) -> Iterator[str]:
+    """Use the configured Prefect server (PREFECT_API_URL), else one of our own while the block runs.
+
+    Must be entered before `prefect` is imported: its settings are read then.
+    """
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
+    for name in ("DO_NOT_TRACK", "PREFECT_SERVER_ANALYTICS_ENABLED"):
+        os.environ.setdefault(name, _QUIET[name])
+    if configured := os.environ.get("PREFECT_API_URL"):
+        yield configured
+        return
+    home = Path(os.environ.setdefault("PREFECT_HOME", str(cache_folder() / "prefect")))
+    home.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    log = home / "embedded-server.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "flows.embedded_server", str(port), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **_QUIET, "PREFECT_UI_API_URL": url, "PREFECT_API_URL": url},
+        )
+    try:
+        _wait(server, f"{url}/health", log)
+        os.environ["PREFECT_API_URL"] = url
+        yield url
+    finally:
+        os.environ.pop("PREFECT_API_URL", None)
+        server.terminate()
+        try:
+            server.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait(server: subprocess.Popen, health: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(health, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.2)
+    raise SeraError(
+        f"the embedded Prefect server did not start within {START_SECONDS} s; its output is in {log}. "
+        "`sera doctor` checks the installation; a server of your own is used when PREFECT_API_URL names it"
+    )
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    """Serve Prefect's API on the loopback interface until the parent is gone."""
+    port, parent = int(sys.argv[1]), int(sys.argv[2])
+    _end_with(parent)
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    uvicorn.run(create_app(), host="127.0.0.1", port=port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""How many tokens, seconds and bytes a step will take: a guess, said before the work, mended by what was measured."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sera_core.artifacts.manifest import Artifact, StepRecord, StepSpec, find_record
+from sera_core.artifacts.runs import RunStore
+from sera_core.artifacts.store import Store
+from sera_core.config import SeraConfig
+from sera_core.models import resolve_source
+from sera_core.sources import read_rows
+
+CHARACTERS_A_TOKEN = 4.2
+COST = {"logps": 1.0, "sample": 2.5, "train": 3.0}
+"""Work of one token against one forward pass, as measured on two CPU cores (full fine-tuning; an adapter saves a third)."""
+EFFICIENCY = 0.7
+"""Share of the matrix product's speed that a forward pass reaches."""
+SAMPLED_SHARE = 0.7
+"""Mean length of a sampled response as a share of its limit."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of the data: pairs by side, mean tokens of a prompt and of an answer, parameters of the model."""
+
+    train: int
+    heldout: int
+    test: int
+    prompt: float
+    answer: float
+    parameters: float | None
+
+
+def workload(config: SeraConfig, store: Store, data: StepSpec) -> Workload:
+    """Sizes from the data step when it is done, else from the files themselves."""
+    record = find_record(store, "data", data.key)
+    parameters = parameters_of(config)
+    if record is None:
+        return _from_files(config, parameters)
+    artifact = Artifact(store, record.ref)
+    table = pq.read_table(artifact.path("train.parquet"), columns=["prompt", "chosen", "rejected"]).to_pylist()
+    prompt = [sum(len(m["content"]) for m in row["prompt"]) for row in table]
+    answer = [sum(len(m["content"]) for m in row["chosen"] + row["rejected"]) / 2 for row in table]
+    count = record.counts
+    return Workload(
+        count.get("train", 0), count.get("heldout", 0), count.get("test", 0), _tokens(prompt), _tokens(answer), parameters
+    )
+
+
+def _from_files(config: SeraConfig, parameters: float | None) -> Workload:
+    data = config.data
+    sizes = {"train": 0, "heldout": 0, "test": 0}
+    texts: list[int] = []
+    for side in sizes:
+        for source in getattr(data, side):
+            rows = list(read_rows(source.path, source.split))
+            sizes[side] += int(len(rows) * source.weight)
+            texts += [len(str(row.data)) for row in rows]
+    total = sizes["train"]
+    heldout = sizes["heldout"] or int(total * data.heldout_fraction)
+    test = sizes["test"] or int(total * data.test_fraction)
+    train = total - (0 if data.heldout else heldout) - (0 if data.test else test)
+    text = _tokens(texts)  # prompt and two answers, about a third each
+    return Workload(
+        min(train, data.train_pairs or train), min(heldout, data.heldout_pairs or heldout), test, text / 3, text / 3, parameters
+    )
+
+
+def _tokens(characters: list[int]) -> float:
+    return float(np.mean(characters)) / CHARACTERS_A_TOKEN + 10 if characters else 0.0
+
+
+def parameters_of(config: SeraConfig) -> float | None:
+    """Parameters of the model, from its files; None for a model that is not on this machine."""
+    source = resolve_source(config.model.source, config.model.revision)
+    if source.kind == "package":
+        from gguf import GGUFReader
+
+        return float(sum(int(np.prod(tensor.shape)) for tensor in GGUFReader(source.location).tensors))
+    if source.kind != "folder":
+        return None
+    from safetensors import safe_open
+
+    total = 0.0
+    for file in Path(source.location).glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            total += sum(float(np.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def gigaflops(seconds: float = 0.3) -> float:
+    """Speed of this machine's float32 matrix product, in GFLOP/s."""
+    a = np.ones((768, 768), dtype=np.float32)
+    a @ a
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        a @ a
+        done += 1
+    return done * 2 * 768**3 / (time.perf_counter() - start) / 1e9
+
+
+class Estimator:
+    """Expected cost of steps of one run."""
+
+    def __init__(self, config: SeraConfig, store: Store, records: RunStore, size: Workload) -> None:
+        self.config, self.size = config, size
+        self.rate = gigaflops() * 1e9 * EFFICIENCY * (1.7 if config.model.dtype == "bfloat16" else 1.0)
+        self.measured = _measured(store, records)
+
+    def expected(self, spec: StepSpec) -> dict[str, Any]:
+        """{"tokens", "seconds", "bytes"} of a step that is to be done; seconds are None for a model not at hand."""
+        tokens = self._tokens(spec)
+        return {"tokens": int(tokens), "seconds": self._seconds(spec.step, tokens), "bytes": self._bytes(spec)}
+
+    def _tokens(self, spec: StepSpec) -> float:
+        size, config = self.size, self.config
+        pair = size.prompt + 2 * size.answer
+        if spec.step == "logps":
+            counts = {"train.parquet": size.train, "heldout.parquet": size.heldout, "test.parquet": size.test}
+            if spec.fields["file"] in counts:
+                return counts[spec.fields["file"]] * pair
+            if spec.fields["file"] == "pairs.parquet":
+                return size.train * pair
+            prompts = min(config.sampling.prompts or size.train, size.train)
+            limit = config.sampling.max_tokens * SAMPLED_SHARE
+            return prompts * (size.prompt + config.sampling.responses * limit)
+        if spec.step == "sample":
+            held = spec.fields["side"] == "heldout"
+            prompts = min(spec.fields["prompts"] or size.train, size.heldout if held else size.train)
+            return prompts * spec.fields["responses"] * spec.fields["max_tokens"] * SAMPLED_SHARE
+        if spec.step == "train":
+            pairs = config.mix.size or size.train * (1.0 if spec.fields["round"] == 0 else config.select.fraction)
+            return pairs * (2 * size.prompt + 2 * size.answer) * config.train.epochs
+        return 0.0
+
+    def _seconds(self, step: str, tokens: float) -> float | None:
+        if step in self.measured:
+            return round(tokens * self.measured[step], 1)
+        if not tokens:
+            return 1.0
+        if self.size.parameters is None:
+            return None
+        cost = COST[step] * (0.7 if step == "train" and self.config.train.method == "lora" else 1.0)
+        return round(tokens * 2 * self.size.parameters * cost / self.rate + 2, 1)
+
+    def _bytes(self, spec: StepSpec) -> int | None:
+        size = self.size
+        if spec.step in ("model", "train") and size.parameters is None:
+            return None
+        if spec.step == "model" or (spec.step == "train" and self.config.train.method == "full"):
+            return int((size.parameters or 0) * 4)
+        if spec.step == "train":
+            return int((size.parameters or 0) * 4 * 0.002 * self.config.train.lora_rank)
+        return 3_000 * (size.train + size.heldout + size.test)
+
+
+def _measured(store: Store, records: RunStore) -> dict[str, float]:
+    """Seconds a token of each step in the run's finished rounds."""
+    tokens: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    for manifest in records.rounds():
+        for ref in manifest.used:
+            record = find_record(store, ref.step, ref.key)
+            if record is not None and (count := _counted(record)):
+                tokens[ref.step] = tokens.get(ref.step, 0) + count
+                seconds[ref.step] = seconds.get(ref.step, 0) + record.seconds
+    return {step: seconds[step] / count for step, count in tokens.items()}
+
+
+def _counted(record: StepRecord) -> int:
+    names = {"logps": "tokens/scored", "sample": "tokens/sampled", "train": "tokens/trained"}
+    return int(record.metrics.get(names.get(record.step, ""), 0))

@@ -1,0 +1,138 @@
+"""Experiment files: TOML with the sections of SeraConfig, changed by `--set a.b=value`."""
+
+import difflib
+import json
+import tomllib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sera_core.config import SeraConfig
+from sera_core.errors import InputError
+from sera_core.sources import bundled_file
+
+SIDES = ("train", "heldout", "test", "prompts")
+
+
+def load_experiment(path: str, sets: Sequence[str] = ()) -> SeraConfig:
+    """Read an experiment (a file, or `bundled:<name>`), apply `a.b=value` changes, check every field.
+
+    Paths in the file are relative to the file's folder; paths given by --set to the working directory.
+
+    Raises:
+        InputError: no such file, not TOML, an unknown key (the nearest is suggested), a value out of range.
+    """
+    file = experiment_file(path)
+    try:
+        data = tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid TOML: {error}") from error
+    _anchor(data, file.parent)
+    changes: dict[str, Any] = {}
+    for change in sets:
+        _set(changes, change)
+    _anchor(changes, Path.cwd())
+    return parse_config(_merged(data, changes), str(file))
+
+
+def experiment_file(path: str) -> Path:
+    """The experiment's file; `bundled:demo` is the one shipped with the package."""
+    file = bundled_file("experiments", path[8:] + ".toml") if path.startswith("bundled:") else Path(path)
+    if not file.is_file():
+        raise InputError(f"experiment {path}: no such file; give the path of a TOML file (bundled:demo is one to copy)")
+    return file
+
+
+def parse_config(data: dict[str, Any], where: str) -> SeraConfig:
+    """Check a nested dictionary; all problems are named at once, by field."""
+    try:
+        return SeraConfig.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise InputError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def _explain(problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: unknown key{_nearest(problem['loc'])}"
+    if problem["type"] == "missing":
+        return f"{field}: missing; every experiment names it"
+    value = problem.get("input")
+    shown = f" (found {value!r})" if isinstance(value, str | int | float | bool) else ""
+    return f"{field}: {problem['msg'].removeprefix('Value error, ')}{shown}".removeprefix(": ")
+
+
+def _nearest(loc: tuple[Any, ...]) -> str:
+    names = _keys(SeraConfig, loc[:-1])
+    close = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {'.'.join([*map(str, loc[:-1]), close[0]])}?"
+    return f"; known here: {', '.join(names)}"
+
+
+def _keys(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        inner = [a for a in (annotation, *typing.get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _set(data: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {change!r}: write it as section.key=value, for instance --set train.beta=0.2")
+    parts = key.strip().split(".")
+    for part in parts[:-1]:
+        data = data.setdefault(part, {})
+    data[parts[-1]] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    """A TOML value, else JSON (null), else the text itself."""
+    for parse in (lambda t: tomllib.loads(f"x = {t}")["x"], json.loads):
+        try:
+            return parse(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _merged(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(data)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _anchor(data: dict[str, Any], folder: Path) -> None:
+    """Make relative paths absolute, and a lone path a source: `train = "pairs.jsonl"` is enough."""
+    section = data.get("data")
+    for side in SIDES:
+        if isinstance(section, dict) and side in section:
+            given = section[side]
+            sources = given if isinstance(given, list) else [given]
+            section[side] = [_source(source, folder) for source in sources]
+    model = data.get("model")
+    if isinstance(model, str):
+        data["model"] = model = {"source": model}
+    if isinstance(model, dict) and isinstance(model.get("source"), str):
+        source = model["source"]
+        if ":" not in source and (folder / source).is_dir():
+            model["source"] = str((folder / source).resolve())
+
+
+def _source(source: Any, folder: Path) -> Any:
+    source = {"path": source} if isinstance(source, str) else source
+    if isinstance(source, dict) and isinstance(source.get("path"), str) and ":" not in source["path"]:
+        return {**source, "path": str((folder / source["path"]).absolute())}
+    return source

@@ -1,0 +1,95 @@
+"""Reading a run for people and programs: the JSON of `sera show`, and the check of every file and link."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from sera_core.artifacts.manifest import Artifact, StepRef, find_record
+from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.store import Store
+from sera_core.errors import InputError, SeraError
+
+
+def run_records(store: Store, run: str) -> RunStore:
+    """The records of a run that exists.
+
+    Raises:
+        InputError: there is no such run.
+    """
+    records = RunStore(store, run)
+    if not records.configs():
+        raise InputError(f"run {run!r}: not in the store {store.url}; `sera list --store {store.url}` names the runs there")
+    return records
+
+
+def show(records: RunStore) -> dict[str, Any]:
+    """The run as `sera show --json` gives it."""
+    history = records.history()
+    return {
+        "run": records.run,
+        "config_sha256": records.configs()[-1].config_sha256,
+        "stop_reason": records.stop_reason(),
+        "waiting": records.waiting(),
+        "head": history.head.round if history.head else None,
+        "best_round": history.best.round if history.best else None,
+        "rounds": [_round(records, manifest) for manifest in history.rounds],
+    }
+
+
+def _round(records: RunStore, manifest: RoundManifest) -> dict[str, Any]:
+    names = ("round", "decision", "reason", "pairs", "target_share", "generated_share", "metrics")
+    artifacts = {
+        role: {
+            "uri": _uri(records.store, place),
+            **{name: place[name] for name in ("sha256", "bytes", "rows")},
+        }
+        for role, place in manifest.artifacts.items()
+    }
+    return {**{name: getattr(manifest, name) for name in names}, "artifacts": artifacts}
+
+
+def _uri(store: Store, place: dict[str, Any]) -> str:
+    record = find_record(store, place["step"], place["key"])
+    if record is None:
+        return f"{store.url}/steps/{place['step']}/{place['key']}"
+    path = place["path"]
+    name = next(name for name in record.files if name.startswith(path))
+    return f"{store.url}/steps/{place['step']}/{place['key']}/{record.files[name].attempt}/{path}".rstrip("/")
+
+
+def verify(records: RunStore) -> int:
+    """Hash every file of every step the run rests on, and follow every link of the chain. Returns files checked.
+
+    Raises:
+        SeraError: the first thing that does not hold, by name.
+    """
+    checked = 0
+    seen: set[str] = set()
+    for manifest in records.rounds():
+        for ref in [*manifest.used, *manifest.steps.values()]:
+            checked += sum(1 for _ in _check_step(records.store, ref, seen))
+        _check_artifacts(records, manifest)
+    return checked
+
+
+def _check_step(store: Store, ref: StepRef, seen: set[str]) -> Iterator[str]:
+    if ref.key in seen:
+        return
+    seen.add(ref.key)
+    artifact = Artifact(store, ref)
+    for name in artifact.record.files:
+        artifact.path(name)
+        yield name
+    for source in artifact.record.inputs.values():
+        yield from _check_step(store, source, seen)
+
+
+def _check_artifacts(records: RunStore, manifest: RoundManifest) -> None:
+    from flows.completing import artifact
+
+    for role, place in manifest.artifacts.items():
+        record = find_record(records.store, place["step"], place["key"])
+        if record is None or artifact(record, place["path"]) != place:
+            raise SeraError(
+                f"{records.run} round {manifest.round}: the artifact {role} is not what its step recorded "
+                f"(steps/{place['step']}/{place['key']}/done.json); restore it from a copy of the store"
+            )

@@ -1,0 +1,107 @@
+"""Opening a run: what its sources hold, whether its name is free, whether it is finished, waiting or open. No Prefect."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flows.round import Ref
+from flows.session import Session
+from sera_core import steps
+from sera_core.artifacts.manifest import FORMAT
+from sera_core.artifacts.runs import RunStore, now
+from sera_core.artifacts.step import run_step
+from sera_core.artifacts.store import Store, create_json, open_store, read_json
+from sera_core.config import SeraConfig
+from sera_core.errors import InputError
+from sera_core.models import resolve_source
+from sera_core.models import source_digest as model_digest
+from sera_core.sources import source_digest
+
+Digests = dict[str, Any]
+
+
+def source_digests(config: SeraConfig) -> Digests:
+    """Content digests of the model's source and of every data source, by side.
+
+    Raises:
+        InputError: a source that is missing or cannot be read.
+    """
+    data = {
+        side: [source_digest(source.path, source.split) for source in getattr(config.data, side)]
+        for side in steps.SIDES
+    }
+    return {"data": data, "model": model_digest(resolve_source(config.model.source, config.model.revision))}
+
+
+def resolved(config: SeraConfig, digests: Digests) -> dict[str, Any]:
+    """What a run's config_sha256 covers: fields that change a result, paths replaced by what they hold."""
+    fields = config.result_fields()
+    fields["model"].pop("source")
+    fields["model"].pop("revision")
+    for side in steps.SIDES:
+        for source in fields["data"][side]:
+            source.pop("path")
+    return {**fields, "digests": digests}
+
+
+def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
+    """Check the input, then create the run or find it. Bad data is refused before any model is loaded.
+
+    Raises:
+        InputError: a bad name, source or row, or a configuration that differs from the run's.
+    """
+    store = open_store(store_url)
+    records = RunStore(store, run)
+    digests = source_digests(config)
+    load_data(store, config, digests)
+    records.open(config, resolved(config, digests))
+    return records
+
+
+def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> None:
+    """Do the data step: every row is checked here."""
+    from tasks.work import work_of
+
+    record = run_step(store, steps.data(config, digests["data"]), work_of("data"), config.execution)
+    if not record.counts.get("train"):
+        raise InputError(f"no train pair is left: {dict(record.counts)}; check data.train and the split fractions")
+    if not record.counts.get("heldout"):
+        raise InputError(
+            f"no held-out pair: {dict(record.counts)}; give data.heldout, or a data.heldout_fraction above 0 "
+            "(every decision rests on pairs the policy was not trained on)"
+        )
+
+
+def state_of(records: RunStore) -> str:
+    """`open`, `waiting`, or the stop reason."""
+    if (reason := records.stop_reason()) is not None:
+        return reason
+    return "waiting" if records.waiting() is not None else "open"
+
+
+def ask(session: Session, round: int, decision: Ref) -> dict[str, Any] | None:
+    """Put the round to a person; returns the answer when there is one."""
+    found = session.record_of(decision).metrics
+    evidence = {name: found[name] for name in ("decision", "reason", "verdict", "alarm")}
+    decide = session.config.decide
+    session.records.ask(round, evidence, decide.review_hours, decide.review_default)
+    return session.records.answer_of(round)
+
+
+def commit_test(session: Session, round: int, ref: Ref) -> None:
+    """Record the evidence on the test side beside the run."""
+    record = session.record_of(ref)
+    final = {
+        "format": FORMAT,
+        "round": round,
+        "step": record.ref.model_dump(),
+        "metrics": {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in record.metrics.items()},
+        "created": now(),
+    }
+    create_json(session.store, f"{session.records.path}/final-{round:03d}.json", final)
+
+
+def test_record(records: RunStore) -> dict[str, Any] | None:
+    """The evidence on the test side under the best round's policy, once it was made."""
+    best = records.history().best
+    return None if best is None else read_json(records.store, f"{records.path}/final-{best.round:03d}.json")

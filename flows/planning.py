@@ -1,0 +1,112 @@
+"""What a run would do, without doing it: the algorithm box walked with a `do` that only looks things up."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flows import round as box
+from flows.estimating import Estimator, workload
+from flows.opening import resolved, source_digests
+from flows.round import Past, Ref, Steps
+from sera_core import steps
+from sera_core.artifacts.canonical import sha256_json
+from sera_core.artifacts.manifest import StepSpec, find_record
+from sera_core.artifacts.runs import History, RunStore, differences
+from sera_core.artifacts.store import numbered, open_store
+from sera_core.config import SeraConfig
+
+
+class Walk:
+    """A `do` that notes each step: reuse, run or depends, and why."""
+
+    def __init__(self, store_url: str, estimator: Estimator | None = None) -> None:
+        self.store, self.estimator = open_store(store_url), estimator
+        self.rows: list[dict[str, Any]] = []
+        self.round: int | None = None
+        self._seen: set[str] = set()
+
+    def do(self, spec: StepSpec) -> Ref:
+        """Note the step; the pointer to it when it is done."""
+        record = find_record(self.store, spec.step, spec.key)
+        name = spec.key or f"{self.round}/{spec.step}/{sha256_json([spec.fields, sorted(spec.inputs)])}/{len(self.rows)}"
+        if name not in self._seen:
+            self._seen.add(name)
+            self.rows.append(self._row(spec, reuse=record is not None))
+        return None if record is None else record.ref
+
+    def _row(self, spec: StepSpec, reuse: bool) -> dict[str, Any]:
+        row: dict[str, Any] = {"round": self.round, "step": spec.step, "key": spec.key}
+        cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "bytes": 0}
+        if reuse:
+            return row | {"status": "reuse", "why": "its record is in the store"} | cost
+        if self.estimator is not None:
+            cost = self.estimator.expected(spec)
+        if spec.key is None:
+            unknown = ", ".join(name for name, ref in spec.inputs.items() if ref is None)
+            return row | {"status": "depends", "why": f"on {unknown}"} | cost
+        parts = sum(1 for _ in numbered(self.store, spec.path + "/part-{:05d}.json"))
+        why = f"goes on after {parts} finished parts" if parts else "no record of it in the store"
+        return row | {"status": "run", "why": why} | cost
+
+
+def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
+    """Every step of a run: `reuse`, `run` or `depends`, why, and what it is expected to cost."""
+    digests = source_digests(config)
+    records = RunStore(open_store(store_url), run)
+    history, note = _history(config, records, digests)
+    data = steps.data(config, digests["data"])
+    estimator = Estimator(config, records.store, records, workload(config, records.store, data))
+    walk = Walk(store_url, estimator)
+    walk_rounds(config, digests, history, walk)
+    todo = [row for row in walk.rows if row["status"] != "reuse"]
+    seconds = [row["seconds"] for row in todo]
+    return {
+        "run": run,
+        "note": note,
+        "steps": walk.rows,
+        "reuse": len(walk.rows) - len(todo),
+        "run_now": sum(row["status"] == "run" for row in todo),
+        "depends": sum(row["status"] == "depends" for row in todo),
+        "tokens": sum(row["tokens"] for row in todo),
+        "seconds": None if None in seconds else round(sum(seconds), 1),
+        "bytes": sum(row["bytes"] or 0 for row in todo),
+    }
+
+
+def _history(config: SeraConfig, records: RunStore, digests: Mapping[str, Any]) -> tuple[History, str | None]:
+    configs = records.configs()
+    if not configs:
+        return History([]), None
+    now = resolved(config, dict(digests))
+    if sha256_json(now) == configs[-1].config_sha256:
+        return records.history(), None
+    changed = "; ".join(differences(configs[0].resolved, now))
+    return History([]), f"run {records.run!r} exists with another configuration ({changed}): this plans it under a new name"
+
+
+def walk_rounds(config: SeraConfig, digests: Mapping[str, Any], history: History, walk: Walk) -> None:
+    """Walk every round up to the limit; rounds to come are taken as promoted."""
+    sides = box.prepare(config, digests, walk.do)
+    heads: list[Mapping[str, Ref]] = []
+    stopped = bool(history.rounds) and history.rounds[-1].stop_reason is not None
+    last = history.next_round if stopped else max(config.limits.rounds, history.next_round)
+    for number in range(last):
+        walk.round = number
+        past = Past(list(heads))
+        before = History(history.rounds[:number]) if number <= history.next_round else history
+        made = _round(config, sides, past, number, before, walk)
+        if number < history.next_round:
+            heads = [manifest.steps for manifest in History(history.rounds[: number + 1]).lineage]
+        else:
+            heads.append(made)
+
+
+def _round(
+    config: SeraConfig, sides: box.Sides, past: Past, number: int, history: History, walk: Walk
+) -> Steps:
+    made = box.self_review(config, sides, past, number, walk.do)
+    made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
+    made["policy"] = box.align(config, sides, past, number, made["mixture"], walk.do)
+    made["evidence"] = box.gather_evidence(config, sides, past, number, made["mixture"], made["policy"], walk.do)
+    made["decision"] = box.judge(config, past, number, made, history, None, walk.do)
+    walk.do(steps.report(number, {role: ref for role, ref in made.items() if role not in ("data", "model")}))
+    return made

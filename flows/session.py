@@ -1,0 +1,88 @@
+"""A run being worked on: its store, configuration and history, and how a step is done and paid for. No Prefect here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flows.round import Past, Ref, Sides, prepare
+from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec, find_record
+from sera_core.artifacts.runs import History, RunStore
+from sera_core.artifacts.store import Store, open_store
+from sera_core.config import LimitsConfig, SeraConfig
+from sera_core.errors import BudgetReached, InputError
+
+Runner = Callable[[StepSpec], StepRecord]
+"""Does a step that has no record yet."""
+
+
+@dataclass
+class Meter:
+    """Tokens and seconds of the steps a run has used, each counted once."""
+
+    limits: LimitsConfig
+    tokens: int = 0
+    seconds: float = 0.0
+    seen: set[str] = field(default_factory=set)
+
+    def add(self, record: StepRecord) -> None:
+        """Count a step.
+
+        Raises:
+            BudgetReached: it crossed limits.tokens or limits.hours.
+        """
+        if record.key in self.seen:
+            return
+        self.seen.add(record.key)
+        self.tokens += tokens_of(record)
+        self.seconds += record.seconds
+        hours = self.seconds / 3600
+        if self.limits.tokens is not None and self.tokens >= self.limits.tokens:
+            raise BudgetReached(f"{self.tokens:,} tokens after step {record.step}: limits.tokens = {self.limits.tokens:,}")
+        if self.limits.hours is not None and hours >= self.limits.hours:
+            raise BudgetReached(f"{hours:.3f} hours after step {record.step}: limits.hours = {self.limits.hours}")
+
+
+def tokens_of(record: StepRecord) -> int:
+    """Tokens a step trained, scored or sampled."""
+    return sum(int(value) for name, value in record.metrics.items() if name.startswith("tokens/"))
+
+
+class Session:
+    """One process working on one run."""
+
+    def __init__(self, store_url: str, run: str, runner: Runner) -> None:
+        self.store: Store = open_store(store_url)
+        self.records = RunStore(self.store, run)
+        configs = self.records.configs()
+        if not configs:
+            raise InputError(f"run {run!r}: not in the store {store_url}; `sera list` names the runs there")
+        self.run, self.runner = run, runner
+        self.record = configs[-1]
+        self.config = SeraConfig.model_validate(self.record.config)
+        self.history: History = self.records.history()
+        self.used: dict[str, StepRecord] = {}
+        self.meter = Meter(self.config.limits)
+        for manifest in self.history.rounds:
+            self.meter.tokens += manifest.metrics.get("tokens", 0)
+            self.meter.seconds += manifest.metrics.get("seconds", 0.0)
+            self.meter.seen |= {ref.key for ref in manifest.used}
+
+    def do(self, spec: StepSpec) -> StepRef:
+        """Find a step's record or do the step; count it; return the pointer to it."""
+        record = find_record(self.store, spec.step, spec.key) or self.runner(spec)
+        self.used[record.key] = record
+        self.meter.add(record)
+        return record.ref
+
+    def prepare(self) -> Sides:
+        """The pairs and the start policy."""
+        return prepare(self.config, self.record.resolved["digests"], self.do)
+
+    def past(self) -> Past:
+        """The heads so far."""
+        return Past([manifest.steps for manifest in self.history.lineage])
+
+    def record_of(self, ref: Ref) -> StepRecord:
+        """The record of a step done in this session."""
+        assert ref is not None
+        return self.used[ref.key]
+

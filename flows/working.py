@@ -1,0 +1,50 @@
+"""Working through one round, and the last word once a run has stopped. Plain Python: Prefect wraps it (flows/sera.py)."""
+
+from flows import completing, opening, round
+from flows.session import Session
+from sera_core import steps
+from sera_core.config import LimitsConfig
+from sera_core.errors import BudgetReached
+
+PAUSED = ("waiting", "budget")
+"""States in which a run may go on later, so that its last word is not said yet."""
+
+
+def work_through(session: Session, number: int) -> str:
+    """Do a round's steps and commit its manifest. Returns `open`, a stop reason, `waiting` or `budget`."""
+    try:
+        return _steps_of(session, number)
+    except BudgetReached as reached:
+        session.records.commit_stop("budget", str(reached))
+        return "budget"
+
+
+def _steps_of(session: Session, number: int) -> str:
+    config, past, history, do = session.config, session.past(), session.history, session.do
+    sides = session.prepare()
+    made = round.self_review(config, sides, past, number, do)
+    made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
+    if session.record_of(made["mixture"]).metrics["reason"] != "no_pairs":
+        made["policy"] = round.align(config, sides, past, number, made["mixture"], do)
+        made["evidence"] = round.gather_evidence(config, sides, past, number, made["mixture"], made["policy"], do)
+        made["decision"] = round.judge(config, past, number, made, history, None, do)
+        if session.record_of(made["decision"]).metrics["ask"]:
+            answer = opening.ask(session, number, made["decision"])
+            if answer is None:
+                return "waiting"
+            made["decision"] = round.judge(config, past, number, made, history, answer, do)
+    made["report"] = do(steps.report(number, {role: ref for role, ref in made.items() if role not in ("data", "model")}))
+    session.records.commit_round(completing.manifest_of(session, number, made))
+    return opening.state_of(session.records)
+
+
+def report_test_side(session: Session) -> None:
+    """The test side under the best round's policy, once the run has stopped. It decides nothing."""
+    session.meter.limits = LimitsConfig()  # the run has stopped already: its last figures have no limit
+    best = session.history.best
+    if best is None or opening.test_record(session.records) is not None:
+        return
+    sides = session.prepare()
+    if session.record_of(sides.pairs).files["test.parquet"].rows:
+        ref = round.test_evidence(session.config, sides, best.steps["policy"], session.do)
+        opening.commit_test(session, best.round, ref)

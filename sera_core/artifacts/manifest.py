@@ -1,0 +1,157 @@
+"""The nouns of the store: what a step is to do (StepSpec), what it made (StepRecord), and a pointer to it (StepRef)."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sera_core.artifacts.canonical import files_digest, sha256_json
+from sera_core.artifacts.store import Store, read_json
+from sera_core.errors import StoreError
+
+FORMAT = 1
+"""Version of every record's layout."""
+
+
+class Noun(BaseModel):
+    """A frozen record that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class StepRef(Noun):
+    """A pointer to a finished step: its name, its key (what was asked), its digest (what came out)."""
+
+    step: str
+    key: str
+    digest: str
+
+
+class StepSpec(Noun):
+    """What a step is to do. Its key is the hash of everything that changes the result, and of nothing else."""
+
+    step: str
+    version: int
+    fields: dict[str, Any]
+    """The configuration the work sees; all of it is in the key."""
+    inputs: dict[str, StepRef | None]
+    """Steps read from; None while unknown (in a plan)."""
+    where: dict[str, Any] = Field(default_factory=dict)
+    """Paths and other facts that change no result: not in the key."""
+
+    @property
+    def key(self) -> str | None:
+        """64 hex digits, or None while an input is unknown."""
+        if any(ref is None for ref in self.inputs.values()):
+            return None
+        inputs = {name: ref.digest for name, ref in self.inputs.items() if ref is not None}
+        return sha256_json({"step": self.step, "version": self.version, "fields": self.fields, "inputs": inputs})
+
+    @property
+    def path(self) -> str:
+        """Folder of the step below the store."""
+        return f"steps/{self.step}/{self.key}"
+
+
+class FileRecord(Noun):
+    """One file of a step."""
+
+    attempt: str
+    sha256: str
+    bytes: int
+    rows: int | None = None
+
+
+class StepRecord(Noun):
+    """`done.json`: what a step made, from what, how long it took and what it counted."""
+
+    format: int
+    step: str
+    version: int
+    key: str
+    fields: dict[str, Any]
+    inputs: dict[str, StepRef]
+    files: dict[str, FileRecord]
+    parts: list[str]
+    counts: dict[str, int]
+    metrics: dict[str, Any]
+    environment: dict[str, Any]
+    started: str
+    seconds: float
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of the sorted (relative path, sha256)."""
+        return files_digest({path: file.sha256 for path, file in self.files.items()})
+
+    @property
+    def ref(self) -> StepRef:
+        """The pointer to this record."""
+        return StepRef(step=self.step, key=self.key, digest=self.digest)
+
+
+def find_record(store: Store, step: str, key: str | None) -> StepRecord | None:
+    """The record of a finished step, or None. A record of a newer format is refused by name."""
+    if key is None:
+        return None
+    path = f"steps/{step}/{key}/done.json"
+    data = read_json(store, path)
+    return None if data is None else parse_record(data, f"{store.url}/{path}")
+
+
+def parse_record(data: Any, where: str) -> StepRecord:
+    """Check and type a `done.json`."""
+    if not isinstance(data, dict) or data.get("format", 0) > FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise StoreError(f"{where}: record format {found}; this version reads up to {FORMAT}. Upgrade sera-flow")
+    try:
+        record = StepRecord.model_validate(data)
+    except ValueError as error:
+        raise StoreError(f"{where}: not a step's record ({error}); restore it from a copy of the store") from error
+    for path, file in record.files.items():
+        if Path(path).is_absolute() or ".." in Path(path).parts or not file.attempt.isalnum():
+            raise StoreError(f"{where}: names the file {path!r}, which is outside its step; the record was tampered with")
+    return record
+
+
+class Artifact:
+    """The files of a finished step, fetched and checked when asked for."""
+
+    def __init__(self, store: Store, ref: StepRef) -> None:
+        self.store, self.ref = store, ref
+        record = find_record(store, ref.step, ref.key)
+        if record is None:
+            raise StoreError(f"{store.url}: step {ref.step} {ref.key[:12]}… has no record; run the experiment again")
+        if record.digest != ref.digest:
+            raise StoreError(
+                f"{store.url}: step {ref.step} {ref.key[:12]}… has digest {record.digest[:12]}… where "
+                f"{ref.digest[:12]}… was expected; run the experiment again"
+            )
+        self.record = record
+
+    def path(self, name: str) -> Path:
+        """Local path of one file, its hash checked."""
+        file = self.record.files[name]
+        step = f"steps/{self.ref.step}/{self.ref.key}/{file.attempt}/{name}"
+        return self.store.fetch(step, file.sha256, file.bytes, name)
+
+    def uri(self, name: str = "") -> str:
+        """Where the file (or the step's folder of files) lies in the store."""
+        attempt = next(iter(self.record.files.values())).attempt if not name else self.record.files[name].attempt
+        return f"{self.store.url}/steps/{self.ref.step}/{self.ref.key}/{attempt}" + (f"/{name}" if name else "")
+
+    def folder(self, under: str = "") -> Path:
+        """A local folder with the step's files below `under` (as `from_pretrained` wants it)."""
+        names = [name for name in self.record.files if name.startswith(under)]
+        attempts = {self.record.files[name].attempt for name in names}
+        paths = {name: self.path(name) for name in names}
+        first = names[0]
+        if len(attempts) == 1 and str(paths[first]).endswith(first) and len({_root(paths[n], n) for n in names}) == 1:
+            return _root(paths[first], first) / under
+        from sera_core.artifacts.folders import assemble
+
+        return assemble(self.ref.digest, paths) / under
+
+
+def _root(path: Path, name: str) -> Path:
+    return path.parents[len(Path(name).parts) - 1]

@@ -1,0 +1,146 @@
+"""A run for reading, without Prefect or torch: rounds as a DataFrame, artifacts as DataFrames, the policy as a path.
+
+    run = sera_core.open_run("./sera-store", "demo")
+    run.rounds; run[2].pairs(); run[2].ledger(); run[2].policy_path(); run.history(pair_id)
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from sera_core.artifacts.folders import assemble
+from sera_core.artifacts.manifest import Artifact, StepRef
+from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.store import open_store
+from sera_core.errors import InputError
+
+
+class Run:
+    """A run in a store, read-only."""
+
+    def __init__(self, store: str, name: str) -> None:
+        self._records = RunStore(open_store(store), name)
+        if not self._records.configs():
+            raise InputError(f"run {name!r}: not in the store {store}; `sera list` names the runs there")
+        self.name = name
+
+    @property
+    def rounds(self) -> pd.DataFrame:
+        """One row a finished round: decision, reason, pairs, shares, and every metric with a single value."""
+        rows = []
+        for r in self._records.rounds():
+            numbers = {name: _single(value) for name, value in r.metrics.items()}
+            rows.append(
+                {
+                    "round": r.round,
+                    "decision": r.decision,
+                    "reason": r.reason,
+                    "human": r.pairs["human"],
+                    "generated": r.pairs["generated"],
+                    "target_share": r.target_share,
+                    "generated_share": r.generated_share,
+                    "accuracy": r.accuracy,
+                    **{name: value for name, value in numbers.items() if name not in ("reason",)},
+                }
+            )
+        return pd.DataFrame(rows)
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the run stopped; None while it is open."""
+        return self._records.stop_reason()
+
+    @property
+    def best_round(self) -> int | None:
+        """The promoted round with the largest held-out reward accuracy."""
+        best = self._records.history().best
+        return None if best is None else best.round
+
+    def __len__(self) -> int:
+        return len(self._records.rounds())
+
+    def __getitem__(self, round: int) -> "Round":
+        rounds = self._records.rounds()
+        if not 0 <= round < len(rounds):
+            raise IndexError(f"run {self.name!r} has rounds 0 to {len(rounds) - 1}; round {round} is not finished")
+        return Round(self._records, rounds[round])
+
+    def history(self, pair_id: str) -> pd.DataFrame:
+        """What became of one pair in every round: margin, rank, kept or dropped, and why."""
+        tables = [self[number].ledger().assign(round=number) for number in range(len(self))]
+        ledger = pd.concat(tables) if tables else pd.DataFrame(columns=["pair_id"])
+        return ledger[ledger["pair_id"] == pair_id].reset_index(drop=True)
+
+
+class Round:
+    """One finished round of a run, read-only."""
+
+    def __init__(self, records: RunStore, manifest: RoundManifest) -> None:
+        self._store, self.manifest = records.store, manifest
+
+    def pairs(self) -> pd.DataFrame:
+        """The pairs trained on in this round, human and generated, in training order, with their margins."""
+        mixture = self._frame("mixture")
+        margins = self.ledger()[["pair_id", "ensemble_margin"]].drop_duplicates("pair_id")
+        return mixture.merge(margins, on="pair_id", how="left")
+
+    def scored(self) -> pd.DataFrame:
+        """Every human pair with its log-probabilities, rewards and margins, in input order."""
+        return self._frame("scored")
+
+    def ledger(self) -> pd.DataFrame:
+        """Every input pair, generated pair and prompt: kept or dropped, at which stage, and why."""
+        return self._frame("ledger")
+
+    def responses(self) -> pd.DataFrame:
+        """The policy's own answers with their rewards (empty columns in a round that sampled none)."""
+        return self._frame("responses")
+
+    def evidence(self) -> dict:
+        """The evidence the decision rests on."""
+        return json.loads(self._artifact("evidence").path("evidence.json").read_text())
+
+    def policy_path(self) -> Path:
+        """A folder `AutoModelForCausalLM.from_pretrained` opens: the policy, or its adapter beside its base."""
+        policy = self._artifact("policy")
+        folder = policy.folder("policy")
+        if not (folder / "adapter_config.json").exists():
+            return folder
+        base = StepRef.model_validate_json((folder / "base.json").read_text())
+        return _adapter_beside(policy, Artifact(self._store, base).folder("policy"))
+
+    def _artifact(self, role: str) -> Artifact:
+        if role not in self.manifest.steps:
+            raise InputError(f"round {self.manifest.round} of {self.manifest.run!r} has no {role}")
+        return Artifact(self._store, self.manifest.steps[role])
+
+    def _frame(self, role: str) -> pd.DataFrame:
+        if role not in self.manifest.artifacts:
+            from sera_core.artifacts import schema
+
+            return pd.DataFrame(columns=getattr(schema, role.upper()).names)
+        place = self.manifest.artifacts[role]
+        step = StepRef(step=place["step"], key=place["key"], digest=self._digest(role))
+        return pq.read_table(Artifact(self._store, step).path(place["path"])).to_pandas()
+
+    def _digest(self, role: str) -> str:
+        key = self.manifest.artifacts[role]["key"]
+        return next(ref.digest for ref in self.manifest.steps.values() if ref.key == key)
+
+
+def _adapter_beside(policy: Artifact, base: Path) -> Path:
+    """The adapter in the cache, its config naming where its base lies on this machine (the store holds no paths)."""
+    names = [name for name in policy.record.files if name.startswith("policy/")]
+    files = {name.removeprefix("policy/"): policy.path(name) for name in names}
+    config = json.loads(files.pop("adapter_config.json").read_text())
+    target = assemble(f"{policy.ref.digest}-adapter", files)
+    path = target / "adapter_config.json"
+    path.write_text(json.dumps(config | {"base_model_name_or_path": str(base)}, indent=2, sort_keys=True) + "\n")
+    return target
+
+
+def _single(value: object) -> object:
+    """A rate becomes its value: a table's cell holds one number."""
+    return value.get("value") if isinstance(value, dict) and "value" in value else value

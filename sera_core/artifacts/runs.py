@@ -1,0 +1,275 @@
+"""A run: its configuration records, its round manifests, and what follows from them (head, best round, stop reason).
+
+    runs/<run>/run-000.json           resolved configuration; later numbers only for changed limits and execution
+    runs/<run>/round-000.json         create-only manifest of a finished round, with the sha256 of its parent
+    runs/<run>/stop-000.json          the budget that ended the run under run-000.json
+    runs/<run>/review-000.json        a question to a person; review-000-answer.json the answer
+    runs/<run>/final-000.json         evidence on the test side for one best round, once the run has stopped
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+
+from sera_core.artifacts.canonical import sha256_json
+from sera_core.artifacts.manifest import FORMAT, Noun, StepRef
+from sera_core.artifacts.store import Store, create_json, numbered, read_json
+from sera_core.config import SeraConfig
+from sera_core.errors import InputError, StoreError
+
+DecisionName = Literal["promote", "hold", "roll_back", "stop"]
+STOP_REASONS = ("converged", "max_rounds", "degraded", "no_pairs", "budget", "reviewer")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class RunRecord(Noun):
+    """The configuration a run was started (or re-opened) with."""
+
+    format: int
+    run: str
+    config: dict[str, Any]
+    config_sha256: str
+    resolved: dict[str, Any]
+    """What config_sha256 covers: result fields with paths replaced by content digests."""
+    created: str
+
+
+class RoundManifest(Noun):
+    """One finished round."""
+
+    format: int
+    run: str
+    round: int
+    config_sha256: str
+    parent_sha256: str | None
+    steps: dict[str, StepRef]
+    """The round's own steps, by role (policy, scored, mixture, evidence, …)."""
+    used: list[StepRef]
+    """Every step the round rests on, log-probabilities and shared ones included."""
+    artifacts: dict[str, dict[str, Any]]
+    """What a person looks for, by role: step ref, path in it, sha256, bytes, rows."""
+    pairs: dict[str, int]
+    target_share: float
+    generated_share: float
+    metrics: dict[str, Any]
+    decision: DecisionName
+    reason: str
+    stop_reason: str | None
+    accuracy: float | None
+    created: str
+
+
+def check_name(run: str) -> str:
+    """A run's name: letters, digits, dot, dash, underscore; no path."""
+    if not _NAME.fullmatch(run) or ".." in run:
+        raise InputError(
+            f"run name {run!r}: a name is 1 to 100 letters, digits, '.', '-' or '_', and starts with a letter or "
+            "digit; it cannot hold a path. Choose another with --name"
+        )
+    return run
+
+
+class History:
+    """What the finished rounds of a run say: pure, from their manifests alone."""
+
+    def __init__(self, rounds: Sequence[RoundManifest]) -> None:
+        self.rounds = list(rounds)
+
+    @property
+    def next_round(self) -> int:
+        """Number of the round to do next."""
+        return len(self.rounds)
+
+    @property
+    def promoted(self) -> list[RoundManifest]:
+        """Rounds whose policy was promoted, in order."""
+        return [r for r in self.rounds if r.decision == "promote"]
+
+    @property
+    def best(self) -> RoundManifest | None:
+        """The promoted round with the largest held-out reward accuracy, ties to the earlier."""
+        return max(self.promoted, key=lambda r: (r.accuracy if r.accuracy is not None else -1.0, -r.round), default=None)
+
+    @property
+    def lineage(self) -> list[RoundManifest]:
+        """Heads in order: a roll-back cuts them back to the best round so far."""
+        heads: list[RoundManifest] = []
+        for number, manifest in enumerate(self.rounds):
+            if manifest.decision == "promote":
+                heads.append(manifest)
+            elif manifest.decision == "roll_back":
+                best = History(self.rounds[:number]).best
+                heads = [head for head in heads if best is not None and head.round <= best.round]
+        return heads
+
+    @property
+    def head(self) -> RoundManifest | None:
+        """The promoted round the next one starts from."""
+        return self.lineage[-1] if self.lineage else None
+
+    @property
+    def held_in_a_row(self) -> int:
+        """Rounds held since the last one that was promoted or rolled back."""
+        count = 0
+        for manifest in reversed(self.rounds):
+            if manifest.decision != "hold":
+                break
+            count += 1
+        return count
+
+    @property
+    def rolled_back(self) -> bool:
+        """Whether the run was rolled back before (once is allowed)."""
+        return any(r.decision == "roll_back" for r in self.rounds)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The history as a decision sees it."""
+        return [{"round": r.round, "decision": r.decision, "accuracy": r.accuracy} for r in self.rounds]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested configuration as dotted keys."""
+    if isinstance(value, Mapping):
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines `key: old -> new` for every dotted key that differs."""
+    a, b = flatten(old), flatten(new)
+    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+
+
+class RunStore:
+    """The records of one run."""
+
+    def __init__(self, store: Store, run: str) -> None:
+        self.store, self.run = store, check_name(run)
+        self.path = f"runs/{run}"
+
+    def configs(self) -> list[RunRecord]:
+        """run-000.json and its successors."""
+        return [RunRecord.model_validate(data) for _, data in numbered(self.store, self.path + "/run-{:03d}.json")]
+
+    def rounds(self) -> list[RoundManifest]:
+        """Manifests of the finished rounds, in order, each checked against its parent's hash."""
+        manifests: list[RoundManifest] = []
+        parent = None
+        for number, data in numbered(self.store, self.path + "/round-{:03d}.json"):
+            manifest = RoundManifest.model_validate(data)
+            if manifest.parent_sha256 != parent or manifest.round != number:
+                raise StoreError(
+                    f"{self.store.url}/{self.path}/round-{number:03d}.json: does not follow from the manifest before it "
+                    "(another parent hash); restore both from a copy of the store"
+                )
+            manifests.append(manifest)
+            parent = self._sha256(number)
+        return manifests
+
+    def _sha256(self, number: int) -> str | None:
+        data = self.store.read_bytes(f"{self.path}/round-{number:03d}.json")
+        return None if data is None else hashlib.sha256(data).hexdigest()
+
+    def history(self) -> History:
+        """The run's history."""
+        return History(self.rounds())
+
+    def open(self, config: SeraConfig, resolved: Mapping[str, Any]) -> RunRecord:
+        """Create the run, or find it with the same configuration; changed limits and execution are recorded.
+
+        Raises:
+            InputError: a configuration that changes results was changed; the differences are named.
+        """
+        dump = config.model_dump(mode="json")
+        sha = sha256_json(resolved)
+        records = self.configs()
+        if records and records[-1].config_sha256 != sha:
+            lines = "\n  ".join(differences(records[0].resolved, resolved))
+            raise InputError(
+                f"run {self.run!r} exists with another configuration:\n  {lines}\n"
+                "Undo the change, or start another run with --name"
+            )
+        if records and sha256_json(records[-1].config) == sha256_json(dump):
+            return records[-1]
+        record = RunRecord(
+            format=FORMAT, run=self.run, config=dump, config_sha256=sha, resolved=dict(resolved), created=now()
+        )
+        winner, _ = create_json(
+            self.store, f"{self.path}/run-{len(records):03d}.json", record.model_dump(mode="json")
+        )
+        return RunRecord.model_validate(winner)
+
+    def commit_round(self, manifest: RoundManifest) -> RoundManifest:
+        """Create the round's manifest; of two writers the first one's stands."""
+        number = manifest.round
+        parent = self._sha256(number - 1) if number else None
+        data = manifest.model_copy(update={"parent_sha256": parent}).model_dump(mode="json")
+        winner, _ = create_json(self.store, f"{self.path}/round-{number:03d}.json", data)
+        return RoundManifest.model_validate(winner)
+
+    def commit_stop(self, reason: str, after: str) -> None:
+        """Record that the budget ended the run under its current configuration."""
+        number = len(self.configs()) - 1
+        record = {"format": FORMAT, "reason": reason, "after": after, "created": now()}
+        create_json(self.store, f"{self.path}/stop-{number:03d}.json", record)
+
+    def stop_reason(self) -> str | None:
+        """Why the run stopped, None while it is open. Limits that were raised re-open it."""
+        records, history = self.configs(), self.history()
+        if not records:
+            return None
+        if history.rounds and history.rounds[-1].stop_reason:
+            return history.rounds[-1].stop_reason
+        if self.waiting() is not None:
+            return None
+        limits = SeraConfig.model_validate(records[-1].config).limits
+        if history.next_round >= limits.rounds:
+            return "max_rounds"
+        stop = read_json(self.store, f"{self.path}/stop-{len(records) - 1:03d}.json")
+        return None if stop is None else stop["reason"]
+
+    def ask(self, round: int, evidence: Mapping[str, Any], hours: float, default: str) -> dict[str, Any]:
+        """Record the question whether a round is to be promoted; its deadline counts from the first asking."""
+        until = (datetime.now(UTC) + timedelta(hours=hours)).isoformat(timespec="seconds")
+        question = {"format": FORMAT, "round": round, "evidence": evidence, "until": until, "default": default}
+        record, _ = create_json(self.store, f"{self.path}/review-{round:03d}.json", question)
+        return record
+
+    def answer(self, round: int, decision: str, note: str, who: str) -> dict[str, Any]:
+        """Record the answer to a question; the first answer stands."""
+        answer = {"format": FORMAT, "decision": decision, "note": note, "who": who, "when": now()}
+        record, _ = create_json(self.store, f"{self.path}/review-{round:03d}-answer.json", answer)
+        return record
+
+    def question(self, round: int) -> dict[str, Any] | None:
+        """The question asked of a round, or None."""
+        return read_json(self.store, f"{self.path}/review-{round:03d}.json")
+
+    def answer_of(self, round: int) -> dict[str, Any] | None:
+        """The answer to a round's question; after the deadline the configured default is written and returned."""
+        found = read_json(self.store, f"{self.path}/review-{round:03d}-answer.json")
+        question = self.question(round)
+        if found is None and question and datetime.fromisoformat(question["until"]) < datetime.now(UTC):
+            return self.answer(round, question["default"], "no answer before the deadline", "deadline")
+        return found
+
+    def waiting(self) -> dict[str, Any] | None:
+        """The unanswered question of the open round: {"round", "until"}, or None."""
+        number = self.history().next_round
+        question = self.question(number)
+        if question is None or self.answer_of(number) is not None:
+            return None
+        return {"round": number, "until": question["until"]}
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def list_runs(store: Store) -> list[str]:
+    """Names of the runs in a store, for people."""
+    return [name for name in store.names("runs") if _NAME.fullmatch(name)]

@@ -1,0 +1,115 @@
+"""The parquet columns of every artifact (log-probabilities in nats, float64, summed over the response)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+IDS = pa.list_(pa.int32())
+NATS = pa.float64()
+ROW_GROUP = 1024
+
+_PAIR = [
+    ("pair_id", pa.string()),
+    ("prompt_id", pa.string()),
+    ("format", pa.string()),
+    ("prompt", MESSAGES),
+    ("chosen", MESSAGES),
+    ("rejected", MESSAGES),
+    ("prompt_ids", IDS),
+    ("chosen_ids", IDS),
+    ("rejected_ids", IDS),
+    ("origin", pa.string()),
+    ("round", pa.int32()),
+]
+PAIRS = pa.schema(_PAIR)
+MIXTURE = pa.schema([*_PAIR, ("ref_chosen_logps", NATS), ("ref_rejected_logps", NATS)])
+PROMPTS = pa.schema([("prompt_id", pa.string()), ("prompt", MESSAGES), ("prompt_ids", IDS)])
+"""Prompts that may be sampled from, one row each."""
+LOGPS = pa.schema([("id", pa.string()), ("logps", NATS), ("tokens", pa.int32())])
+"""Log-probabilities of responses; `id` is the response's key (see `tasks.scoring.response_key`)."""
+RESPONSES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("response", pa.string()),
+        ("response_ids", IDS),
+        ("seed", pa.int64()),
+        ("finish_reason", pa.string()),
+        ("tokens", pa.int32()),
+        ("policy_logps", NATS),
+        ("ref_logps", NATS),
+        ("past_logps", pa.list_(NATS)),
+        ("past_ref_logps", pa.list_(NATS)),
+        ("reward", NATS),
+        ("ensemble_reward", NATS),
+    ]
+)
+SCORED = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("policy_chosen_logps", NATS),
+        ("policy_rejected_logps", NATS),
+        ("ref_chosen_logps", NATS),
+        ("ref_rejected_logps", NATS),
+        ("chosen_tokens", pa.int32()),
+        ("rejected_tokens", pa.int32()),
+        ("chosen_reward", NATS),
+        ("rejected_reward", NATS),
+        ("margin", NATS),
+        ("ensemble_margin", NATS),
+    ]
+)
+LEDGER = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("origin", pa.string()),
+        ("round", pa.int32()),
+        ("stage", pa.string()),
+        ("ensemble_margin", NATS),
+        ("rank", pa.int32()),
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+def table(schema: pa.Schema, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
+    """A table of exactly the schema's columns; a column not given is null throughout."""
+    unknown = set(columns) - set(schema.names)
+    if unknown:
+        raise KeyError(f"columns {sorted(unknown)} are not in the schema {schema.names}")
+    rows = len(next(iter(columns.values())))
+    arrays = [
+        pa.array(columns[f.name], type=f.type) if f.name in columns else pa.nulls(rows, type=f.type) for f in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def from_rows(schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """A table from dictionaries; absent values become null."""
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+
+
+def write_table(data: pa.Table, path: Path) -> None:
+    """Write parquet whose bytes depend on the content alone: zstd, row groups of 1,024, nothing of the writer's host."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, data.schema, compression="zstd", store_schema=False) as writer:
+        writer.write_table(data, row_group_size=ROW_GROUP)
+
+
+def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
+    """Read parquet; with a schema, the columns must be exactly that schema's."""
+    data = pq.read_table(path)
+    return data if schema is None else data.select(schema.names).cast(schema)
+
+
+def iter_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a parquet file as dictionaries, one row group in memory at a time."""
+    file = pq.ParquetFile(path)
+    for group in range(file.num_row_groups):
+        yield from file.read_row_group(group, columns=list(columns) if columns else None).to_pylist()

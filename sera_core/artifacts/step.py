@@ -1,0 +1,164 @@
+"""Doing a step: find its record, else do the work beside any earlier attempt and create the record last."""
+
+import contextlib
+import platform
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from sera_core import __version__
+from sera_core.artifacts.canonical import sha256_file
+from sera_core.artifacts.manifest import FORMAT, Artifact, FileRecord, StepRecord, StepSpec, find_record
+from sera_core.artifacts.store import Store, create_json, numbered, remove_workspace
+from sera_core.config import ExecutionConfig
+from sera_core.errors import SeraError
+
+Progress = Callable[[int, int, str], None]
+"""progress(done, total, unit): told now and then while a step works."""
+
+
+def quiet(done: int, total: int, unit: str) -> None:
+    """No progress shown."""
+
+
+class Attempt:
+    """One attempt at a step: its configuration, inputs, shards, and a folder of its own to write into."""
+
+    def __init__(
+        self, store: Store, spec: StepSpec, execution: ExecutionConfig, progress: Progress = quiet
+    ) -> None:
+        self.store, self.spec, self.execution, self.progress = store, spec, execution, progress
+        self.id = secrets.token_hex(8)
+        self.folder = store.workspace(f"{spec.path}/{self.id}")
+        self.counts: Counter[str] = Counter()
+        self.metrics: dict[str, Any] = {}
+        self.part_metrics: list[dict[str, Any]] = []
+        self._used: list[str] = []
+        self._committed: dict[str, FileRecord] = {}
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The configuration that is in the step's key; the work sees no other."""
+        return self.spec.fields
+
+    def input(self, name: str) -> Artifact:
+        """An input step's files."""
+        ref = self.spec.inputs[name]
+        if ref is None:
+            raise SeraError(f"step {self.spec.step}: the input {name!r} is not known yet")
+        return Artifact(self.store, ref)
+
+    def write(self, relative: str) -> Path:
+        """Path of a file to write in this attempt."""
+        path = self.folder / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Finished shards or checkpoints of this step, by any attempt, in order (dense numbers, probed by name)."""
+        return [record for _, record in numbered(self.store, self.spec.path + "/part-{:05d}.json")]
+
+    def part_path(self, part: dict[str, Any], relative: str) -> Path:
+        """Local path of one file of a part, its hash checked."""
+        file = FileRecord.model_validate(part["files"][relative])
+        path = f"{self.spec.path}/{file.attempt}/{relative}"
+        return self.store.fetch(path, file.sha256, file.bytes, relative)
+
+    def commit_part(self, number: int, files: list[str], info: dict[str, Any]) -> dict[str, Any]:
+        """Create part-<number>.json naming files of this attempt; returns the record that won."""
+        records = {relative: self._commit(relative).model_dump() for relative in files}
+        record, _ = create_json(
+            self.store, f"{self.spec.path}/part-{number:05d}.json", {"format": FORMAT, "files": records, "info": info}
+        )
+        return record
+
+    @property
+    def committed(self) -> bool:
+        """Whether a part of this attempt is in the store already."""
+        return bool(self._committed)
+
+    def use_parts(self, parts: list[dict[str, Any]]) -> None:
+        """Name the parts the result was made from."""
+        self._used = [f"part-{number:05d}.json" for number in range(len(parts))]
+
+    def _commit(self, relative: str) -> FileRecord:
+        if relative not in self._committed:
+            path = self.folder / relative
+            rows = pq.read_metadata(path).num_rows if path.suffix == ".parquet" else None
+            self.store.commit_file(self.folder, f"{self.spec.path}/{self.id}", relative)
+            self._committed[relative] = FileRecord(
+                attempt=self.id, sha256=sha256_file(path), bytes=path.stat().st_size, rows=rows
+            )
+        return self._committed[relative]
+
+    def commit(self, files: list[str], started: datetime, seconds: float) -> StepRecord:
+        """Create done.json, last. Of two racing attempts one wins; both go on with the winner's record."""
+        key = self.spec.key
+        assert key is not None
+        record = StepRecord(
+            format=FORMAT,
+            step=self.spec.step,
+            version=self.spec.version,
+            key=key,
+            fields=self.fields,
+            inputs={name: ref for name, ref in self.spec.inputs.items() if ref is not None},
+            files={relative: self._commit(relative) for relative in sorted(files)},
+            parts=self._used,
+            counts=dict(sorted(self.counts.items())),
+            metrics=self.metrics,
+            environment=environment(),
+            started=started.isoformat(timespec="seconds"),
+            seconds=round(seconds, 3),
+        )
+        data = record.model_dump(mode="json")
+        winner, _ = create_json(self.store, f"{self.spec.path}/done.json", data)
+        return StepRecord.model_validate(winner)
+
+
+Work = Callable[[Attempt], list[str]]
+"""The work of a step: writes files into the attempt and returns their relative paths."""
+
+
+def run_step(
+    store: Store, spec: StepSpec, work: Work, execution: ExecutionConfig, progress: Progress = quiet
+) -> StepRecord:
+    """The record of a step: found, or made now (DESIGN, laws 1 to 3)."""
+    if (record := find_record(store, spec.step, spec.key)) is not None:
+        return record
+    started, clock = datetime.now(UTC), time.monotonic()
+    attempt = Attempt(store, spec, execution, progress)
+    try:
+        files = work(attempt)
+        return attempt.commit(files, started, time.monotonic() - clock)
+    except SeraError:
+        if not attempt.committed:  # refused: leave nothing half-written
+            shutil.rmtree(attempt.folder, ignore_errors=True)
+        raise
+    finally:
+        remove_workspace(store, attempt.folder)
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """What the work ran on: recorded, never in a key."""
+    names = ("torch", "transformers", "trl", "peft", "vllm", "prefect", "pyarrow", "numpy")
+    versions = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "sera-flow": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "packages": versions,
+    }

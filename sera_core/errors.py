@@ -1,0 +1,29 @@
+"""Errors a user can act on. Each message says what was found, where, and what to do."""
+
+
+class SeraError(Exception):
+    """Base of every error this project raises on purpose; the command line shows only its message."""
+
+    exit_code = 1
+
+
+class InputError(SeraError, ValueError):
+    """Bad arguments, configuration or data (exit code 2)."""
+
+    exit_code = 2
+
+
+class StoreError(SeraError, OSError):
+    """The store broke a promise: a wrong hash, a missing file, a refused write."""
+
+
+class BusyError(SeraError, RuntimeError):
+    """Someone else holds the run (exit code 3)."""
+
+    exit_code = 3
+
+
+class BudgetReached(SeraError):
+    """A step crossed a limit; the run ends after it with the stop reason ``budget``."""
+
+    exit_code = 0

@@ -1,0 +1,103 @@
+"""From stored log-probabilities to rewards and margins: the one place where policies, references and ensembles meet."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sera_core.artifacts import schema
+from sera_core.rewards import (
+    ensemble_reward,
+    fit_length_penalty,
+    penalty_grid,
+    quantise,
+    score_responses,
+)
+
+Nats = np.ndarray
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Rewards of responses under the newest policy, and under the ensemble (what pairing and selection sort by)."""
+
+    reward: Nats
+    ensemble: Nats
+    penalty: dict[str, Any] | None
+    """DICE's sweep: alphas (nats a token), mean length differences (tokens), and the alpha taken."""
+
+
+def judge_responses(
+    score: str,
+    beta: float,
+    weights: Sequence[float],
+    policies: Sequence[Nats],
+    references: Sequence[Nats],
+    tokens: np.ndarray,
+    groups: np.ndarray,
+    length_penalty: str,
+) -> Judgement:
+    """Rewards β·s of every response, rounded to 1e-6 nats, newest policy first (METHOD, quantities 1 to 5).
+
+    Args:
+        score: one of `rewards.SCORES`.
+        beta: inverse strength of the KL constraint.
+        weights: weight of each policy's reward, newest first.
+        policies: log π_k(y|x) for each policy, in nats.
+        references: log π_ref,k(y|x) likewise; empty for simpo.
+        tokens: length of each response in tokens.
+        groups: responses that compete (a prompt, or a human pair) share a number.
+        length_penalty: `none`, or `dice` (fitted on the ensemble's rewards).
+    """
+    refs: Sequence[Nats | None] = references or [None] * len(policies)
+    rewards = [
+        score_responses(score, policy, ref, tokens, beta) for policy, ref in zip(policies, refs, strict=True)
+    ]
+    ensemble = ensemble_reward(rewards, np.asarray(weights))
+    penalty = None
+    if length_penalty == "dice":
+        penalty, slope = _fit_penalty(ensemble, tokens, groups)
+        rewards[0], ensemble = rewards[0] - slope * tokens, ensemble - slope * tokens
+    return Judgement(quantise(rewards[0]), quantise(ensemble), penalty)
+
+
+def _fit_penalty(rewards: Nats, tokens: np.ndarray, groups: np.ndarray) -> tuple[dict[str, Any], float]:
+    if len(rewards) == 0:
+        return {"alpha": 0.0, "alphas": [], "length_differences": []}, 0.0
+    alphas = penalty_grid(rewards, tokens)
+    alpha, sweep = fit_length_penalty(rewards, tokens, groups, alphas)
+    return {"alpha": alpha, "alphas": alphas.tolist(), "length_differences": sweep.tolist()}, alpha
+
+
+def interleaved(table: pa.Table) -> tuple[Nats, Nats]:
+    """(chosen, rejected) log-probabilities of a logps table of pairs, whose rows alternate."""
+    values = table["logps"].to_numpy()
+    return values[0::2], values[1::2]
+
+
+def scored_table(
+    pair_ids: Sequence[str],
+    policy: tuple[Nats, Nats],
+    reference: tuple[Nats, Nats] | None,
+    tokens: tuple[np.ndarray, np.ndarray],
+    reward: tuple[Nats, Nats],
+    ensemble: tuple[Nats, Nats],
+    beta: float,
+) -> pa.Table:
+    """The columns of scored.parquet; margins are in nats without β. Each tuple is (chosen, rejected)."""
+    columns = {
+        "pair_id": list(pair_ids),
+        "policy_chosen_logps": policy[0],
+        "policy_rejected_logps": policy[1],
+        "chosen_tokens": tokens[0],
+        "rejected_tokens": tokens[1],
+        "chosen_reward": reward[0],
+        "rejected_reward": reward[1],
+        "margin": quantise((reward[0] - reward[1]) / beta),
+        "ensemble_margin": quantise((ensemble[0] - ensemble[1]) / beta),
+    }
+    if reference is not None:
+        columns |= {"ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
+    return schema.table(schema.SCORED, columns)

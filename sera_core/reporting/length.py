@@ -1,0 +1,74 @@
+"""Is length what the selection and the policy follow? Shares of longer answers, and the alarm in words."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from sera_core.diagnostics import longer_share
+from sera_core.reporting import words
+from sera_core.reporting.evidence import Line, rate_line
+from sera_core.reporting.files import RoundFiles, Row
+
+_PARTS = (
+    ("counter_change", "accuracy where the better answer is shorter, change", "fell", -1),
+    ("aligned_change", "accuracy where the better answer is longer, change", "did not fall", 0),
+    ("kept_share_excess", "share of longer chosen answers: kept pairs less all pairs", "is larger", 1),
+)
+
+
+def shares(
+    files: RoundFiles, ledger: Sequence[Row], evidence: dict[str, Any] | None
+) -> list[tuple[str, dict[str, Any]]]:
+    """Share of pairs whose chosen answer is the longer one: all and kept pairs by origin, held-out pairs."""
+    found = []
+    kept = {row["pair_id"]: row["reason"] == "relabelled" for row in ledger if row["kept"]}
+    for role, name in (("scored", "human pairs"), ("responses", "generated pairs")):
+        rows = list(files.rows(role, "scored.parquet", ["pair_id", "chosen_tokens", "rejected_tokens"]))
+        if rows:
+            turned = [kept.get(row["pair_id"], False) for row in rows]
+            differences = np.array([_difference(row) for row in rows])
+            trained = np.where(turned, -differences, differences)[[row["pair_id"] in kept for row in rows]]
+            found += [(f"all {name}", _share(differences)), (f"kept {name}", _share(trained))]
+    if evidence is not None:
+        found += [
+            ("held-out pairs: chosen longer", evidence["heldout/chosen_longer"]),
+            ("held-out pairs: preferred longer", evidence["heldout/preferred_longer"]),
+        ]
+    return found
+
+
+def alarm_parts(alarm: dict[str, Any] | None) -> list[Line]:
+    """The three parts of the alarm: what was measured, and whether it holds."""
+    if alarm is None:
+        return []
+    made = []
+    for key, name, claim, sign in _PARTS:
+        line = rate_line(name, alarm[key], signed=True)
+        note = line.note or _holds(alarm[key], claim, sign)
+        made.append(Line(line.name, line.value, line.n, note))
+    return made
+
+
+def alarm_words(alarm: dict[str, Any] | None) -> str:
+    """The alarm's result in a sentence."""
+    if alarm is None:
+        return "Not measured: there is no earlier head to compare with."
+    return words.ALARMS.get(alarm["reason"], alarm["reason"])
+
+
+def _holds(rate: dict[str, Any], claim: str, sign: int) -> str:
+    if rate["low"] is None or rate["high"] is None:
+        return "not measured"
+    holds = {-1: rate["high"] < 0, 0: not rate["high"] < 0, 1: rate["low"] > 0}[sign]
+    return f"{claim}: {'holds' if holds else 'does not hold'}"
+
+
+def _difference(row: Row) -> int:
+    return row["chosen_tokens"] - row["rejected_tokens"]
+
+
+def _share(differences: np.ndarray) -> dict[str, Any]:
+    share = asdict(longer_share(differences.astype(np.int64), np.zeros(len(differences), dtype=np.int64)))
+    return {name: None if value != value else value for name, value in share.items()}

@@ -1,0 +1,193 @@
+"""Plots as inline SVG, styled by the page's own style sheet: no library, no script, the same bytes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 640, 220
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 26, 36
+LABELS = 230
+"""Width of the row labels of a plot of intervals."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value at a place, with its interval where there is one."""
+
+    x: float
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points under one name, drawn in one style class (`a`, `b` or `c`)."""
+
+    name: str
+    style: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From values to places in the drawing."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def nice_step(span: float, pieces: int) -> float:
+    """A round step (1, 2, 2.5 or 5 times a power of ten) that cuts `span` into about `pieces`."""
+    raw = span / pieces if span > 0 else 1.0
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= raw * (1 - 1e-9))
+
+
+def ticks(low: float, high: float, pieces: int = 5) -> list[float]:
+    """Round values that cover [low, high]."""
+    step = nice_step(high - low, pieces)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, max(last, first + 1) + 1)]
+
+
+def histogram(kept: Sequence[float], dropped: Sequence[float], label: str) -> Markup | None:
+    """Counts of kept and dropped values, stacked; the outer bins hold what lies beyond. None without spread."""
+    sides = [np.asarray(values, dtype=np.float64) for values in (kept, dropped)]
+    every = np.concatenate(sides)
+    if not every.size or every.min() == every.max():
+        return None
+    low, high = np.quantile(every, (0.005, 0.995)) if every.size >= 200 else (every.min(), every.max())
+    edges = ticks(float(low), float(high), 24)
+    inside = [np.clip(side, edges[0], edges[-1]) for side in sides]
+    heights = [np.histogram(side, bins=np.asarray(edges))[0].tolist() for side in inside]
+    tallest = max(a + b for a, b in zip(*heights, strict=True))
+    x, y = Scale(edges[0], edges[-1], LEFT, WIDTH - RIGHT), _y_scale(0, tallest)
+    bars = []
+    for number, (k, d) in enumerate(zip(*heights, strict=True)):
+        at, width = x(edges[number]), x(edges[number + 1]) - x(edges[number])
+        bars += [_bar(at, width, y(d), y(0), "dropped"), _bar(at, width, y(d + k), y(d), "kept")]
+    zero = [_line(x(0), TOP, x(0), HEIGHT - BOTTOM, "zero")] if edges[0] <= 0 <= edges[-1] else []
+    legend = _legend([("kept", f"kept ({len(kept):,})"), ("dropped", f"dropped ({len(dropped):,})")])
+    return _svg(label, [*_y_axis(y, ticks(0, tallest, 4)), *bars, *zero, *_x_axis(x, edges, label), *legend])
+
+
+def lines(series: Sequence[Series], x_label: str, label: str, mark: float | None = None) -> Markup | None:
+    """Values over rounds or steps, intervals as bars; `mark` draws a dashed line. None without a point."""
+    points = [point for one in series for point in one.points]
+    if not points:
+        return None
+    ends = [end for p in points for end in (p.value, p.low, p.high) if end is not None]
+    ends += [] if mark is None else [mark]
+    y_ticks = ticks(min(ends), max(ends))
+    y = _y_scale(y_ticks[0], y_ticks[-1])
+    first, last = min(p.x for p in points), max(p.x for p in points)
+    pad = 0.5 if last - first < 12 else 0.02 * (last - first)
+    x = Scale(first - pad, last + pad, LEFT, WIDTH - RIGHT)
+    places = [v for v in ticks(first, last, 8) if v == int(v) and first <= v <= last] or [first]
+    drawn = [] if mark is None else [_line(LEFT, y(mark), WIDTH - RIGHT, y(mark), "mark")]
+    for number, one in enumerate(series):
+        shift = 5 * (number - (len(series) - 1) / 2) if last - first < 12 else 0.0
+        drawn += _series(one, x, y, shift)
+    legend = _legend([(one.style, one.name) for one in series])
+    return _svg(label, [*_y_axis(y, y_ticks), *_x_axis(x, places, x_label), *drawn, *legend])
+
+
+def intervals(rows: Sequence[tuple[str, str, Point]], label: str, mark: float | None = None) -> Markup | None:
+    """One row a quantity: (name, style class, value with interval). None without a row."""
+    if not rows:
+        return None
+    ends = [end for _, _, p in rows for end in (p.value, p.low, p.high) if end is not None]
+    ends += [] if mark is None else [mark]
+    places = ticks(min(ends), max(ends), 6)
+    height = 12 + 24 * len(rows) + BOTTOM
+    x = Scale(places[0], places[-1], LABELS, WIDTH - RIGHT - 10)
+    drawn = [] if mark is None else [_line(x(mark), 6, x(mark), height - BOTTOM, "mark")]
+    for number, (name, style, point) in enumerate(rows):
+        at = 20 + 24 * number
+        drawn.append(_text(LABELS - 14, at + 4, name, "end"))
+        if point.low is not None and point.high is not None:
+            drawn.append(_line(x(point.low), at, x(point.high), at, f"whisker {style}"))
+        drawn.append(_dot(x(point.value), at, style))
+    return _svg(label, [*_x_axis(x, places, label, height), *drawn], height)
+
+
+def _series(one: Series, x: Scale, y: Scale, shift: float) -> list[str]:
+    at = [(x(p.x) + shift, y(p.value), p) for p in one.points]
+    path = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in at)
+    drawn = [f'<polyline class="line {one.style}" points="{path}"/>'] if len(at) > 1 else []
+    for a, _, p in at:
+        if p.low is not None and p.high is not None:
+            drawn.append(_line(a, y(p.low), a, y(p.high), f"whisker {one.style}"))
+    return drawn + ([_dot(a, b, one.style) for a, b, _ in at] if len(at) <= 60 else [])
+
+
+def _y_scale(low: float, high: float) -> Scale:
+    return Scale(low, high, HEIGHT - BOTTOM, TOP)
+
+
+def _y_axis(y: Scale, values: Sequence[float]) -> list[str]:
+    drawn = []
+    for value in values:
+        if y.low - 1e-9 <= value <= y.high + 1e-9:
+            drawn += [
+                _line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid"),
+                _text(LEFT - 6, y(value) + 4, _short(value), "end"),
+            ]
+    return drawn
+
+
+def _x_axis(x: Scale, values: Sequence[float], label: str, height: int = HEIGHT) -> list[str]:
+    shown = values[:: math.ceil(len(values) / 9)]
+    drawn = [_line(x.start, height - BOTTOM, x.end, height - BOTTOM, "axis")]
+    drawn += [_text(x(value), height - BOTTOM + 15, _short(value), "middle") for value in shown]
+    return [*drawn, _text((x.start + x.end) / 2, height - 4, label, "middle", "name")]
+
+
+def _legend(entries: Sequence[tuple[str, str]]) -> list[str]:
+    drawn, at = [], float(LEFT)
+    for style, name in entries:
+        drawn += [_bar(at, 10, 4, 14, style), _text(at + 15, 13, name)]
+        at += 32 + 6.8 * len(name)
+    return drawn
+
+
+def _short(value: float) -> str:
+    text = f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    return "0" if float(f"{value:.9f}") == 0 else text.replace("-", "−")
+
+
+def _bar(x: float, width: float, top: float, bottom: float, style: str) -> str:
+    if bottom - top <= 0:
+        return ""
+    return (
+        f'<rect class="bar {style}" x="{x:.1f}" y="{top:.1f}" '
+        f'width="{max(width - 1, 1):.1f}" height="{bottom - top:.1f}"/>'
+    )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+    return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _dot(x: float, y: float, style: str) -> str:
+    return f'<circle class="dot {style}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", style: str = "") -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(label: str, drawn: Sequence[str], height: int = HEIGHT) -> Markup:
+    body = "\n".join(part for part in drawn if part)
+    return Markup(
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">\n{body}\n</svg>'
+    )

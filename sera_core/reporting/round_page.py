@@ -1,0 +1,195 @@
+"""A round's page: made from the content of the round's files alone, so equal files give equal bytes.
+
+Settings that no file holds (the target share, the rule) stand on the run's page: two runs that differ in them
+may share a round's files.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from sera_core.artifacts.manifest import Artifact
+from sera_core.diagnostics import MIN_PAIRS_A_SIDE
+from sera_core.reporting import evidence as evidences
+from sera_core.reporting import flow, length, plots, words
+from sera_core.reporting.examples import examples
+from sera_core.reporting.files import RoundFiles, Row
+from sera_core.reporting.pages import render
+from sera_core.reporting.plots import Point, Series
+
+
+def round_page(number: int, artifacts: Mapping[str, Artifact]) -> str:
+    """The page of one round. `artifacts`: its steps by role; without pairs there is no policy and no evidence."""
+    files = RoundFiles(artifacts)
+    ledger = list(files.rows("mixture", "ledger.parquet"))
+    evidence, decision = files.json("evidence", "evidence.json"), files.json("decision", "decision.json")
+    blocks = flow.blocks(files, ledger)
+    alarm = None if decision is None else decision["alarm"]
+    shares = length.shares(files, ledger, evidence)
+    return render(
+        "round.html.j2",
+        number=number,
+        sentence=_sentence(number, files, blocks),
+        decision=decision,
+        decided=words.DECISIONS,
+        verdicts=words.VERDICTS,
+        stops=words.STOPS,
+        lines=None if evidence is None else evidences.lines(evidence, decision),
+        signals=evidences.signals(decision),
+        increment=_judged_by_increment(files),
+        margins=None if evidence is None else _margins(evidence),
+        margins_plot=None if evidence is None else _margins_plot(evidence),
+        lesson=[] if evidence is None else evidences.lesson(evidence),
+        blocks=blocks,
+        apart=flow.apart(ledger),
+        histograms=_histograms(ledger),
+        examples=examples(files, ledger),
+        example_titles=EXAMPLES,
+        reasons=words.REASONS,
+        shares=[evidences.rate_line(name, rate) for name, rate in shares],
+        shares_plot=_shares_plot(shares),
+        correlation=None if evidence is None else evidence["heldout/length_margin_correlation"],
+        alarm=alarm,
+        alarm_words=length.alarm_words(alarm),
+        alarm_parts=length.alarm_parts(alarm),
+        alarm_pairs=MIN_PAIRS_A_SIDE,
+        curves=_curves(files.lines("policy", "log.jsonl")),
+        steps=len(files.lines("policy", "log.jsonl")),
+        flips=_flips(files, ledger),
+        inputs=_inputs(artifacts),
+    )
+
+
+EXAMPLES = {
+    "kept": "Kept: the human pair with the largest margin",
+    "dropped": "Dropped as suspicious: the human pair with the lowest margin",
+    "generated": "Generated: the policy's own answers, the pair with the largest margin",
+}
+
+
+def _sentence(number: int, files: RoundFiles, blocks: Sequence[flow.Block]) -> str:
+    """What the round did, in one plain sentence."""
+    human = blocks[0]
+    judged = files.size("scored", "scored.parquet")
+    pairs = words.plural(judged, "human pair")
+    if number == 0:
+        did = f"Round 0 took {pairs} as they came, with no trained policy yet to review them by"
+    else:
+        selected = sum(row["kept"] for row in files.rows("human", "ledger.parquet", ["kept"]))
+        did = f"Round {number} reviewed {pairs} by the head's own margins and kept {selected:,}"
+    if len(blocks) == 3:
+        answers = files.size("responses", "responses.parquet")
+        did += (
+            f", made {words.plural(blocks[2].given, 'pair')} from {words.plural(answers, 'answer')} "
+            f"of the head to {words.plural(blocks[1].given, 'prompt')}"
+        )
+    total = files.size("mixture", "mixture.parquet")
+    if "policy" not in files:
+        return f"{did}, and ended there, because no pairs were left to train on."
+    if len(blocks) < 3:
+        return f"{did}, and trained the policy on {total:,}."
+    mix = f"{human.kept:,} human and {blocks[2].kept:,} generated pairs"
+    return f"{did}, and trained the policy on {mix} ({words.percent(blocks[2].kept / total)} generated)."
+
+
+def _judged_by_increment(files: RoundFiles) -> bool:
+    """Whether rewards were measured against a past policy: then each is only the last increment."""
+    if "scored" not in files:
+        return False
+    scored = files.artifacts["scored"]
+    reference = scored.record.inputs.get("reference-000")
+    if reference is None:
+        return False
+    inputs = Artifact(scored.store, reference).record.inputs
+    return inputs.get("policy") != inputs.get("model")
+
+
+def _margins(evidence: dict[str, Any]) -> list[tuple[str, list[evidences.Line]]]:
+    """Trained and held-out pairs side by side."""
+    pairs = (("mean margin, nats", "margin"), ("reward accuracy", "rewards/accuracies"))
+    return [
+        (name, [evidences.rate_line(side, evidence[f"{side}/{key}"]) for side in ("trained", "heldout")])
+        for name, key in pairs
+    ]
+
+
+def _margins_plot(evidence: dict[str, Any]) -> Markup | None:
+    rows = [
+        ("human pairs trained on", "b", evidence["trained/margin"]),
+        ("held-out pairs", "a", evidence["heldout/margin"]),
+    ]
+    measured = [(name, style, _point(rate)) for name, style, rate in rows if rate["value"] is not None]
+    return plots.intervals(measured, "mean margin, nats", mark=0.0)
+
+
+def _shares_plot(shares: Sequence[tuple[str, dict[str, Any]]]) -> Markup | None:
+    rows = [
+        (name, "b" if name.startswith("kept") else "a" if name.startswith("held") else "c", _point(rate))
+        for name, rate in shares
+        if rate["value"] is not None
+    ]
+    return plots.intervals(
+        rows, "share of pairs whose chosen (or preferred) answer is the longer one", mark=0.5
+    )
+
+
+def _point(rate: dict[str, Any], x: float = 0.0) -> Point:
+    return Point(x, rate["value"], rate["low"], rate["high"])
+
+
+def _histograms(ledger: Sequence[Row]) -> list[tuple[str, Markup]]:
+    """Margins of the pairs that were judged, kept and dropped."""
+    made = []
+    for origin in ("human", "generated"):
+        sides: dict[bool, list[float]] = {True: [], False: []}
+        for row in ledger:
+            if row["origin"] == origin and row["pair_id"] and words.finite(row["ensemble_margin"]):
+                sides[row["kept"]].append(row["ensemble_margin"])
+        plot = plots.histogram(sides[True], sides[False], f"ensemble margin of {origin} pairs, nats")
+        made += [] if plot is None else [(origin, plot)]
+    return made
+
+
+CURVES = (
+    ("loss", "loss", "c"),
+    ("rewards/margins", "reward margin of the batch (β times nats)", "b"),
+    ("rewards/accuracies", "reward accuracy of the batch", "a"),
+)
+
+
+def _curves(log: Sequence[Row]) -> list[Markup]:
+    """A plot a quantity, over optimizer steps."""
+    made = []
+    for key, name, style in CURVES:
+        points = [Point(line["step"] + 1, line[key]) for line in log if words.finite(line.get(key))]
+        plot = plots.lines([Series(name, style, points)], "optimizer step", f"training: {name}")
+        made += [] if plot is None else [plot]
+    return made
+
+
+def _flips(files: RoundFiles, ledger: Sequence[Row]) -> dict[str, Any] | None:
+    """Turned labels (data.flip_fraction) among the judged and the dropped human pairs; None without any."""
+    flipped = set(files.json("pairs", "flipped.json") or [])
+    if not flipped:
+        return None
+    judged = [row for row in ledger if row["origin"] == "human" and row["stage"] in ("select", "mix")]
+    counts = Counter((row["pair_id"] in flipped, row["kept"]) for row in judged)
+    turned, dropped = counts[True, True] + counts[True, False], counts[True, False] + counts[False, False]
+    return {
+        "judged": len(judged),
+        "flipped": turned,
+        "dropped": dropped,
+        "flipped_dropped": counts[True, False],
+        "by_chance": turned / max(1, len(judged)) * dropped,
+    }
+
+
+def _inputs(artifacts: Mapping[str, Artifact]) -> list[tuple[str, str, int | None, int, str]]:
+    """Every file the page rests on: role, path, rows, bytes, sha256."""
+    return [
+        (role, path, file.rows, file.bytes, file.sha256)
+        for role, artifact in sorted(artifacts.items())
+        for path, file in sorted(artifact.record.files.items())
+    ]

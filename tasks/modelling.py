@@ -1,0 +1,34 @@
+"""Bring the start policy into the store as a plain folder."""
+
+import json
+from pathlib import Path
+
+from sera_core.artifacts.step import Attempt
+from sera_core.errors import InputError
+from sera_core.models import materialise, resolve_source, source_digest
+
+
+def import_model(attempt: Attempt) -> list[str]:
+    """Write policy/ (config, safetensors, tokenizer, chat template) from the model source.
+
+    Raises:
+        InputError: the source cannot be used, or changed since the run was planned.
+    """
+    where, folder = attempt.spec.where, attempt.write("policy/config.json").parent
+    source = resolve_source(where["source"], where["revision"])
+    if source_digest(source) != attempt.fields["source_digest"]:
+        raise InputError(f"model {where['source']}: changed while the run started; run it again")
+    materialise(source, folder)
+    if (template := attempt.fields["chat_template"]) is not None:
+        _set_template(folder, template)
+    files = [f"policy/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()]
+    attempt.counts["files"] = len(files)
+    return files
+
+
+def _set_template(folder: Path, template: str) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("chat_template", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,96 @@
+"""Review human pairs by the policy's own probabilities, and select the ones it prefers clearly."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sera_core.artifacts import schema
+from sera_core.artifacts.canonical import derived_seed
+from sera_core.artifacts.step import Attempt
+from sera_core.errors import SeraError
+from sera_core.judging import interleaved, judge_responses, scored_table
+from sera_core.selection import select
+
+_SETTINGS = ("fraction", "k", "threshold", "min_margin", "direction")
+
+
+def review_pairs(attempt: Attempt) -> list[str]:
+    """Write scored.parquet: rewards, margins and ensemble margins of every pair, in input order."""
+    fields = attempt.fields
+    pairs = schema.read_table(attempt.input("pairs").path(fields["file"]), schema.PAIRS)
+    policies = [_logps(attempt, f"policy-{n:03d}", pairs) for n in range(len(fields["weights"]))]
+    references = [_logps(attempt, name, pairs) for name in sorted(attempt.spec.inputs) if "reference" in name]
+    tokens = policies[0]["tokens"].to_numpy()
+    judged = judge_responses(
+        fields["score"],
+        fields["beta"],
+        fields["weights"],
+        [table["logps"].to_numpy() for table in policies],
+        [table["logps"].to_numpy() for table in references],
+        tokens,
+        np.repeat(np.arange(pairs.num_rows), 2),
+        fields["length_penalty"],
+    )
+    scored = scored_table(
+        pairs["pair_id"].to_pylist(),
+        interleaved(policies[0]),
+        interleaved(references[0]) if references else None,
+        (tokens[0::2], tokens[1::2]),
+        (judged.reward[0::2], judged.reward[1::2]),
+        (judged.ensemble[0::2], judged.ensemble[1::2]),
+        fields["beta"],
+    )
+    schema.write_table(scored, attempt.write("scored.parquet"))
+    attempt.counts["pairs"] = scored.num_rows
+    if judged.penalty is None:
+        return ["scored.parquet"]
+    attempt.metrics["length_penalty/alpha"] = judged.penalty["alpha"]
+    attempt.write("length_penalty.json").write_text(json.dumps(judged.penalty, indent=1) + "\n")
+    return ["scored.parquet", "length_penalty.json"]
+
+
+def select_pairs(attempt: Attempt) -> list[str]:
+    """Write ledger.parquet: for each scored pair its rank, kept or dropped, and why."""
+    fields = attempt.fields
+    scored = schema.read_table(attempt.input("review").path("scored.parquet"), schema.SCORED)
+    prompts = _prompt_ids(attempt)
+    ids = scored["pair_id"].to_pylist()
+    margins = scored["ensemble_margin"].to_numpy()
+    settings: dict[str, Any] = {name: fields[name] for name in _SETTINGS if name in fields}
+    if "seed" in fields:
+        settings["seed"] = derived_seed(fields["seed"], fields["round"], fields["origin"], "random")
+    selection = select(margins, ids, rule=fields["rule"], **settings)
+    reasons = ["relabelled" if turned else str(r) for turned, r in zip(selection.swapped, selection.reason, strict=True)]
+    columns = {
+        "pair_id": ids,
+        "prompt_id": [prompts[pair] for pair in ids],
+        "origin": [fields["origin"]] * len(ids),
+        "round": [fields["round"]] * len(ids),
+        "stage": ["select"] * len(ids),
+        "ensemble_margin": margins,
+        "rank": [int(rank) or None for rank in selection.rank],
+        "kept": selection.kept,
+        "reason": reasons,
+    }
+    schema.write_table(schema.table(schema.LEDGER, columns), attempt.write("ledger.parquet"))
+    attempt.counts.update(reasons)
+    return ["ledger.parquet"]
+
+
+def _prompt_ids(attempt: Attempt) -> dict[str, str]:
+    pairs = attempt.input("pairs")
+    name = "train.parquet" if "train.parquet" in pairs.record.files else "pairs.parquet"
+    table = schema.read_table(pairs.path(name)).select(["pair_id", "prompt_id"])
+    return dict(zip(table["pair_id"].to_pylist(), table["prompt_id"].to_pylist(), strict=True))
+
+
+def _logps(attempt: Attempt, name: str, pairs: pa.Table) -> pa.Table:
+    """The log-probabilities under one policy, checked to be those of these pairs in this order."""
+    table = schema.read_table(attempt.input(name).path("logps.parquet"), schema.LOGPS)
+    ids = table["id"].to_pylist()
+    expected = [f"{pair}/{side}" for pair in pairs["pair_id"].to_pylist() for side in ("chosen", "rejected")]
+    if ids != expected:
+        raise SeraError(f"{name}: its log-probabilities are not those of the pairs under review; delete that step")
+    return table

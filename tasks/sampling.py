@@ -1,0 +1,269 @@
+"""A policy's own answers: R responses a prompt, each with its token ids, its seed and its log-probability.
+
+Work is cut into shards of a fixed number of prompts in prompt_id order; a finished shard is committed and not
+sampled again. Batches are formed inside a shard only: an interrupted run gives the bytes of a whole one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sera_core.artifacts import schema
+from sera_core.artifacts.canonical import derived_seed
+from sera_core.artifacts.step import Attempt
+from sera_core.devices import device_of
+from sera_core.errors import SeraError
+from sera_core.models import load_policy
+from sera_core.rendering import Renderer
+from sera_core.rewards import quantise
+from tasks.engines.sampler import Finished, Request, Sampler, Settings, open_sampler, position_limit, unheard
+
+SHARD_PROMPTS = 64
+"""Prompts a shard: fixed, so that batches are formed from the same responses whatever the machine."""
+PROBED_RESPONSES = 16
+"""Responses of the first shard whose log-probabilities are compared with the scorer's."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to sample from: its id, and its token ids with the generation prompt."""
+
+    prompt_id: str
+    ids: tuple[int, ...]
+
+
+def sample_prompts(
+    sampler: Sampler,
+    renderer: Renderer,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    *,
+    responses: int,
+    seed: int,
+    round: int = 0,
+    finished: Finished = unheard,
+) -> pa.Table:
+    """The rows of responses.parquet for these prompts, in their order, samples 0 … `responses` − 1 of each.
+
+    Args:
+        sampler: the engine that holds the policy.
+        renderer: turns ids into text.
+        prompts: what to answer.
+        settings: how.
+        responses: R, responses a prompt.
+        seed: of the run; each response's own is derived from (seed, round, prompt_id, sample).
+        round: whose responses these are.
+        finished: told how many responses are complete.
+    """
+    keys = [(prompt, number) for prompt in prompts for number in range(responses)]
+    seeds = [derived_seed(seed, round, prompt.prompt_id, number) for prompt, number in keys]
+    requests = [Request(prompt.ids, own) for (prompt, _), own in zip(keys, seeds, strict=True)]
+    found = sampler.sample(requests, settings, finished) if requests else []
+    columns = {
+        "prompt_id": [prompt.prompt_id for prompt, _ in keys],
+        "sample": [number for _, number in keys],
+        "response": [renderer.text(response.ids) for response in found],
+        "response_ids": [response.ids for response in found],
+        "seed": seeds,
+        "finish_reason": [response.finish_reason for response in found],
+        "tokens": [len(response.ids) for response in found],
+        "policy_logps": quantise(np.array([response.logps for response in found], dtype=np.float64)),
+        "past_logps": [[] for _ in found],
+        "past_ref_logps": [[] for _ in found],
+    }
+    return schema.table(schema.RESPONSES, columns)
+
+
+# ------------------------------------------------------------------------------------------------------ step
+
+
+def sample_responses(attempt: Attempt) -> list[str]:
+    """Write responses.parquet, and dropped.parquet with every prompt of the side that was not sampled from.
+
+    The sampler's log-probabilities are kept where it computes in the scorer's arithmetic and a probe agrees.
+    """
+    prompts = _choose_prompts(attempt)
+    shards = [prompts[start : start + SHARD_PROMPTS] for start in range(0, len(prompts), SHARD_PROMPTS)]
+    parts = attempt.parts()
+    work = _Work(attempt, shards)
+    try:
+        for number in range(len(shards)):
+            if number >= len(parts):
+                parts.append(work.sample_shard(number))
+            if number == 0:
+                _probe(attempt, shards[0], _read_part(attempt, parts[0]))
+    finally:
+        work.close()
+    _merge(attempt, parts)
+    attempt.counts["prompts"] = len(prompts)
+    return ["responses.parquet", "dropped.parquet"]
+
+
+class _Work:
+    """The shards, and the engine, opened when the first of them needs it."""
+
+    def __init__(self, attempt: Attempt, shards: Sequence[Sequence[Prompt]]) -> None:
+        self.attempt, self.shards = attempt, shards
+        self.renderer = Renderer(_folders(attempt)[1])
+        self.sampler: Sampler | None = None
+
+    def sample_shard(self, number: int) -> dict[str, Any]:
+        """Sample one shard and commit it."""
+        attempt, fields = self.attempt, self.attempt.fields
+        self.sampler = self.sampler or self._open()
+        before = sum(map(len, self.shards[:number])) * fields["responses"]
+        total = sum(map(len, self.shards)) * fields["responses"]
+        table = sample_prompts(
+            self.sampler,
+            self.renderer,
+            self.shards[number],
+            Settings(fields["temperature"], fields["top_p"], fields["max_tokens"], self.renderer.stop_ids),
+            responses=fields["responses"],
+            seed=fields["seed"],
+            round=fields["round"],
+            finished=lambda done: attempt.progress(before + done, total, "responses"),
+        )
+        relative = f"part-{number:05d}.parquet"
+        schema.write_table(table, attempt.write(relative))
+        return attempt.commit_part(number, [relative], {"responses": table.num_rows})
+
+    def close(self) -> None:
+        """Free the engine."""
+        if self.sampler is not None:
+            self.sampler.close()
+
+    def _open(self) -> Sampler:
+        fields, execution = self.attempt.fields, self.attempt.execution
+        policy, base = _folders(self.attempt)
+        longest = max(len(prompt.ids) for shard in self.shards for prompt in shard)
+        return open_sampler(
+            fields["engine"],
+            policy,
+            base=base,
+            dtype=fields["dtype"],
+            device=device_of(execution.device),
+            batch=execution.sampling_batch,
+            max_length=longest + fields["max_tokens"],
+        )
+
+
+def _folders(attempt: Attempt) -> tuple[Path, Path]:
+    """The policy's folder, and the initial policy's, which an adapter belongs to."""
+    return attempt.input("policy").folder("policy"), attempt.input("model").folder("policy")
+
+
+def _read_part(attempt: Attempt, part: dict[str, Any]) -> pa.Table:
+    return schema.read_table(attempt.part_path(part, next(iter(part["files"]))), schema.RESPONSES)
+
+
+def _merge(attempt: Attempt, parts: list[dict[str, Any]]) -> None:
+    """All shards in one file; log-probabilities in another arithmetic than the scorer's are left out."""
+    attempt.use_parts(parts)
+    tables = [_read_part(attempt, part) for part in parts]
+    merged = pa.concat_tables([schema.table(schema.RESPONSES, {"prompt_id": []}), *tables]).combine_chunks()
+    if attempt.fields["dtype"] != attempt.fields["model_dtype"]:
+        place = merged.schema.get_field_index("policy_logps")
+        merged = merged.set_column(place, merged.schema.field(place), pa.nulls(len(merged), pa.float64()))
+    schema.write_table(merged, attempt.write("responses.parquet"))
+    _measure(attempt, merged)
+
+
+# --------------------------------------------------------------------------------------------------- prompts
+
+
+def _choose_prompts(attempt: Attempt) -> list[Prompt]:
+    """The side's distinct prompts in prompt_id order: all that fit, or a seeded `prompts` of them."""
+    fields = attempt.fields
+    fitting, too_long = _distinct_prompts(attempt)
+
+    def place(prompt: Prompt) -> int:
+        return derived_seed(fields["seed"], fields["round"], prompt.prompt_id, "prompts")
+
+    limit = len(fitting) if fields["prompts"] is None else fields["prompts"]
+    drawn = {prompt.prompt_id for prompt in sorted(fitting, key=place)[:limit]}
+    not_drawn = [prompt for prompt in fitting if prompt.prompt_id not in drawn]
+    _write_dropped(attempt, {"not_drawn": not_drawn, "prompt_too_long": too_long})
+    return [prompt for prompt in fitting if prompt.prompt_id in drawn]
+
+
+def _distinct_prompts(attempt: Attempt) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts that leave room for a response of `max_tokens`, and those that do not."""
+    name = {"train": "prompts.parquet", "heldout": "heldout.parquet"}[attempt.fields["side"]]
+    rows = schema.iter_rows(attempt.input("rendered").path(name), ["prompt_id", "prompt_ids"])
+    distinct = {row["prompt_id"]: Prompt(row["prompt_id"], tuple(row["prompt_ids"])) for row in rows}
+    prompts = [prompt for _, prompt in sorted(distinct.items())]
+    positions = position_limit(_folders(attempt)[1])
+    if positions is None:
+        return prompts, []
+    room = positions - attempt.fields["max_tokens"]
+    return [p for p in prompts if len(p.ids) <= room], [p for p in prompts if len(p.ids) > room]
+
+
+def _write_dropped(attempt: Attempt, dropped: dict[str, list[Prompt]]) -> None:
+    fields = attempt.fields
+    shared = {
+        "origin": "generated",
+        "round": fields["round"],
+        "stage": "sample" if fields["side"] == "train" else f"sample_{fields['side']}",
+        "kept": False,
+    }
+    rows = [
+        shared | {"prompt_id": prompt.prompt_id, "reason": reason}
+        for reason, prompts in dropped.items()
+        for prompt in prompts
+    ]
+    schema.write_table(schema.from_rows(schema.LEDGER, rows), attempt.write("dropped.parquet"))
+    attempt.counts.update({reason: len(prompts) for reason, prompts in dropped.items() if prompts})
+
+
+# ------------------------------------------------------------------------------------------------- evidence
+
+
+def _probe(attempt: Attempt, prompts: Sequence[Prompt], sampled: pa.Table) -> None:
+    """Compare the sampler's log-probabilities of a few responses with the scorer's; record the difference.
+
+    Raises:
+        SeraError: they differ by more than `max_parity_nats` although both compute in the same arithmetic.
+    """
+    from sera_core.logprobs import score_tokens, sequence_logps
+
+    fields = attempt.fields
+    ids = {prompt.prompt_id: prompt.ids for prompt in prompts}
+    chosen = np.linspace(0, len(sampled) - 1, min(PROBED_RESPONSES, len(sampled))).astype(int)
+    rows = sampled.take(chosen).to_pylist()
+    items = [(ids[row["prompt_id"]], row["response_ids"]) for row in rows]
+    policy, base = _folders(attempt)
+    scorer = load_policy(policy, fields["model_dtype"], device_of(attempt.execution.device), base=base)
+    scored = sequence_logps(scorer, items, tokens_per_batch=attempt.execution.tokens_per_batch)
+    differences = np.abs(scored - np.array([row["policy_logps"] for row in rows]))
+    worst = int(np.argmax(np.nan_to_num(differences, nan=np.inf)))
+    attempt.metrics["parity/max_nats"] = float(quantise(differences)[worst])
+    attempt.metrics["tokens/probe"] = score_tokens(items)
+    allowed = fields["max_parity_nats"]
+    if fields["dtype"] == fields["model_dtype"] and not differences[worst] <= allowed:
+        row = rows[worst]
+        raise SeraError(
+            f"prompt {row['prompt_id']}, sample {row['sample']}: the {fields['engine']} engine gives the "
+            f"response {row['policy_logps']:.4f} nats, the scorer {scored[worst]:.4f}: further apart than "
+            f"sampling.max_parity_nats = {allowed}; the engine may hold other weights. Use sampling.engine = "
+            '"transformers", or allow more where the arithmetic (bfloat16) explains it'
+        )
+
+
+def _measure(attempt: Attempt, sampled: pa.Table) -> None:
+    """Counts and metrics of the responses; none is left out of the file for its reason."""
+    tokens = sampled["tokens"].to_numpy()
+    cut = np.array([reason == "length" for reason in sampled["finish_reason"].to_pylist()], dtype=bool)
+    attempt.counts["responses"] = len(sampled)
+    attempt.counts["cut_by_limit"] = int(cut.sum())
+    attempt.counts["empty"] = int(((tokens == 1) & ~cut).sum())
+    attempt.metrics["tokens/sampled"] = int(tokens.sum())
+    if len(sampled):
+        attempt.metrics["samples/mean_tokens"] = round(float(tokens.mean()), 6)
+        attempt.metrics["samples/share_cut"] = round(float(cut.mean()), 6)

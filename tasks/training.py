@@ -1,0 +1,461 @@
+"""One round of direct alignment: start policy and mixture in, policy and log out, resumable from its checkpoints."""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import math
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from sera_core.artifacts import schema
+from sera_core.artifacts.canonical import derived_seed
+from sera_core.artifacts.step import Attempt
+from sera_core.config import TrainConfig
+from sera_core.devices import device_of
+from sera_core.errors import InputError, SeraError
+from sera_core.models import load_policy, load_tokenizer, save_policy, weights_digest
+
+MARGIN_BOUND = 1e-3
+"""Largest margin, in nats, that two float32 computations of the same log-probabilities may leave at step 0."""
+PROBE_PAIRS = 8
+"""Pairs (the longest of the first batch) that scorer and trainer are compared on in bfloat16."""
+COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
+
+
+def train_policy(attempt: Attempt) -> list[str]:
+    """Write policy/ and log.jsonl (a line an optimizer step, without times).
+
+    Raises:
+        InputError: the mixture cannot be trained on, or a tracking package is missing.
+        SeraError: policy and reference differ at step 0 where they are the same, or the loss is not finite.
+    """
+    run = TrainingRun(attempt)
+    run.refuse_unusable()
+    with tempfile.TemporaryDirectory(prefix="sera-train-") as scratch, quiet():
+        trainer = run.build(Path(scratch))
+        trainer.train()
+        files = run.write_policy(trainer.model)
+    attempt.write("log.jsonl").write_text(
+        "".join(json.dumps(line, sort_keys=True) + "\n" for line in run.lines)
+    )
+    run.report()
+    return [*files, "log.jsonl"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The pairs trained on, in the file's order."""
+
+    table: pa.Table
+    pair_ids: list[str]
+
+    @classmethod
+    def read(cls, path: Path, needs_reference: bool) -> "Mixture":
+        """Read mixture.parquet; a pair that cannot be trained on is refused by name."""
+        table = schema.read_table(path, schema.MIXTURE)
+        pair_ids = table.column("pair_id").to_pylist()
+        table = table.select(COLUMNS)
+        for name in COLUMNS[3:]:
+            values = table.column(name).to_pylist()
+            if not needs_reference:
+                values = [0.0] * len(values)
+            for pair_id, value in zip(pair_ids, values, strict=True):
+                if value is None or not math.isfinite(value):
+                    raise InputError(
+                        f"pair {pair_id}: {name} is {value}; score the mixture's reference again"
+                    )
+            table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.float64()))
+        return cls(table.append_column("row", pa.array(range(len(pair_ids)), pa.int64())), pair_ids)
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """Training tokens of each pair: 2|x| + |y_w| + |y_l|, counted as unshared (METHOD, equal budgets)."""
+        prompt, chosen, rejected = (
+            [len(ids) for ids in self.table.column(name).to_pylist()] for name in COLUMNS[:3]
+        )
+        return [2 * x + w + l for x, w, l in zip(prompt, chosen, rejected, strict=True)]  # noqa: E741
+
+    def refuse_lengths(self, positions: int | None) -> None:
+        """Nothing is ever truncated here, so every sequence must fit the model, and none may be empty."""
+        for pair_id, *ids in zip(
+            self.pair_ids, *(self.table.column(n).to_pylist() for n in COLUMNS[:3]), strict=True
+        ):
+            prompt, chosen, rejected = map(len, ids)
+            if 0 in (prompt, chosen, rejected):
+                raise InputError(f"pair {pair_id}: prompt, chosen or rejected has no tokens; drop the pair")
+            if positions is not None and prompt + max(chosen, rejected) > positions:
+                raise InputError(
+                    f"pair {pair_id}: {prompt + max(chosen, rejected)} tokens where the model has {positions} "
+                    "positions; lower data.max_prompt_tokens or data.max_response_tokens"
+                )
+
+
+def training_order(
+    tokens: Sequence[int], batch: int, epochs: int, seed: Sequence[int], budget: int | None = None
+) -> list[int]:
+    """Rows in the order they are trained on: the first pass in the file's order, later ones shuffled by seed.
+
+    Args:
+        tokens: training tokens of each row.
+        batch: pairs an optimizer step.
+        epochs: passes, unless there is a budget.
+        seed: what the shuffles of later passes depend on, with the pass's number.
+        budget: training tokens to reach: the order ends with the first batch that does, in whatever pass.
+    """
+    order: list[int] = []
+    passes = 0
+    while passes < epochs if budget is None else sum(tokens[row] for row in order) < budget:
+        rows = list(range(len(tokens)))
+        if passes:
+            random.Random(derived_seed("pass", *seed, passes)).shuffle(rows)
+        order, passes = order + rows, passes + 1
+    if budget is None:
+        return order
+    seen = 0
+    for start in range(0, len(order), batch):
+        seen += sum(tokens[row] for row in order[start : start + batch])
+        if seen >= budget:
+            return order[: start + batch]
+    return order
+
+
+def warmed_up(step: int, warmup_steps: int) -> float:
+    """Share of the peak learning rate at a step (from 0): rises to 1 over the warm-up, which has no step at 0."""
+    return min(1.0, (step + 1) / max(1, warmup_steps))
+
+
+class TrainingRun:
+    """State of one attempt at training: what is to be done, what was logged, where it goes on from."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        fields = attempt.fields
+        self.attempt, self.train = attempt, TrainConfig.model_validate(fields["train"])
+        self.bf16 = fields["dtype"] == "bfloat16"
+        self.needs_reference = set(self.train.losses) != {"simpo"}
+        self.mixture = Mixture.read(attempt.input("mixture").path("mixture.parquet"), self.needs_reference)
+        seed = (fields["seed"], fields["round"])
+        self.order = training_order(
+            self.mixture.tokens, self.train.batch, self.train.epochs, seed, fields.get("token_budget")
+        )
+        self.seed = derived_seed("train", *seed) % 2**32
+        self.start = attempt.input("start").folder("policy")
+        self.device = device_of(attempt.execution.device)
+        self.lines: list[dict[str, Any]] = []
+        self.step0: dict[str, float] = {}
+        self.probe: dict[int, tuple[float, float]] = {}
+        self.trainable = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return math.ceil(len(self.order) / self.train.batch)
+
+    def rows_of(self, step: int) -> list[int]:
+        """Rows of a step's global batch."""
+        return self.order[step * self.train.batch : (step + 1) * self.train.batch]
+
+    def refuse_unusable(self) -> None:
+        """Everything that can be refused before a model is loaded."""
+        if not self.order:
+            raise InputError("the mixture has no pairs; select or sample more")
+        tracking = self.attempt.execution.tracking
+        if tracking != "none" and importlib.util.find_spec(tracking) is None:
+            raise InputError(
+                f"execution.tracking = {tracking!r}: the package is missing; run `pip install {tracking}`"
+            )
+        start, model = self.attempt.input("start"), self.attempt.input("model")
+        is_adapter = (self.start / "adapter_config.json").is_file()
+        if is_adapter and self.train.method == "full":
+            raise SeraError(
+                "the start policy is an adapter but train.method is full; the method is fixed for a run"
+            )
+        if self.train.method == "lora":
+            base = (
+                json.loads((self.start / "base.json").read_text()) if is_adapter else start.ref.model_dump()
+            )
+            if base["digest"] != model.ref.digest:
+                raise SeraError(
+                    f"the start policy stands on the weights {base['digest'][:12]}… but the run's model is "
+                    f"{model.ref.digest[:12]}…: an adapter belongs to one base; start from the run's own model"
+                )
+
+    # ------------------------------------------------------------------------------------------ building
+
+    def build(self, scratch: Path) -> Any:
+        """The trainer, at the last checkpoint if there is one."""
+        import torch
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
+
+        from tasks.engines.checkpoints import load_checkpoint, trainable
+        from tasks.engines.dpo_trainer import ReviewedDPOTrainer, StepHooks
+        from tasks.engines.pair_forward import can_share_prompt
+
+        checkpoint = self._last_checkpoint()
+        if checkpoint is None:
+            self.probe = self._score_probe()
+        model, transformer = self._load_model()
+        self.mixture.refuse_lengths(
+            getattr(transformer.config.get_text_config(), "max_position_embeddings", None)
+        )
+        parameters = trainable(model)
+        self.trainable = sum(parameter.numel() for parameter in parameters.values())
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=self.attempt.fields["learning_rate"], weight_decay=0.0, fused=True
+        )
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, model, optimizer)
+            self.lines, self.step0 = state["log"], state["step0"]
+        first = len(self.lines)
+        rows = Dataset(InMemoryTable(self.mixture.table.combine_chunks()))
+        self.trainer = ReviewedDPOTrainer(
+            model=model,
+            train=self.train,
+            args=self._arguments(scratch),
+            rows=rows.select(self.order[first * self.train.batch :]),
+            tokenizer=load_tokenizer(self.start),
+            optimizers=(optimizer, self._schedule(optimizer, first)),
+            callbacks=[
+                StepHooks(first, lambda: self._begin(checkpoint), self._check, self._done),
+                *self._tracker(scratch),
+            ],
+            micro_batch=self.attempt.execution.micro_batch,
+            share=can_share_prompt(transformer, rows),
+        )
+        return self.trainer
+
+    def _load_model(self) -> tuple[Any, Any]:
+        """(model to train, the transformer in it); weights in float32, also for bfloat16 arithmetic."""
+        import torch
+
+        if self.train.method == "full":
+            model = load_policy(self.start, "float32", self.device)
+            return model, model
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        base = load_policy(self.attempt.input("model").folder("policy"), "float32", self.device)
+        if (self.start / "adapter_config.json").is_file():
+            return PeftModel.from_pretrained(base, str(self.start), is_trainable=True), base
+        torch.manual_seed(self.seed)
+        config = LoraConfig(
+            r=self.train.lora_rank,
+            lora_alpha=self.train.lora_alpha,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(base, config), base
+
+    def _arguments(self, scratch: Path) -> Any:
+        from trl import DPOConfig
+
+        from tasks.engines.dpo_trainer import trl_losses
+
+        losses, weights = trl_losses(self.train)
+        where, tracking = self.attempt.spec.where, self.attempt.execution.tracking
+        arguments = DPOConfig(
+            output_dir=str(scratch),
+            per_device_train_batch_size=self.train.batch,
+            num_train_epochs=1,
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            max_grad_norm=self.train.max_grad_norm,
+            seed=self.seed,
+            bf16=self.bf16,
+            use_cpu=self.device == "cpu",
+            gradient_checkpointing=False,
+            max_length=None,
+            precompute_ref_log_probs=True,
+            router_aux_loss_coef=0.0,
+            beta=self.train.beta,
+            loss_type=losses,
+            loss_weights=weights or None,
+            label_smoothing=self.train.label_smoothing,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to=[] if tracking in ("none", "tensorboard") else [tracking],
+            run_name=f"{where.get('run', 'sera')}-round-{self.attempt.fields['round']}",
+            disable_tqdm=True,
+            log_level="error",
+        )
+        arguments._n_gpu = min(
+            1, arguments.n_gpu
+        )  # one process trains on one device, however many are visible
+        return arguments
+
+    def _schedule(self, optimizer: Any, first: int) -> Any:
+        from torch.optim.lr_scheduler import LambdaLR
+
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        warmup = math.ceil(self.train.warmup * self.steps)
+        return LambdaLR(optimizer, lambda step: warmed_up(step, warmup), last_epoch=first - 1)
+
+    def _tracker(self, scratch: Path) -> list[Any]:
+        """TensorBoard's callback takes its folder from nowhere else than a writer."""
+        if self.attempt.execution.tracking != "tensorboard":
+            return []
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        return [TensorBoardCallback(SummaryWriter(self.attempt.spec.where.get("logs") or str(scratch)))]
+
+    # ----------------------------------------------------------------------------------------- each step
+
+    def _begin(self, checkpoint: dict[str, Path] | None) -> None:
+        from tasks.engines.checkpoints import restore_rng
+
+        if checkpoint is not None:
+            restore_rng(checkpoint["rng.safetensors"])
+
+    def _check(self, step: int) -> None:
+        """Before an update: the batch holds the planned pairs, its loss is finite, and step 0 is where it should be."""
+        pairs = self.trainer.batch_pairs
+        rows = pairs["row"].tolist()
+        assert sorted(rows) == sorted(self.rows_of(step)), "the batch does not hold the planned pairs"
+        for row, *values in zip(
+            rows, pairs["chosen"].tolist(), pairs["rejected"].tolist(), pairs["loss"].tolist(), strict=True
+        ):
+            if not all(map(math.isfinite, values)):
+                raise SeraError(
+                    f"step {step}, pair {self.mixture.pair_ids[row]}: log-probabilities or loss are not finite "
+                    f"({values}); lower train.learning_rate, or drop the pair"
+                )
+        if step == 0:
+            self._check_start(rows, pairs)
+
+    def _check_start(self, rows: list[int], pairs: Any) -> None:
+        """Policy and reference are the same weights at step 0: then every margin is the arithmetic's noise."""
+        margins = (pairs["chosen_score"] - pairs["rejected_score"]).tolist()
+        worst = max(range(len(rows)), key=lambda index: abs(margins[index]))
+        self.step0 = {
+            "step0/rewards/margins": self.train.beta * sum(margins) / len(margins),
+            "step0/largest_margin": abs(margins[worst]),
+        }
+        if not (self.attempt.fields["start_is_reference"] and self.needs_reference):
+            return
+        bound = MARGIN_BOUND
+        if self.bf16:
+            trained = {
+                row: pair
+                for row, *pair in zip(rows, pairs["chosen"].tolist(), pairs["rejected"].tolist(), strict=True)
+            }
+            probe = max(
+                abs(a - b) for row, ab in self.probe.items() for a, b in zip(ab, trained[row], strict=True)
+            )
+            bound = max(MARGIN_BOUND, 4 * probe)
+            self.step0["step0/probe"] = probe
+        self.step0["step0/bound"] = bound
+        if abs(margins[worst]) > bound:
+            raise SeraError(
+                f"pair {self.mixture.pair_ids[rows[worst]]}: margin {margins[worst]:.4g} nats at step 0, where start "
+                f"policy and reference are the same (at most {bound:.2g}): the mixture's reference log-probabilities "
+                "belong to another policy, other tokens or another dtype; score the reference again"
+            )
+
+    def _score_probe(self) -> dict[int, tuple[float, float]]:
+        """The scorer's log π(y|x) of a few pairs under the start policy, in bfloat16: what noise is normal."""
+        if not (self.bf16 and self.needs_reference and self.attempt.fields["start_is_reference"]):
+            return {}
+        from sera_core.logprobs import sequence_logps
+
+        rows = sorted(self.rows_of(0), key=lambda row: self.mixture.tokens[row], reverse=True)[:PROBE_PAIRS]
+        base = self.attempt.input("model").folder("policy")
+        policy = load_policy(self.start, "bfloat16", self.device, base=base)
+        pairs = self.mixture.table.take(rows).to_pylist()
+        items = [
+            (pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")
+        ]
+        values = sequence_logps(policy, items, tokens_per_batch=self.attempt.execution.tokens_per_batch)
+        return {row: (float(values[2 * n]), float(values[2 * n + 1])) for n, row in enumerate(rows)}
+
+    def _done(self, step: int, logs: dict[str, float]) -> None:
+        """After an update: a line of the log, progress, and now and then a checkpoint."""
+        rows = self.rows_of(step)
+        tokens = (self.lines[-1]["tokens/trained"] if self.lines else 0) + sum(
+            self.mixture.tokens[row] for row in rows
+        )
+        metrics = {name: value for name, value in logs.items() if name != "epoch"}
+        self.lines.append({"step": step, **metrics, "pairs": len(rows), "tokens/trained": tokens})
+        self.attempt.progress(min((step + 1) * self.train.batch, len(self.order)), len(self.order), "pairs")
+        every = self.attempt.execution.checkpoint_steps
+        if every and (step + 1) % every == 0 and step + 1 < self.steps:
+            self._save_checkpoint(step + 1)
+
+    # --------------------------------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, step: int) -> None:
+        from tasks.engines.checkpoints import FILES, save_checkpoint
+
+        folder = f"checkpoint-{step:06d}"
+        path = self.attempt.write(f"{folder}/{FILES[0]}").parent
+        state = {"step": step, "log": self.lines, "step0": self.step0}
+        optimizer = self.trainer.optimizer.optimizer
+        save_checkpoint(path, self.trainer.model, optimizer, state)
+        number = len(self.attempt.parts())
+        self.attempt.commit_part(number, [f"{folder}/{name}" for name in FILES], {"step": step})
+
+    def _last_checkpoint(self) -> dict[str, Path] | None:
+        parts = self.attempt.parts()
+        if not parts:
+            return None
+        part = max(parts, key=lambda part: part["info"]["step"])
+        return {Path(name).name: self.attempt.part_path(part, name) for name in part["files"]}
+
+    # -------------------------------------------------------------------------------------------- result
+
+    def write_policy(self, model: Any) -> list[str]:
+        """policy/…: weights from the model, everything else from the start policy."""
+        folder = self.attempt.write("policy/config.json").parent
+        save_policy(model, self.start, folder)
+        if self.train.method == "lora":
+            base = self.attempt.input("model").ref.model_dump()
+            (folder / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
+        return sorted(f"policy/{path.name}" for path in folder.iterdir())
+
+    def report(self) -> None:
+        """Counts and metrics of the step's record."""
+        seen = sum(line["pairs"] for line in self.lines)
+        assert seen == len(self.order), f"{seen} pairs were trained on where {len(self.order)} were planned"
+        self.attempt.counts["pairs"] = len(self.mixture.pair_ids)
+        self.attempt.metrics |= {
+            "train_loss": sum(line["loss"] * line["pairs"] for line in self.lines) / seen,
+            **self.step0,
+            **{
+                name: self.lines[-1][name]
+                for name in ("rewards/margins", "rewards/accuracies", "tokens/trained")
+            },
+            "steps": len(self.lines),
+            "pairs": seen,
+            "learning_rate": self.attempt.fields["learning_rate"],
+            "trainable_parameters": self.trainable,
+            "weights/start": weights_digest(self.start),
+            "weights/result": weights_digest(self.attempt.folder / "policy"),
+        }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' own notices off the terminal: what matters here is an error or in the log."""
+    names = ("transformers", "trl", "accelerate", "peft", "datasets")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

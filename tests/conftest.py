@@ -1,0 +1,43 @@
+"""Shared fixtures; shapes and types of the mathematics are checked in every test run."""
+
+import os
+
+import pytest
+from jaxtyping import install_import_hook
+
+_MATHS = ("rewards", "selection", "pairing", "mixing", "convergence", "diagnostics", "winrate", "losses")
+_hook = install_import_hook([f"sera_core.{name}" for name in _MATHS], "beartype.beartype")
+
+# Nothing leaves the machine while tests run, and nothing of the user's is read or written.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+_absent: list[str] = []
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report):
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _absent.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _absent:
+        terminalreporter.section("NOT TESTED HERE", red=True)
+        for line in _absent:
+            terminalreporter.line(line)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """In CI a missing install is a failure; only what needs an accelerator may be skipped."""
+    missing = [line for line in _absent if "accelerator" not in line]
+    if missing and os.environ.get("CI") == "true" and exitstatus == 0:
+        session.exitstatus = 1
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Folders put together from the store live in the test's own place."""
+    monkeypatch.setenv("SERA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

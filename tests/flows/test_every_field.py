@@ -1,0 +1,166 @@
+"""Every knob of the configuration changes what a run would do, or stands on the short list of those that may not."""
+
+import typing
+from pathlib import Path
+
+import pytest
+import tinyrun
+from pydantic import BaseModel
+
+from flows.opening import resolved, source_digests
+from flows.planning import walk_rounds
+from sera_core.artifacts.manifest import StepRef
+from sera_core.artifacts.runs import History
+from sera_core.config import SeraConfig
+
+MAY_NOT_CHANGE_A_STEP = {
+    "execution.device", "execution.micro_batch", "execution.tokens_per_batch", "execution.sampling_batch",
+    "execution.checkpoint_steps", "execution.tracking",  # how the work is done
+    "limits.hours", "limits.tokens",  # where it stops: tested in test_stopping.py
+    "decide.review_hours", "decide.review_default",  # what is written when nobody answers: test_reviewing.py
+    "model.revision",  # the commit it resolves to is in the source's digest; a folder has none
+}  # fmt: skip
+
+OTHER = {
+    "model.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    "data.train.weight": 0.5,
+    "data.train.split": "validation",
+    "data.heldout_fraction": 0.5,
+    "data.test_fraction": 0.25,
+    "data.train_pairs": 7,
+    "data.heldout_pairs": 3,
+    "review.score": "simpo",
+    "select.fraction": 0.5,
+    "select_generated.fraction": 0.5,
+    "sampling.dtype": "bfloat16",
+    "sampling.prompts": 5,
+    "mix.shares": (0.4,),
+    "mix.size": 9,
+    "train.losses": ("ipo",),
+    "train.loss_weights": (2.0,),
+    "train.label_smoothing": 0.1,
+    "train.learning_rate": 2e-4,
+    "limits.rounds": 2,
+}
+"""A second value, where no other value of the type is sure to be valid."""
+
+NEEDS = {
+    "review.ensemble": {"limits": {"rounds": 4}},  # the forms differ from the third head on
+    "select.k": {"select": {"rule": "top-k"}},
+    "select.threshold": {"select": {"rule": "threshold"}},
+    "select_generated.k": {"select_generated": {"rule": "top-k"}},
+    "select_generated.threshold": {"select_generated": {"rule": "threshold"}},
+    "mix.ramp_start": {"mix": {"shares": []}},
+    "mix.ramp_end": {"mix": {"shares": []}},
+    "mix.ramp_rounds": {"mix": {"shares": []}},
+    "train.lora_rank": {"train": {"method": "lora"}},
+    "train.lora_alpha": {"train": {"method": "lora"}},
+    "train.target_margin": {"train": {"losses": ["simpo"]}},
+}
+"""An experiment that uses the field."""
+
+
+def leaves(model: type[BaseModel] = SeraConfig, prefix: str = "") -> list[str]:
+    found = []
+    for name, info in model.model_fields.items():
+        inner = [a for a in (info.annotation, *typing.get_args(info.annotation)) if isinstance(a, type)]
+        part = next((a for a in inner if issubclass(a, BaseModel)), None)
+        if part is None:
+            found.append(prefix + name)
+        else:
+            found += leaves(part, f"{prefix}{name}.")
+    return [name for name in found if not name.startswith(("data.heldout.", "data.test.", "data.prompts."))]
+
+
+FIELDS = [*leaves(), "data.heldout", "data.test", "data.prompts"]
+
+
+def keys_of(config: SeraConfig) -> set[str]:
+    """Keys of all steps, each taken to produce content that depends on its key alone."""
+    keys: set[str] = set()
+
+    class Pretend:
+        round = 0
+
+        def do(self, spec):
+            keys.add(spec.key)
+            return StepRef(step=spec.step, key=spec.key, digest=spec.key)
+
+    walk_rounds(config, source_digests(config), History([]), Pretend())
+    return keys
+
+
+def other_value(field: str, old: object) -> object:
+    if field in OTHER:
+        return OTHER[field]
+    section, name = field.split(".") if "." in field else (None, field)
+    model = SeraConfig.model_fields[section].annotation if section else SeraConfig
+    annotation = model.model_fields[name].annotation
+    choices = [c for a in (annotation, *typing.get_args(annotation)) for c in typing.get_args(a)] + list(
+        typing.get_args(annotation)
+    )
+    literals = [choice for choice in choices if isinstance(choice, str) and choice != old]
+    if literals:
+        return literals[0]
+    if isinstance(old, bool):
+        return not old
+    if isinstance(old, int):
+        return old + 1
+    if isinstance(old, float):
+        return old * 0.9 if old else 0.25
+    raise AssertionError(f"no second value known for {field} = {old!r}; add it to OTHER")
+
+
+def changed(folder: Path, field: str) -> tuple[SeraConfig, SeraConfig]:
+    needs = NEEDS.get(field, {})
+    base = tinyrun.settings(folder, **needs)
+    config = SeraConfig.model_validate(base)
+    if field.startswith("data.") and field.split(".")[1] in ("heldout", "test", "prompts"):
+        side = tinyrun.write_rows(folder / "side.jsonl", [{**row, "prompt": f"side {n}"} for n, row in enumerate(plain())])
+        value = [{"path": str(side)}]
+    elif field == "data.train.path":
+        value = [{"path": str(tinyrun.write_rows(folder / "other.jsonl", tinyrun.pairs(20, seed=5)))}]
+        field = "data.train"
+    elif field.startswith("data.train."):
+        value = [{"path": base["data"]["train"][0]["path"], field.split(".")[2]: OTHER[field]}]
+        field = "data.train"
+    elif field == "model.source":
+        import tiny
+
+        value = str(tiny.tiny_policy(folder / "other", seed=1))
+    else:
+        old = config
+        for part in field.split("."):
+            old = getattr(old, part)
+        value = other_value(field, old)
+    data = tinyrun.settings(folder, **needs)
+    section, _, name = field.partition(".")
+    data[section] = {**data.get(section, {}), name: value} if name else value
+    return config, SeraConfig.model_validate(data)
+
+
+def plain() -> list[dict]:
+    return [{"chosen": "yes it is", "rejected": "no"} for _ in range(8)]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("fields")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_changes_the_plan_or_is_known_not_to(field, shared):
+    if field in MAY_NOT_CHANGE_A_STEP:
+        section, name = field.split(".")
+        assert name in SeraConfig.model_fields[section].annotation.model_fields
+        return
+    before, after = changed(shared, field)
+    assert keys_of(before) != keys_of(after), f"{field} changes nothing"
+
+
+def test_what_changes_no_result_is_not_in_the_configuration_hash(tmp_path):
+    config = tinyrun.config(tmp_path)
+    other = tinyrun.config(tmp_path, execution={"micro_batch": 2}, limits={"rounds": 9, "hours": 1.0})
+    digests = source_digests(config)
+    assert resolved(config, digests) == resolved(other, digests)
+    assert keys_of(config) <= keys_of(other)

@@ -1,0 +1,144 @@
+"""A store with a tiny model and a mixture, and the train step on them."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_policy
+
+from sera_core.artifacts import schema
+from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec
+from sera_core.artifacts.step import Attempt, quiet, run_step
+from sera_core.artifacts.store import Store, open_store
+from sera_core.config import ExecutionConfig, TrainConfig
+from sera_core.models import load_policy
+from tasks.training import train_policy
+
+CPU = ExecutionConfig(device="cpu", micro_batch=2, checkpoint_steps=0)
+
+
+def logps(model: Any, prompt: list[int], response: list[int]) -> float:
+    """log π(y|x) by one plain forward pass, the definition."""
+    ids = torch.tensor([prompt + response], device=model.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    return logits.gather(1, torch.tensor(response, device=model.device)[:, None]).sum().item()
+
+
+def random_pairs(count: int, seed: int = 0, lowest: int = 2, highest: int = 12) -> list[dict[str, Any]]:
+    """Rows of random token ids and lengths."""
+    draw = random.Random(seed)
+
+    def ids() -> list[int]:
+        return [draw.randrange(3, 300) for _ in range(draw.randint(lowest, highest))]
+
+    return [
+        {
+            "pair_id": f"{number:016x}",
+            "prompt_id": f"{number:016x}",
+            "origin": "human",
+            "round": 0,
+            "prompt_ids": ids(),
+            "chosen_ids": ids(),
+            "rejected_ids": ids(),
+        }
+        for number in range(count)
+    ]
+
+
+class Bench:
+    """Steps `model`, `mix` and `train` in a store of their own."""
+
+    def __init__(self, folder: Path, pairs: int = 10) -> None:
+        self.folder = folder
+        self.store: Store = open_store(str(folder / "store"))
+        self.model = self.commit("model", {"policy": tiny_policy(folder / "tiny")})
+        self.rows = random_pairs(pairs)
+
+    def commit(self, step: str, folders: dict[str, Path], **fields: Any) -> StepRef:
+        """A finished step that holds copies of folders."""
+
+        def work(attempt: Attempt) -> list[str]:
+            files = []
+            for name, folder in folders.items():
+                for path in sorted(folder.iterdir()):
+                    shutil.copyfile(path, attempt.write(f"{name}/{path.name}"))
+                    files.append(f"{name}/{path.name}")
+            return files
+
+        return run_step(self.store, StepSpec(step=step, version=1, fields=fields, inputs={}), work, CPU).ref
+
+    def mixture(self, reference: Path | None = None, **changes: Any) -> StepRef:
+        """The rows with the reference's log-probabilities (default: the model's; None in `changes` makes nulls)."""
+        policy = load_policy(reference or self.folder / "tiny")
+        rows = []
+        for row in self.rows:
+            refs = {
+                f"ref_{side}_logps": logps(policy, row["prompt_ids"], row[f"{side}_ids"])
+                for side in ("chosen", "rejected")
+            }
+            rows.append({**row, **refs, **changes.get(row["pair_id"], {}), **changes.get("every", {})})
+
+        def work(attempt: Attempt) -> list[str]:
+            schema.write_table(schema.from_rows(schema.MIXTURE, rows), attempt.write("mixture.parquet"))
+            return ["mixture.parquet"]
+
+        fields = {"changes": repr(changes), "reference": str(reference)}
+        return run_step(self.store, StepSpec(step="mix", version=1, fields=fields, inputs={}), work, CPU).ref
+
+    def spec(
+        self,
+        mixture: StepRef,
+        train: TrainConfig,
+        *,
+        start: StepRef | None = None,
+        same: bool = True,
+        dtype: str = "float32",
+        round: int = 0,
+        rate: float = 1e-3,
+        where: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> StepSpec:
+        """The train step as flows build it."""
+        return StepSpec(
+            step="train",
+            version=1,
+            fields={
+                "train": train.model_dump(mode="json", exclude={"learning_rate", "start", "reference"}),
+                "learning_rate": rate,
+                "dtype": dtype,
+                "seed": 0,
+                "round": round,
+                "start_is_reference": same,
+                **fields,
+            },
+            inputs={"start": start or self.model, "model": self.model, "mixture": mixture},
+            where=where or {},
+        )
+
+    def run(
+        self, spec: StepSpec, execution: ExecutionConfig = CPU, progress: Any = quiet, store: Store | None = None
+    ) -> StepRecord:
+        """Train."""
+        return run_step(store or self.store, spec, train_policy, execution, progress)
+
+    def again(self, spec: StepSpec, execution: ExecutionConfig = CPU, name: str = "other") -> StepRecord:
+        """Train in a copy of the store that has no train step: the same work done a second time."""
+        copy = self.folder / name
+        ignore = shutil.ignore_patterns("train")
+        shutil.copytree(self.folder / "store", copy, ignore=ignore)
+        return self.run(spec, execution, store=open_store(str(copy)))
+
+    def log(self, record: StepRecord) -> list[dict[str, Any]]:
+        """Lines of log.jsonl."""
+        file = record.files["log.jsonl"]
+        path = self.folder / "store" / "steps" / "train" / record.key / file.attempt / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def shas(record: StepRecord) -> dict[str, str]:
+    """Content of every file."""
+    return {name: file.sha256 for name, file in record.files.items()}
