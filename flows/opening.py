@@ -1,7 +1,9 @@
 """Opening a run: what its sources hold, whether its name is free, whether it is finished, waiting or open. No Prefect."""
 
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flows.round import Ref
@@ -53,9 +55,29 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
     store = open_store(store_url)
     records = RunStore(store, run)
     digests = source_digests(config)
+    check_template(config)
     load_data(store, config, digests)
     records.open(config, resolved(config, digests))
     return records
+
+
+def check_template(config: SeraConfig) -> None:
+    """A model folder must know how to render a conversation, or be told.
+
+    Raises:
+        InputError: the folder has no chat template and model.chat_template gives none.
+    """
+    source = resolve_source(config.model.source, config.model.revision)
+    if config.model.chat_template is not None or source.kind != "folder":
+        return
+    folder = Path(source.location)
+    settings = folder / "tokenizer_config.json"
+    inline = settings.is_file() and "chat_template" in json.loads(settings.read_text())
+    if not inline and not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
+        raise InputError(
+            f"model {config.model.source}: has no chat template, so pairs cannot be rendered; set model.chat_template "
+            'to "chatml", a Jinja file or Jinja text'
+        )
 
 
 def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> None:

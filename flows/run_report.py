@@ -110,7 +110,7 @@ def _row(manifest: RoundManifest, best: RoundManifest | None) -> dict[str, Any]:
         "share": manifest.generated_share,
         "target": manifest.target_share,
         "accuracy": accuracy,
-        "few": words.too_few(accuracy),
+        "few": words.too_few(accuracy) and "too few" not in manifest.reason,
         "change": m.get("heldout/accuracy_change"),
         "trained": m.get("trained/margin"),
         "heldout": m.get("heldout/margin"),
@@ -232,6 +232,8 @@ def _lesson(history: History) -> list[str]:
         return []
     said = f"From round {heads[0].round} to {heads[-1].round} the mean held-out margin grew from "
     said += f"{words.number(margin[0])} to {words.number(margin[1])} nats"
+    if words.too_few(accuracy[1]):
+        return [f"{said}; {accuracy[1]['n']} held-out pairs are too few pairs to tell whether accuracy grew."]
     if accuracy[1]["low"] > accuracy[0]["value"]:
         return [f"{said}, and held-out accuracy grew with it."]
     return [

@@ -28,7 +28,7 @@ class ModelConfig(Part):
     revision: str | None = None
     """Commit or tag of a hub model; the commit it resolves to is recorded."""
     chat_template: str | None = None
-    """Jinja text of a chat template, for a model that has none."""
+    """Chat template for a model that has none: `chatml`, a Jinja file, or Jinja text."""
     dtype: Dtype = "float32"
     """Arithmetic of scoring and training, the same for policy and reference. bfloat16 is about twice as fast
     and about half a nat noisier per response."""
@@ -77,8 +77,9 @@ class DataConfig(Part):
     """What happens to a pair whose answers are the same text or token ids (`equal`)."""
     on_diverge: Literal["refuse", "split"] = "refuse"
     """Messages that differ before the last turn: refuse the file, or split at the first difference."""
-    on_overlap: Literal["refuse", "drop"] = "refuse"
-    """A held-out, test or prompt-only source that shares prompts with train: refuse, or take them out of train."""
+    on_overlap: Literal["refuse", "drop", "keep"] = "refuse"
+    """A held-out, test or prompt-only source that shares prompts with train: refuse, take them out of train, or keep
+    them knowingly (counted; for planted data whose prompts are templates)."""
     flip_fraction: Fraction = 0.0
     """Experiments only: this share of train labels is turned round, and the ledger reports how many were dropped."""
 
@@ -251,7 +252,7 @@ class ExecutionConfig(Part):
     """Where tensors live."""
     micro_batch: Positive = 4
     """Pairs a forward pass in training; gradients are accumulated to `train.batch`."""
-    tokens_per_batch: Positive = 8192
+    tokens_per_batch: Positive = 2048
     """Token budget of a scoring batch."""
     sampling_batch: Positive = 32
     """Responses the transformers engine samples at once."""

@@ -438,7 +438,7 @@ def load_policy(
             f"policy folder {weights} has no config.json: it is incomplete or not a policy folder."
         )
     with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             weights,
             dtype=torch.float32 if adapter else getattr(torch, dtype),
             local_files_only=True,
@@ -481,8 +481,7 @@ def save_policy(
     if hasattr(model, "peft_config"):
         _save_adapter(model, folder)
     else:
-        target = getattr(torch, dtype)
-        state = {name: _cast(tensor, target) for name, tensor in model.state_dict().items()}
+        state = _cast(model.state_dict(), getattr(torch, dtype))
         with _quiet_transformers():
             model.save_pretrained(folder, state_dict=state)
         _write_json(folder / "config.json", _read_json(start / "config.json") | {"dtype": dtype})
@@ -492,9 +491,14 @@ def save_policy(
     return folder
 
 
-def _cast(tensor: Any, dtype: Any) -> Any:
-    tensor = tensor.detach()
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _cast(state: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """The state in another dtype; tied weights stay one tensor, so that they are written once."""
+    cast: dict[Any, Any] = {}
+    for tensor in state.values():
+        key, target = (tensor.data_ptr(), tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype
+        if key not in cast:
+            cast[key] = tensor.detach().to(target)
+    return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
 
 
 def _save_adapter(model: Any, folder: Path) -> None:

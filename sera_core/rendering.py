@@ -152,7 +152,7 @@ class Renderer:
         user, answer = plain_messages("question", "answer")
         text = self._render([*user, *answer], False).text
         tail = _Rendered(text[text.rfind("answer") + len("answer") :])
-        found = [token for token in self._encode(tail) if token in self._special_ids]
+        found = [token for token in self._encode(tail) if token in self._specials.values()]
         if not found:
             raise InputError(
                 f"the chat template of {self.folder} ends an assistant's turn with no special token of its "
@@ -164,27 +164,29 @@ class Renderer:
     @cached_property
     def pad_id(self) -> int:
         """The padding token's id, else that of the end of a turn."""
-        pad = self.tokenizer.pad_token_id
+        pad: Any = self.tokenizer.pad_token_id
         return self.end_of_turn_id if pad is None else pad
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a sampled response: end of turn first, then end of text."""
-        eos = self.tokenizer.eos_token_id
+        eos: Any = self.tokenizer.eos_token_id
         return tuple(dict.fromkeys(token for token in (self.end_of_turn_id, eos) if token is not None))
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def _specials(self) -> dict[str, int]:
+        """Spelling and id of every special token."""
         added = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        return frozenset(added | set(self.tokenizer.all_special_ids))
+        ids = sorted(added | set(self.tokenizer.all_special_ids))
+        return {
+            str(token): index
+            for token, index in zip(self.tokenizer.convert_ids_to_tokens(ids), ids, strict=True)
+        }
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:
-        texts = {str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(self._special_ids))}
-        alternatives = "|".join(
-            re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text))
-        )
-        return re.compile(alternatives or r"(?!)")
+        longest_first = sorted(self._specials, key=lambda text: (-len(text), text))
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @cached_property
     def _marks_starts(self) -> bool:
@@ -321,7 +323,7 @@ class Renderer:
             if any(match.start() < end and begin < match.end() for begin, end in rendered.plain):
                 continue
             ids += self._encode_plain(rendered.text[start : match.start()])
-            ids.append(self.tokenizer.convert_tokens_to_ids(match[0]))
+            ids.append(self._specials[match[0]])
             start = match.end()
         return ids + self._encode_plain(rendered.text[start:])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from sera_core.artifacts.step import Attempt
 from sera_core.errors import InputError
 from sera_core.models import materialise, resolve_source, source_digest
+from sera_core.rendering import template_text
 
 
 def import_model(attempt: Attempt) -> list[str]:
@@ -27,7 +28,7 @@ def import_model(attempt: Attempt) -> list[str]:
 
 
 def _set_template(folder: Path, template: str) -> None:
-    (folder / "chat_template.jinja").write_text(template)
+    (folder / "chat_template.jinja").write_text(template_text(template))
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config.pop("chat_template", None)

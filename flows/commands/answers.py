@@ -1,11 +1,12 @@
-"""What a command leaves: its answer on stdout, as text or as one JSON object, and files that are whole or absent."""
+"""What a command leaves: its answer on stdout, text or one JSON object; files whole or absent."""
 
 import argparse
 import json
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,20 @@ def answer(args: argparse.Namespace, value: Mapping[str, Any], lines: Iterable[s
     text = json.dumps(finite(value), ensure_ascii=False) if args.json else "\n".join(lines)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Send what libraries print meanwhile to stderr, C++ included: stdout is the answer's alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def say(line: str) -> None:
@@ -63,3 +78,17 @@ def count_lines(counts: Mapping[str, int]) -> list[str]:
     width = max(map(len, counts), default=0)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [f"  {name:<{width}}  {count:>9,}" for name, count in ordered]
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Refuse a flag that is not above 0."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise InputError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: must be a whole number above 0"
+            )
+
+
+def rate(tokens: int, seconds: float) -> float:
+    """Tokens a second."""
+    return round(tokens / max(seconds, 1e-9), 1)

@@ -1,6 +1,5 @@
-"""What the stand-alone commands are given: policies from any source; pairs and prompts from any file, as token ids."""
+"""What the stand-alone commands are given: policies, and pairs and prompts as token ids."""
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,8 +73,6 @@ def refusing(what: str) -> Iterator[None]:
     """Turn the core's ValueError about something given into an error that names the flag (exit code 2)."""
     try:
         yield
-    except InputError:
-        raise
     except ValueError as error:
         raise InputError(f"{what}: {error}") from error
 
@@ -128,9 +125,9 @@ def check_same_ids(policy: "Renderer", reference: "Renderer", given: Sequence[Gi
     for g, ours, other in zip(given, text_ids(policy, given), theirs, strict=True):
         if ours != other:
             raise InputError(
-                f"--reference: its tokenizer or chat template reads {g.pair.where} (pair {g.pair.pair_id}) as other "
-                "tokens than the policy's does, so their log-probabilities cannot be compared; give the model the "
-                "policy was trained from"
+                f"--reference: its tokenizer or chat template reads {g.pair.where} (pair {g.pair.pair_id}) "
+                "as other tokens than the policy's does, so their log-probabilities cannot be compared; give "
+                "the model the policy was trained from"
             )
 
 
@@ -198,7 +195,7 @@ def _own_ids(row: Row, pair: Pair) -> PairIds | None:
 def render_pairs(
     renderer: "Renderer", given: Sequence[GivenPair], limits: Limits
 ) -> tuple[list[RenderedPair], list[Drop]]:
-    """The pairs as token ids, in order, and what was dropped (`prompt_too_long`, `too_long`, `empty`, `equal`).
+    """The pairs as token ids, in order, and what was dropped (`prompt_too_long`, `too_long`, `empty`, …).
 
     Raises:
         InputError: the policy has no chat template for conversations, or no pair is left.
@@ -231,7 +228,7 @@ def text_ids(renderer: "Renderer", given: Sequence[GivenPair]) -> list[PairIds]:
     """Token ids of the pairs' texts: prompt, chosen, rejected."""
     rows = [{name: getattr(g.pair, name) for name in ("prompt", "chosen", "rejected")} for g in given]
     columns = renderer.render_pairs(rows)
-    return [(tuple(x), tuple(w), tuple(l)) for x, w, l in zip(*columns, strict=True)]
+    return [(tuple(x), tuple(w), tuple(z)) for x, w, z in zip(*columns, strict=True)]
 
 
 def _unfit(prompt: Ids, chosen: Ids, rejected: Ids, fitted: RenderedPair, limits: Limits) -> str | None:

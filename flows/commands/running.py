@@ -54,7 +54,7 @@ def _add_set(sub: argparse.ArgumentParser) -> None:
 def run_command(args: argparse.Namespace) -> int:
     """Do a run to its end, or answer from the store when it is finished."""
     config = load_experiment(args.experiment, args.set)
-    return _run(config, check_name(args.name or name_of(args.experiment)), args)
+    return _run(config, check_name(name_of(args.experiment) if args.name is None else args.name), args)
 
 
 def demo_command(args: argparse.Namespace) -> int:
@@ -67,7 +67,7 @@ def demo_command(args: argparse.Namespace) -> int:
 def plan_command(args: argparse.Namespace) -> int:
     """Print the plan."""
     config = load_experiment(args.experiment, args.set)
-    found = plan(config, check_name(args.name or name_of(args.experiment)), args.store)
+    found = plan(config, check_name(name_of(args.experiment) if args.name is None else args.name), args.store)
     if args.json:
         print(json.dumps(found))
         return 0

@@ -36,7 +36,7 @@ class Block:
 
 
 def blocks(files: RoundFiles, ledger: Sequence[Row]) -> list[Block]:
-    """The flow of a round: human pairs, prompts answered, generated pairs."""
+    """The flow of a round: human pairs, prompts, generated pairs."""
     human = [row for row in ledger if row["origin"] == "human" and "_" not in row["stage"]]
     generated = [row for row in ledger if row["origin"] == "generated" and row["pair_id"]]
     prompts = [row for row in ledger if row["origin"] == "generated" and not row["pair_id"]]
@@ -77,9 +77,7 @@ def _prompts(files: RoundFiles, generated: Sequence[Row], without: Sequence[Row]
     answered = {row["prompt_id"] for row in files.rows("responses", "responses.parquet", ["prompt_id"])}
     lost = {row["prompt_id"] for row in without}
     paired = {row["prompt_id"] for row in generated} - lost
-    return Block(
-        "Prompts answered", "prompt", len(answered | lost), len(paired), "gave a pair", _dropped(without)
-    )
+    return Block("Prompts", "prompt", len(answered | lost), len(paired), "gave a pair", _dropped(without))
 
 
 def _dropped(rows: Sequence[Row]) -> list[tuple[str, str, str, int]]:

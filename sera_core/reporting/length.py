@@ -33,8 +33,8 @@ def shares(
             found += [(f"all {name}", _share(differences)), (f"kept {name}", _share(trained))]
     if evidence is not None:
         found += [
-            ("held-out pairs: chosen longer", evidence["heldout/chosen_longer"]),
-            ("held-out pairs: preferred longer", evidence["heldout/preferred_longer"]),
+            ("held-out pairs", evidence["heldout/chosen_longer"]),
+            ("held-out pairs, by the policy's own preference", evidence["heldout/preferred_longer"]),
         ]
     return found
 
@@ -55,7 +55,7 @@ def alarm_words(alarm: dict[str, Any] | None) -> str:
     """The alarm's result in a sentence."""
     if alarm is None:
         return "Not measured: there is no earlier head to compare with."
-    return words.ALARMS.get(alarm["reason"], alarm["reason"])
+    return words.ALARMS[alarm["reason"]]
 
 
 def _holds(rate: dict[str, Any], claim: str, sign: int) -> str:

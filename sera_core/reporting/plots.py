@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 640, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 26, 36
-LABELS = 230
+LABELS = 290
 """Width of the row labels of a plot of intervals."""
 
 
@@ -56,11 +56,13 @@ def ticks(low: float, high: float, pieces: int = 5) -> list[float]:
     """Round values that cover [low, high]."""
     step = nice_step(high - low, pieces)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [number * step for number in range(first, max(last, first + 1) + 1)]
+    if first == last:
+        first, last = first - 1, last + 1
+    return [number * step for number in range(first, last + 1)]
 
 
 def histogram(kept: Sequence[float], dropped: Sequence[float], label: str) -> Markup | None:
-    """Counts of kept and dropped values, stacked; the outer bins hold what lies beyond. None without spread."""
+    """Counts of kept and dropped values, stacked; outer bins hold what lies beyond. None without spread."""
     sides = [np.asarray(values, dtype=np.float64) for values in (kept, dropped)]
     every = np.concatenate(sides)
     if not every.size or every.min() == every.max():
@@ -77,7 +79,8 @@ def histogram(kept: Sequence[float], dropped: Sequence[float], label: str) -> Ma
         bars += [_bar(at, width, y(d), y(0), "dropped"), _bar(at, width, y(d + k), y(d), "kept")]
     zero = [_line(x(0), TOP, x(0), HEIGHT - BOTTOM, "zero")] if edges[0] <= 0 <= edges[-1] else []
     legend = _legend([("kept", f"kept ({len(kept):,})"), ("dropped", f"dropped ({len(dropped):,})")])
-    return _svg(label, [*_y_axis(y, ticks(0, tallest, 4)), *bars, *zero, *_x_axis(x, edges, label), *legend])
+    counts = [value for value in ticks(0, tallest, 4) if value == int(value)]
+    return _svg(label, [*_y_axis(y, counts), *bars, *zero, *_x_axis(x, edges, label), *legend])
 
 
 def lines(series: Sequence[Series], x_label: str, label: str, mark: float | None = None) -> Markup | None:

@@ -21,7 +21,7 @@ from sera_core.reporting.plots import Point, Series
 
 
 def round_page(number: int, artifacts: Mapping[str, Artifact]) -> str:
-    """The page of one round. `artifacts`: its steps by role; without pairs there is no policy and no evidence."""
+    """The page of one round, from its steps by role; without pairs there is no policy and no evidence."""
     files = RoundFiles(artifacts)
     ledger = list(files.rows("mixture", "ledger.parquet"))
     evidence, decision = files.json("evidence", "evidence.json"), files.json("decision", "decision.json")
@@ -45,12 +45,12 @@ def round_page(number: int, artifacts: Mapping[str, Artifact]) -> str:
         blocks=blocks,
         apart=flow.apart(ledger),
         histograms=_histograms(ledger),
-        examples=examples(files, ledger),
-        example_titles=EXAMPLES,
+        examples=[(_title(example), example) for example in examples(files, ledger)],
         reasons=words.REASONS,
         shares=[evidences.rate_line(name, rate) for name, rate in shares],
         shares_plot=_shares_plot(shares),
         correlation=None if evidence is None else evidence["heldout/length_margin_correlation"],
+        few=evidence is not None and words.too_few(evidence["heldout/margin"]),
         alarm=alarm,
         alarm_words=length.alarm_words(alarm),
         alarm_parts=length.alarm_parts(alarm),
@@ -64,9 +64,14 @@ def round_page(number: int, artifacts: Mapping[str, Artifact]) -> str:
 
 EXAMPLES = {
     "kept": "Kept: the human pair with the largest margin",
-    "dropped": "Dropped as suspicious: the human pair with the lowest margin",
+    "dropped": "Dropped: the human pair with the lowest margin",
+    "suspicious": "Dropped as suspicious: the human pair with the lowest margin",
     "generated": "Generated: the policy's own answers, the pair with the largest margin",
 }
+
+
+def _title(example: Row) -> str:
+    return EXAMPLES["suspicious" if example["reason"] == "not_preferred" else example["kind"]]
 
 
 def _sentence(number: int, files: RoundFiles, blocks: Sequence[flow.Block]) -> str:
@@ -81,9 +86,10 @@ def _sentence(number: int, files: RoundFiles, blocks: Sequence[flow.Block]) -> s
         did = f"Round {number} reviewed {pairs} by the head's own margins and kept {selected:,}"
     if len(blocks) == 3:
         answers = files.size("responses", "responses.parquet")
+        asked = {row["prompt_id"] for row in files.rows("responses", "responses.parquet", ["prompt_id"])}
         did += (
             f", made {words.plural(blocks[2].given, 'pair')} from {words.plural(answers, 'answer')} "
-            f"of the head to {words.plural(blocks[1].given, 'prompt')}"
+            f"of the head to {words.plural(len(asked), 'prompt')}"
         )
     total = files.size("mixture", "mixture.parquet")
     if "policy" not in files:
@@ -130,9 +136,7 @@ def _shares_plot(shares: Sequence[tuple[str, dict[str, Any]]]) -> Markup | None:
         for name, rate in shares
         if rate["value"] is not None
     ]
-    return plots.intervals(
-        rows, "share of pairs whose chosen (or preferred) answer is the longer one", mark=0.5
-    )
+    return plots.intervals(rows, "share of pairs whose longer answer is chosen", mark=0.5)
 
 
 def _point(rate: dict[str, Any], x: float = 0.0) -> Point:

@@ -38,7 +38,7 @@ ALARMS = {
     "amplified": "Raised: the selection amplified length.",
     "not_enough_evidence": "Too few pairs to tell: every part needs at least 30 pairs.",
     "counter_side_holds": "Not raised: where the better answer is the shorter one, accuracy did not fall.",
-    "both_sides_fall": "Not raised: accuracy fell on both sides; the policy got worse, it does not lean on length.",
+    "both_sides_fall": "Not raised: accuracy fell on both sides: the policy got worse, whatever the length.",
     "selection_not_skewed": "Not raised: accuracy fell where the better answer is the shorter one, but "
     "the kept pairs do not favour longer answers.",
 }

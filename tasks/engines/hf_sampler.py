@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from sera_core.config import Dtype
 from sera_core.errors import InputError
@@ -60,7 +60,7 @@ class HFSampler:
         """
         self.model: PreTrainedModel | None = load_policy(policy, dtype, device, base=base)
         self.batch = batch
-        self.windows = _windows(self.model.config.get_text_config())
+        self.windows = _windows(self.model)
 
     def sample(
         self, requests: Sequence[Request], settings: Settings, finished: Finished = unheard
@@ -81,15 +81,21 @@ class HFSampler:
             torch.cuda.empty_cache()
 
 
-def _windows(config: Any) -> dict[str, int | None]:
-    """How far back each kind of layer sees, None without a limit."""
+def _windows(model: PreTrainedModel) -> dict[str, int | None]:
+    """How far back each kind of layer sees, None without a limit.
+
+    Raises:
+        InputError: the model keeps a state other than keys and values, or reads positions off a padding mask.
+    """
+    config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
     if not kinds:
         kinds = {"full_attention" if window is None else "sliding_attention"}
-    if kinds - {"full_attention", "sliding_attention"} or config.model_type in ("bloom", "mpt", "falcon"):
+    stateful = kinds - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False)
+    if stateful or config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
         raise InputError(
-            f"the transformers sampler cannot hold a {config.model_type} model's state (layers: "
+            f"the transformers sampler cannot run a {config.model_type} model slot by slot (layers: "
             f'{", ".join(sorted(kinds))}); set sampling.engine = "vllm"'
         )
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
@@ -116,12 +122,13 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> t
         top_p: the nucleus is the smallest set of likeliest tokens with at least this mass.
 
     Returns:
-        tokens [row], and log softmax(logits) at them [row], in nats.
+        tokens [row], and log softmax(logits) at them [row], float64, in nats.
     """
     shifted = logits - logits.amax(-1, keepdim=True)
     weights = shifted.exp() if temperature == 1 else (shifted / temperature).exp_()
     tokens = _invert(weights, uniform) if top_p >= 1 else _invert_nucleus(weights, uniform, top_p)
-    return tokens, shifted.gather(-1, tokens[:, None])[:, 0] - shifted.logsumexp(-1)
+    total = (weights if temperature == 1 else shifted.exp()).sum(-1, dtype=torch.float64)
+    return tokens, shifted.gather(-1, tokens[:, None])[:, 0] - total.log()
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -178,40 +185,40 @@ class _Answer:
 class _SlotLayer(CacheLayerMixin):
     """One layer's keys and values, [slot, head, column, dim]: written in place, grown now and then."""
 
-    def __init__(self, slots: _Slots, like: CacheLayerMixin) -> None:
+    def __init__(self, slots: _Slots, like: Any) -> None:
         super().__init__()
         self.slots, self.is_initialized = slots, True
         keys, values = _content(like)
-        self.keys: Tensor = keys.new_zeros(slots.size, keys.shape[1], 0, keys.shape[-1])
-        self.values: Tensor = values.new_zeros(slots.size, values.shape[1], 0, values.shape[-1])
+        self.key_slots = keys.new_zeros(slots.size, keys.shape[1], 0, keys.shape[-1])
+        self.value_slots = values.new_zeros(slots.size, values.shape[1], 0, values.shape[-1])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the shapes are known from the first prompt."""
 
     def grow(self, columns: int) -> None:
         """Add empty columns."""
-        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, columns))
-        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, columns))
+        self.key_slots = torch.nn.functional.pad(self.key_slots, (0, 0, 0, columns))
+        self.value_slots = torch.nn.functional.pad(self.value_slots, (0, 0, 0, columns))
 
-    def put(self, slot: int, prompt: CacheLayerMixin) -> None:
+    def put(self, slot: int, prompt: Any) -> None:
         """Copy a prompt's keys and values into a slot."""
         keys, values = _content(prompt)
-        self.keys[slot, :, : keys.shape[-2]] = keys[0]
-        self.values[slot, :, : values.shape[-2]] = values[0]
+        self.key_slots[slot, :, : keys.shape[-2]] = keys[0]
+        self.value_slots[slot, :, : values.shape[-2]] = values[0]
 
     def move(self, movers: Tensor, holes: Tensor, width: int) -> None:
         """Copy slots over others."""
-        self.keys[holes, :, :width] = self.keys[movers, :, :width]
-        self.values[holes, :, :width] = self.values[movers, :, :width]
+        self.key_slots[holes, :, :width] = self.key_slots[movers, :, :width]
+        self.value_slots[holes, :, :width] = self.value_slots[movers, :, :width]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write each row's newest column, [row, head, 1, dim], at the row's own position."""
         rows, positions, width = self.slots.rows, self.slots.positions, self.slots.width
-        self.keys[rows, :, positions] = key_states[:, :, 0]
-        self.values[rows, :, positions] = value_states[:, :, 0]
-        return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
+        self.key_slots[rows, :, positions] = key_states[:, :, 0]
+        self.value_slots[rows, :, positions] = value_states[:, :, 0]
+        return self.key_slots[: len(rows), :, :width], self.value_slots[: len(rows), :, :width]
 
     def get_seq_length(self) -> int:
         """Columns before the newest."""
@@ -226,9 +233,12 @@ class _SlotLayer(CacheLayerMixin):
         return -1
 
 
-def _content(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:
-    if layer.keys is None or layer.values is None:
-        raise RuntimeError("a cache layer of the prompt is empty")
+def _content(layer: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+        raise InputError(
+            f"the transformers sampler cannot copy a {type(layer).__name__} from slot to slot; "
+            'set sampling.engine = "vllm"'
+        )
     return layer.keys, layer.values
 
 
@@ -345,8 +355,7 @@ class _Run:
         logits: Tensor | None = None
         while len(self.results) < len(self.requests):
             logits = self._fill(logits)
-            alive = self._draw(logits)
-            logits = self._compute(alive) if alive else None
+            logits = self._compute() if self._draw(logits) else None
         return [self.results[index] for index in range(len(self.requests))]
 
     def _fill(self, logits: Tensor | None) -> Tensor:
@@ -371,8 +380,8 @@ class _Run:
             self.prompt = _Prompt(ids, cache, output.logits[:, -1].float())
         return self.prompt
 
-    def _draw(self, logits: Tensor) -> list[int]:
-        """Draw a token in every slot and file the responses that ended; returns the other slots."""
+    def _draw(self, logits: Tensor) -> bool:
+        """Draw a token in every slot and file the responses that ended; returns whether any goes on."""
         assert self.slots is not None
         answers = self.slots.answers
         uniform = torch.tensor(
@@ -394,9 +403,9 @@ class _Run:
         if len(alive) < len(answers):
             self.slots.keep(alive)
             self.finished(len(self.results))
-        return alive
+        return bool(alive)
 
-    def _compute(self, alive: list[int]) -> Tensor:
+    def _compute(self) -> Tensor:
         """Logits after the newest token of every slot in use."""
         assert self.slots is not None
         slots = self.slots

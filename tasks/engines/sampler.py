@@ -101,7 +101,7 @@ def check_requests(requests: Sequence[Request], settings: Settings, positions: i
             )
         if positions is not None and length + settings.max_tokens > positions:
             raise InputError(
-                f"request {number}: {length} prompt tokens and {settings.max_tokens} response tokens exceed the "
+                f"request {number}: {length} prompt and {settings.max_tokens} response tokens exceed the "
                 f"model's {positions} positions; drop the prompt or lower sampling.max_tokens"
             )
 

@@ -92,7 +92,7 @@ def test_distinct_n_counts_each_n_gram_once():
 def test_self_overlap_is_the_mean_over_prompts_of_the_mean_over_pairs():
     """Prompt 1: {12, 23} and {12, 24} share 1 of 3. Prompt 2: twice the same and another: (1 + 0 + 0)/3.
 
-    Prompt 3 has one response. (1/3 + 1/3)/2 = 1/3; the response of one token has no bigram and does not count.
+    Prompt 3 has one response. (1/3 + 1/3)/2 = 1/3; the response of one token has no bigram: not counted.
     Without the third prompt and with two equal ones instead it is (1/3 + 1/3 + 1)/3 = 5/9.
     """
     groups = [[[1, 2, 3], [1, 2, 4]], [[5, 6, 7], [5, 6, 7], [9], [8, 9]], [[1, 2, 3]]]

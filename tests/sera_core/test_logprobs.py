@@ -1,12 +1,14 @@
 """Response log-probabilities: the fast engine against the plain loop, on a tiny model and on the demo's."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny import VOCAB_SIZE, tiny_policy
 
 from sera_core.errors import InputError
@@ -28,6 +30,15 @@ ids = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=24)
 groups = st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=3)), min_size=1, max_size=5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny matrices are slower on several threads, much so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     return load_policy(tiny_policy(tmp_path_factory.mktemp("tiny") / "policy"))
@@ -47,8 +58,8 @@ def from_config(config_class, **kwargs):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def test_a_model_that_always_predicts_the_uniform_distribution_gives_log_of_the_vocabulary(policy, tmp_path):
-    """Zero embeddings give zero logits, so each of three tokens has −ln 512 = −6.238325 nats, −18.714974 in all."""
+def test_a_model_that_always_predicts_the_uniform_distribution_gives_log_of_the_vocabulary(tmp_path):
+    """Zero embeddings give zero logits, so three tokens have 3 · −ln 512 = −18.714974 nats."""
     uniform = load_policy(tiny_policy(tmp_path / "uniform"))
     with torch.no_grad():
         uniform.get_output_embeddings().weight.zero_()
@@ -110,7 +121,9 @@ def test_a_prompt_counts_once_and_every_response_counts():
 def test_progress_ends_with_all_items(policy):
     seen = []
     items = [([1, 2], [3] * length) for length in range(1, 9)]
-    sequence_logps(policy, items, tokens_per_batch=10, progress=lambda done, total: seen.append((done, total)))
+    sequence_logps(
+        policy, items, tokens_per_batch=10, progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == sorted(seen)
     assert len(seen) > 2
     assert seen[-1] == (8, 8)
@@ -136,7 +149,7 @@ def test_scoring_leaves_the_model_as_it_was(policy):
         (([], [1]), r"item 1: the prompt is empty"),
         (([1], [VOCAB_SIZE]), r"item 1: token id 512 is not in the model's vocabulary"),
         (([1], [-1]), r"item 1: token id -1"),
-        (([1] * 500, [2] * 13), r"item 1: 500 prompt and 13 response tokens do not fit the model's 512 positions"),
+        (([1] * 500, [2] * 13), r"item 1: 500 prompt and 13 response tokens do not fit the model's 512"),
     ],
 )
 def test_an_item_without_a_log_probability_is_refused_by_its_index(policy, item, message):
@@ -150,7 +163,7 @@ def test_a_model_in_training_mode_is_refused(tmp_path):
         sequence_logps(policy, [([1], [2])])
 
 
-def test_every_architecture_is_scored_as_its_own_plain_forward_scores(policy):
+def test_every_architecture_is_scored_as_its_own_plain_forward_scores():
     from transformers import CohereConfig, Gemma2Config, GPTNeoXConfig, MistralConfig, Qwen2Config
 
     grouped = {"num_key_value_heads": 1}
@@ -190,6 +203,7 @@ def test_sixty_four_real_pairs_agree_with_the_plain_float32_loop(tmp_path):
     short = [pair for pair in zip(prompts, chosen, rejected, strict=True) if max(map(len, pair)) <= 200][:64]
     items = [Item(prompt, response) for prompt, *responses in short for response in responses]
     assert len(items) == 128
+    torch.set_num_threads(os.cpu_count() or 1)
     policy = load_policy(folder)
     assert scoring_mode(policy) == "packed"
     np.testing.assert_allclose(sequence_logps(policy, items), plain_sequence_logps(policy, items), atol=1e-3)

@@ -1,0 +1,98 @@
+"""`sera select`: which scored pairs to train on. Needs neither torch nor a model."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flows.commands.answers import answer, check_output, count_lines, write_output
+from sera_core.artifacts import schema
+from sera_core.artifacts.canonical import derived_seed
+from sera_core.errors import InputError
+from sera_core.selection import Selection
+from sera_core.selection import select as select_pairs
+
+
+def select(args: argparse.Namespace) -> int:
+    """The ledger of a scored file."""
+    check_output(args.out, args.force)
+    scored = _read_scored(args.scored)
+    margins = scored["ensemble_margin"].to_numpy().astype(np.float64)
+    try:
+        selection = select_pairs(
+            margins,
+            scored["pair_id"].to_pylist(),
+            rule=args.rule,
+            fraction=args.fraction,
+            k=args.k,
+            threshold=args.threshold,
+            min_margin=args.min_margin,
+            direction=args.direction,
+            seed=derived_seed(args.seed, 0, "human", "random"),
+        )
+    except ValueError as error:
+        raise InputError(f"{args.scored}: {error}") from error
+    reasons = [
+        "relabelled" if turned else str(r)
+        for turned, r in zip(selection.swapped, selection.reason, strict=True)
+    ]
+    write_output(_ledger(scored, margins, selection, reasons), args.out)
+    value = {
+        "pairs": scored.num_rows,
+        "kept": int(selection.kept.sum()),
+        "by_reason": dict(sorted(Counter(reasons).items())),
+        "out": str(args.out),
+    }
+    head = f"{args.out}: {value['kept']:,} of {value['pairs']:,} pairs kept ({args.rule})"
+    answer(args, value, [head, *count_lines(value["by_reason"])])
+    return 0
+
+
+def _read_scored(path: Path) -> pa.Table:
+    """pair_id and ensemble_margin of a scored file, and prompt_id if it holds one."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the scored.parquet that `sera score` wrote")
+    try:
+        file = pq.ParquetFile(path)
+        found = file.schema_arrow.names
+        missing = [name for name in ("pair_id", "ensemble_margin") if name not in found]
+        if missing:
+            raise InputError(
+                f"{path}: no column {' and no column '.join(missing)} (found: {', '.join(found)}); give the "
+                "scored.parquet that `sera score` wrote"
+            )
+        table = file.read(
+            columns=[name for name in ("pair_id", "prompt_id", "ensemble_margin") if name in found]
+        )
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{path}: not a readable parquet file ({error}); write it again with `sera score`"
+        ) from error
+    if table["pair_id"].null_count or not pa.types.is_floating(table["ensemble_margin"].type):
+        raise InputError(
+            f"{path}: {table['pair_id'].null_count} rows have no pair_id, and ensemble_margin is "
+            f"{table['ensemble_margin'].type}; every row needs an id and a margin in nats"
+        )
+    return table
+
+
+def _ledger(scored: pa.Table, margins: np.ndarray, selection: Selection, reasons: Sequence[str]) -> pa.Table:
+    rows = scored.num_rows
+    columns = {
+        "pair_id": scored["pair_id"].to_pylist(),
+        "prompt_id": scored["prompt_id"].to_pylist() if "prompt_id" in scored.column_names else [None] * rows,
+        "origin": ["human"] * rows,
+        "round": [0] * rows,
+        "stage": ["select"] * rows,
+        "ensemble_margin": margins,
+        "rank": [int(rank) or None for rank in selection.rank],
+        "kept": selection.kept,
+        "reason": reasons,
+    }
+    return schema.table(schema.LEDGER, columns)

@@ -1,0 +1,15 @@
+"""One Prefect server for all the tests that run a flow in this process."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory):
+    """The embedded server, started once; commands that find PREFECT_API_URL use it."""
+    from flows.embedded_server import prefect_api
+
+    os.environ["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
+    with prefect_api() as url:
+        yield url

@@ -1,0 +1,118 @@
+"""Bad input: exit code 2, one clear message that says where and what to do, nothing half-written, no model loaded."""
+
+import json
+
+import pytest
+import tiny
+import tinyrun
+
+from flows.cli import main
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    tinyrun.settings(tmp_path)
+    return tmp_path
+
+
+def refused(capsys, folder, *args, experiment=None, rows=None, code=2):
+    if rows is not None:
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    experiment = experiment or tinyrun.experiment(folder)
+    before = sorted(str(p) for p in (folder / "store").rglob("*") if p.is_file())
+    assert main(["run", str(experiment), "--store", str(folder / "store"), *args]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Traceback" not in said.err
+    assert sorted(str(p) for p in (folder / "store").rglob("*") if p.is_file()) == before
+    return said.err
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def test_a_missing_file_is_named(capsys, folder):
+    (folder / "pairs.jsonl").unlink()
+    experiment = tinyrun.experiment(folder)
+    (folder / "pairs.jsonl").unlink()
+    assert "pairs.jsonl" in refused(capsys, folder, experiment=experiment)
+
+
+def test_a_missing_experiment_is_named(capsys, folder):
+    assert "nowhere.toml" in refused(capsys, folder, experiment=folder / "nowhere.toml")
+
+
+def test_a_row_that_is_not_json_is_named_by_file_and_line(capsys, folder):
+    file = folder / "pairs.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:4], "{not json", *lines[5:]]) + "\n")
+    said = refused(capsys, folder)
+    assert "pairs.jsonl" in said and "line 5" in said
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
+def test_a_missing_or_empty_field_is_named_by_row(capsys, folder, field):
+    rows = tinyrun.pairs(8)
+    rows[2] = {**rows[2], field: ""}
+    said = refused(capsys, folder, rows=rows)
+    assert field in said and "3" in said
+
+
+def test_equal_answers_are_refused_when_asked(capsys, folder):
+    rows = tinyrun.pairs(8)
+    rows[1]["rejected"] = rows[1]["chosen"]
+    said = refused(capsys, folder, "--set", "data.on_equal=refuse", rows=rows)
+    assert "equal" in said or "same" in said
+
+
+def test_roles_out_of_order_are_named(capsys, folder):
+    rows = tinyrun.pairs(8)
+    rows[0]["prompt"] = [turn("assistant", "a"), turn("user", "b")]
+    assert "role" in refused(capsys, folder, rows=rows)
+
+
+def test_messages_that_diverge_before_the_last_turn_are_refused(capsys, folder):
+    rows = tinyrun.pairs(8)
+    rows[3] = {
+        "chosen": [turn("user", "hello"), turn("assistant", "a"), turn("user", "x"), turn("assistant", "b")],
+        "rejected": [turn("user", "hello"), turn("assistant", "c"), turn("user", "x"), turn("assistant", "d")],
+    }
+    assert "diverges_before_last_turn" in refused(capsys, folder, rows=rows)
+
+
+def test_an_unknown_key_gets_the_nearest_one_suggested(capsys, folder):
+    assert "did you mean train.beta" in refused(capsys, folder, "--set", "train.betta=0.2")
+
+
+def test_a_value_out_of_range_is_named(capsys, folder):
+    said = refused(capsys, folder, "--set", "select.fraction=1.5")
+    assert "select.fraction" in said and "1.5" in said
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "/abs", "", ".."])
+def test_a_run_name_with_a_path_in_it_is_refused(capsys, folder, name):
+    assert "run name" in refused(capsys, folder, "--name", name) or not name
+
+
+def test_a_model_without_a_chat_template_is_refused_for_conversations(capsys, folder):
+    tiny.tiny_policy(folder / "bare", template=None)
+    said = refused(capsys, folder, "--set", f"model.source={folder / 'bare'}")
+    assert "chat template" in said and "model.chat_template" in said
+
+
+def test_a_model_folder_that_is_none_is_refused(capsys, folder):
+    (folder / "empty").mkdir()
+    assert "config.json" in refused(capsys, folder, "--set", f"model.source={folder / 'empty'}")
+
+
+def test_an_overlap_of_held_out_and_train_is_refused_with_counts(capsys, folder):
+    tinyrun.write_rows(folder / "held.jsonl", tinyrun.pairs(4))
+    said = refused(capsys, folder, "--set", f'data.heldout="{folder / "held.jsonl"}"')
+    assert "4" in said and "on_overlap" in said
+
+
+def test_an_unknown_run_is_exit_code_2(capsys, folder):
+    for command in (["show", "nobody"], ["verify", "nobody"], ["export", "nobody", "--to", "x"], ["review", "nobody"]):
+        assert main([*command, "--store", str(folder / "store")]) == 2
+        assert "nobody" in capsys.readouterr().err

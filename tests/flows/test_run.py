@@ -1,0 +1,163 @@
+"""A whole run on the command line, Prefect included: the contract a user and a program rely on."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import tinyrun
+
+import sera_core
+from flows.cli import main
+from sera_core.artifacts.runs import STOP_REASONS
+
+pytestmark = pytest.mark.flow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three rounds through `sera run`: (folder, experiment, store, seconds)."""
+    folder = tmp_path_factory.mktemp("run")
+    experiment = tinyrun.experiment(folder, data={"test_fraction": 0.2}, execution={"tracking": "tensorboard"})
+    done = sera("run", str(experiment), "--store", str(folder / "store"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, experiment, folder / "store", done
+
+
+def sera(*args: str, cwd=None, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *args], cwd=cwd, capture_output=True, text=True, timeout=600, **kwargs
+    )
+
+
+def test_a_run_ends_with_its_rounds_and_the_reason_it_stopped(finished):
+    folder, _, store, done = finished
+    assert "the last word" not in done.stdout
+    found = json.loads(sera("show", "tiny", "--store", str(store), "--json").stdout)
+    assert set(found) == {"run", "config_sha256", "stop_reason", "waiting", "head", "best_round", "rounds"}
+    assert found["stop_reason"] in STOP_REASONS
+    assert [r["round"] for r in found["rounds"]] == [0, 1, 2]
+    assert [r["generated_share"] for r in found["rounds"]] == sorted(r["generated_share"] for r in found["rounds"])
+    assert found["rounds"][0]["generated_share"] == 0.0 < found["rounds"][1]["generated_share"]
+    for r in found["rounds"]:
+        assert r["decision"] in ("promote", "hold", "roll_back", "stop")
+        assert {"policy", "pairs", "scored", "ledger", "mixture", "report"} <= set(r["artifacts"])
+        assert set(r["pairs"]) == {"human", "generated"}
+        for artifact in r["artifacts"].values():
+            assert set(artifact) == {"uri", "sha256", "bytes", "rows"}
+            assert len(artifact["sha256"]) == 64
+    assert "responses" in found["rounds"][1]["artifacts"]
+
+
+def test_the_same_name_again_answers_from_the_store_without_prefect_or_torch(finished):
+    folder, experiment, store, _ = finished
+    probe = (
+        "import sys, flows.cli; code = flows.cli.main(sys.argv[1:]);"
+        "print([m for m in ('torch', 'prefect') if m in sys.modules]); sys.exit(code)"
+    )
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", probe, "run", str(experiment), "--store", str(store)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("[]")
+    assert time.monotonic() - start < 60  # a hang, not a speed, is what this would catch
+
+
+def test_verify_holds_and_names_the_file_after_one_byte_changed(finished):
+    folder, _, store, _ = finished
+    assert main(["verify", "tiny", "--store", str(store)]) == 0
+    found = json.loads(sera("show", "tiny", "--store", str(store), "--json").stdout)
+    for role, artifact in found["rounds"][1]["artifacts"].items():
+        file = tinyrun.Path(artifact["uri"])
+        file = sorted(p for p in file.rglob("*") if p.is_file())[0] if file.is_dir() else file
+        whole = file.read_bytes()
+        file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        failed = sera("verify", "tiny", "--store", str(store))
+        file.write_bytes(whole)
+        assert failed.returncode == 1, role
+        assert str(file) in failed.stderr
+    assert main(["verify", "tiny", "--store", str(store)]) == 0
+
+
+def test_python_reads_what_the_command_line_shows(finished):
+    _, _, store, _ = finished
+    run = sera_core.open_run(str(store), "tiny")
+    assert list(run.rounds["round"]) == [0, 1, 2]
+    assert len(run[1].pairs()) == run.rounds.loc[1, "human"] + run.rounds.loc[1, "generated"]
+    assert set(run[1].ledger()["reason"]) >= {"kept"}
+    assert len(run[1].responses()) == 30
+    assert len(run[0].responses()) == 0
+    pair = run[1].scored()["pair_id"][0]
+    assert list(run.history(pair)["round"]) == [0, 1, 2]
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(run[2].policy_path()).num_parameters() > 0
+
+
+def test_every_pair_and_prompt_is_in_the_ledger_once(finished):
+    _, _, store, _ = finished
+    run = sera_core.open_run(str(store), "tiny")
+    for number in range(3):
+        ledger = run[number].ledger()
+        human = ledger[ledger["origin"] == "human"]
+        assert len(human) == 32 == human["pair_id"].nunique()
+        generated = ledger[(ledger["origin"] == "generated")]
+        assert not generated.duplicated(["prompt_id", "pair_id"]).any()
+        assert int(ledger["kept"].sum()) == len(run[number].pairs())
+        if number:
+            assert generated["prompt_id"].nunique() == 10
+
+
+def test_the_export_is_the_best_rounds_policy_and_never_overwrites(finished, tmp_path):
+    _, _, store, _ = finished
+    found = json.loads(sera("show", "tiny", "--store", str(store), "--json").stdout)
+    best = found["rounds"][found["best_round"]]["artifacts"]["policy"]["sha256"]
+    done = sera("export", "tiny", "--store", str(store), "--to", str(tmp_path / "policy"), "--json")
+    assert json.loads(done.stdout)["policy_sha256"] == best
+    assert not list((tmp_path / "policy").rglob("*.bin")) and (tmp_path / "policy" / "model.safetensors").exists()
+    again = sera("export", "tiny", "--store", str(store), "--to", str(tmp_path / "policy"))
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
+def test_list_report_and_plan_tell_of_the_finished_run(finished, tmp_path):
+    _, experiment, store, _ = finished
+    listed = json.loads(sera("list", "--store", str(store), "--json").stdout)
+    assert [run["run"] for run in listed["runs"]] == ["tiny"]
+    written = json.loads(sera("report", "tiny", "--out", str(tmp_path), "--store", str(store), "--json").stdout)
+    assert any(file.endswith("index.html") for file in written["files"])
+    plan = json.loads(sera("plan", str(experiment), "--store", str(store), "--json").stdout)
+    assert {row["status"] for row in plan["steps"]} == {"reuse"} and plan["seconds"] == 0
+
+
+def test_a_changed_configuration_under_the_same_name_is_refused_with_the_difference(finished):
+    _, experiment, store, _ = finished
+    done = sera("run", str(experiment), "--store", str(store), "--set", "train.beta=0.2")
+    assert done.returncode == 2
+    assert "train.beta: 0.1 -> 0.2" in done.stderr
+
+
+def test_the_test_side_is_reported_once_the_run_stopped(finished):
+    _, _, store, done = finished
+    assert "Test side, which decided nothing" in done.stdout
+    assert len(list((store / "runs" / "tiny").glob("final-*.json"))) == 1
+
+
+def test_no_pickle_and_no_path_enters_the_store(finished):
+    folder, _, store, _ = finished
+    names = [p.name for p in store.rglob("*") if p.is_file()]
+    assert not [name for name in names if name.endswith((".pt", ".pth", ".bin", ".pkl"))]
+    for config in store.rglob("policy/*.json"):
+        assert str(folder) not in config.read_text()
+
+
+def test_the_flow_is_callable_from_python(tmp_path, finished):
+    from flows.embedded_server import prefect_api
+
+    with prefect_api():
+        from flows.sera import sera as sera_flow
+
+        config = tinyrun.config(tmp_path, limits={"rounds": 1})
+        assert sera_flow(config, run="from-python", store=str(tmp_path / "store")) == "max_rounds"
+    assert len(sera_core.open_run(str(tmp_path / "store"), "from-python")) == 1

@@ -1,0 +1,262 @@
+"""The trainer computes what TRL computes, with less work."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_policy
+
+from sera_core.config import TrainConfig
+from sera_core.models import load_policy, load_tokenizer
+from train_bench import logps, random_pairs
+
+pytestmark = pytest.mark.slow
+BETA = 0.3
+MIXED = TrainConfig(losses=("sigmoid", "ipo", "hinge"), loss_weights=(1.0, 0.25, 2.0), beta=BETA)
+LOSSES = [
+    TrainConfig(losses=("sigmoid",), beta=BETA),
+    TrainConfig(losses=("ipo",), beta=BETA),
+    TrainConfig(losses=("hinge",), beta=BETA),
+    TrainConfig(losses=("robust",), beta=BETA, label_smoothing=0.2),
+    TrainConfig(losses=("sigmoid_norm",), beta=BETA),
+    MIXED,
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Any) -> list[dict[str, Any]]:
+    """Six pairs of different lengths, the reference a policy of its own."""
+    reference = load_policy(folder)
+    with torch.no_grad():
+        for number, parameter in enumerate(reference.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.add_(0.01 * noise)
+    pairs = random_pairs(6, seed=3)
+    for number, row in enumerate(pairs):
+        row["row"] = number
+        for side in ("chosen", "rejected"):
+            row[f"ref_{side}_logps"] = logps(reference, row["prompt_ids"], row[f"{side}_ids"])
+    return pairs
+
+
+def settings(folder: Any, tmp_path: Any, **changes: Any) -> Any:
+    from trl import DPOConfig
+
+    return DPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        precompute_ref_log_probs=True,
+        beta=BETA,
+        **changes,
+    )
+
+
+def ours(
+    folder: Any, tmp_path: Any, rows: Any, train: TrainConfig, micro_batch: int = 2, share: bool = True
+) -> Any:
+    """(loss, gradients by name, trainer) of one global batch."""
+    from datasets import Dataset
+
+    from tasks.engines.dpo_trainer import ReviewedDPOTrainer, trl_losses
+
+    losses, weights = trl_losses(train)
+    args = settings(
+        folder,
+        tmp_path,
+        per_device_train_batch_size=len(rows),
+        remove_unused_columns=False,
+        loss_type=losses,
+        loss_weights=weights or None,
+        label_smoothing=train.label_smoothing,
+    )
+    model = load_policy(folder)
+    trainer = ReviewedDPOTrainer(
+        model, train, args, Dataset.from_list(rows), load_tokenizer(folder), (None, None), [], micro_batch, share
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.create_optimizer()
+    loss = trainer.training_step(model, trainer.data_collator(rows))
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, trainer
+
+
+def stock(folder: Any, tmp_path: Any, rows: Any, train: TrainConfig) -> Any:
+    """(loss, gradients by name) of TRL's own trainer on the same batch."""
+    from datasets import Dataset
+    from trl import DPOTrainer
+
+    class Stock(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+        def _send_telemetry(self) -> None: ...
+
+    args = settings(
+        folder,
+        tmp_path,
+        loss_type=list(train.losses),
+        loss_weights=list(train.loss_weights) or None,
+        label_smoothing=train.label_smoothing,
+    )
+    model = load_policy(folder)
+    trainer = Stock(
+        model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=load_tokenizer(folder)
+    )
+    loss = trainer.compute_loss(model, trainer.data_collator(rows))
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-5) -> None:
+    largest = max(gradient.abs().max().item() for gradient in other.values())
+    assert set(one) == set(other)
+    for name, gradient in one.items():
+        assert (gradient - other[name]).abs().max().item() <= tolerance * max(1.0, largest), name
+
+
+@pytest.mark.parametrize("train", LOSSES, ids=lambda train: "+".join(train.losses))
+def test_loss_and_gradients_are_those_of_the_stock_trainer(
+    folder: Any, tmp_path: Any, rows: Any, train: TrainConfig
+) -> None:
+    loss, gradients, _ = ours(folder, tmp_path, rows, train)
+    stock_loss, stock_gradients = stock(folder, tmp_path, rows, train)
+    assert loss == pytest.approx(stock_loss, rel=1e-5)
+    assert_same_gradients(gradients, stock_gradients)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 5])
+def test_micro_batches_change_neither_loss_nor_gradient(
+    folder: Any, tmp_path: Any, rows: Any, micro_batch: int
+) -> None:
+    """4 + 2 and 5 + 1 pairs are uneven: a mean of micro-batch means would differ."""
+    loss, gradients, _ = ours(folder, tmp_path, rows, MIXED, micro_batch=len(rows))
+    other_loss, other_gradients, _ = ours(folder, tmp_path, rows, MIXED, micro_batch=micro_batch)
+    assert loss == pytest.approx(other_loss, rel=1e-6)
+    assert_same_gradients(gradients, other_gradients)
+
+
+def test_a_prompt_computed_once_gives_what_a_prompt_for_each_response_gives(
+    folder: Any, tmp_path: Any, rows: Any
+) -> None:
+    loss, gradients, _ = ours(folder, tmp_path, rows, MIXED, share=True)
+    other_loss, other_gradients, _ = ours(folder, tmp_path, rows, MIXED, share=False)
+    assert loss == pytest.approx(other_loss, rel=1e-6)
+    assert_same_gradients(gradients, other_gradients)
+
+
+def test_each_response_has_the_log_probability_of_a_plain_forward_pass(
+    folder: Any, tmp_path: Any, rows: Any
+) -> None:
+    _, _, trainer = ours(folder, tmp_path, rows, MIXED, micro_batch=4)
+    plain = load_policy(folder)
+    pairs = trainer.batch_pairs
+    for place, number in enumerate(pairs["row"].tolist()):
+        row = rows[number]
+        for side in ("chosen", "rejected"):
+            expected = logps(plain, row["prompt_ids"], row[f"{side}_ids"])
+            assert pairs[side][place].item() == pytest.approx(expected, abs=1e-4)
+    assert sorted(pairs["row"].tolist()) == list(range(len(rows)))
+
+
+def by_pair(rows: Any, folder: Any) -> list[dict[str, float]]:
+    """log π, log π_ref and |y| of both responses of each pair."""
+    plain = load_policy(folder)
+    values = []
+    for row in rows:
+        pair = {}
+        for side in ("chosen", "rejected"):
+            pair[side] = logps(plain, row["prompt_ids"], row[f"{side}_ids"])
+            pair[f"ref_{side}"] = row[f"ref_{side}_logps"]
+            pair[f"{side}_tokens"] = len(row[f"{side}_ids"])
+        values.append(pair)
+    return values
+
+
+def minus_log_sigmoid(value: float) -> float:
+    return math.log1p(math.exp(-value))
+
+
+def simpo_by_hand(pair: dict[str, float], target: float) -> float:
+    """−log σ(β(avg log π_w − avg log π_l) − target margin)."""
+    chosen = pair["chosen"] / pair["chosen_tokens"]
+    rejected = pair["rejected"] / pair["rejected_tokens"]
+    return minus_log_sigmoid(BETA * (chosen - rejected) - target)
+
+
+def margin(pair: dict[str, float]) -> float:
+    return pair["chosen"] - pair["ref_chosen"] - pair["rejected"] + pair["ref_rejected"]
+
+
+def test_simpo_is_its_formula_and_needs_no_reference(folder: Any, tmp_path: Any, rows: Any) -> None:
+    train = TrainConfig(losses=("simpo",), beta=BETA, target_margin=0.4)
+    blank = [{**row, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for row in rows]
+    loss, _, trainer = ours(folder, tmp_path, blank, train)
+    pairs = by_pair(rows, folder)
+    assert loss == pytest.approx(sum(simpo_by_hand(pair, 0.4) for pair in pairs) / len(pairs), rel=1e-5)
+    rewards = [BETA * pair["chosen"] / pair["chosen_tokens"] for pair in pairs]
+    assert trainer.pair_metrics()["rewards/chosen"] == pytest.approx(sum(rewards) / len(pairs), rel=1e-5)
+
+
+def test_simpo_may_be_summed_with_a_loss_of_trl(folder: Any, tmp_path: Any, rows: Any) -> None:
+    train = TrainConfig(losses=("sigmoid", "simpo"), loss_weights=(1.0, 0.5), beta=BETA, target_margin=0.4)
+    loss, gradients, trainer = ours(folder, tmp_path, rows, train)
+    pairs = by_pair(rows, folder)
+    terms = [minus_log_sigmoid(BETA * margin(pair)) + 0.5 * simpo_by_hand(pair, 0.4) for pair in pairs]
+    assert loss == pytest.approx(sum(terms) / len(pairs), rel=1e-5)
+    margins = [BETA * margin(pair) for pair in pairs]
+    assert trainer.pair_metrics()["rewards/margins"] == pytest.approx(sum(margins) / len(pairs), abs=1e-5)
+    _, sigmoid, _ = ours(folder, tmp_path, rows, TrainConfig(losses=("sigmoid",), beta=BETA))
+    simpo_train = TrainConfig(losses=("simpo",), beta=BETA, target_margin=0.4)
+    _, simpo, _ = ours(folder, tmp_path, rows, simpo_train)
+    assert_same_gradients(gradients, {name: sigmoid[name] + 0.5 * simpo[name] for name in sigmoid})
+
+
+def test_label_smoothing_makes_the_sigmoid_loss_conservative(folder: Any, tmp_path: Any, rows: Any) -> None:
+    """−(1−ε) log σ(βD) − ε log σ(−βD); TRL 1.16 would ignore ε here."""
+    train = TrainConfig(losses=("sigmoid",), beta=BETA, label_smoothing=0.3)
+    loss, _, _ = ours(folder, tmp_path, rows, train)
+    terms = [
+        0.7 * minus_log_sigmoid(BETA * margin(pair)) + 0.3 * minus_log_sigmoid(-BETA * margin(pair))
+        for pair in by_pair(rows, folder)
+    ]
+    assert loss == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+
+def test_responses_that_see_each_other_would_be_noticed(folder: Any, tmp_path: Any, rows: Any) -> None:
+    from tasks.engines import pair_forward
+
+    _, _, trainer = ours(folder, tmp_path, rows, MIXED)
+    right = trainer.batch_pairs["rejected"]
+    mask = pair_forward.pair_mask
+    try:
+        pair_forward.pair_mask = lambda segments: mask(torch.zeros_like(segments))
+        _, _, trainer = ours(folder, tmp_path, rows, MIXED)
+    finally:
+        pair_forward.pair_mask = mask
+    assert (trainer.batch_pairs["rejected"] - right).abs().max() > 0.1
+
+
+def test_a_sliding_window_shorter_than_a_pair_is_not_shared(folder: Any, rows: Any) -> None:
+    from tasks.engines.pair_forward import can_share_prompt, packed_length
+
+    model = load_policy(folder)
+    assert can_share_prompt(model, rows)
+    model.config.sliding_window = max(map(packed_length, rows)) - 1
+    assert not can_share_prompt(model, rows)
+    model.config.sliding_window = None
+    model.config._attn_implementation = "eager"
+    assert not can_share_prompt(model, rows)

@@ -1,0 +1,89 @@
+"""The vLLM engine on CPU: the real engine, in a process of its own since it does not give memory back."""
+
+import multiprocessing
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from tiny import tiny_policy
+
+from sera_core.errors import InputError
+from sera_core.logprobs import plain_sequence_logps
+from sera_core.models import load_policy, load_tokenizer, save_policy
+from tasks.engines import vllm_sampler
+from tasks.engines.sampler import Request, Settings, open_sampler
+
+END = 2
+PROMPTS = [tuple(range(3, 3 + n)) for n in (5, 90, 17)]
+
+
+def test_a_missing_vllm_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_sampler, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'sera-flow\[vllm\]'"):
+        open_sampler("vllm", tmp_path)
+
+
+def sample_in_child(queue, policy, base, requests, settings):
+    """Run in a process of its own."""
+    sampler = open_sampler("vllm", policy, base=base, max_length=128)
+    queue.put([sampler.sample(part, settings) for part in requests])
+    sampler.close()
+
+
+def sample(policy, base, requests, settings):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    child = context.Process(target=sample_in_child, args=(queue, policy, base, requests, settings))
+    child.start()
+    try:
+        return queue.get(timeout=300)
+    finally:
+        child.join(60)
+        if child.is_alive():
+            child.kill()
+
+
+def requests() -> list[Request]:
+    return [Request(prompt, 2**62 + 100 * i + j) for i, prompt in enumerate(PROMPTS) for j in range(4)]
+
+
+def items(asked, found):
+    return [(request.prompt_ids, response.ids) for request, response in zip(asked, found, strict=True)]
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_agrees_with_the_scorer_and_repeats_itself(tmp_path):
+    folder = tiny_policy(tmp_path / "policy")
+    ends = tuple(range(2, 40))
+    asked = requests()
+    found, alone = sample(folder, None, [asked, asked[:1]], Settings(0.8, 0.95, 24, ends))
+    expected = plain_sequence_logps(load_policy(folder), items(asked, found))
+    np.testing.assert_allclose([response.logps for response in found], expected, atol=1e-3)
+    assert alone[0].ids == found[0].ids
+    assert len({response.ids for response in found}) > len(PROMPTS)
+    for response in found:
+        inside = [token in ends for token in response.ids]
+        assert not any(inside[:-1])
+        assert inside[-1] == (response.finish_reason == "stop")
+        assert response.finish_reason == "stop" or len(response.ids) == 24
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_samples_from_an_adapter_merged_into_its_base(tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_policy(tmp_path / "base")
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        load_policy(base), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapter = save_policy(adapted, base, tmp_path / "adapter")
+    assert load_tokenizer(base)
+    (found,) = sample(adapter, base, [requests()], Settings(1.0, 1.0, 8, (END,)))
+    expected = plain_sequence_logps(load_policy(adapter, base=base), items(requests(), found))
+    np.testing.assert_allclose([response.logps for response in found], expected, atol=1e-3)
+    of_base = plain_sequence_logps(load_policy(base), items(requests(), found))
+    assert np.abs(of_base - expected).max() > 0.1
