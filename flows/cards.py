@@ -24,7 +24,9 @@ def round_card(manifest: RoundManifest) -> str:
         ("KL to the start (nats a response)", interval(m.get("samples/kl_reference"))),
         ("tokens of a sampled answer", interval(m.get("samples/tokens"))),
     ]
-    dropped = {name: count for name, count in m.items() if name.startswith(("human/", "generated/")) and count}
+    dropped = {
+        name: count for name, count in m.items() if name.startswith(("human/", "generated/")) and count
+    }
     lines = [
         f"# {manifest.run}, round {manifest.round}: {manifest.decision}",
         "",
@@ -40,7 +42,10 @@ def round_card(manifest: RoundManifest) -> str:
         "",
         "| artifact | sha256 | bytes |",
         "|---|---|---|",
-        *(f"| {role} | `{a['sha256'][:12]}` | {a['bytes']:,} |" for role, a in sorted(manifest.artifacts.items())),
+        *(
+            f"| {role} | `{a['sha256'][:12]}` | {a['bytes']:,} |"
+            for role, a in sorted(manifest.artifacts.items())
+        ),
     ]
     return "\n".join(lines)
 

@@ -35,9 +35,13 @@ def parser() -> argparse.ArgumentParser:
         default=os.environ.get("SERA_STORE", "./sera-store"),
         help="folder or s3://bucket/prefix that holds the artifacts (default: $SERA_STORE, else ./sera-store)",
     )
-    common.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    common.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
+    )
     common.add_argument("--debug", action="store_true", help="show tracebacks and Prefect's log")
-    top = argparse.ArgumentParser(prog="sera", description="SeRA: self-reviewing and alignment, the whole loop.")
+    top = argparse.ArgumentParser(
+        prog="sera", description="SeRA: self-reviewing and alignment, the whole loop."
+    )
     top.add_argument("--version", action="version", version=f"sera-flow {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in ADDERS:

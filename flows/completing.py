@@ -83,7 +83,9 @@ def _metrics(session: Session, records: dict[str, StepRecord]) -> dict[str, Any]
         if role in records:
             metrics |= {f"{role}/{reason}": count for reason, count in records[role].counts.items()}
     if "responses" in records:
-        metrics |= {name: v for name, v in records["responses"].metrics.items() if name.startswith("responses")}
+        metrics |= {
+            name: v for name, v in records["responses"].metrics.items() if name.startswith("responses")
+        }
         metrics |= {n: c for n, c in records["responses"].counts.items() if n.startswith("prompts")}
     if "decision" in records:
         metrics |= {name: records["decision"].metrics[name] for name in ("verdict", "alarm", "overlap", "ks")}

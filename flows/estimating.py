@@ -43,12 +43,19 @@ def workload(config: SeraConfig, store: Store, data: StepSpec) -> Workload:
     if record is None:
         return _from_files(config, parameters)
     artifact = Artifact(store, record.ref)
-    table = pq.read_table(artifact.path("train.parquet"), columns=["prompt", "chosen", "rejected"]).to_pylist()
+    table = pq.read_table(
+        artifact.path("train.parquet"), columns=["prompt", "chosen", "rejected"]
+    ).to_pylist()
     prompt = [sum(len(m["content"]) for m in row["prompt"]) for row in table]
     answer = [sum(len(m["content"]) for m in row["chosen"] + row["rejected"]) / 2 for row in table]
     count = record.counts
     return Workload(
-        count.get("train", 0), count.get("heldout", 0), count.get("test", 0), _tokens(prompt), _tokens(answer), parameters
+        count.get("train", 0),
+        count.get("heldout", 0),
+        count.get("test", 0),
+        _tokens(prompt),
+        _tokens(answer),
+        parameters,
     )
 
 
@@ -67,7 +74,12 @@ def _from_files(config: SeraConfig, parameters: float | None) -> Workload:
     train = total - (0 if data.heldout else heldout) - (0 if data.test else test)
     text = _tokens(texts)  # prompt and two answers, about a third each
     return Workload(
-        min(train, data.train_pairs or train), min(heldout, data.heldout_pairs or heldout), test, text / 3, text / 3, parameters
+        min(train, data.train_pairs or train),
+        min(heldout, data.heldout_pairs or heldout),
+        test,
+        text / 3,
+        text / 3,
+        parameters,
     )
 
 
@@ -115,7 +127,11 @@ class Estimator:
     def expected(self, spec: StepSpec) -> dict[str, Any]:
         """{"tokens", "seconds", "bytes"} of a step that is to be done; seconds are None for a model not at hand."""
         tokens = self._tokens(spec)
-        return {"tokens": int(tokens), "seconds": self._seconds(spec.step, tokens), "bytes": self._bytes(spec)}
+        return {
+            "tokens": int(tokens),
+            "seconds": self._seconds(spec.step, tokens),
+            "bytes": self._bytes(spec),
+        }
 
     def _tokens(self, spec: StepSpec) -> float:
         size, config = self.size, self.config
@@ -134,7 +150,9 @@ class Estimator:
             prompts = min(spec.fields["prompts"] or size.train, size.heldout if held else size.train)
             return prompts * spec.fields["responses"] * spec.fields["max_tokens"] * SAMPLED_SHARE
         if spec.step == "train":
-            pairs = config.mix.size or size.train * (1.0 if spec.fields["round"] == 0 else config.select.fraction)
+            pairs = config.mix.size or size.train * (
+                1.0 if spec.fields["round"] == 0 else config.select.fraction
+            )
             return pairs * (2 * size.prompt + 2 * size.answer) * config.train.epochs
         return 0.0
 

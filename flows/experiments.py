@@ -42,7 +42,9 @@ def experiment_file(path: str) -> Path:
     """The experiment's file; `bundled:demo` is the one shipped with the package."""
     file = bundled_file("experiments", path[8:] + ".toml") if path.startswith("bundled:") else Path(path)
     if not file.is_file():
-        raise InputError(f"experiment {path}: no such file; give the path of a TOML file (bundled:demo is one to copy)")
+        raise InputError(
+            f"experiment {path}: no such file; give the path of a TOML file (bundled:demo is one to copy)"
+        )
     return file
 
 
@@ -79,7 +81,11 @@ def _keys(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation
-        inner = [a for a in (annotation, *typing.get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        inner = [
+            a
+            for a in (annotation, *typing.get_args(annotation))
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
         if not inner:
             return []
         model = inner[0]
@@ -89,7 +95,9 @@ def _keys(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
 def _set(data: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not key:
-        raise InputError(f"--set {change!r}: write it as section.key=value, for instance --set train.beta=0.2")
+        raise InputError(
+            f"--set {change!r}: write it as section.key=value, for instance --set train.beta=0.2"
+        )
     parts = key.strip().split(".")
     for part in parts[:-1]:
         data = data.setdefault(part, {})

@@ -17,7 +17,9 @@ def run_records(store: Store, run: str) -> RunStore:
     """
     records = RunStore(store, run)
     if not records.configs():
-        raise InputError(f"run {run!r}: not in the store {store.url}; `sera list --store {store.url}` names the runs there")
+        raise InputError(
+            f"run {run!r}: not in the store {store.url}; `sera list --store {store.url}` names the runs there"
+        )
     return records
 
 

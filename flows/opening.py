@@ -86,7 +86,9 @@ def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> N
 
     record = run_step(store, steps.data(config, digests["data"]), work_of("data"), config.execution)
     if not record.counts.get("train"):
-        raise InputError(f"no train pair is left: {dict(record.counts)}; check data.train and the split fractions")
+        raise InputError(
+            f"no train pair is left: {dict(record.counts)}; check data.train and the split fractions"
+        )
     if not record.counts.get("heldout"):
         raise InputError(
             f"no held-out pair: {dict(record.counts)}; give data.heldout, or a data.heldout_fraction above 0 "
@@ -117,7 +119,9 @@ def commit_test(session: Session, round: int, ref: Ref) -> None:
         "format": FORMAT,
         "round": round,
         "step": record.ref.model_dump(),
-        "metrics": {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in record.metrics.items()},
+        "metrics": {
+            name: None if isinstance(v, float) and math.isnan(v) else v for name, v in record.metrics.items()
+        },
         "created": now(),
     }
     create_json(session.store, f"{session.records.path}/final-{round:03d}.json", final)

@@ -27,7 +27,10 @@ class Walk:
     def do(self, spec: StepSpec) -> Ref:
         """Note the step; the pointer to it when it is done."""
         record = find_record(self.store, spec.step, spec.key)
-        name = spec.key or f"{self.round}/{spec.step}/{sha256_json([spec.fields, sorted(spec.inputs)])}/{len(self.rows)}"
+        name = (
+            spec.key
+            or f"{self.round}/{spec.step}/{sha256_json([spec.fields, sorted(spec.inputs)])}/{len(self.rows)}"
+        )
         if name not in self._seen:
             self._seen.add(name)
             self.rows.append(self._row(spec, reuse=record is not None))
@@ -80,7 +83,9 @@ def _history(config: SeraConfig, records: RunStore, digests: Mapping[str, Any]) 
     if sha256_json(now) == configs[-1].config_sha256:
         return records.history(), None
     changed = "; ".join(differences(configs[0].resolved, now))
-    return History([]), f"run {records.run!r} exists with another configuration ({changed}): this plans it under a new name"
+    return History(
+        []
+    ), f"run {records.run!r} exists with another configuration ({changed}): this plans it under a new name"
 
 
 def walk_rounds(config: SeraConfig, digests: Mapping[str, Any], history: History, walk: Walk) -> None:
@@ -106,7 +111,9 @@ def _round(
     made = box.self_review(config, sides, past, number, walk.do)
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
     made["policy"] = box.align(config, sides, past, number, made["mixture"], walk.do)
-    made["evidence"] = box.gather_evidence(config, sides, past, number, made["mixture"], made["policy"], walk.do)
+    made["evidence"] = box.gather_evidence(
+        config, sides, past, number, made["mixture"], made["policy"], walk.do
+    )
     made["decision"] = box.judge(config, past, number, made, history, None, walk.do)
     walk.do(steps.report(number, {role: ref for role, ref in made.items() if role not in ("data", "model")}))
     return made

@@ -75,7 +75,11 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
 
     scored = do(
         steps.review(
-            config, sides.pairs, "train.parquet", judges.weights, *judged(sides.pairs, "train.parquet", judges.policies)
+            config,
+            sides.pairs,
+            "train.parquet",
+            judges.weights,
+            *judged(sides.pairs, "train.parquet", judges.policies),
         )
     )
     kept = do(steps.select(config, rules, scored, sides.pairs, "human", round))
@@ -88,10 +92,10 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
         # The sampler's own log-probabilities serve when it used the scorer's arithmetic (probed in the step).
         unscored = judges.policies if _sampled_apart(config) else judges.policies[1:]
         policies, references = judged(samples, "responses.parquet", unscored)
-        responses = do(
-            steps.pair(config, samples, sides.pairs, judges.weights, policies, references, round)
+        responses = do(steps.pair(config, samples, sides.pairs, judges.weights, policies, references, round))
+        generated = do(
+            steps.select(config, config.select_generated, responses, responses, "generated", round)
         )
-        generated = do(steps.select(config, config.select_generated, responses, responses, "generated", round))
         made |= {"samples": samples, "responses": responses, "generated": generated}
         inputs |= {"samples": samples, "responses": responses, "generated_ledger": generated}
     reference = training_reference(config, sides, past)
@@ -201,4 +205,3 @@ def generated_reference(judges: Judges, reference: Ref) -> str:
 
 def _sampled_apart(config: SeraConfig) -> bool:
     return config.sampling.dtype not in (None, config.model.dtype)
-

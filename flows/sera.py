@@ -1,7 +1,7 @@
 """SeRA as Prefect flows: all rounds of a run. What a round does reads in flows/round.py.
 
-    from flows.sera import sera
-    sera(config, run="my-run", store="./sera-store")
+from flows.sera import sera
+sera(config, run="my-run", store="./sera-store")
 """
 
 import os
@@ -48,17 +48,23 @@ def sera_round(run: str, store: str, round: int) -> str:
     state = work_through(session, round)
     if state not in PAUSED:
         card = round_card(session.records.rounds()[round])
-        create_markdown_artifact(card, key=key_of(run, f"round-{round}"), description=f"run {run}, round {round}")
+        create_markdown_artifact(
+            card, key=key_of(run, f"round-{round}"), description=f"run {run}, round {round}"
+        )
     return state
 
 
 def runner(store: str, run: str) -> Runner:
     """How a step without a record is done: as a Prefect task named after it."""
-    execution = ExecutionConfig.model_validate(RunStore(open_store(store), run).configs()[-1].config["execution"])
+    execution = ExecutionConfig.model_validate(
+        RunStore(open_store(store), run).configs()[-1].config["execution"]
+    )
 
     def run_task(spec: StepSpec) -> StepRecord:
         named = spec.model_copy(update={"where": {**spec.where, "run": run}})
-        return do_step.with_options(name=TITLES[spec.step], task_run_name=TITLES[spec.step])(named, store, execution)
+        return do_step.with_options(name=TITLES[spec.step], task_run_name=TITLES[spec.step])(
+            named, store, execution
+        )
 
     return run_task
 

@@ -36,9 +36,13 @@ class Meter:
         self.seconds += record.seconds
         hours = self.seconds / 3600
         if self.limits.tokens is not None and self.tokens >= self.limits.tokens:
-            raise BudgetReached(f"{self.tokens:,} tokens after step {record.step}: limits.tokens = {self.limits.tokens:,}")
+            raise BudgetReached(
+                f"{self.tokens:,} tokens after step {record.step}: limits.tokens = {self.limits.tokens:,}"
+            )
         if self.limits.hours is not None and hours >= self.limits.hours:
-            raise BudgetReached(f"{hours:.3f} hours after step {record.step}: limits.hours = {self.limits.hours}")
+            raise BudgetReached(
+                f"{hours:.3f} hours after step {record.step}: limits.hours = {self.limits.hours}"
+            )
 
 
 def tokens_of(record: StepRecord) -> int:
@@ -85,4 +89,3 @@ class Session:
         """The record of a step done in this session."""
         assert ref is not None
         return self.used[ref.key]
-

@@ -26,14 +26,18 @@ def _steps_of(session: Session, number: int) -> str:
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
     if session.record_of(made["mixture"]).metrics["reason"] != "no_pairs":
         made["policy"] = round.align(config, sides, past, number, made["mixture"], do)
-        made["evidence"] = round.gather_evidence(config, sides, past, number, made["mixture"], made["policy"], do)
+        made["evidence"] = round.gather_evidence(
+            config, sides, past, number, made["mixture"], made["policy"], do
+        )
         made["decision"] = round.judge(config, past, number, made, history, None, do)
         if session.record_of(made["decision"]).metrics["ask"]:
             answer = opening.ask(session, number, made["decision"])
             if answer is None:
                 return "waiting"
             made["decision"] = round.judge(config, past, number, made, history, answer, do)
-    made["report"] = do(steps.report(number, {role: ref for role, ref in made.items() if role not in ("data", "model")}))
+    made["report"] = do(
+        steps.report(number, {role: ref for role, ref in made.items() if role not in ("data", "model")})
+    )
     session.records.commit_round(completing.manifest_of(session, number, made))
     return opening.state_of(session.records)
 

@@ -102,7 +102,9 @@ class ReviewConfig(Part):
 class SelectConfig(Part):
     """Which pairs stay."""
 
-    rule: Literal["top-fraction", "top-k", "threshold", "random", "bottom", "relabel", "none"] = "top-fraction"
+    rule: Literal["top-fraction", "top-k", "threshold", "random", "bottom", "relabel", "none"] = (
+        "top-fraction"
+    )
     """top-fraction is SeRA's; random, bottom, relabel and none are controls."""
     fraction: Fraction = 0.7
     """Share of all valid pairs kept by top-fraction (and by the size of random and bottom)."""
@@ -133,8 +135,9 @@ class SamplingConfig(Part):
     """A response cut here is `cut_by_limit`."""
     prompts: Positive | None = None
     """So many train prompts a round, a fresh seeded subset; empty: all."""
-    max_parity_nats: Annotated[float, Field(gt=0)] = 0.5
-    """Largest difference allowed between the sampler's and the scorer's log-probability of a response."""
+    max_parity_nats: Annotated[float, Field(gt=0)] | None = None
+    """Largest difference allowed between the sampler's and the scorer's log-probability of a response, in nats;
+    empty: 0.01 in float32, 4 in bfloat16."""
 
 
 class PairingConfig(Part):
@@ -295,8 +298,15 @@ class SeraConfig(Part):
             raise ValueError("the loss robust needs train.label_smoothing above 0 (with 0 it is DPO)")
         if train.target_margin and "simpo" not in train.losses:
             raise ValueError('train.target_margin belongs to the loss "simpo"; remove it, or add the loss')
-        if "simpo" in train.losses and len(train.losses) > 1 and score == "simpo" and self.review.score == "auto":
-            raise ValueError('losses that disagree on the implicit reward: set review.score to "implicit" or "simpo"')
+        if (
+            "simpo" in train.losses
+            and len(train.losses) > 1
+            and score == "simpo"
+            and self.review.score == "auto"
+        ):
+            raise ValueError(
+                'losses that disagree on the implicit reward: set review.score to "implicit" or "simpo"'
+            )
         if self.data.heldout_fraction + self.data.test_fraction >= 1:
             raise ValueError("data.heldout_fraction and data.test_fraction leave nothing to train on")
         return self

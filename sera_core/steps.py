@@ -27,6 +27,8 @@ VERSIONS = {
     "decide": 1,
     "report": 1,
 }
+PARITY_NATS = {"float32": 0.01, "bfloat16": 4.0}
+"""Default bound of the sampler's parity probe: rounding alone stays below it."""
 SIDES = ("train", "heldout", "test", "prompts")
 
 
@@ -59,7 +61,9 @@ def model(config: SeraConfig, digest: str) -> StepSpec:
 def render(config: SeraConfig, data: Ref, model: Ref) -> StepSpec:
     """Pairs to token ids."""
     names = ("max_prompt_tokens", "max_response_tokens", "on_long", "on_equal")
-    return _spec("render", {name: getattr(config.data, name) for name in names}, {"data": data, "model": model})
+    return _spec(
+        "render", {name: getattr(config.data, name) for name in names}, {"data": data, "model": model}
+    )
 
 
 def logps(
@@ -75,14 +79,21 @@ def logps(
 
 
 def review(
-    config: SeraConfig, pairs: Ref, file: str, weights: Sequence[float], policies: Sequence[Ref], references: Sequence[Ref]
+    config: SeraConfig,
+    pairs: Ref,
+    file: str,
+    weights: Sequence[float],
+    policies: Sequence[Ref],
+    references: Sequence[Ref],
 ) -> StepSpec:
     """Rewards and margins of human pairs from stored log-probabilities, newest policy first."""
     fields = {**_score_fields(config, weights), "file": file}
     return _spec("review", fields, {"pairs": pairs, **_numbered(policies, references)})
 
 
-def select(config: SeraConfig, rules: SelectConfig, review: Ref, pairs: Ref, origin: str, round: int) -> StepSpec:
+def select(
+    config: SeraConfig, rules: SelectConfig, review: Ref, pairs: Ref, origin: str, round: int
+) -> StepSpec:
     """Which pairs stay. Only a rule that draws at random sees seed and round."""
     fields: dict[str, Any] = {**_rule_fields(rules), "origin": origin, "round": round}
     if rules.rule == "random":
@@ -136,7 +147,9 @@ def pair(
     }
     if config.pairing.rule == "best-random":
         fields["seed"] = config.seed
-    return _spec("pair", fields, {"samples": samples, "rendered": rendered, **_numbered(policies, references)})
+    return _spec(
+        "pair", fields, {"samples": samples, "rendered": rendered, **_numbered(policies, references)}
+    )
 
 
 def mix(
@@ -154,7 +167,9 @@ def mix(
     return _spec("mix", fields, inputs)
 
 
-def train(config: SeraConfig, round: int, start: Ref, model: Ref, mixture: Ref, start_is_reference: bool) -> StepSpec:
+def train(
+    config: SeraConfig, round: int, start: Ref, model: Ref, mixture: Ref, start_is_reference: bool
+) -> StepSpec:
     """One round of direct alignment."""
     part = config.train.model_dump(mode="json", exclude={"learning_rate", "start", "reference"})
     fields = {
@@ -234,7 +249,7 @@ def _sampling_fields(config: SeraConfig, round: int) -> dict[str, Any]:
         "engine": part.engine,
         "dtype": part.dtype or config.model.dtype,
         "model_dtype": config.model.dtype,
-        "max_parity_nats": part.max_parity_nats,
+        "max_parity_nats": part.max_parity_nats or PARITY_NATS[config.model.dtype],
         "seed": config.seed,
         "round": round,
     }

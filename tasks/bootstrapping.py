@@ -14,7 +14,9 @@ from sera_core.judging import Judgement, judge_responses, scored_table
 from sera_core.pairing import pair_responses
 
 FILES = ["responses.parquet", "pairs.parquet", "pair_samples.parquet", "scored.parquet", "ledger.parquet"]
-PAIR_SAMPLES = pa.schema([("pair_id", pa.string()), ("chosen_sample", pa.int32()), ("rejected_sample", pa.int32())])
+PAIR_SAMPLES = pa.schema(
+    [("pair_id", pa.string()), ("chosen_sample", pa.int32()), ("rejected_sample", pa.int32())]
+)
 """Which samples of its prompt a generated pair consists of."""
 
 
@@ -70,8 +72,12 @@ def _judge(attempt: Attempt, responses: pa.Table) -> tuple[pa.Table, Judgement]:
     filled: dict[str, Any] = {name: responses[name].to_pylist() for name in responses.column_names[:7]}
     filled |= {
         "policy_logps": policies[0],
-        "past_logps": np.stack(policies[1:], axis=1).tolist() if len(policies) > 1 else [[]] * responses.num_rows,
-        "past_ref_logps": np.stack(references[1:], axis=1).tolist() if len(references) > 1 else [[]] * responses.num_rows,
+        "past_logps": np.stack(policies[1:], axis=1).tolist()
+        if len(policies) > 1
+        else [[]] * responses.num_rows,
+        "past_ref_logps": np.stack(references[1:], axis=1).tolist()
+        if len(references) > 1
+        else [[]] * responses.num_rows,
         "reward": judged.reward,
         "ensemble_reward": judged.ensemble,
     }
@@ -94,7 +100,9 @@ def _valid(attempt: Attempt, responses: pa.Table, judged: Judgement) -> np.ndarr
         "responses/empty": int(empty.sum()),
         "responses/cut_by_limit": int(cut.sum()),
         "responses/non_finite": int((~finite).sum()),
-        "responses/mean_tokens": float(np.mean(responses["tokens"].to_numpy())) if responses.num_rows else None,
+        "responses/mean_tokens": float(np.mean(responses["tokens"].to_numpy()))
+        if responses.num_rows
+        else None,
     }
     usable = np.ones_like(cut) if attempt.fields["allow_cut"] else ~cut
     return finite & ~empty & usable
@@ -103,7 +111,10 @@ def _valid(attempt: Attempt, responses: pa.Table, judged: Judgement) -> np.ndarr
 def _distinct(responses: pa.Table) -> np.ndarray:
     """Equal numbers for equal token ids: two samples of one prompt may be the same response."""
     numbers: dict[tuple[int, ...], int] = {}
-    return np.array([numbers.setdefault(tuple(ids), len(numbers)) for ids in responses["response_ids"].to_pylist()], dtype=np.int64)
+    return np.array(
+        [numbers.setdefault(tuple(ids), len(numbers)) for ids in responses["response_ids"].to_pylist()],
+        dtype=np.int64,
+    )
 
 
 def _seeds(attempt: Attempt, prompts: list[str]) -> dict[int, int] | None:

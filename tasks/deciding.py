@@ -31,7 +31,11 @@ def decide_round(attempt: Attempt) -> list[str]:
         "reason": decision.reason,
         "stop_reason": decision.stop_reason,
         "answer": attempt.fields["answer"],
-        "verdict": {"name": found.name, "reason": found.reason, "thresholds": found.evidence.get("thresholds")},
+        "verdict": {
+            "name": found.name,
+            "reason": found.reason,
+            "thresholds": found.evidence.get("thresholds"),
+        },
         "alarm": None if alarm is None else asdict(alarm),
         "signals": asdict(signals),
     }
@@ -53,7 +57,11 @@ def decide_round(attempt: Attempt) -> list[str]:
 
 def _decide(attempt: Attempt, signals: Signals, found: Verdict, alarm: bool) -> Decision:
     history = attempt.fields["history"]
-    promoted = [entry["accuracy"] for entry in history if entry["decision"] == "promote" and entry["accuracy"] is not None]
+    promoted = [
+        entry["accuracy"]
+        for entry in history
+        if entry["decision"] == "promote" and entry["accuracy"] is not None
+    ]
     best = max(promoted, default=None)
     head = attempt.fields["head_accuracy"]
     answer = attempt.fields["answer"]
@@ -102,7 +110,9 @@ def _verdict(attempt: Attempt, signals: Signals) -> Verdict:
 def _signals(attempt: Attempt) -> Signals:
     metrics = attempt.input("evidence").record.metrics
     accuracy = _rate(metrics["heldout/rewards/accuracies"])
-    kl = {name: (metrics.get(f"samples/{name}") or {}).get("value") for name in ("kl_reference", "kl_previous")}
+    kl = {
+        name: (metrics.get(f"samples/{name}") or {}).get("value") for name in ("kl_reference", "kl_previous")
+    }
     if "head_evidence" not in attempt.spec.inputs:
         return Signals(accuracy, **kl)
     now, before = _margins(attempt, "scored"), _margins(attempt, "head_scored")
@@ -160,4 +170,6 @@ def _heldout(attempt: Attempt, name: str) -> pa.Table:
 
 def _longer(scored: pa.Table) -> np.ndarray:
     """Tokens of the chosen answer less those of the rejected one."""
-    return scored["chosen_tokens"].to_numpy().astype(np.int64) - scored["rejected_tokens"].to_numpy().astype(np.int64)
+    return scored["chosen_tokens"].to_numpy().astype(np.int64) - scored["rejected_tokens"].to_numpy().astype(
+        np.int64
+    )

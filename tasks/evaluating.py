@@ -35,7 +35,9 @@ def test_policy(attempt: Attempt) -> list[str]:
     """Write evidence.json and test.parquet: the test side, which decides nothing."""
     scored = _scored(attempt, "test")
     schema.write_table(scored, attempt.write("test.parquet"))
-    return _finish(attempt, _margins(attempt, scored, "test"), scored.num_rows, ["evidence.json", "test.parquet"])
+    return _finish(
+        attempt, _margins(attempt, scored, "test"), scored.num_rows, ["evidence.json", "test.parquet"]
+    )
 
 
 def _finish(attempt: Attempt, metrics: Metrics, pairs: int, files: list[str]) -> list[str]:
@@ -92,13 +94,17 @@ def _margins(attempt: Attempt, scored: pa.Table, side: str) -> Metrics:
     margins = scored["margin"].to_numpy()
     finite = np.isfinite(margins)
     margins = margins[finite]
-    chosen, rejected = (scored[f"{s}_tokens"].to_numpy()[finite].astype(np.int64) for s in ("chosen", "rejected"))
+    chosen, rejected = (
+        scored[f"{s}_tokens"].to_numpy()[finite].astype(np.int64) for s in ("chosen", "rejected")
+    )
     correct = diagnostics.correctness(margins)
     return {
         f"{side}/rewards/accuracies": rate(_interval(attempt, correct)),
         f"{side}/margin": rate(_interval(attempt, margins)),
         f"{side}/rewards/margins": float(margins.mean() * attempt.fields["beta"]) if margins.size else None,
-        f"{side}/margin_quantiles": [round(float(q), 6) for q in diagnostics.quantiles(margins)] if margins.size else [],
+        f"{side}/margin_quantiles": [round(float(q), 6) for q in diagnostics.quantiles(margins)]
+        if margins.size
+        else [],
         f"{side}/chosen_longer": rate(diagnostics.longer_share(chosen, rejected)),
         f"{side}/preferred_longer": rate(_preferred_longer(chosen, rejected, margins)),
         f"{side}/length_margin_correlation": _number(
@@ -150,7 +156,11 @@ def _change(attempt: Attempt, heldout: pa.Table) -> Metrics:
 def _samples(attempt: Attempt) -> Metrics:
     """Lengths, KL and diversity of answers to held-out prompts, sampled at temperature 1."""
     table = schema.read_table(attempt.input("samples").path("responses.parquet"), schema.RESPONSES)
-    policy = _logps(attempt, "policy_samples") if "policy_samples" in attempt.spec.inputs else table["policy_logps"].to_numpy()
+    policy = (
+        _logps(attempt, "policy_samples")
+        if "policy_samples" in attempt.spec.inputs
+        else table["policy_logps"].to_numpy()
+    )
     tokens = table["tokens"].to_numpy().astype(np.float64)
     ids = table["response_ids"].to_pylist()
     groups: dict[str, list[list[int]]] = {}
@@ -178,7 +188,9 @@ def _kl(attempt: Attempt, policy: np.ndarray, reference: np.ndarray) -> Metrics:
 
 def _interval(attempt: Attempt, values: np.ndarray) -> Rate:
     return bootstrap_interval(
-        np.asarray(values, dtype=np.float64), seed=attempt.fields["seed"], resamples=attempt.fields["resamples"]
+        np.asarray(values, dtype=np.float64),
+        seed=attempt.fields["seed"],
+        resamples=attempt.fields["resamples"],
     )
 
 

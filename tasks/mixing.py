@@ -36,7 +36,9 @@ def mix_pairs(attempt: Attempt) -> list[str]:
     human.drop(mixture.over_share_human)
     generated.drop(mixture.over_share_generated)
     rows = [human.pair(int(i)) for i in mixture.human] + [generated.pair(int(i)) for i in mixture.generated]
-    order = training_order([row["pair_id"] for row in rows], derived_seed(fields["seed"], fields["round"], "order"))
+    order = training_order(
+        [row["pair_id"] for row in rows], derived_seed(fields["seed"], fields["round"], "order")
+    )
     mixed = schema.from_rows(schema.MIXTURE, [rows[int(i)] for i in order])
     schema.write_table(mixed, attempt.write("mixture.parquet"))
     ledger = _ledger(attempt, human, generated)

@@ -62,7 +62,10 @@ def select_pairs(attempt: Attempt) -> list[str]:
     if "seed" in fields:
         settings["seed"] = derived_seed(fields["seed"], fields["round"], fields["origin"], "random")
     selection = select(margins, ids, rule=fields["rule"], **settings)
-    reasons = ["relabelled" if turned else str(r) for turned, r in zip(selection.swapped, selection.reason, strict=True)]
+    reasons = [
+        "relabelled" if turned else str(r)
+        for turned, r in zip(selection.swapped, selection.reason, strict=True)
+    ]
     columns = {
         "pair_id": ids,
         "prompt_id": [prompts[pair] for pair in ids],
@@ -92,5 +95,7 @@ def _logps(attempt: Attempt, name: str, pairs: pa.Table) -> pa.Table:
     ids = table["id"].to_pylist()
     expected = [f"{pair}/{side}" for pair in pairs["pair_id"].to_pylist() for side in ("chosen", "rejected")]
     if ids != expected:
-        raise SeraError(f"{name}: its log-probabilities are not those of the pairs under review; delete that step")
+        raise SeraError(
+            f"{name}: its log-probabilities are not those of the pairs under review; delete that step"
+        )
     return table

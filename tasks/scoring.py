@@ -48,11 +48,17 @@ def _shards(attempt: Attempt) -> list[list[Text]]:
     if name == "responses.parquet":
         rows = list(schema.iter_rows(path, ["prompt_id", "sample", "response_ids"]))
         prompts = _prompts(attempt)
-        texts = [[Text(f"{r['prompt_id']}/{r['sample']}", prompts[r["prompt_id"]], r["response_ids"])] for r in rows]
+        texts = [
+            [Text(f"{r['prompt_id']}/{r['sample']}", prompts[r["prompt_id"]], r["response_ids"])]
+            for r in rows
+        ]
     else:
         rows = schema.iter_rows(path, ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"])
         texts = [
-            [Text(f"{r['pair_id']}/{side}", r["prompt_ids"], r[f"{side}_ids"]) for side in ("chosen", "rejected")]
+            [
+                Text(f"{r['pair_id']}/{side}", r["prompt_ids"], r[f"{side}_ids"])
+                for side in ("chosen", "rejected")
+            ]
             for r in rows
         ]
     pieces = [texts[start : start + SHARD_ROWS] for start in range(0, len(texts), SHARD_ROWS)]

@@ -1,34 +1,28 @@
-"""One round of direct alignment: start policy and mixture in, policy and log out, resumable from its checkpoints."""
+"""One round of alignment: start policy and mixture in, policy and log out; resumes from checkpoints."""
 
 import contextlib
 import importlib.util
 import json
 import logging
 import math
-import random
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.step import Attempt
 from sera_core.config import TrainConfig
 from sera_core.devices import device_of
 from sera_core.errors import InputError, SeraError
 from sera_core.models import load_policy, load_tokenizer, save_policy, weights_digest
+from tasks.engines.training_data import Mixture, training_order
 
 MARGIN_BOUND = 1e-3
-"""Largest margin, in nats, that two float32 computations of the same log-probabilities may leave at step 0."""
+"""Largest margin, in nats, that two float32 computations of the same values may leave at step 0."""
 PROBE_PAIRS = 8
 """Pairs (the longest of the first batch) that scorer and trainer are compared on in bfloat16."""
-COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
 
 
 def train_policy(attempt: Attempt) -> list[str]:
@@ -51,85 +45,8 @@ def train_policy(attempt: Attempt) -> list[str]:
     return [*files, "log.jsonl"]
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """The pairs trained on, in the file's order."""
-
-    table: pa.Table
-    pair_ids: list[str]
-
-    @classmethod
-    def read(cls, path: Path, needs_reference: bool) -> "Mixture":
-        """Read mixture.parquet; a pair that cannot be trained on is refused by name."""
-        table = schema.read_table(path, schema.MIXTURE)
-        pair_ids = table.column("pair_id").to_pylist()
-        table = table.select(COLUMNS)
-        for name in COLUMNS[3:]:
-            values = table.column(name).to_pylist()
-            if not needs_reference:
-                values = [0.0] * len(values)
-            for pair_id, value in zip(pair_ids, values, strict=True):
-                if value is None or not math.isfinite(value):
-                    raise InputError(
-                        f"pair {pair_id}: {name} is {value}; score the mixture's reference again"
-                    )
-            table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.float64()))
-        return cls(table.append_column("row", pa.array(range(len(pair_ids)), pa.int64())), pair_ids)
-
-    @cached_property
-    def tokens(self) -> list[int]:
-        """Training tokens of each pair: 2|x| + |y_w| + |y_l|, counted as unshared (METHOD, equal budgets)."""
-        prompt, chosen, rejected = (
-            [len(ids) for ids in self.table.column(name).to_pylist()] for name in COLUMNS[:3]
-        )
-        return [2 * x + w + l for x, w, l in zip(prompt, chosen, rejected, strict=True)]  # noqa: E741
-
-    def refuse_lengths(self, positions: int | None) -> None:
-        """Nothing is ever truncated here, so every sequence must fit the model, and none may be empty."""
-        for pair_id, *ids in zip(
-            self.pair_ids, *(self.table.column(n).to_pylist() for n in COLUMNS[:3]), strict=True
-        ):
-            prompt, chosen, rejected = map(len, ids)
-            if 0 in (prompt, chosen, rejected):
-                raise InputError(f"pair {pair_id}: prompt, chosen or rejected has no tokens; drop the pair")
-            if positions is not None and prompt + max(chosen, rejected) > positions:
-                raise InputError(
-                    f"pair {pair_id}: {prompt + max(chosen, rejected)} tokens where the model has {positions} "
-                    "positions; lower data.max_prompt_tokens or data.max_response_tokens"
-                )
-
-
-def training_order(
-    tokens: Sequence[int], batch: int, epochs: int, seed: Sequence[int], budget: int | None = None
-) -> list[int]:
-    """Rows in the order they are trained on: the first pass in the file's order, later ones shuffled by seed.
-
-    Args:
-        tokens: training tokens of each row.
-        batch: pairs an optimizer step.
-        epochs: passes, unless there is a budget.
-        seed: what the shuffles of later passes depend on, with the pass's number.
-        budget: training tokens to reach: the order ends with the first batch that does, in whatever pass.
-    """
-    order: list[int] = []
-    passes = 0
-    while passes < epochs if budget is None else sum(tokens[row] for row in order) < budget:
-        rows = list(range(len(tokens)))
-        if passes:
-            random.Random(derived_seed("pass", *seed, passes)).shuffle(rows)
-        order, passes = order + rows, passes + 1
-    if budget is None:
-        return order
-    seen = 0
-    for start in range(0, len(order), batch):
-        seen += sum(tokens[row] for row in order[start : start + batch])
-        if seen >= budget:
-            return order[: start + batch]
-    return order
-
-
 def warmed_up(step: int, warmup_steps: int) -> float:
-    """Share of the peak learning rate at a step (from 0): rises to 1 over the warm-up, which has no step at 0."""
+    """Share of the peak learning rate at a step (from 0): rises to 1 over the warm-up, never from 0."""
     return min(1.0, (step + 1) / max(1, warmup_steps))
 
 
@@ -155,9 +72,18 @@ class TrainingRun:
         self.trainable = 0
 
     @property
+    def must_start_at_zero(self) -> bool:
+        """Whether every margin of the first batch has to be zero but for noise."""
+        return self.needs_reference and self.attempt.fields["start_is_reference"]
+
+    @property
     def steps(self) -> int:
         """Optimizer steps in all."""
         return math.ceil(len(self.order) / self.train.batch)
+
+    def pair_id(self, pair: dict[str, Any]) -> str:
+        """The pair_id of one of `ReviewedDPOTrainer.pairs`."""
+        return self.mixture.pair_ids[pair["row"]]
 
     def rows_of(self, step: int) -> list[int]:
         """Rows of a step's global batch."""
@@ -172,21 +98,27 @@ class TrainingRun:
             raise InputError(
                 f"execution.tracking = {tracking!r}: the package is missing; run `pip install {tracking}`"
             )
-        start, model = self.attempt.input("start"), self.attempt.input("model")
-        is_adapter = (self.start / "adapter_config.json").is_file()
-        if is_adapter and self.train.method == "full":
-            raise SeraError(
-                "the start policy is an adapter but train.method is full; the method is fixed for a run"
-            )
+        if self.train.method == "full" and self.starts_from_adapter:
+            raise SeraError("the start policy is an adapter but train.method is full; a run has one method")
         if self.train.method == "lora":
-            base = (
-                json.loads((self.start / "base.json").read_text()) if is_adapter else start.ref.model_dump()
+            self._refuse_other_base()
+
+    @property
+    def starts_from_adapter(self) -> bool:
+        """Whether the start policy is the adapter of an earlier round."""
+        return (self.start / "adapter_config.json").is_file()
+
+    def _refuse_other_base(self) -> None:
+        """An adapter means nothing on other weights than those it was trained on."""
+        start, model = self.attempt.input("start").ref, self.attempt.input("model").ref
+        base = start.model_dump()
+        if self.starts_from_adapter:
+            base = json.loads((self.start / "base.json").read_text())
+        if base["digest"] != model.digest:
+            raise SeraError(
+                f"the start policy stands on the weights {base['digest'][:12]}… but the run's model is "
+                f"{model.digest[:12]}…: an adapter belongs to one base; start from the run's own model"
             )
-            if base["digest"] != model.ref.digest:
-                raise SeraError(
-                    f"the start policy stands on the weights {base['digest'][:12]}… but the run's model is "
-                    f"{model.ref.digest[:12]}…: an adapter belongs to one base; start from the run's own model"
-                )
 
     # ------------------------------------------------------------------------------------------ building
 
@@ -243,7 +175,7 @@ class TrainingRun:
         from peft import LoraConfig, PeftModel, get_peft_model
 
         base = load_policy(self.attempt.input("model").folder("policy"), "float32", self.device)
-        if (self.start / "adapter_config.json").is_file():
+        if self.starts_from_adapter:
             return PeftModel.from_pretrained(base, str(self.start), is_trainable=True), base
         torch.manual_seed(self.seed)
         config = LoraConfig(
@@ -256,7 +188,7 @@ class TrainingRun:
         return get_peft_model(base, config), base
 
     def _arguments(self, scratch: Path) -> Any:
-        from trl import DPOConfig
+        from trl.trainer.dpo_config import DPOConfig
 
         from tasks.engines.dpo_trainer import trl_losses
 
@@ -307,7 +239,7 @@ class TrainingRun:
         if self.attempt.execution.tracking != "tensorboard":
             return []
         from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
+        from transformers.integrations.integration_utils import TensorBoardCallback
 
         return [TensorBoardCallback(SummaryWriter(self.attempt.spec.where.get("logs") or str(scratch)))]
 
@@ -320,57 +252,47 @@ class TrainingRun:
             restore_rng(checkpoint["rng.safetensors"])
 
     def _check(self, step: int) -> None:
-        """Before an update: the batch holds the planned pairs, its loss is finite, and step 0 is where it should be."""
-        pairs = self.trainer.batch_pairs
-        rows = pairs["row"].tolist()
-        assert sorted(rows) == sorted(self.rows_of(step)), "the batch does not hold the planned pairs"
-        for row, *values in zip(
-            rows, pairs["chosen"].tolist(), pairs["rejected"].tolist(), pairs["loss"].tolist(), strict=True
-        ):
-            if not all(map(math.isfinite, values)):
+        """Before an update: the batch holds the planned pairs, all is finite, step 0 is as it should be."""
+        pairs = self.trainer.pairs()
+        assert sorted(pair["row"] for pair in pairs) == sorted(self.rows_of(step)), "not the planned pairs"
+        for pair in pairs:
+            if not all(map(math.isfinite, pair.values())):
                 raise SeraError(
-                    f"step {step}, pair {self.mixture.pair_ids[row]}: log-probabilities or loss are not finite "
-                    f"({values}); lower train.learning_rate, or drop the pair"
+                    f"step {step}, pair {self.pair_id(pair)}: log-probabilities or loss are not finite "
+                    f"({pair}); lower train.learning_rate, or drop the pair"
                 )
         if step == 0:
-            self._check_start(rows, pairs)
+            self._check_start(pairs)
 
-    def _check_start(self, rows: list[int], pairs: Any) -> None:
-        """Policy and reference are the same weights at step 0: then every margin is the arithmetic's noise."""
-        margins = (pairs["chosen_score"] - pairs["rejected_score"]).tolist()
-        worst = max(range(len(rows)), key=lambda index: abs(margins[index]))
+    def _check_start(self, pairs: list[dict[str, Any]]) -> None:
+        """Where policy and reference are the same weights, a margin is noise of the arithmetic."""
+        margins = [pair["chosen_score"] - pair["rejected_score"] for pair in pairs]
+        worst = max(range(len(pairs)), key=lambda index: abs(margins[index]))
         self.step0 = {
             "step0/rewards/margins": self.train.beta * sum(margins) / len(margins),
             "step0/largest_margin": abs(margins[worst]),
         }
-        if not (self.attempt.fields["start_is_reference"] and self.needs_reference):
+        if not self.must_start_at_zero:
             return
         bound = MARGIN_BOUND
         if self.bf16:
-            trained = {
-                row: pair
-                for row, *pair in zip(rows, pairs["chosen"].tolist(), pairs["rejected"].tolist(), strict=True)
-            }
-            probe = max(
-                abs(a - b) for row, ab in self.probe.items() for a, b in zip(ab, trained[row], strict=True)
-            )
-            bound = max(MARGIN_BOUND, 4 * probe)
-            self.step0["step0/probe"] = probe
+            self.step0["step0/probe"] = self._probe_difference(pairs)
+            bound = max(MARGIN_BOUND, 4 * self.step0["step0/probe"])
         self.step0["step0/bound"] = bound
         if abs(margins[worst]) > bound:
             raise SeraError(
-                f"pair {self.mixture.pair_ids[rows[worst]]}: margin {margins[worst]:.4g} nats at step 0, where start "
-                f"policy and reference are the same (at most {bound:.2g}): the mixture's reference log-probabilities "
-                "belong to another policy, other tokens or another dtype; score the reference again"
+                f"pair {self.pair_id(pairs[worst])}: margin {margins[worst]:.4g} nats at step 0, where start "
+                f"policy and reference are the same (at most {bound:.2g}): the reference log-probabilities "
+                "in the mixture are of another policy, other tokens or another dtype; score the reference again"
             )
 
     def _score_probe(self) -> dict[int, tuple[float, float]]:
-        """The scorer's log π(y|x) of a few pairs under the start policy, in bfloat16: what noise is normal."""
-        if not (self.bf16 and self.needs_reference and self.attempt.fields["start_is_reference"]):
+        """The scorer's log π(y|x) in bfloat16, start policy, of the longest pairs of the first batch."""
+        if not (self.bf16 and self.must_start_at_zero):
             return {}
         from sera_core.logprobs import sequence_logps
 
-        rows = sorted(self.rows_of(0), key=lambda row: self.mixture.tokens[row], reverse=True)[:PROBE_PAIRS]
+        rows = sorted(self.rows_of(0), key=lambda row: -self.mixture.tokens[row])[:PROBE_PAIRS]
         base = self.attempt.input("model").folder("policy")
         policy = load_policy(self.start, "bfloat16", self.device, base=base)
         pairs = self.mixture.table.take(rows).to_pylist()
@@ -379,6 +301,15 @@ class TrainingRun:
         ]
         values = sequence_logps(policy, items, tokens_per_batch=self.attempt.execution.tokens_per_batch)
         return {row: (float(values[2 * n]), float(values[2 * n + 1])) for n, row in enumerate(rows)}
+
+    def _probe_difference(self, pairs: list[dict[str, Any]]) -> float:
+        """Largest difference, in nats, between scorer and trainer on the probe's responses."""
+        trained = {pair["row"]: (pair["chosen"], pair["rejected"]) for pair in pairs}
+        return max(
+            abs(scored - computed)
+            for row, values in self.probe.items()
+            for scored, computed in zip(values, trained[row], strict=True)
+        )
 
     def _done(self, step: int, logs: dict[str, float]) -> None:
         """After an update: a line of the log, progress, and now and then a checkpoint."""
@@ -401,8 +332,7 @@ class TrainingRun:
         folder = f"checkpoint-{step:06d}"
         path = self.attempt.write(f"{folder}/{FILES[0]}").parent
         state = {"step": step, "log": self.lines, "step0": self.step0}
-        optimizer = self.trainer.optimizer.optimizer
-        save_checkpoint(path, self.trainer.model, optimizer, state)
+        save_checkpoint(path, self.model, self.optimizer, state)
         number = len(self.attempt.parts())
         self.attempt.commit_part(number, [f"{folder}/{name}" for name in FILES], {"step": step})
 

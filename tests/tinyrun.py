@@ -11,10 +11,11 @@ from flows.session import Session
 from flows.working import PAUSED, report_test_side, work_through
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.step import run_step
+from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 from tasks.work import work_of
 
-WORDS = "capital river answer short clear vague story boat lake water tea film ending digits person response".split()
+WORDS = ["capital", "river", "answer", "short", "clear", "vague", "story", "boat", "lake", "water", "tea", "film", "ending", "digits", "person", "response"]
 
 
 def pairs(count: int, seed: int = 0) -> list[dict]:
@@ -95,7 +96,7 @@ def _toml(value: object) -> str:
 
 def work(config: SeraConfig, store: Path | str, run: str = "tiny") -> RunStore:
     """All rounds, with the wiring of flows/sera.py and no Prefect."""
-    records = opening.open_run(config, run, str(store))
+    records = opening.open_run(config, run, str(open_store(str(store)).url))
 
     def runner(spec):
         with reporter(spec.step) as progress:

@@ -71,9 +71,9 @@ class Bench:
 
         return run_step(self.store, StepSpec(step=step, version=1, fields=fields, inputs={}), work, CPU).ref
 
-    def mixture(self, reference: Path | None = None, **changes: Any) -> StepRef:
-        """The rows with the reference's log-probabilities (default: the model's; None in `changes` makes nulls)."""
-        policy = load_policy(reference or self.folder / "tiny")
+    def mixture(self, dtype: str = "float32", **changes: Any) -> StepRef:
+        """The rows with the model's log-probabilities; `changes` by pair_id, or of `every` row."""
+        policy = load_policy(self.folder / "tiny", dtype)
         rows = []
         for row in self.rows:
             refs = {
@@ -86,7 +86,7 @@ class Bench:
             schema.write_table(schema.from_rows(schema.MIXTURE, rows), attempt.write("mixture.parquet"))
             return ["mixture.parquet"]
 
-        fields = {"changes": repr(changes), "reference": str(reference)}
+        fields = {"changes": repr(changes), "dtype": dtype}
         return run_step(self.store, StepSpec(step="mix", version=1, fields=fields, inputs={}), work, CPU).ref
 
     def spec(
@@ -120,7 +120,11 @@ class Bench:
         )
 
     def run(
-        self, spec: StepSpec, execution: ExecutionConfig = CPU, progress: Any = quiet, store: Store | None = None
+        self,
+        spec: StepSpec,
+        execution: ExecutionConfig = CPU,
+        progress: Any = quiet,
+        store: Store | None = None,
     ) -> StepRecord:
         """Train."""
         return run_step(store or self.store, spec, train_policy, execution, progress)

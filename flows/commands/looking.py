@@ -17,12 +17,16 @@ from sera_core.errors import InputError
 
 def add_list(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera list`."""
-    commands.add_parser("list", parents=[common], help="the runs in a store").set_defaults(command=list_command)
+    commands.add_parser("list", parents=[common], help="the runs in a store").set_defaults(
+        command=list_command
+    )
 
 
 def add_show(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera show RUN [--round N]`."""
-    sub = commands.add_parser("show", parents=[common], help="a run's rounds: decisions, metrics, pairs, artifacts")
+    sub = commands.add_parser(
+        "show", parents=[common], help="a run's rounds: decisions, metrics, pairs, artifacts"
+    )
     sub.add_argument("run")
     sub.add_argument("--round", type=int, help="one round in full")
     sub.set_defaults(command=show_command)
@@ -120,7 +124,9 @@ def export_command(args: argparse.Namespace) -> int:
     records = run_records(open_store(args.store), args.run)
     best = records.history().best
     if args.round is None and best is None:
-        raise InputError(f"run {args.run!r}: no round was promoted yet, so there is no best one; name one with --round")
+        raise InputError(
+            f"run {args.run!r}: no round was promoted yet, so there is no best one; name one with --round"
+        )
     manifest = _round(records, best.round if args.round is None and best else args.round)
     target = Path(args.to)
     if target.exists():
@@ -139,7 +145,9 @@ def export_policy(records: RunStore, manifest: RoundManifest, target: Path) -> N
     from sera_core.artifacts.reading import Round
 
     if "policy" not in manifest.steps:
-        raise InputError(f"round {manifest.round} trained no policy ({manifest.stop_reason}); choose another with --round")
+        raise InputError(
+            f"round {manifest.round} trained no policy ({manifest.stop_reason}); choose another with --round"
+        )
     source = Round(records, manifest).policy_path()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
@@ -175,8 +183,13 @@ def _print_round(manifest: RoundManifest, found: dict[str, Any]) -> None:
     }
     print_table("pairs and prompts by reason", ["what", "count"], sorted(ledger.items()))
     metrics = {name: value for name, value in manifest.metrics.items() if name not in ledger}
-    print_table("metrics", ["metric", "value"], [[name, _shown(value)] for name, value in sorted(metrics.items())])
-    rows = [[role, a["rows"], a["bytes"], a["sha256"][:16], a["uri"]] for role, a in sorted(found["artifacts"].items())]
+    print_table(
+        "metrics", ["metric", "value"], [[name, _shown(value)] for name, value in sorted(metrics.items())]
+    )
+    rows = [
+        [role, a["rows"], a["bytes"], a["sha256"][:16], a["uri"]]
+        for role, a in sorted(found["artifacts"].items())
+    ]
     print_table("artifacts", ["role", "rows", "bytes", "sha256", "where"], rows)
 
 

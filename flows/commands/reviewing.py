@@ -26,7 +26,9 @@ def review_command(args: argparse.Namespace) -> int:
     waiting = records.waiting()
     if waiting is None:
         if args.decision:
-            raise InputError(f"run {args.run!r}: no review is open; `sera show {args.run}` says how it stands")
+            raise InputError(
+                f"run {args.run!r}: no review is open; `sera show {args.run}` says how it stands"
+            )
         _print(args, {"run": args.run, "waiting": None}, f"run {args.run}: no review is open.")
         return 0
     question = records.question(waiting["round"]) or {}
@@ -37,7 +39,9 @@ def review_command(args: argparse.Namespace) -> int:
         _print(args, {"run": args.run, "waiting": waiting, "question": question}, "\n".join(lines))
         return 0
     answer = records.answer(waiting["round"], args.decision, args.note, getpass.getuser())
-    said = f"round {waiting['round']} of {args.run}: {answer['decision']}; the next `sera run` goes on with it."
+    said = (
+        f"round {waiting['round']} of {args.run}: {answer['decision']}; the next `sera run` goes on with it."
+    )
     _print(args, {"run": args.run, "round": waiting["round"], "answer": answer}, said)
     return 0
 

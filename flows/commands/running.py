@@ -21,7 +21,9 @@ DEMO = "bundled:demo"
 
 def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera run EXPERIMENT.toml [--name RUN] [--set a.b=value …]`."""
-    sub = commands.add_parser("run", parents=[common], help="all rounds of an experiment; the same name again goes on")
+    sub = commands.add_parser(
+        "run", parents=[common], help="all rounds of an experiment; the same name again goes on"
+    )
     sub.add_argument("experiment", help="TOML file, or bundled:<name>")
     sub.add_argument("--name", help="run name (default: the file's stem)")
     _add_set(sub)
@@ -30,15 +32,21 @@ def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera demo [--quick]`."""
-    sub = commands.add_parser("demo", parents=[common], help="the whole loop on a small real model and real preferences")
-    sub.add_argument("--quick", action="store_true", help="one self-reviewed round on 16 pairs: the smoke test")
+    sub = commands.add_parser(
+        "demo", parents=[common], help="the whole loop on a small real model and real preferences"
+    )
+    sub.add_argument(
+        "--quick", action="store_true", help="one self-reviewed round on 16 pairs: the smoke test"
+    )
     _add_set(sub)
     sub.set_defaults(command=demo_command)
 
 
 def add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera plan EXPERIMENT.toml`."""
-    sub = commands.add_parser("plan", parents=[common], help="what a run would reuse and do, and what that costs")
+    sub = commands.add_parser(
+        "plan", parents=[common], help="what a run would reuse and do, and what that costs"
+    )
     sub.add_argument("experiment", help="TOML file, or bundled:<name>")
     sub.add_argument("--name", help="run name (default: the file's stem)")
     _add_set(sub)
@@ -47,7 +55,11 @@ def add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_set(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--set", action="append", default=[], metavar="a.b=value", help="change one setting of the file; may be repeated"
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        help="change one setting of the file; may be repeated",
     )
 
 
@@ -74,7 +86,9 @@ def plan_command(args: argparse.Namespace) -> int:
     if found["note"]:
         print_text(found["note"])
     columns = ["round", "step", "status", "why", "tokens", "seconds", "bytes"]
-    print_table(f"plan of {found['run']}", columns, [[row[name] for name in columns] for row in found["steps"]])
+    print_table(
+        f"plan of {found['run']}", columns, [[row[name] for name in columns] for row in found["steps"]]
+    )
     print_text(_forecast(found))
     return 0
 

@@ -79,14 +79,21 @@ def _round_lines(r: RoundManifest) -> Iterator[str]:
     dropped = {
         name.split("/", 1)[1]: int(count)
         for name, count in m.items()
-        if name.startswith("human/") and isinstance(count, int) and count and not name.endswith(("kept", "relabelled"))
+        if name.startswith("human/")
+        and isinstance(count, int)
+        and count
+        and not name.endswith(("kept", "relabelled"))
     }
     if dropped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         yield f"  human pairs dropped: {reasons}."
     prompts = {name.split("/", 1)[1]: count for name, count in m.items() if name.startswith("prompts/")}
     if prompts:
-        yield "  prompts sampled: " + ", ".join(f"{count} {reason}" for reason, count in sorted(prompts.items())) + "."
+        yield (
+            "  prompts sampled: "
+            + ", ".join(f"{count} {reason}" for reason, count in sorted(prompts.items()))
+            + "."
+        )
     if "flipped" in m:
         yield (
             f"  of {m['flipped']} flipped labels {m['flipped/dropped']} were dropped "

@@ -45,7 +45,9 @@ class StepSpec(Noun):
         if any(ref is None for ref in self.inputs.values()):
             return None
         inputs = {name: ref.digest for name, ref in self.inputs.items() if ref is not None}
-        return sha256_json({"step": self.step, "version": self.version, "fields": self.fields, "inputs": inputs})
+        return sha256_json(
+            {"step": self.step, "version": self.version, "fields": self.fields, "inputs": inputs}
+        )
 
     @property
     def path(self) -> str:
@@ -103,14 +105,20 @@ def parse_record(data: Any, where: str) -> StepRecord:
     """Check and type a `done.json`."""
     if not isinstance(data, dict) or data.get("format", 0) > FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise StoreError(f"{where}: record format {found}; this version reads up to {FORMAT}. Upgrade sera-flow")
+        raise StoreError(
+            f"{where}: record format {found}; this version reads up to {FORMAT}. Upgrade sera-flow"
+        )
     try:
         record = StepRecord.model_validate(data)
     except ValueError as error:
-        raise StoreError(f"{where}: not a step's record ({error}); restore it from a copy of the store") from error
+        raise StoreError(
+            f"{where}: not a step's record ({error}); restore it from a copy of the store"
+        ) from error
     for path, file in record.files.items():
         if Path(path).is_absolute() or ".." in Path(path).parts or not file.attempt.isalnum():
-            raise StoreError(f"{where}: names the file {path!r}, which is outside its step; the record was tampered with")
+            raise StoreError(
+                f"{where}: names the file {path!r}, which is outside its step; the record was tampered with"
+            )
     return record
 
 
@@ -121,7 +129,9 @@ class Artifact:
         self.store, self.ref = store, ref
         record = find_record(store, ref.step, ref.key)
         if record is None:
-            raise StoreError(f"{store.url}: step {ref.step} {ref.key[:12]}… has no record; run the experiment again")
+            raise StoreError(
+                f"{store.url}: step {ref.step} {ref.key[:12]}… has no record; run the experiment again"
+            )
         if record.digest != ref.digest:
             raise StoreError(
                 f"{store.url}: step {ref.step} {ref.key[:12]}… has digest {record.digest[:12]}… where "
@@ -137,8 +147,12 @@ class Artifact:
 
     def uri(self, name: str = "") -> str:
         """Where the file (or the step's folder of files) lies in the store."""
-        attempt = next(iter(self.record.files.values())).attempt if not name else self.record.files[name].attempt
-        return f"{self.store.url}/steps/{self.ref.step}/{self.ref.key}/{attempt}" + (f"/{name}" if name else "")
+        attempt = (
+            next(iter(self.record.files.values())).attempt if not name else self.record.files[name].attempt
+        )
+        return f"{self.store.url}/steps/{self.ref.step}/{self.ref.key}/{attempt}" + (
+            f"/{name}" if name else ""
+        )
 
     def folder(self, under: str = "") -> Path:
         """A local folder with the step's files below `under` (as `from_pretrained` wants it)."""
@@ -146,7 +160,11 @@ class Artifact:
         attempts = {self.record.files[name].attempt for name in names}
         paths = {name: self.path(name) for name in names}
         first = names[0]
-        if len(attempts) == 1 and str(paths[first]).endswith(first) and len({_root(paths[n], n) for n in names}) == 1:
+        if (
+            len(attempts) == 1
+            and str(paths[first]).endswith(first)
+            and len({_root(paths[n], n) for n in names}) == 1
+        ):
             return _root(paths[first], first) / under
         from sera_core.artifacts.folders import assemble
 

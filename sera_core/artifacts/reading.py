@@ -1,7 +1,7 @@
 """A run for reading, without Prefect or torch: rounds as a DataFrame, artifacts as DataFrames, the policy as a path.
 
-    run = sera_core.open_run("./sera-store", "demo")
-    run.rounds; run[2].pairs(); run[2].ledger(); run[2].policy_path(); run.history(pair_id)
+run = sera_core.open_run("./sera-store", "demo")
+run.rounds; run[2].pairs(); run[2].ledger(); run[2].policy_path(); run.history(pair_id)
 """
 
 import json
@@ -64,7 +64,9 @@ class Run:
     def __getitem__(self, round: int) -> "Round":
         rounds = self._records.rounds()
         if not 0 <= round < len(rounds):
-            raise IndexError(f"run {self.name!r} has rounds 0 to {len(rounds) - 1}; round {round} is not finished")
+            raise IndexError(
+                f"run {self.name!r} has rounds 0 to {len(rounds) - 1}; round {round} is not finished"
+            )
         return Round(self._records, rounds[round])
 
     def history(self, pair_id: str) -> pd.DataFrame:
@@ -137,7 +139,9 @@ def _adapter_beside(policy: Artifact, base: Path) -> Path:
     config = json.loads(files.pop("adapter_config.json").read_text())
     target = assemble(f"{policy.ref.digest}-adapter", files)
     path = target / "adapter_config.json"
-    path.write_text(json.dumps(config | {"base_model_name_or_path": str(base)}, indent=2, sort_keys=True) + "\n")
+    path.write_text(
+        json.dumps(config | {"base_model_name_or_path": str(base)}, indent=2, sort_keys=True) + "\n"
+    )
     return target
 
 

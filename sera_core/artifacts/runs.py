@@ -1,10 +1,10 @@
 """A run: its configuration records, its round manifests, and what follows from them (head, best round, stop reason).
 
-    runs/<run>/run-000.json           resolved configuration; later numbers only for changed limits and execution
-    runs/<run>/round-000.json         create-only manifest of a finished round, with the sha256 of its parent
-    runs/<run>/stop-000.json          the budget that ended the run under run-000.json
-    runs/<run>/review-000.json        a question to a person; review-000-answer.json the answer
-    runs/<run>/final-000.json         evidence on the test side for one best round, once the run has stopped
+runs/<run>/run-000.json           resolved configuration; later numbers only for changed limits and execution
+runs/<run>/round-000.json         create-only manifest of a finished round, with the sha256 of its parent
+runs/<run>/stop-000.json          the budget that ended the run under run-000.json
+runs/<run>/review-000.json        a question to a person; review-000-answer.json the answer
+runs/<run>/final-000.json         evidence on the test side for one best round, once the run has stopped
 """
 
 import hashlib
@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
-
 
 from sera_core.artifacts.canonical import sha256_json
 from sera_core.artifacts.manifest import FORMAT, Noun, StepRef
@@ -91,7 +90,11 @@ class History:
     @property
     def best(self) -> RoundManifest | None:
         """The promoted round with the largest held-out reward accuracy, ties to the earlier."""
-        return max(self.promoted, key=lambda r: (r.accuracy if r.accuracy is not None else -1.0, -r.round), default=None)
+        return max(
+            self.promoted,
+            key=lambda r: (r.accuracy if r.accuracy is not None else -1.0, -r.round),
+            default=None,
+        )
 
     @property
     def lineage(self) -> list[RoundManifest]:
@@ -140,7 +143,11 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines `key: old -> new` for every dotted key that differs."""
     a, b = flatten(old), flatten(new)
-    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return [
+        f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
 
 
 class RunStore:
@@ -152,7 +159,9 @@ class RunStore:
 
     def configs(self) -> list[RunRecord]:
         """run-000.json and its successors."""
-        return [RunRecord.model_validate(data) for _, data in numbered(self.store, self.path + "/run-{:03d}.json")]
+        return [
+            RunRecord.model_validate(data) for _, data in numbered(self.store, self.path + "/run-{:03d}.json")
+        ]
 
     def rounds(self) -> list[RoundManifest]:
         """Manifests of the finished rounds, in order, each checked against its parent's hash."""
@@ -195,7 +204,12 @@ class RunStore:
         if records and sha256_json(records[-1].config) == sha256_json(dump):
             return records[-1]
         record = RunRecord(
-            format=FORMAT, run=self.run, config=dump, config_sha256=sha, resolved=dict(resolved), created=now()
+            format=FORMAT,
+            run=self.run,
+            config=dump,
+            config_sha256=sha,
+            resolved=dict(resolved),
+            created=now(),
         )
         winner, _ = create_json(
             self.store, f"{self.path}/run-{len(records):03d}.json", record.model_dump(mode="json")
@@ -234,7 +248,13 @@ class RunStore:
     def ask(self, round: int, evidence: Mapping[str, Any], hours: float, default: str) -> dict[str, Any]:
         """Record the question whether a round is to be promoted; its deadline counts from the first asking."""
         until = (datetime.now(UTC) + timedelta(hours=hours)).isoformat(timespec="seconds")
-        question = {"format": FORMAT, "round": round, "evidence": evidence, "until": until, "default": default}
+        question = {
+            "format": FORMAT,
+            "round": round,
+            "evidence": evidence,
+            "until": until,
+            "default": default,
+        }
         record, _ = create_json(self.store, f"{self.path}/review-{round:03d}.json", question)
         return record
 

@@ -85,7 +85,8 @@ def table(schema: pa.Schema, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
         raise KeyError(f"columns {sorted(unknown)} are not in the schema {schema.names}")
     rows = len(next(iter(columns.values())))
     arrays = [
-        pa.array(columns[f.name], type=f.type) if f.name in columns else pa.nulls(rows, type=f.type) for f in schema
+        pa.array(columns[f.name], type=f.type) if f.name in columns else pa.nulls(rows, type=f.type)
+        for f in schema
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
 

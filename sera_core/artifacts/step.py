@@ -77,7 +77,9 @@ class Attempt:
         """Create part-<number>.json naming files of this attempt; returns the record that won."""
         records = {relative: self._commit(relative).model_dump() for relative in files}
         record, _ = create_json(
-            self.store, f"{self.spec.path}/part-{number:05d}.json", {"format": FORMAT, "files": records, "info": info}
+            self.store,
+            f"{self.spec.path}/part-{number:05d}.json",
+            {"format": FORMAT, "files": records, "info": info},
         )
         return record
 

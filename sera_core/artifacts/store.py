@@ -67,7 +67,9 @@ def open_store(url: str) -> Store:
         return LocalStore(Path(url.removeprefix("file://")))
     if url.startswith("s3://"):
         return S3Store(url)
-    raise InputError(f"store {url!r}: only a local folder or s3://bucket/prefix can hold a store; give one of these")
+    raise InputError(
+        f"store {url!r}: only a local folder or s3://bucket/prefix can hold a store; give one of these"
+    )
 
 
 def read_json(store: Store, path: str) -> Any | None:
@@ -78,7 +80,9 @@ def read_json(store: Store, path: str) -> Any | None:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise StoreError(f"{store.url}/{path}: not valid JSON ({error}); restore it from a copy of the store") from error
+        raise StoreError(
+            f"{store.url}/{path}: not valid JSON ({error}); restore it from a copy of the store"
+        ) from error
 
 
 def create_json(store: Store, path: str, value: Any) -> tuple[Any, bool]:
@@ -97,12 +101,16 @@ def numbered(store: Store, pattern: str, first: int = 0) -> Iterator[tuple[int, 
 
 
 def _wrong(path: object, what: str) -> StoreError:
-    return StoreError(f"{path}: {what}; the file was changed or cut off. Restore it, or delete its step and run again")
+    return StoreError(
+        f"{path}: {what}; the file was changed or cut off. Restore it, or delete its step and run again"
+    )
 
 
 def _check(path: Path, sha256: str, size: int) -> None:
     if not path.exists():
-        raise StoreError(f"{path}: missing from the store; restore it, or delete its step's done.json and run again")
+        raise StoreError(
+            f"{path}: missing from the store; restore it, or delete its step's done.json and run again"
+        )
     if path.stat().st_size != size:
         raise _wrong(path, f"{path.stat().st_size} bytes where the record says {size}")
     found = sha256_file(path)
@@ -185,7 +193,9 @@ class S3Store:
 
         self.url = url.rstrip("/")
         self.prefix = self.url.removeprefix("s3://")
-        self.fs = s3fs.S3FileSystem(use_listings_cache=False, config_kwargs=_S3_CONFIG)
+        self.fs = s3fs.S3FileSystem(
+            use_listings_cache=False, config_kwargs=_S3_CONFIG, skip_instance_cache=True
+        )
         self._cache = Path(os.environ.get("SERA_CACHE", Path.home() / ".cache" / "sera-flow"))
 
     def read_bytes(self, path: str) -> bytes | None:
@@ -206,7 +216,9 @@ class S3Store:
         # A create whose answer was lost is retried and refused for our own write: what is there decides.
         winner = self.read_bytes(path)
         if winner is None:
-            raise StoreError(f"{self.url}/{path}: the store refused to create a record that it does not hold; try again")
+            raise StoreError(
+                f"{self.url}/{path}: the store refused to create a record that it does not hold; try again"
+            )
         return winner
 
     def workspace(self, path: str) -> Path:
@@ -232,7 +244,9 @@ class S3Store:
 
     def names(self, path: str) -> list[str]:
         try:
-            return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(f"{self.prefix}/{path}", detail=False))
+            return sorted(
+                p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(f"{self.prefix}/{path}", detail=False)
+            )
         except FileNotFoundError:
             return []
 

@@ -131,6 +131,8 @@ def _undecided(key: str, decision: Metrics | None) -> str:
 
 
 def _apart(larger: Rate, smaller: Rate) -> bool:
+    if words.too_few(larger) or words.too_few(smaller):
+        return False
     if larger.get("low") is None or smaller.get("high") is None:
         return False
     return larger["low"] > smaller["high"]

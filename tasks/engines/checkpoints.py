@@ -39,7 +39,7 @@ def save_checkpoint(
 def load_checkpoint(
     paths: Mapping[str, Path], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Put weights and optimizer state back; returns `state`. The random generators are apart (`restore_rng`)."""
+    """Put weights and optimizer state back; returns `state`. For the random generators see `restore_rng`."""
     weights, moments = load_file(paths["weights.safetensors"]), load_file(paths["optimizer.safetensors"])
     parameters = trainable(model)
     if set(weights) != set(parameters):
@@ -53,8 +53,9 @@ def load_checkpoint(
     for key, value in moments.items():
         name, entry = key.rsplit(".", 1)
         parameter = parameters[name]
-        # torch keeps the step count beside the parameter only when the optimizer is fused
-        optimizer.state[parameter][entry] = value.to(parameter.device)
+        optimizer.state[parameter][entry] = value.to(
+            parameter.device
+        )  # a fused optimizer's step count as well
     return json.loads(paths["state.json"].read_text())
 
 

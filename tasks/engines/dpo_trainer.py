@@ -3,10 +3,10 @@
 What differs from the stock trainer, and why:
 
 - no data preparation, no truncation, no reference model: token ids and log π_ref(y|x) come from the store;
-- a batch of the data loader is a whole global batch, walked in micro-batches of similar length, so that the loss is
-  the mean over the batch's pairs whatever `micro_batch` is and however short the last batch;
-- a prompt is computed once for both responses of its pair, and hidden states are projected only where a response
-  token is predicted;
+- a batch of the data loader is a whole global batch, walked in micro-batches of similar length, so that the
+  loss is the mean over the batch's pairs whatever `micro_batch` is and however short the last batch;
+- a prompt is computed once for both responses of its pair, and hidden states are projected only where a
+  response token is predicted (`pair_forward`);
 - SimPO and conservative DPO, which TRL 1.16 does not have, and metrics averaged over pairs;
 - nothing is sent to anyone: TRL's start ping is off.
 """
@@ -29,7 +29,7 @@ from tasks.engines.pair_forward import PairCollator, add_pair_forward
 class StepHooks(TrainerCallback):
     """Calls `begin()` before the first step, `check(step)` before each update, `done(step, logs)` after each.
 
-    Steps count from 0; training that goes on from a checkpoint starts at `first`, also in what trackers are told.
+    Steps count from 0; training that goes on from a checkpoint starts at `first`, for trackers too.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class StepHooks(TrainerCallback):
 
 
 class ReviewedDPOTrainer(DPOTrainer):
-    """DPOTrainer on a mixture's rows (token ids, reference log-probabilities, `row`), in the data set's order.
+    """DPOTrainer on a mixture's rows (ids, reference log-probabilities, `row`), in the data set's order.
 
     Attributes:
-        batch_pairs: of the global batch computed last, one value a pair: `row`; `chosen`, `rejected` (log π_θ in
-            nats, float64); `chosen_score`, `rejected_score` (what β scales to a reward, in nats); `loss`.
+        batch_pairs: of the global batch computed last, one value a pair: `row`; `chosen`, `rejected`
+            (log π_θ in nats, float64); `chosen_score`, `rejected_score` (times β: the rewards); `loss`.
     """
 
     def __init__(
@@ -133,12 +133,9 @@ class ReviewedDPOTrainer(DPOTrainer):
         chosen, rejected = computed[0].chunk(2)
         chosen_tokens, rejected_tokens = inputs["completion_mask"].sum(1).chunk(2)
         ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        tensors = (chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)
         for weight, own in self.own_losses:
-            loss = (
-                loss
-                + weight
-                * own(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens).mean()
-            )
+            loss = loss + weight * own(*tensors).mean()
         if self.train_config.losses == ("simpo",):
             scores = chosen.detach() / chosen_tokens, rejected.detach() / rejected_tokens
         else:
@@ -159,6 +156,11 @@ class ReviewedDPOTrainer(DPOTrainer):
         """Log with metrics of our own: TRL's names, averaged over the batch's pairs."""
         self._metrics["train"].clear()
         super().log({**logs, **self.pair_metrics()} if "loss" in logs else logs, start_time)
+
+    def pairs(self) -> list[dict[str, Any]]:
+        """`batch_pairs` as one dictionary a pair."""
+        columns = {name: values.tolist() for name, values in self.batch_pairs.items()}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def pair_metrics(self) -> dict[str, float]:
         """Means over the last global batch, by TRL's names."""
@@ -191,15 +193,13 @@ def _is_own(name: str, train: TrainConfig) -> bool:
 
 
 def _own_losses(train: TrainConfig) -> list[tuple[float, Callable[..., Tensor]]]:
-    """(weight, loss of (chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)) for ours."""
+    """(weight, loss of chosen, rejected, their references, their tokens) of the losses that are ours."""
 
-    def simpo(chosen: Tensor, rejected: Tensor, _: Tensor, __: Tensor, w: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-        return simpo_loss(chosen, rejected, w, l, train.beta, train.target_margin)
+    def simpo(w: Tensor, l: Tensor, _: Tensor, __: Tensor, w_tokens: Tensor, l_tokens: Tensor) -> Tensor:  # noqa: E741
+        return simpo_loss(w, l, w_tokens, l_tokens, train.beta, train.target_margin)
 
-    def cdpo(
-        chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *_: Tensor
-    ) -> Tensor:
-        return cdpo_loss(chosen, rejected, ref_chosen, ref_rejected, train.beta, train.label_smoothing)
+    def cdpo(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, *_: Tensor) -> Tensor:  # noqa: E741
+        return cdpo_loss(w, l, ref_w, ref_l, train.beta, train.label_smoothing)
 
     own = {"simpo": simpo, "sigmoid": cdpo}
     return [(weight, own[name]) for name, weight in _weighted(train) if _is_own(name, train)]

@@ -1,8 +1,8 @@
-"""Computing a batch of pairs: prompts once for both responses, hidden states projected only where they are read.
+"""A batch of pairs: each prompt computed once, hidden states projected only where a response is predicted.
 
-A *pair's row* is `prompt[:-1] | prompt[-1] chosen[:-1] | prompt[-1] rejected[:-1]`: each response begins with the
-prompt's last token, whose hidden state predicts the response's first. A mask by segment keeps the responses apart,
-and positions start again for the second one.
+A pair's row is `prompt[:-1] | prompt[-1] chosen[:-1] | prompt[-1] rejected[:-1]`: each response begins
+with the prompt's last token, whose hidden state predicts the response's first. A mask by segment keeps the
+responses apart, and positions start again for the second one.
 """
 
 import inspect
@@ -22,7 +22,7 @@ UNNEEDED = ("entropy", "mean_logits", "is_top1")
 
 
 def packed_length(row: Row) -> int:
-    """Positions a pair takes when its prompt is computed once; each response begins with the prompt's last token."""
+    """Positions of a pair's row; each response begins with the prompt's last token and lacks its own."""
     return len(row["prompt_ids"]) - 1 + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
@@ -30,8 +30,7 @@ def packed_length(row: Row) -> int:
 class PairCollator:
     """A global batch -> micro-batches of at most `micro_batch` pairs, longest first, ties in the given order.
 
-    With `share`, one row holds a pair: `prompt[:-1] | prompt[-1] chosen[:-1] | prompt[-1] rejected[:-1]`, where
-    `segments` keeps the responses from seeing each other. Without it, chosen and rejected have a row each.
+    With `share` a pair is one row, and `segments` keeps its responses apart; without, a response is a row.
     """
 
     micro_batch: int
@@ -43,7 +42,7 @@ class PairCollator:
         return [self.micro(ordered[start : start + self.micro_batch]) for start in starts]
 
     def micro(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """One micro-batch: what TRL's loss reads (responses behind their prompt's last token), and what is computed."""
+        """What TRL's loss reads (responses behind their prompt's last token), and what the model computes."""
         for row in rows:
             empty = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if not row[name]]
             assert not empty, f"pair in row {row['row']} has no {empty}"
@@ -104,7 +103,7 @@ def _pad(rows: Sequence[list[int]], value: int = 0) -> Tensor:
 
 
 def pair_mask(segments: Tensor) -> Tensor:
-    """[row, 1, query, key], True where a position is seen: earlier ones of the prompt (0) and of its own segment."""
+    """[row, 1, query, key], True where seen: earlier positions of the prompt (0) and of one's own segment."""
     query, key = segments[:, :, None], segments[:, None, :]
     earlier = torch.ones(
         segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device
@@ -115,8 +114,8 @@ def pair_mask(segments: Tensor) -> Tensor:
 def add_pair_forward(model: PreTrainedModel) -> None:
     """Let `model(labels=…, fused_lm_head=True)` compute a micro-batch of `PairCollator`.
 
-    TRL's own fused head (chunked vocabulary, soft-capping, scales) does the projection; a hook hands it only the
-    hidden states that predict a response token.
+    TRL's own fused head (chunked vocabulary, soft-capping, scales) does the projection; a hook hands it only
+    the hidden states that predict a response token.
     """
     add_fused_lm_head(model)  # over TRL's: log-probabilities only
     fused, state = model.forward, {}
@@ -157,10 +156,10 @@ def add_pair_forward(model: PreTrainedModel) -> None:
 
 
 def can_share_prompt(model: PreTrainedModel, rows: Sequence[Row]) -> bool:
-    """Whether the prompt may be computed once for both responses: full attention by torch's sdpa, positions given.
+    """Whether the prompt may be computed once for both responses: full attention by sdpa, with positions.
 
-    Sliding windows that the longest pair outgrows, recurrent layers and other attention code are not masked by
-    segment, so there every response is computed behind a prompt of its own.
+    Sliding windows that the longest pair outgrows, recurrent layers and other attention code are not masked
+    by segment, so there every response is computed behind a prompt of its own.
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)

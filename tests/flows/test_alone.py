@@ -270,6 +270,7 @@ def test_a_template_can_be_given_to_a_policy_without_one(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_smollm2_scores_64_ultrafeedback_pairs_as_a_plain_loop_does(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,8 +306,9 @@ def _conversation_logps(model: object, folder: Path, rows: list[dict]) -> list[f
             answer = tokenizer(row[side][0]["content"], add_special_tokens=False)["input_ids"]
             ids = torch.tensor([*start, *answer, tokenizer.eos_token_id])
             with torch.no_grad():
-                logps = model(ids[None]).logits[0, :-1].double().log_softmax(-1)  # pyright: ignore
-            found.append(logps.gather(1, ids[1:, None])[len(start) - 1 :].sum().item())
+                logits = model(ids[None]).logits[0, len(start) - 1 : -1]  # pyright: ignore
+            logps = logits.double().log_softmax(-1).gather(1, ids[len(start) :, None])
+            found.append(logps.sum().item())
     return found
 
 

@@ -9,7 +9,7 @@ import tinyrun
 from flows.cli import main
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path):
     tinyrun.settings(tmp_path)
     return tmp_path
@@ -76,7 +76,12 @@ def test_messages_that_diverge_before_the_last_turn_are_refused(capsys, folder):
     rows = tinyrun.pairs(8)
     rows[3] = {
         "chosen": [turn("user", "hello"), turn("assistant", "a"), turn("user", "x"), turn("assistant", "b")],
-        "rejected": [turn("user", "hello"), turn("assistant", "c"), turn("user", "x"), turn("assistant", "d")],
+        "rejected": [
+            turn("user", "hello"),
+            turn("assistant", "c"),
+            turn("user", "x"),
+            turn("assistant", "d"),
+        ],
     }
     assert "diverges_before_last_turn" in refused(capsys, folder, rows=rows)
 
@@ -113,6 +118,11 @@ def test_an_overlap_of_held_out_and_train_is_refused_with_counts(capsys, folder)
 
 
 def test_an_unknown_run_is_exit_code_2(capsys, folder):
-    for command in (["show", "nobody"], ["verify", "nobody"], ["export", "nobody", "--to", "x"], ["review", "nobody"]):
+    for command in (
+        ["show", "nobody"],
+        ["verify", "nobody"],
+        ["export", "nobody", "--to", "x"],
+        ["review", "nobody"],
+    ):
         assert main([*command, "--store", str(folder / "store")]) == 2
         assert "nobody" in capsys.readouterr().err

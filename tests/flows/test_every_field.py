@@ -116,7 +116,9 @@ def changed(folder: Path, field: str) -> tuple[SeraConfig, SeraConfig]:
     base = tinyrun.settings(folder, **needs)
     config = SeraConfig.model_validate(base)
     if field.startswith("data.") and field.split(".")[1] in ("heldout", "test", "prompts"):
-        side = tinyrun.write_rows(folder / "side.jsonl", [{**row, "prompt": f"side {n}"} for n, row in enumerate(plain())])
+        side = tinyrun.write_rows(
+            folder / "side.jsonl", [{**row, "prompt": f"side {n}"} for n, row in enumerate(plain())]
+        )
         value = [{"path": str(side)}]
     elif field == "data.train.path":
         value = [{"path": str(tinyrun.write_rows(folder / "other.jsonl", tinyrun.pairs(20, seed=5)))}]

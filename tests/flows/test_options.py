@@ -200,7 +200,12 @@ def test_the_lora_policy_of_each_round_grows_out_of_the_one_before(option_run, t
 
     adapted = AutoModelForCausalLM.from_pretrained(path)
     assert adapted.num_parameters() > 0
-    assert main(["export", "tiny", "--round", "2", "--to", str(tmp_path / "p"), "--store", str(folder / "store")]) == 0
+    assert (
+        main(
+            ["export", "tiny", "--round", "2", "--to", str(tmp_path / "p"), "--store", str(folder / "store")]
+        )
+        == 0
+    )
     assert not (tmp_path / "p" / "adapter_config.json").exists()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "p")
     assert merged.num_parameters() > 0

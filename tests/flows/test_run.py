@@ -19,7 +19,9 @@ pytestmark = pytest.mark.flow
 def finished(tmp_path_factory):
     """A run of three rounds through `sera run`: (folder, experiment, store, seconds)."""
     folder = tmp_path_factory.mktemp("run")
-    experiment = tinyrun.experiment(folder, data={"test_fraction": 0.2}, execution={"tracking": "tensorboard"})
+    experiment = tinyrun.experiment(
+        folder, data={"test_fraction": 0.2}, execution={"tracking": "tensorboard"}
+    )
     done = sera("run", str(experiment), "--store", str(folder / "store"), cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, experiment, folder / "store", done
@@ -27,7 +29,12 @@ def finished(tmp_path_factory):
 
 def sera(*args: str, cwd=None, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *args], cwd=cwd, capture_output=True, text=True, timeout=600, **kwargs
+        [sys.executable, "-m", "flows.cli", *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        **kwargs,
     )
 
 
@@ -38,7 +45,9 @@ def test_a_run_ends_with_its_rounds_and_the_reason_it_stopped(finished):
     assert set(found) == {"run", "config_sha256", "stop_reason", "waiting", "head", "best_round", "rounds"}
     assert found["stop_reason"] in STOP_REASONS
     assert [r["round"] for r in found["rounds"]] == [0, 1, 2]
-    assert [r["generated_share"] for r in found["rounds"]] == sorted(r["generated_share"] for r in found["rounds"])
+    assert [r["generated_share"] for r in found["rounds"]] == sorted(
+        r["generated_share"] for r in found["rounds"]
+    )
     assert found["rounds"][0]["generated_share"] == 0.0 < found["rounds"][1]["generated_share"]
     for r in found["rounds"]:
         assert r["decision"] in ("promote", "hold", "roll_back", "stop")
@@ -58,7 +67,9 @@ def test_the_same_name_again_answers_from_the_store_without_prefect_or_torch(fin
     )
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", probe, "run", str(experiment), "--store", str(store)], capture_output=True, text=True
+        [sys.executable, "-c", probe, "run", str(experiment), "--store", str(store)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("[]")
@@ -116,7 +127,10 @@ def test_the_export_is_the_best_rounds_policy_and_never_overwrites(finished, tmp
     best = found["rounds"][found["best_round"]]["artifacts"]["policy"]["sha256"]
     done = sera("export", "tiny", "--store", str(store), "--to", str(tmp_path / "policy"), "--json")
     assert json.loads(done.stdout)["policy_sha256"] == best
-    assert not list((tmp_path / "policy").rglob("*.bin")) and (tmp_path / "policy" / "model.safetensors").exists()
+    assert (
+        not list((tmp_path / "policy").rglob("*.bin"))
+        and (tmp_path / "policy" / "model.safetensors").exists()
+    )
     again = sera("export", "tiny", "--store", str(store), "--to", str(tmp_path / "policy"))
     assert again.returncode == 2 and "exists already" in again.stderr
 
@@ -125,7 +139,9 @@ def test_list_report_and_plan_tell_of_the_finished_run(finished, tmp_path):
     _, experiment, store, _ = finished
     listed = json.loads(sera("list", "--store", str(store), "--json").stdout)
     assert [run["run"] for run in listed["runs"]] == ["tiny"]
-    written = json.loads(sera("report", "tiny", "--out", str(tmp_path), "--store", str(store), "--json").stdout)
+    written = json.loads(
+        sera("report", "tiny", "--out", str(tmp_path), "--store", str(store), "--json").stdout
+    )
     assert any(file.endswith("index.html") for file in written["files"])
     plan = json.loads(sera("plan", str(experiment), "--store", str(store), "--json").stdout)
     assert {row["status"] for row in plan["steps"]} == {"reuse"} and plan["seconds"] == 0

@@ -84,7 +84,14 @@ def test_a_second_roll_back_stops_as_degraded(shared, prefect_server):
     run(shared, "degraded", prefect_server, decide={"review": "always"}, limits=limits, mix={"shares": [0.0]})
     for answer in ("promote", "roll_back", "roll_back"):
         main(["review", "degraded", "--decision", answer, "--store", str(shared / "store")])
-        found = run(shared, "degraded", prefect_server, decide={"review": "always"}, limits=limits, mix={"shares": [0.0]})
+        found = run(
+            shared,
+            "degraded",
+            prefect_server,
+            decide={"review": "always"},
+            limits=limits,
+            mix={"shares": [0.0]},
+        )
     assert found["stop_reason"] == "degraded"
 
 
@@ -98,7 +105,9 @@ def test_the_deadline_writes_the_configured_answer(shared, prefect_server):
 
 def test_falling_accuracy_is_held_then_rolled_back_to_the_best_round(shared, prefect_server):
     """A policy trained on turned labels ranks the held-out pairs worse and worse."""
-    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in tinyrun.pairs(32, seed=3)]
+    turned = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in tinyrun.pairs(32, seed=3)
+    ]
     train = tinyrun.write_rows(shared / "turned.jsonl", [*tinyrun.pairs(24), *turned])
     heldout = tinyrun.write_rows(shared / "held.jsonl", tinyrun.pairs(12, seed=9))
     found = run(

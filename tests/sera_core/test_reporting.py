@@ -58,6 +58,8 @@ def test_trained_margins_above_held_out_ones_are_called_memorised():
     said = evidence.lesson(measured(rate(0.0, -0.1, 0.1), rate(0.0, -0.1, 0.1), trained, heldout))
     assert "did not clearly grow" in said[0]
     assert "memorised" in said[1]
+    few = measured(rate(0.0, -0.1, 0.1), rate(0.0, -0.1, 0.1), trained, heldout | {"n": 29})
+    assert len(evidence.lesson(few)) == 1
 
 
 # ----------------------------------------------------------------------------------------------- the evidence
@@ -94,7 +96,7 @@ def test_each_part_of_the_alarm_says_whether_it_holds():
     assert length.alarm_words(alarm).startswith("Too few pairs to tell")
 
 
-# --------------------------------------------------------------------------------------------------- the plots
+# -------------------------------------------------------------------------------------------------- the plots
 
 
 @given(st.floats(-1e4, 1e4), st.floats(0, 1e4))

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_policy
+from train_bench import logps, random_pairs
 
 from sera_core.config import TrainConfig
 from sera_core.models import load_policy, load_tokenizer
-from train_bench import logps, random_pairs
 
 pytestmark = pytest.mark.slow
 BETA = 0.3
@@ -83,7 +83,15 @@ def ours(
     )
     model = load_policy(folder)
     trainer = ReviewedDPOTrainer(
-        model, train, args, Dataset.from_list(rows), load_tokenizer(folder), (None, None), [], micro_batch, share
+        model,
+        train,
+        args,
+        Dataset.from_list(rows),
+        load_tokenizer(folder),
+        (None, None),
+        [],
+        micro_batch,
+        share,
     )
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer()

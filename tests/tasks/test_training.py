@@ -14,7 +14,8 @@ from sera_core.artifacts.manifest import Artifact, StepRecord
 from sera_core.config import TrainConfig
 from sera_core.errors import InputError, SeraError
 from sera_core.models import load_policy, weights_digest
-from tasks.training import training_order, warmed_up
+from tasks.engines.training_data import training_order
+from tasks.training import warmed_up
 
 slow = pytest.mark.slow
 FULL = TrainConfig(batch=4, epochs=2, beta=0.2)
@@ -173,7 +174,7 @@ def kill_at(pairs: int) -> Any:
 @pytest.mark.parametrize("train", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("pairs", [4, 12, 16])
 def test_a_killed_round_resumes_to_the_same_bytes(bench: Bench, train: TrainConfig, pairs: int) -> None:
-    """Killed in step 0 (no checkpoint yet), in step 2 (one after step 1) and in step 3 (before its checkpoint)."""
+    """Killed in step 0 (no checkpoint yet), in step 2 (one after step 1) and in step 3 (before its own)."""
     spec = bench.spec(bench.mixture(), train, rate=1e-3 + pairs * 1e-9)
     with pytest.raises(Killed):
         bench.run(spec, CHECKPOINTS, kill_at(pairs))
@@ -215,6 +216,34 @@ def test_a_tenth_of_a_nat_is_too_much_in_float32_but_said_nothing_about_when_the
     with pytest.raises(SeraError, match=rf"pair {second}: margin 0\.1"):
         bench.run(bench.spec(wrong, FULL))
     assert bench.run(bench.spec(wrong, FULL, same=False)).metrics["step0/largest_margin"] > 0.09
+
+
+@slow
+def test_in_bfloat16_the_scorers_own_noise_is_allowed_and_no_more(bench: Bench) -> None:
+    """The reference as the scorer computes it in bfloat16; then one pair 50 nats away."""
+    scored = bench.mixture(dtype="bfloat16")
+    record = bench.run(bench.spec(scored, FULL, dtype="bfloat16"))
+    assert 0 < record.metrics["step0/probe"] < 2
+    assert record.metrics["step0/largest_margin"] <= record.metrics["step0/bound"]
+    third = bench.rows[2]["pair_id"]
+    wrong = bench.mixture(dtype="bfloat16", **{third: {"ref_chosen_logps": -100.0}})
+    with pytest.raises(SeraError, match=rf"pair {third}: margin"):
+        bench.run(bench.spec(wrong, FULL, dtype="bfloat16"))
+
+
+@slow
+def test_weights_stay_in_float32_when_the_arithmetic_is_bfloat16(bench: Bench) -> None:
+    """Steps of 1e-6 are lost in bfloat16 numbers; the policy a round leaves must still have them."""
+    from safetensors.torch import load_file
+
+    record = bench.run(bench.spec(bench.mixture(dtype="bfloat16"), FULL, dtype="bfloat16", rate=1e-6))
+    weights = load_file(Artifact(bench.store, record.ref).path("policy/model.safetensors"))
+    start = load_file(bench.folder / "tiny" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = (weights[name] - start[name]).abs()
+    assert str(weights[name].dtype) == "torch.float32"
+    assert 5e-7 < moved.max().item() < 2e-5
+    assert (moved > 0).float().mean().item() > 0.9
 
 
 def pairs_of(bench: Bench, mixture: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,94 @@
+"""The pairs a round trains on, and the order it sees them in."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+
+from sera_core.artifacts import schema
+from sera_core.artifacts.canonical import derived_seed
+from sera_core.errors import InputError
+
+COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The pairs trained on, in the file's order."""
+
+    table: pa.Table
+    pair_ids: list[str]
+
+    @classmethod
+    def read(cls, path: Path, needs_reference: bool) -> "Mixture":
+        """Read mixture.parquet; a pair that cannot be trained on is refused by name."""
+        table = schema.read_table(path, schema.MIXTURE)
+        pair_ids = table.column("pair_id").to_pylist()
+        table = table.select(COLUMNS)
+        for name in COLUMNS[3:]:
+            values = table.column(name).to_pylist()
+            if not needs_reference:
+                values = [0.0] * len(values)
+            for pair_id, value in zip(pair_ids, values, strict=True):
+                if value is None or not math.isfinite(value):
+                    raise InputError(
+                        f"pair {pair_id}: {name} is {value}; score the mixture's reference again"
+                    )
+            table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.float64()))
+        return cls(table.append_column("row", pa.array(range(len(pair_ids)), pa.int64())), pair_ids)
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """Training tokens of each pair: 2|x| + |y_w| + |y_l|, counted as unshared (METHOD, equal budgets)."""
+        prompt, chosen, rejected = (
+            [len(ids) for ids in self.table.column(name).to_pylist()] for name in COLUMNS[:3]
+        )
+        return [2 * x + w + l for x, w, l in zip(prompt, chosen, rejected, strict=True)]  # noqa: E741
+
+    def refuse_lengths(self, positions: int | None) -> None:
+        """Nothing is ever truncated here, so every sequence must fit the model, and none may be empty."""
+        for pair_id, *ids in zip(
+            self.pair_ids, *(self.table.column(n).to_pylist() for n in COLUMNS[:3]), strict=True
+        ):
+            prompt, chosen, rejected = map(len, ids)
+            if 0 in (prompt, chosen, rejected):
+                raise InputError(f"pair {pair_id}: prompt, chosen or rejected has no tokens; drop the pair")
+            longest = prompt + max(chosen, rejected)
+            if positions is not None and longest > positions:
+                raise InputError(
+                    f"pair {pair_id}: {longest} tokens where the model has {positions} positions; lower "
+                    "data.max_prompt_tokens or data.max_response_tokens"
+                )
+
+
+def training_order(
+    tokens: Sequence[int], batch: int, epochs: int, seed: Sequence[int], budget: int | None = None
+) -> list[int]:
+    """Rows in the order they are trained on: the first pass in the file's order, later ones shuffled by seed.
+
+    Args:
+        tokens: training tokens of each row.
+        batch: pairs an optimizer step.
+        epochs: passes, unless there is a budget.
+        seed: what the shuffles of later passes depend on, with the pass's number.
+        budget: training tokens to reach: the order ends with the first batch that does, in whatever pass.
+    """
+    order: list[int] = []
+    passes = 0
+    while passes < epochs if budget is None else sum(tokens[row] for row in order) < budget:
+        rows = list(range(len(tokens)))
+        if passes:
+            random.Random(derived_seed("pass", *seed, passes)).shuffle(rows)
+        order, passes = order + rows, passes + 1
+    if budget is None:
+        return order
+    seen = 0
+    for start in range(0, len(order), batch):
+        seen += sum(tokens[row] for row in order[start : start + batch])
+        if seen >= budget:
+            return order[: start + batch]
+    return order

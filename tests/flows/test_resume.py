@@ -1,0 +1,137 @@
+"""Killed anywhere, resumed to the same end; and nothing of a killed run is left running."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tinyrun
+
+from flows.looking import verify
+
+pytestmark = pytest.mark.flow
+
+KILLER = """
+import os, signal, sys
+from sera_core.artifacts import step
+point, round, args = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+if point == "commit":
+    real = step.create_json
+    def create_json(store, path, value):
+        if path.endswith("done.json") and value["step"] == "train" and value["fields"]["round"] == round:
+            die()  # every file is written, the record is not
+        return real(store, path, value)
+    step.create_json = create_json
+else:
+    name, calls = point.split(":")
+    real_init = step.Attempt.__init__
+    def init(self, store, spec, execution, progress=step.quiet):
+        seen = []
+        def report(done, total, unit):
+            seen.append(done)
+            if spec.step == name and spec.fields.get("round") == round and len(seen) >= int(calls):
+                die()
+        real_init(self, store, spec, execution, report)
+    step.Attempt.__init__ = init
+from flows.cli import main
+sys.exit(main(args))
+"""
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    records = tinyrun.work(tinyrun.config(folder, limits={"rounds": 2}), folder / "whole")
+    return folder, tinyrun.policy_shas(records)
+
+
+@pytest.mark.parametrize("point", ["sample:1", "train:2", "commit"])
+def test_a_killed_run_resumes_to_the_policy_of_one_never_killed(never_killed, point):
+    folder, expected = never_killed
+    store = folder / point.replace(":", "-")
+    experiment = tinyrun.experiment(folder, limits={"rounds": 2})
+    command = ["run", str(experiment), "--store", str(store), "--json"]
+    killed = subprocess.Popen([sys.executable, "-c", KILLER, point, "1", *command], stderr=subprocess.PIPE, text=True)
+    _, said = killed.communicate(timeout=600)
+    assert killed.returncode == -signal.SIGKILL, said
+    assert len(list((store / "runs" / "tiny").glob("round-*.json"))) == 1
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    gone_within(5, killed.pid)
+    again = subprocess.run([sys.executable, "-m", "flows.cli", *command], capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert [r["artifacts"]["policy"]["sha256"] for r in found["rounds"]] == expected
+    assert {path: path.read_bytes() for path in before} == before  # nothing committed was changed
+    records = tinyrun.RunStore(tinyrun.open_store(str(store)), "tiny")
+    assert verify(records) > 0
+    if point == "train:2":
+        train = records.rounds()[1].steps["policy"]
+        done = json.loads((store / "steps" / "train" / train.key / "done.json").read_text())
+        assert done["metrics"]["resumed_from_step"] >= 1
+
+
+def gone_within(seconds: float, pid: int) -> None:
+    """No process whose command line names the killed one as its parent is left."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not (left := children_of(pid)):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"still running: {left}")
+
+
+def children_of(pid: int) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().decode().split("\0")
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+        except (OSError, IndexError):
+            continue
+        if state[0] != "Z" and (int(state[1]) == pid or ("flows.embedded_server" in words and str(pid) in words)):
+            found.append(" ".join(words))
+    return found
+
+
+def test_a_killed_run_leaves_no_process(tmp_path):
+    experiment = tinyrun.experiment(tmp_path)
+    command = [sys.executable, "-m", "flows.cli", "run", str(experiment), "--store", str(tmp_path / "store")]
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "store" / "steps" / "train").exists() and time.monotonic() < deadline:
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.2)
+    assert any("embedded_server" in line for line in children_of(run.pid))
+    run.kill()
+    gone_within(5, run.pid)
+    assert run.communicate(timeout=10) is not None  # nobody holds the output pipe
+
+
+def test_the_same_configuration_gives_the_same_bytes(never_killed):
+    folder, expected = never_killed
+    records = tinyrun.work(tinyrun.config(folder, limits={"rounds": 2}), folder / "again")
+    assert tinyrun.policy_shas(records) == expected
+    whole = tinyrun.RunStore(tinyrun.open_store(str(folder / "whole")), "tiny")
+    for one, other in zip(whole.rounds(), records.rounds(), strict=True):
+        assert one.artifacts == other.artifacts
+
+
+def test_a_lost_step_is_redone_and_the_rest_is_reused(never_killed):
+    folder, expected = never_killed
+    records = tinyrun.RunStore(tinyrun.open_store(str(folder / "again")), "tiny")
+    tinyrun.work(tinyrun.config(folder, limits={"rounds": 2}), folder / "again")
+    lost = records.rounds()[1].steps["mixture"]
+    (folder / "again" / "steps" / "mix" / lost.key / "done.json").unlink()
+    for name in ("round-001.json",):
+        (folder / "again" / "runs" / "tiny" / name).unlink()
+    times = {p: p.stat().st_mtime_ns for p in (folder / "again" / "steps").rglob("done.json")}
+    tinyrun.work(tinyrun.config(folder, limits={"rounds": 2}), folder / "again")
+    assert tinyrun.policy_shas(records) == expected
+    assert all(p.stat().st_mtime_ns == then for p, then in times.items())
