@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 REAL := slow or flow or s3 or vllm or wheel
 
-.PHONY: demo quick test fast check bench clean
+.PHONY: demo quick test fast check bench reference clean
 
 demo: .venv/core            ## the main job: three rounds on a real model and real preferences (about ten minutes)
 	$(BIN)/sera demo
@@ -27,6 +27,9 @@ check: .venv/dev            ## format, lint, types, import directions
 
 bench: .venv/dev            ## speed, each figure beside a peer's in the same run
 	$(BIN)/python -m tests.benchmarks.scoring
+
+reference: .venv/core       ## renew the README's table of settings from the configuration
+	$(BIN)/python -m sera_core.reference README.md
 
 clean:                      ## the environment and what the tools left; never the store
 	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis

@@ -66,7 +66,8 @@ def index_card(records: RunStore) -> str:
         accuracy = interval(r.metrics.get("heldout/rewards/accuracies"))
         card = key_of(records.run, f"round-{r.round}")
         lines.append(
-            f"| {r.round} | {r.decision} | {r.pairs['human']} | {r.pairs['generated']} | {accuracy} | `{card}` |"
+            f"| {r.round} | {r.decision} | {r.pairs['human']} | {r.pairs['generated']} "
+            f"| {accuracy} | `{card}` |"
         )
     return "\n".join(lines)
 

@@ -1,9 +1,13 @@
-"""`sera`: the command line. Exit codes: 0 done or waiting, 1 failed, 2 bad input, 3 held by another, 130 interrupted."""
+"""`sera`: the command line.
+
+Exit codes: 0 done or waiting, 1 failed, 2 bad input, 3 held by another, 130 interrupted.
+"""
 
 import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from flows.commands import alone, doctor, looking, reviewing, running
@@ -33,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--store",
         default=os.environ.get("SERA_STORE", "./sera-store"),
-        help="folder or s3://bucket/prefix that holds the artifacts (default: $SERA_STORE, else ./sera-store)",
+        help="folder or s3://bucket/prefix that holds the artifacts "
+        "(default: $SERA_STORE, else ./sera-store)",
     )
     common.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
@@ -52,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     args = parser().parse_args(argv)
+    if not args.debug:  # libraries' notes to their developers are not for the user
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
         return args.command(args)
     except SeraError as error:

@@ -21,7 +21,7 @@ FILES = {
 
 
 def manifest_of(session: Session, round: int, made: Steps) -> RoundManifest:
-    """The manifest of a round whose steps are done; a round without pairs has no policy, evidence or decision."""
+    """The manifest of a round whose steps are done; without pairs it has no policy, evidence or decision."""
     records = {role: session.record_of(ref) for role, ref in made.items() if ref is not None}
     mixture = records["mixture"].metrics
     decision = _decision(records, mixture)

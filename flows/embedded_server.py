@@ -1,7 +1,7 @@
 """A Prefect server of our own for one command: it ends with us, however we end.
 
-Prefect's own embedded server outlives a killed flow and keeps its output pipe open. This one is told by the kernel
-(Linux) or by a watching thread when its parent is gone, and writes to a file.
+Prefect's own embedded server outlives a killed flow and keeps its output pipe open. This one is told by the
+kernel (Linux) or by a watching thread when its parent is gone, and writes to a file.
 
     python -m flows.embedded_server PORT PARENT_PID
 """
@@ -39,6 +39,7 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     Must be entered before `prefect` is imported: its settings are read then.
     """
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
+    os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
     for name in ("DO_NOT_TRACK", "PREFECT_SERVER_ANALYTICS_ENABLED"):
         os.environ.setdefault(name, _QUIET[name])
     if configured := os.environ.get("PREFECT_API_URL"):
@@ -55,6 +56,7 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            start_new_session=True,  # an interrupt is ours to handle first
             env={**os.environ, **_QUIET, "PREFECT_UI_API_URL": url, "PREFECT_API_URL": url},
         )
     try:

@@ -1,6 +1,7 @@
-"""How many tokens, seconds and bytes a step will take: a guess, said before the work, mended by what was measured."""
+"""How many tokens, seconds and bytes a step will take: a guess, mended by what was measured."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from sera_core.sources import read_rows
 
 CHARACTERS_A_TOKEN = 4.2
 COST = {"logps": 1.0, "sample": 2.5, "train": 3.0}
-"""Work of one token against one forward pass, as measured on two CPU cores (full fine-tuning; an adapter saves a third)."""
+"""Work of one token against one forward pass, as measured on two CPU cores.
+
+Training is full fine-tuning; an adapter saves a third."""
 EFFICIENCY = 0.7
 """Share of the matrix product's speed that a forward pass reaches."""
 SAMPLED_SHARE = 0.7
@@ -83,7 +86,7 @@ def _from_files(config: SeraConfig, parameters: float | None) -> Workload:
     )
 
 
-def _tokens(characters: list[int]) -> float:
+def _tokens(characters: Sequence[float]) -> float:
     return float(np.mean(characters)) / CHARACTERS_A_TOKEN + 10 if characters else 0.0
 
 
@@ -108,10 +111,10 @@ def parameters_of(config: SeraConfig) -> float | None:
 def gigaflops(seconds: float = 0.3) -> float:
     """Speed of this machine's float32 matrix product, in GFLOP/s."""
     a = np.ones((768, 768), dtype=np.float32)
-    a @ a
+    np.matmul(a, a)
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        a @ a
+        np.matmul(a, a)
         done += 1
     return done * 2 * 768**3 / (time.perf_counter() - start) / 1e9
 
@@ -125,7 +128,7 @@ class Estimator:
         self.measured = _measured(store, records)
 
     def expected(self, spec: StepSpec) -> dict[str, Any]:
-        """{"tokens", "seconds", "bytes"} of a step that is to be done; seconds are None for a model not at hand."""
+        """{"tokens", "seconds", "bytes"} of a step to be done; seconds are None for a model not at hand."""
         tokens = self._tokens(spec)
         return {
             "tokens": int(tokens),

@@ -137,9 +137,11 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
         source = model["source"]
         if ":" not in source and (folder / source).is_dir():
             model["source"] = str((folder / source).resolve())
-    template = model.get("chat_template") if isinstance(model, dict) else None
-    if isinstance(template, str) and (folder / template).is_file():
-        model["chat_template"] = (folder / template).read_text()  # the text is the setting, wherever it stood
+    if isinstance(model, dict):
+        template = model.get("chat_template")
+        if isinstance(template, str) and (folder / template).is_file():
+            # the text is the setting, wherever it stood
+            model["chat_template"] = (folder / template).read_text()
 
 
 def _source(source: Any, folder: Path) -> Any:

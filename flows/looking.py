@@ -59,7 +59,9 @@ def _uri(store: Store, place: dict[str, Any]) -> str:
 
 
 def verify(records: RunStore) -> int:
-    """Hash every file of every step the run rests on, and follow every link of the chain. Returns files checked.
+    """Hash every file of every step the run rests on, and follow every link of the chain.
+
+    Returns the number of files checked.
 
     Raises:
         SeraError: the first thing that does not hold, by name.

@@ -1,4 +1,4 @@
-"""Opening a run: what its sources hold, whether its name is free, whether it is finished, waiting or open. No Prefect."""
+"""Opening a run: what its sources hold, is its name free, is it finished, waiting or open. No Prefect."""
 
 import json
 import math
@@ -75,8 +75,8 @@ def check_template(config: SeraConfig) -> None:
     inline = settings.is_file() and "chat_template" in json.loads(settings.read_text())
     if not inline and not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
         raise InputError(
-            f"model {config.model.source}: has no chat template, so pairs cannot be rendered; set model.chat_template "
-            'to "chatml", a Jinja file or Jinja text'
+            f"model {config.model.source}: has no chat template, so pairs cannot be rendered; "
+            'set model.chat_template to "chatml", a Jinja file or Jinja text'
         )
 
 

@@ -1,8 +1,8 @@
 """One round of SeRA: start reading here. It is the algorithm box, in plain Python, a step a line.
 
-`do` takes what a step is to do and returns a pointer to what it made. The Prefect flow (flows/sera.py) does the steps;
-`sera plan` (flows/planning.py) walks the same lines and only looks up what exists, so an unknown result is None.
-Nothing here imports Prefect, torch or a trainer.
+`do` takes what a step is to do and returns a pointer to what it made. The Prefect flow (flows/sera.py) does
+the steps; `sera plan` (flows/planning.py) walks the same lines and only looks up what exists, so an unknown
+result is None. Nothing here imports Prefect, torch or a trainer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,7 @@ class Judges:
 
 
 def prepare(config: SeraConfig, sources: Mapping[str, Any], do: Do) -> Sides:
-    """Preference files and a start policy become token ids. `sources`: content digests, see `flows.sources`."""
+    """Preferences and a start policy become token ids. `sources`: content digests, see `flows.sources`."""
     data = do(steps.data(config, sources["data"]))
     model = do(steps.model(config, sources["model"]))
     return Sides(data, model, do(steps.render(config, data, model)))
@@ -128,9 +128,9 @@ def gather_evidence(
         "rendered": sides.pairs,
         "mixture": mixture,
         "policy_heldout": logps(policy, sides.pairs, "heldout.parquet"),
-        "reference_heldout": logps(sides.model, sides.pairs, "heldout.parquet"),
-        "previous_heldout": logps(previous, sides.pairs, "heldout.parquet"),
         "policy_train": logps(policy, sides.pairs, "train.parquet"),
+        "previous_heldout": logps(previous, sides.pairs, "heldout.parquet"),
+        "reference_heldout": logps(sides.model, sides.pairs, "heldout.parquet"),
         "reference_train": logps(sides.model, sides.pairs, "train.parquet"),
     }
     if config.evaluate.prompts:
@@ -197,7 +197,7 @@ def training_reference(config: SeraConfig, sides: Sides, past: Past) -> Ref:
 
 
 def generated_reference(judges: Judges, reference: Ref) -> str:
-    """Where the training reference's log-probabilities of generated responses stand already (DESIGN, law 7)."""
+    """Where the reference's log-probabilities of generated responses stand already (DESIGN, law 7)."""
     if judges.references and reference == judges.references[0]:
         return "ref_logps"
     return "policy_logps" if reference == judges.policies[0] else "logps"

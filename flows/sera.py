@@ -27,7 +27,8 @@ from tasks.work import work_of
 def sera(config: SeraConfig, run: str = "sera", store: str | None = None) -> str:
     """Self-reviewing alignment, round after round, until it converges or a limit is reached.
 
-    Returns the stop reason, or `waiting` when a person is asked. The same name again goes on where it stopped.
+    Returns the stop reason, or `waiting` when a person is asked. The same name again goes on where it
+    stopped.
     """
     store = store or os.environ.get("SERA_STORE", "./sera-store")
     records = opening.open_run(config, run, store)
@@ -69,7 +70,8 @@ def runner(store: str, run: str) -> Runner:
     return run_task
 
 
-# Resume rests on the store's records (a step that is done is never a task again): Prefect's result cache stays out.
+# Resume rests on the store's records (a step that is done is never a task again), so Prefect's result cache
+# stays out.
 @task(persist_result=False, cache_policy=NO_CACHE)
 def do_step(spec: StepSpec, store: str, execution: ExecutionConfig) -> StepRecord:
     """Do one step: read refs, work, commit the record."""

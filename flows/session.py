@@ -1,4 +1,4 @@
-"""A run being worked on: its store, configuration and history, and how a step is done and paid for. No Prefect here."""
+"""A run being worked on: store, configuration and history, how a step is done and paid for. No Prefect."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

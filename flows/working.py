@@ -1,4 +1,7 @@
-"""Working through one round, and the last word once a run has stopped. Plain Python: Prefect wraps it (flows/sera.py)."""
+"""Working through one round, and the last word once a run has stopped.
+
+Plain Python: Prefect wraps it (flows/sera.py).
+"""
 
 from flows import completing, opening, round
 from flows.session import Session

@@ -1,4 +1,4 @@
-"""Every knob, declared once: the command line, Prefect's form, the manifest and the README's table come from here.
+"""Every knob, declared once: command line, Prefect's form, manifest and the README's table come from here.
 
 The defaults are METHOD's table. None is the paper's value unless its help text names the source.
 """
@@ -30,16 +30,16 @@ class ModelConfig(Part):
     chat_template: str | None = None
     """Chat template for a model that has none: `chatml`, a Jinja file, or Jinja text."""
     dtype: Dtype = "float32"
-    """Arithmetic of scoring and training, the same for policy and reference. bfloat16 is about twice as fast
-    and about half a nat noisier per response."""
+    """Arithmetic of scoring and training, the same for policy and reference. bfloat16 halves the memory,
+    is fast where the hardware has it, and is about half a nat noisier per response."""
 
 
 class Source(Part):
     """One file, folder URL or hub data set of preference pairs or prompts."""
 
     path: str
-    """Path or URL of a jsonl, json, csv or parquet file, `bundled:<name>` for a file shipped with the package,
-    or `hub:<id>` for a Hugging Face data set."""
+    """Path or URL of a jsonl, json, csv or parquet file, `bundled:<name>` for a file shipped with the
+    package, or `hub:<id>` for a Hugging Face data set."""
     split: str = "train"
     """Split of a hub data set; ignored by files."""
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -78,10 +78,11 @@ class DataConfig(Part):
     on_diverge: Literal["refuse", "split"] = "refuse"
     """Messages that differ before the last turn: refuse the file, or split at the first difference."""
     on_overlap: Literal["refuse", "drop", "keep"] = "refuse"
-    """A held-out, test or prompt-only source that shares prompts with train: refuse, take them out of train, or keep
-    them knowingly (counted; for planted data whose prompts are templates)."""
+    """A held-out, test or prompt-only source that shares prompts with train: refuse, take them out of train,
+    or keep them knowingly (counted; for planted data whose prompts are templates)."""
     flip_fraction: Fraction = 0.0
-    """Experiments only: this share of train labels is turned round, and the ledger reports how many were dropped."""
+    """Experiments only: this share of train labels is turned round, and the ledger reports how many
+    were dropped."""
 
 
 class ReviewConfig(Part):
@@ -136,8 +137,8 @@ class SamplingConfig(Part):
     prompts: Positive | None = None
     """So many train prompts a round, a fresh seeded subset; empty: all."""
     max_parity_nats: Annotated[float, Field(gt=0)] | None = None
-    """Largest difference allowed between the sampler's and the scorer's log-probability of a response, in nats;
-    empty: 0.01 in float32, 4 in bfloat16."""
+    """Largest difference allowed between the sampler's and the scorer's log-probability of a response, in
+    nats; empty: 0.01 in float32, 4 in bfloat16."""
 
 
 class PairingConfig(Part):
@@ -169,7 +170,7 @@ class MixConfig(Part):
 class TrainConfig(Part):
     """Direct alignment of one round, by TRL's DPOTrainer."""
 
-    losses: tuple[Loss, ...] = Field(("sigmoid",), min_length=1)
+    losses: tuple[Loss, ...] = Field(default=("sigmoid",), min_length=1)
     """sigmoid is DPO, hinge SLiC-HF, sigmoid_norm length-normalised DPO; several are summed."""
     loss_weights: tuple[float, ...] = ()
     """Weight of each loss; empty: 1 each."""
@@ -290,7 +291,8 @@ class SeraConfig(Part):
         train, score = self.train, self.score
         if train.loss_weights and len(train.loss_weights) != len(train.losses):
             raise ValueError(
-                f"train.loss_weights has {len(train.loss_weights)} values for {len(train.losses)} losses; give one each"
+                f"train.loss_weights has {len(train.loss_weights)} values for {len(train.losses)} losses; "
+                "give one each"
             )
         if len(set(train.losses)) != len(train.losses):
             raise ValueError("train.losses names a loss twice; give it once, with a larger weight")

@@ -1,4 +1,7 @@
-"""From stored log-probabilities to rewards and margins: the one place where policies, references and ensembles meet."""
+"""From stored log-probabilities to rewards, margins and the ledger of a selection.
+
+The one place where policies, references and ensembles meet.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +18,14 @@ from sera_core.rewards import (
     quantise,
     score_responses,
 )
+from sera_core.selection import Selection
 
 Nats = np.ndarray
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Rewards of responses under the newest policy, and under the ensemble (what pairing and selection sort by)."""
+    """Rewards of responses under the newest policy, and under the ensemble (which orders pairs)."""
 
     reward: Nats
     ensemble: Nats
@@ -101,3 +105,28 @@ def scored_table(
     if reference is not None:
         columns |= {"ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
     return schema.table(schema.SCORED, columns)
+
+
+def selection_table(
+    pair_ids: Sequence[str],
+    prompt_ids: Sequence[str | None],
+    margins: Nats,
+    selection: Selection,
+    origin: str,
+    round: int,
+) -> pa.Table:
+    """The ledger of one selection: each pair's margin in nats, its rank, kept or dropped, and why."""
+    rows = len(pair_ids)
+    reasons = zip(selection.swapped, selection.reason, strict=True)
+    columns = {
+        "pair_id": list(pair_ids),
+        "prompt_id": list(prompt_ids),
+        "origin": [origin] * rows,
+        "round": [round] * rows,
+        "stage": ["select"] * rows,
+        "ensemble_margin": margins,
+        "rank": [int(rank) or None for rank in selection.rank],
+        "kept": selection.kept,
+        "reason": ["relabelled" if turned else str(reason) for turned, reason in reasons],
+    }
+    return schema.table(schema.LEDGER, columns)

@@ -1,7 +1,7 @@
 """The steps of the loop, one builder each: which configuration and which inputs decide a step's result.
 
-A builder names everything that changes the result, and nothing else, so its key is right by construction: the work
-sees no other configuration. Raise a step's version when its work changes what it writes.
+A builder names everything that changes the result, and nothing else, so its key is right by construction: the
+work sees no other configuration. Raise a step's version when its work changes what it writes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -116,7 +116,7 @@ def sample(config: SeraConfig, policy: Ref, model: Ref, rendered: Ref, round: in
 
 
 def sample_heldout(config: SeraConfig, policy: Ref, model: Ref, rendered: Ref, round: int) -> StepSpec:
-    """Answers to held-out prompts, at temperature 1 so that the KL estimates are those of the policy itself."""
+    """Answers to held-out prompts, at temperature 1 so that KL estimates are those of the policy itself."""
     part = config.evaluate
     fields = _sampling_fields(config, round) | {
         "responses": part.responses,

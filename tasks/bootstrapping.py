@@ -21,7 +21,7 @@ PAIR_SAMPLES = pa.schema(
 
 
 def pair_samples(attempt: Attempt) -> list[str]:
-    """Write the judged responses, the generated pairs with their margins, and a ledger of prompts without a pair."""
+    """Write the judged responses, the generated pairs with margins, and a ledger of prompts without one."""
     samples = attempt.input("samples")
     responses = schema.read_table(samples.path("responses.parquet"), schema.RESPONSES)
     responses, judged = _judge(attempt, responses)
@@ -51,7 +51,7 @@ def pair_samples(attempt: Attempt) -> list[str]:
 
 
 def _judge(attempt: Attempt, responses: pa.Table) -> tuple[pa.Table, Judgement]:
-    """Fill in the reward columns. The newest policy's values come with the samples unless it was scored apart."""
+    """Fill in the reward columns. The newest policy's values come with the samples unless scored apart."""
     fields, inputs = attempt.fields, attempt.spec.inputs
     scored = [_values(attempt, name) for name in sorted(inputs) if name.startswith("policy-")]
     references = [_values(attempt, name) for name in sorted(inputs) if name.startswith("reference-")]
@@ -135,16 +135,16 @@ def _write_pairs(
     prompts = _prompts(attempt)
     rows, samples, picked = [], [], []
     seen: set[str] = set()
-    for w, l in sorted(zip(chosen.tolist(), rejected.tolist(), strict=True)):
-        pair, sample = _pair(responses, prompts, w, l, attempt.fields["round"])
+    for won, lost in sorted(zip(chosen.tolist(), rejected.tolist(), strict=True)):
+        pair, sample = _pair(responses, prompts, won, lost, attempt.fields["round"])
         if pair["chosen"] == pair["rejected"]:  # other token ids, the same text
             reasons[pair["prompt_id"]] = "equal_text"
         elif pair["pair_id"] not in seen:
             seen.add(pair["pair_id"])
             rows.append(pair)
             samples.append(sample)
-            picked.append((w, l))
-    w, l = (np.array([p[side] for p in picked], dtype=np.int64) for side in (0, 1))
+            picked.append((won, lost))
+    won, lost = (np.array([p[side] for p in picked], dtype=np.int64) for side in (0, 1))
     schema.write_table(schema.from_rows(schema.PAIRS, rows), attempt.write("pairs.parquet"))
     schema.write_table(schema.from_rows(PAIR_SAMPLES, samples), attempt.write("pair_samples.parquet"))
     policy, tokens = responses["policy_logps"].to_numpy(), responses["tokens"].to_numpy()
@@ -152,11 +152,11 @@ def _write_pairs(
     refs = reference.to_numpy() if reference.null_count == 0 else None
     scored = scored_table(
         [row["pair_id"] for row in rows],
-        (policy[w], policy[l]),
-        None if refs is None else (refs[w], refs[l]),
-        (tokens[w], tokens[l]),
-        (judged.reward[w], judged.reward[l]),
-        (judged.ensemble[w], judged.ensemble[l]),
+        (policy[won], policy[lost]),
+        None if refs is None else (refs[won], refs[lost]),
+        (tokens[won], tokens[lost]),
+        (judged.reward[won], judged.reward[lost]),
+        (judged.ensemble[won], judged.ensemble[lost]),
         attempt.fields["beta"],
     )
     schema.write_table(scored, attempt.write("scored.parquet"))
@@ -164,9 +164,9 @@ def _write_pairs(
 
 
 def _pair(
-    responses: pa.Table, prompts: dict[str, dict[str, Any]], w: int, l: int, round: int
+    responses: pa.Table, prompts: dict[str, dict[str, Any]], won: int, lost: int, round: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    best, worst = responses.slice(w, 1).to_pylist()[0], responses.slice(l, 1).to_pylist()[0]
+    best, worst = responses.slice(won, 1).to_pylist()[0], responses.slice(lost, 1).to_pylist()[0]
     prompt = prompts[best["prompt_id"]]
     texts = {"chosen": best, "rejected": worst}
     answers = {side: [{"role": "assistant", "content": r["response"]}] for side, r in texts.items()}

@@ -15,7 +15,7 @@ from sera_core.diagnostics import Alarm, amplification_alarm, correctness, jacca
 from sera_core.winrate import Rate
 
 UNLIMITED = 10**9
-"""`max_rounds` is no decision about a round: the run derives it from its limits, so that raising them re-opens it."""
+"""`max_rounds` is no decision about a round: the run derives it from its limits; raising them re-opens it."""
 
 
 def decide_round(attempt: Attempt) -> list[str]:
@@ -127,7 +127,8 @@ def _signals(attempt: Attempt) -> Signals:
 
 
 def _rate(value: dict[str, Any]) -> Rate:
-    return Rate(**{name: float("nan") if v is None else v for name, v in value.items()})
+    filled: dict[str, Any] = {name: float("nan") if v is None else v for name, v in value.items()}
+    return Rate(**filled)
 
 
 def _margins(attempt: Attempt, name: str) -> np.ndarray:
@@ -145,7 +146,7 @@ def _kept(attempt: Attempt, name: str) -> list[str]:
 
 
 def _alarm(attempt: Attempt) -> Alarm | None:
-    """Did training on the kept pairs make the policy lean on length? Compared with the last head (METHOD, the alarm)."""
+    """Has training on the kept pairs made the policy lean on length since the last head (METHOD, alarm)?"""
     if "head_evidence" not in attempt.spec.inputs:
         return None
     heldout = {name: _heldout(attempt, name) for name in ("evidence", "head_evidence")}

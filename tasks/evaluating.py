@@ -17,7 +17,7 @@ Metrics = dict[str, Any]
 
 
 def evaluate_policy(attempt: Attempt) -> list[str]:
-    """Write evidence.json and heldout.parquet (each held-out pair's margin under this policy and the head before)."""
+    """Write evidence.json and heldout.parquet (held-out margins under this policy and the head before)."""
     heldout = _scored(attempt, "heldout")
     train = _scored(attempt, "train")
     schema.write_table(heldout, attempt.write("heldout.parquet"))

@@ -15,10 +15,10 @@ Row = dict[str, Any]
 
 
 def mix_pairs(attempt: Attempt) -> list[str]:
-    """Write mixture.parquet (the pairs trained on, in order) and ledger.parquet (every pair and prompt, with reason).
+    """Write mixture.parquet (pairs trained on, in order) and ledger.parquet (each pair and prompt, and why).
 
-    When the share asks for generated pairs and there are none, or nothing is left at all, the record says `no_pairs`
-    and the mixture is empty.
+    When the share asks for generated pairs and there are none, or nothing is left at all, the record says
+    `no_pairs` and the mixture is empty.
     """
     fields = attempt.fields
     human = _Side(attempt, "human")

@@ -10,7 +10,7 @@ from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.step import Attempt
 from sera_core.errors import SeraError
-from sera_core.judging import interleaved, judge_responses, scored_table
+from sera_core.judging import interleaved, judge_responses, scored_table, selection_table
 from sera_core.selection import select
 
 _SETTINGS = ("fraction", "k", "threshold", "min_margin", "direction")
@@ -62,23 +62,11 @@ def select_pairs(attempt: Attempt) -> list[str]:
     if "seed" in fields:
         settings["seed"] = derived_seed(fields["seed"], fields["round"], fields["origin"], "random")
     selection = select(margins, ids, rule=fields["rule"], **settings)
-    reasons = [
-        "relabelled" if turned else str(r)
-        for turned, r in zip(selection.swapped, selection.reason, strict=True)
-    ]
-    columns = {
-        "pair_id": ids,
-        "prompt_id": [prompts[pair] for pair in ids],
-        "origin": [fields["origin"]] * len(ids),
-        "round": [fields["round"]] * len(ids),
-        "stage": ["select"] * len(ids),
-        "ensemble_margin": margins,
-        "rank": [int(rank) or None for rank in selection.rank],
-        "kept": selection.kept,
-        "reason": reasons,
-    }
-    schema.write_table(schema.table(schema.LEDGER, columns), attempt.write("ledger.parquet"))
-    attempt.counts.update(reasons)
+    ledger = selection_table(
+        ids, [prompts[pair] for pair in ids], margins, selection, fields["origin"], fields["round"]
+    )
+    schema.write_table(ledger, attempt.write("ledger.parquet"))
+    attempt.counts.update(ledger["reason"].to_pylist())
     return ["ledger.parquet"]
 
 

@@ -1,13 +1,16 @@
-"""Log-probabilities of responses under one policy: each computed once, kept by shard, read by every later step."""
+"""Log-probabilities of responses under one policy: each computed once, kept by shard, read by later steps."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
+from sera_core.config import Dtype
 from sera_core.devices import device_of
 from sera_core.models import load_policy
 from sera_core.rewards import quantise
@@ -28,7 +31,8 @@ class Text:
 def score_texts(attempt: Attempt) -> list[str]:
     """Write logps.parquet: log π(y|x) of every response in a file of pairs or samples, in the file's order.
 
-    The key of a pair's response is `<pair_id>/chosen` or `<pair_id>/rejected`, of a sample `<prompt_id>/<sample>`.
+    The key of a pair's response is `<pair_id>/chosen` or `<pair_id>/rejected`, of a sample
+    `<prompt_id>/<sample>`.
     """
     shards = _shards(attempt)
     parts = attempt.parts()
@@ -77,7 +81,19 @@ def _prompts(attempt: Attempt) -> dict[str, list[int]]:
 def _load(attempt: Attempt) -> Any:
     base = attempt.input("model").folder("policy")
     folder = attempt.input("policy").folder("policy")
-    return load_policy(folder, attempt.fields["dtype"], device_of(attempt.execution.device), base=base)
+    device = device_of(attempt.execution.device)
+    load = _kept_policy if device == "cpu" else load_policy
+    return load(folder, attempt.fields["dtype"], device, base)
+
+
+@lru_cache(maxsize=2)
+def _kept_policy(folder: Path, dtype: Dtype, device: str, base: Path) -> Any:
+    """The last two policies stay in memory: a round scores several files under each.
+
+    (Not on an accelerator, whose memory the next step needs.) A step's folder never changes, so its path
+    names its content.
+    """
+    return load_policy(folder, dtype, device, base)
 
 
 def _score_shard(

@@ -124,46 +124,48 @@ class TrainingRun:
 
     def build(self, scratch: Path) -> Any:
         """The trainer, at the last checkpoint if there is one."""
-        import torch
         from datasets import Dataset
         from datasets.table import InMemoryTable
 
-        from tasks.engines.checkpoints import load_checkpoint, trainable
         from tasks.engines.dpo_trainer import ReviewedDPOTrainer, StepHooks
         from tasks.engines.pair_forward import can_share_prompt
 
         checkpoint = self._last_checkpoint()
         if checkpoint is None:
             self.probe = self._score_probe()
-        model, transformer = self._load_model()
-        self.mixture.refuse_lengths(
-            getattr(transformer.config.get_text_config(), "max_position_embeddings", None)
-        )
-        parameters = trainable(model)
-        self.trainable = sum(parameter.numel() for parameter in parameters.values())
-        optimizer = torch.optim.AdamW(
-            parameters.values(), lr=self.attempt.fields["learning_rate"], weight_decay=0.0, fused=True
-        )
-        if checkpoint is not None:
-            state = load_checkpoint(checkpoint, model, optimizer)
-            self.lines, self.step0 = state["log"], state["step0"]
+        self.model, transformer = self._load_model()
+        text_config = transformer.config.get_text_config()
+        self.mixture.refuse_lengths(getattr(text_config, "max_position_embeddings", None))
+        self.optimizer = self._make_optimizer(checkpoint)
         first = len(self.lines)
         rows = Dataset(InMemoryTable(self.mixture.table.combine_chunks()))
+        hooks = StepHooks(first, lambda: self._begin(checkpoint), self._check, self._done)
         self.trainer = ReviewedDPOTrainer(
-            model=model,
+            model=self.model,
             train=self.train,
             args=self._arguments(scratch),
             rows=rows.select(self.order[first * self.train.batch :]),
             tokenizer=load_tokenizer(self.start),
-            optimizers=(optimizer, self._schedule(optimizer, first)),
-            callbacks=[
-                StepHooks(first, lambda: self._begin(checkpoint), self._check, self._done),
-                *self._tracker(scratch),
-            ],
+            optimizers=(self.optimizer, self._schedule(self.optimizer, first)),
+            callbacks=[hooks, *self._tracker(scratch)],
             micro_batch=self.attempt.execution.micro_batch,
-            share=can_share_prompt(transformer, rows),
+            share=can_share_prompt(transformer, self.mixture.longest),
         )
         return self.trainer
+
+    def _make_optimizer(self, checkpoint: dict[str, Path] | None) -> Any:
+        """AdamW over the trainable parameters; from a checkpoint with weights, moments and log put back."""
+        import torch
+
+        from tasks.engines.checkpoints import load_checkpoint, trainable
+
+        parameters, rate = trainable(self.model), self.attempt.fields["learning_rate"]
+        self.trainable = sum(parameter.numel() for parameter in parameters.values())
+        optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0, fused=True)
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, self.model, optimizer)
+            self.lines, self.step0 = state["log"], state["step0"]
+        return optimizer
 
     def _load_model(self) -> tuple[Any, Any]:
         """(model to train, the transformer in it); weights in float32, also for bfloat16 arithmetic."""
@@ -283,7 +285,7 @@ class TrainingRun:
             raise SeraError(
                 f"pair {self.pair_id(pairs[worst])}: margin {margins[worst]:.4g} nats at step 0, where start "
                 f"policy and reference are the same (at most {bound:.2g}): the reference log-probabilities "
-                "in the mixture are of another policy, other tokens or another dtype; score the reference again"
+                "in the mixture are of another policy, dtype or text; score the reference again"
             )
 
     def _score_probe(self) -> dict[int, tuple[float, float]]:

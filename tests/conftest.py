@@ -12,6 +12,7 @@ _hook = install_import_hook([f"sera_core.{name}" for name in _MATHS], "beartype.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny policy's matrices are slower on several threads
 
 _absent: list[str] = []
 

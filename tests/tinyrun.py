@@ -1,4 +1,4 @@
-"""A whole run on a tiny random policy, in seconds: with the command line, or with the same wiring and no Prefect."""
+"""A whole run on a tiny random policy, in seconds: by command line, or the same wiring without Prefect."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,10 @@ from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 from tasks.work import work_of
 
-WORDS = ["capital", "river", "answer", "short", "clear", "vague", "story", "boat", "lake", "water", "tea", "film", "ending", "digits", "person", "response"]
+WORDS = [
+    "capital", "river", "answer", "short", "clear", "vague", "story", "boat",
+    "lake", "water", "tea", "film", "ending", "digits", "person", "response",
+]  # fmt: skip
 
 
 def pairs(count: int, seed: int = 0) -> list[dict]:

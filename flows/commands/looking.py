@@ -122,12 +122,15 @@ def report_command(args: argparse.Namespace) -> int:
 def export_command(args: argparse.Namespace) -> int:
     """Write the policy: copied as it is, an adapter merged into its base."""
     records = run_records(open_store(args.store), args.run)
-    best = records.history().best
-    if args.round is None and best is None:
-        raise InputError(
-            f"run {args.run!r}: no round was promoted yet, so there is no best one; name one with --round"
-        )
-    manifest = _round(records, best.round if args.round is None and best else args.round)
+    number: int | None = args.round
+    if number is None:
+        best = records.history().best
+        if best is None:
+            raise InputError(
+                f"run {args.run!r}: no round was promoted yet, so there is no best one; name one with --round"
+            )
+        number = best.round
+    manifest = _round(records, number)
     target = Path(args.to)
     if target.exists():
         raise InputError(f"--to {target}: exists already; name a folder that does not")

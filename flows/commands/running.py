@@ -132,8 +132,9 @@ def _forecast(found: dict[str, Any]) -> str:
     seconds = found["seconds"]
     about = "an unknown time (the model is not on this machine yet)" if seconds is None else _minutes(seconds)
     return (
-        f"run {found['run']}: {found['reuse']} steps to reuse, {todo} to do; about {found['tokens']:,} tokens, "
-        f"{found['bytes'] / 1e6:,.0f} MB, {about} on this machine (a guess)."
+        f"run {found['run']}: {found['reuse']} steps to reuse, {todo} to do; "
+        f"about {found['tokens']:,} tokens, {found['bytes'] / 1e6:,.0f} MB, "
+        f"{about} on this machine (a guess)."
     )
 
 
@@ -145,9 +146,14 @@ def _work(config: SeraConfig, name: str, args: argparse.Namespace) -> str:
     from flows.embedded_server import prefect_api
 
     with prefect_api(args.debug):
+        from prefect.exceptions import TerminationSignal
+
         from flows.sera import sera
 
-        return sera(config, run=name, store=args.store)
+        try:
+            return sera(config, run=name, store=args.store)
+        except TerminationSignal as signal:  # asked to end: the store holds what is finished
+            raise KeyboardInterrupt from signal
 
 
 def _tell(records: RunStore, args: argparse.Namespace) -> int:

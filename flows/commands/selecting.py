@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flows.commands.answers import answer, check_output, count_lines, write_output
-from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.errors import InputError
-from sera_core.selection import Selection
+from sera_core.judging import selection_table
 from sera_core.selection import select as select_pairs
 
 
@@ -23,11 +21,12 @@ def select(args: argparse.Namespace) -> int:
     """The ledger of a scored file."""
     check_output(args.out, args.force)
     scored = _read_scored(args.scored)
+    ids = scored["pair_id"].to_pylist()
     margins = scored["ensemble_margin"].to_numpy().astype(np.float64)
     try:
         selection = select_pairs(
             margins,
-            scored["pair_id"].to_pylist(),
+            ids,
             rule=args.rule,
             fraction=args.fraction,
             k=args.k,
@@ -38,15 +37,14 @@ def select(args: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise InputError(f"{args.scored}: {error}") from error
-    reasons = [
-        "relabelled" if turned else str(r)
-        for turned, r in zip(selection.swapped, selection.reason, strict=True)
-    ]
-    write_output(_ledger(scored, margins, selection, reasons), args.out)
+    named = "prompt_id" in scored.column_names
+    prompts = scored["prompt_id"].to_pylist() if named else [None] * scored.num_rows
+    ledger = selection_table(ids, prompts, margins, selection, "human", 0)
+    write_output(ledger, args.out)
     value = {
         "pairs": scored.num_rows,
         "kept": int(selection.kept.sum()),
-        "by_reason": dict(sorted(Counter(reasons).items())),
+        "by_reason": dict(sorted(Counter(ledger["reason"].to_pylist()).items())),
         "out": str(args.out),
     }
     head = f"{args.out}: {value['kept']:,} of {value['pairs']:,} pairs kept ({args.rule})"
@@ -80,19 +78,3 @@ def _read_scored(path: Path) -> pa.Table:
             f"{table['ensemble_margin'].type}; every row needs an id and a margin in nats"
         )
     return table
-
-
-def _ledger(scored: pa.Table, margins: np.ndarray, selection: Selection, reasons: Sequence[str]) -> pa.Table:
-    rows = scored.num_rows
-    columns = {
-        "pair_id": scored["pair_id"].to_pylist(),
-        "prompt_id": scored["prompt_id"].to_pylist() if "prompt_id" in scored.column_names else [None] * rows,
-        "origin": ["human"] * rows,
-        "round": [0] * rows,
-        "stage": ["select"] * rows,
-        "ensemble_margin": margins,
-        "rank": [int(rank) or None for rank in selection.rank],
-        "kept": selection.kept,
-        "reason": reasons,
-    }
-    return schema.table(schema.LEDGER, columns)

@@ -1,4 +1,4 @@
-"""What a finished run says in plain lines: rounds, dropped pairs and why, examples, where things lie, what to try next."""
+"""What a finished run says: rounds, dropped pairs, examples, where things lie, what to try next."""
 
 from collections.abc import Iterator
 
@@ -21,8 +21,8 @@ STOPS = {
 def rounds_table(records: RunStore) -> None:
     """One line a round."""
     columns = [
-        "round", "decision", "human", "generated", "share (asked)", "held-out accuracy", "change since the head",
-        "margin held out", "margin trained on",
+        "round", "decision", "human", "generated", "share (asked)", "held-out accuracy",
+        "change since the head", "margin held out", "margin trained on",
     ]  # fmt: skip
     rows = []
     for r in records.history().rounds:
@@ -66,8 +66,12 @@ def closing_lines(records: RunStore) -> Iterator[str]:
         yield f"Artifacts: {records.store.url}. Next, try:"
         store = "" if records.store.url in ("./sera-store", "sera-store") else f" --store {records.store.url}"
         yield f"  sera report {records.run} --out report{store}      # then open report/index.html"
-        yield f"  sera show {records.run} --round {history.rounds[-1].round}{store}      # pairs, reasons, artifacts"
-        yield f"  sera export {records.run} --to policy{store}      # the best round's policy as a Hugging Face folder"
+        last = history.rounds[-1].round
+        yield f"  sera show {records.run} --round {last}{store}      # pairs, reasons, artifacts"
+        yield (
+            f"  sera export {records.run} --to policy{store}"
+            "      # the best round's policy as a Hugging Face folder"
+        )
 
 
 def _round_lines(r: RoundManifest) -> Iterator[str]:
@@ -113,7 +117,8 @@ def _examples(records: RunStore) -> Iterator[str]:
         for example in found:
             margin = example["ensemble_margin"]
             yield (
-                f"  {titles[example['kind']]} ({example['pair_id']}, margin {margin:+.2f} nats, {example['reason']}): "
+                f"  {titles[example['kind']]} "
+                f"({example['pair_id']}, margin {margin:+.2f} nats, {example['reason']}): "
                 f"{_short(example['prompt'])}"
             )
             yield f"    chosen:   {_short(example['chosen'])}"

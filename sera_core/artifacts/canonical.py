@@ -1,4 +1,4 @@
-"""Content hashes: canonical JSON, digests, and the ids of pairs and prompts (no dependency but the standard library)."""
+"""Content hashes: canonical JSON, digests, the ids of pairs and prompts. Standard library only."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: an infinite number is written as its name (`"-inf"`), NaN as null (absent)."""
+    """JSON has no infinity and no NaN: an infinite number becomes its name (`"-inf"`), NaN null (absent)."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     if isinstance(value, Mapping):

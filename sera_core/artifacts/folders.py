@@ -1,4 +1,4 @@
-"""Local folders put together from files of the store (a policy fetched from S3, an adapter beside its base)."""
+"""Local folders put together from files of the store: a policy from S3, an adapter beside its base."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def assemble(name: str, files: Mapping[str, Path]) -> Path:
         destination = temporary / relative
         destination.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.symlink(source.absolute(), destination)
+            destination.symlink_to(source.absolute())
         except OSError:
             shutil.copyfile(source, destination)
     try:

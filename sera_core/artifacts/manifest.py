@@ -1,4 +1,4 @@
-"""The nouns of the store: what a step is to do (StepSpec), what it made (StepRecord), and a pointer to it (StepRef)."""
+"""The nouns of the store: what a step is to do (StepSpec), what it made (StepRecord), and its StepRef."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class StepRef(Noun):
 
 
 class StepSpec(Noun):
-    """What a step is to do. Its key is the hash of everything that changes the result, and of nothing else."""
+    """What a step is to do. Its key is the hash of everything that changes the result, and nothing else."""
 
     step: str
     version: int

@@ -1,4 +1,4 @@
-"""A run for reading, without Prefect or torch: rounds as a DataFrame, artifacts as DataFrames, the policy as a path.
+"""A run for reading, without Prefect or torch: rounds and artifacts as DataFrames, the policy as a path.
 
 run = sera_core.open_run("./sera-store", "demo")
 run.rounds; run[2].pairs(); run[2].ledger(); run[2].policy_path(); run.history(pair_id)
@@ -73,7 +73,7 @@ class Run:
         """What became of one pair in every round: margin, rank, kept or dropped, and why."""
         tables = [self[number].ledger().assign(round=number) for number in range(len(self))]
         ledger = pd.concat(tables) if tables else pd.DataFrame(columns=["pair_id"])
-        return ledger[ledger["pair_id"] == pair_id].reset_index(drop=True)
+        return ledger.loc[ledger["pair_id"] == pair_id].reset_index(drop=True)
 
 
 class Round:
@@ -85,7 +85,7 @@ class Round:
     def pairs(self) -> pd.DataFrame:
         """The pairs trained on in this round, human and generated, in training order, with their margins."""
         mixture = self._frame("mixture")
-        margins = self.ledger()[["pair_id", "ensemble_margin"]].drop_duplicates("pair_id")
+        margins = self.ledger().drop_duplicates("pair_id")[["pair_id", "ensemble_margin"]]
         return mixture.merge(margins, on="pair_id", how="left")
 
     def scored(self) -> pd.DataFrame:
@@ -105,7 +105,7 @@ class Round:
         return json.loads(self._artifact("evidence").path("evidence.json").read_text())
 
     def policy_path(self) -> Path:
-        """A folder `AutoModelForCausalLM.from_pretrained` opens: the policy, or its adapter beside its base."""
+        """A folder for `AutoModelForCausalLM.from_pretrained`: the policy, or its adapter beside its base."""
         policy = self._artifact("policy")
         folder = policy.folder("policy")
         if not (folder / "adapter_config.json").exists():
@@ -133,7 +133,7 @@ class Round:
 
 
 def _adapter_beside(policy: Artifact, base: Path) -> Path:
-    """The adapter in the cache, its config naming where its base lies on this machine (the store holds no paths)."""
+    """The adapter in the cache; its config names where its base lies here (the store holds no paths)."""
     names = [name for name in policy.record.files if name.startswith("policy/")]
     files = {name.removeprefix("policy/"): policy.path(name) for name in names}
     config = json.loads(files.pop("adapter_config.json").read_text())

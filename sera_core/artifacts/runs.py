@@ -1,4 +1,4 @@
-"""A run: its configuration records, its round manifests, and what follows from them (head, best round, stop reason).
+"""A run: its configuration records, its round manifests, and what follows from them: head, best, stop reason.
 
 runs/<run>/run-000.json           resolved configuration; later numbers only for changed limits and execution
 runs/<run>/round-000.json         create-only manifest of a finished round, with the sha256 of its parent
@@ -65,8 +65,8 @@ def check_name(run: str) -> str:
     """A run's name: letters, digits, dot, dash, underscore; no path."""
     if not _NAME.fullmatch(run) or ".." in run:
         raise InputError(
-            f"run name {run!r}: a name is 1 to 100 letters, digits, '.', '-' or '_', and starts with a letter or "
-            "digit; it cannot hold a path. Choose another with --name"
+            f"run name {run!r}: a name is 1 to 100 letters, digits, '.', '-' or '_', and starts with a "
+            "letter or digit; it cannot hold a path. Choose another with --name"
         )
     return run
 
@@ -171,8 +171,8 @@ class RunStore:
             manifest = RoundManifest.model_validate(data)
             if manifest.parent_sha256 != parent or manifest.round != number:
                 raise StoreError(
-                    f"{self.store.url}/{self.path}/round-{number:03d}.json: does not follow from the manifest before it "
-                    "(another parent hash); restore both from a copy of the store"
+                    f"{self.store.url}/{self.path}/round-{number:03d}.json: does not follow from "
+                    "the manifest before it (another parent hash); restore both from a copy of the store"
                 )
             manifests.append(manifest)
             parent = self._sha256(number)
@@ -246,7 +246,7 @@ class RunStore:
         return None if stop is None else stop["reason"]
 
     def ask(self, round: int, evidence: Mapping[str, Any], hours: float, default: str) -> dict[str, Any]:
-        """Record the question whether a round is to be promoted; its deadline counts from the first asking."""
+        """Record the question whether to promote a round; its deadline counts from the first asking."""
         until = (datetime.now(UTC) + timedelta(hours=hours)).isoformat(timespec="seconds")
         question = {
             "format": FORMAT,
@@ -269,7 +269,7 @@ class RunStore:
         return read_json(self.store, f"{self.path}/review-{round:03d}.json")
 
     def answer_of(self, round: int) -> dict[str, Any] | None:
-        """The answer to a round's question; after the deadline the configured default is written and returned."""
+        """The answer to a round's question; after the deadline the default is written and returned."""
         found = read_json(self.store, f"{self.path}/review-{round:03d}-answer.json")
         question = self.question(round)
         if found is None and question and datetime.fromisoformat(question["until"]) < datetime.now(UTC):

@@ -97,7 +97,10 @@ def from_rows(schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def write_table(data: pa.Table, path: Path) -> None:
-    """Write parquet whose bytes depend on the content alone: zstd, row groups of 1,024, nothing of the writer's host."""
+    """Write parquet whose bytes depend on the content alone.
+
+    zstd, row groups of 1,024, nothing of the writer's host.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(path, data.schema, compression="zstd", store_schema=False) as writer:
         writer.write_table(data, row_group_size=ROW_GROUP)

@@ -64,7 +64,7 @@ class Attempt:
         return path
 
     def parts(self) -> list[dict[str, Any]]:
-        """Finished shards or checkpoints of this step, by any attempt, in order (dense numbers, probed by name)."""
+        """Finished shards or checkpoints of this step, by any attempt, in order (dense, probed by name)."""
         return [record for _, record in numbered(self.store, self.spec.path + "/part-{:05d}.json")]
 
     def part_path(self, part: dict[str, Any], relative: str) -> Path:

@@ -16,7 +16,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from sera_core.artifacts.canonical import finite, sha256_file
 from sera_core.errors import InputError, StoreError
@@ -200,7 +200,7 @@ class S3Store:
 
     def read_bytes(self, path: str) -> bytes | None:
         try:
-            return bytes(self.fs.cat_file(f"{self.prefix}/{path}"))
+            return cast(bytes, self.fs.cat_file(f"{self.prefix}/{path}"))
         except FileNotFoundError:
             return None
 

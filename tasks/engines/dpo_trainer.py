@@ -12,14 +12,15 @@ What differs from the stock trainer, and why:
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from sera_core.config import TrainConfig
 from sera_core.losses import cdpo_loss, simpo_loss
@@ -80,7 +81,7 @@ class ReviewedDPOTrainer(DPOTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairCollator(micro_batch, share),
+            data_collator=cast(Any, PairCollator(micro_batch, share)),  # a list of batches, see training_step
             train_dataset=rows,
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -89,15 +90,15 @@ class ReviewedDPOTrainer(DPOTrainer):
         assert self.ref_model is None, "a second model was loaded"
         assert self.accelerator.num_processes == 1, "one process trains; more would need a sharded checkpoint"
         assert len(self.train_dataset) == len(rows), "TRL dropped rows"
-        if "ref" in getattr(self.model, "peft_config", {}):
-            self.model.delete_adapter("ref")  # TRL's frozen copy of an adapter, never read here
-        add_pair_forward(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
+        if is_adapter := hasattr(model, "peft_config"):
+            model.delete_adapter("ref")  # TRL's frozen copy of the adapter, never read here
+        add_pair_forward(model.get_base_model() if is_adapter else model)
         self.remove_callback(PrinterCallback)
 
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         return dataset
 
-    def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         return dataset
 
     def _send_telemetry(self) -> None:

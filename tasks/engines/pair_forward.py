@@ -155,11 +155,15 @@ def add_pair_forward(model: PreTrainedModel) -> None:
     model.forward = MethodType(pair_forward, model)
 
 
-def can_share_prompt(model: PreTrainedModel, rows: Sequence[Row]) -> bool:
+def can_share_prompt(model: PreTrainedModel, longest: int) -> bool:
     """Whether the prompt may be computed once for both responses: full attention by sdpa, with positions.
 
     Sliding windows that the longest pair outgrows, recurrent layers and other attention code are not masked
     by segment, so there every response is computed behind a prompt of its own.
+
+    Args:
+        model: a causal language model.
+        longest: tokens of the longest pair.
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -167,7 +171,7 @@ def can_share_prompt(model: PreTrainedModel, rows: Sequence[Row]) -> bool:
     return (
         config._attn_implementation == "sdpa"
         and kinds <= {"full_attention", "sliding_attention"}
-        and (window is None or max(map(packed_length, rows)) <= window)
+        and (window is None or longest <= window)
         and not getattr(model, "_is_stateful", False)
         and "position_ids" in inspect.signature(model.base_model.forward).parameters
     )

@@ -42,19 +42,24 @@ class Mixture:
         return cls(table.append_column("row", pa.array(range(len(pair_ids)), pa.int64())), pair_ids)
 
     @cached_property
+    def lengths(self) -> list[tuple[int, ...]]:
+        """Tokens of prompt, chosen and rejected of each pair."""
+        columns = ([len(ids) for ids in self.table.column(name).to_pylist()] for name in COLUMNS[:3])
+        return list(zip(*columns, strict=True))
+
+    @cached_property
     def tokens(self) -> list[int]:
         """Training tokens of each pair: 2|x| + |y_w| + |y_l|, counted as unshared (METHOD, equal budgets)."""
-        prompt, chosen, rejected = (
-            [len(ids) for ids in self.table.column(name).to_pylist()] for name in COLUMNS[:3]
-        )
-        return [2 * x + w + l for x, w, l in zip(prompt, chosen, rejected, strict=True)]  # noqa: E741
+        return [2 * prompt + chosen + rejected for prompt, chosen, rejected in self.lengths]
+
+    @cached_property
+    def longest(self) -> int:
+        """Positions of the longest pair, its prompt computed once."""
+        return max(map(sum, self.lengths))
 
     def refuse_lengths(self, positions: int | None) -> None:
         """Nothing is ever truncated here, so every sequence must fit the model, and none may be empty."""
-        for pair_id, *ids in zip(
-            self.pair_ids, *(self.table.column(n).to_pylist() for n in COLUMNS[:3]), strict=True
-        ):
-            prompt, chosen, rejected = map(len, ids)
+        for pair_id, (prompt, chosen, rejected) in zip(self.pair_ids, self.lengths, strict=True):
             if 0 in (prompt, chosen, rejected):
                 raise InputError(f"pair {pair_id}: prompt, chosen or rejected has no tokens; drop the pair")
             longest = prompt + max(chosen, rejected)
@@ -79,7 +84,7 @@ def training_order(
     """
     order: list[int] = []
     passes = 0
-    while passes < epochs if budget is None else sum(tokens[row] for row in order) < budget:
+    while tokens and (passes < epochs if budget is None else sum(tokens[row] for row in order) < budget):
         rows = list(range(len(tokens)))
         if passes:
             random.Random(derived_seed("pass", *seed, passes)).shuffle(rows)

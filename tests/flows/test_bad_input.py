@@ -1,4 +1,4 @@
-"""Bad input: exit code 2, one clear message that says where and what to do, nothing half-written, no model loaded."""
+"""Bad input: exit code 2, one message saying where and what to do, nothing half-written, no model loaded."""
 
 import json
 

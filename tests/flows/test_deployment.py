@@ -1,4 +1,7 @@
-"""A deployment on a real Prefect server and worker: deployed from prefect.yaml, triggered by API, read from the store."""
+"""A deployment on a real Prefect server and worker.
+
+Deployed from prefect.yaml, triggered by API, read from the store.
+"""
 
 import json
 import os
@@ -56,7 +59,12 @@ def server(tmp_path_factory):
 
 def prefect(environment, *args: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "prefect", *args], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "prefect", *args],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -1,4 +1,4 @@
-"""Every knob of the configuration changes what a run would do, or stands on the short list of those that may not."""
+"""Every knob of the configuration changes what a run would do, or is listed as one that may not."""
 
 import typing
 from pathlib import Path

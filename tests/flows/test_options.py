@@ -1,4 +1,4 @@
-"""Every rule, loss, reference and form of the method, from the command line to the ledger of a finished run."""
+"""Every rule, loss, reference and form of the method, from the command line to a finished run's ledger."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def option_run(request, prefect_server, tmp_path_factory):
 
 
 def test_the_run_ends_and_its_ledger_follows_the_rule(option_run, capsys):
-    name, settings, run, folder = option_run
+    _, settings, run, _ = option_run
     assert run.stop_reason == "max_rounds" and len(run) == 3
     rule = settings["select"].get("rule", "top-fraction")
     scored, ledger = run[1].scored(), run[1].ledger()
@@ -92,7 +92,7 @@ def test_the_run_ends_and_its_ledger_follows_the_rule(option_run, capsys):
 
 
 def test_relabelled_pairs_are_trained_on_turned_round(option_run):
-    name, settings, run, _ = option_run
+    _, settings, run, _ = option_run
     ledger = run[1].ledger()
     turned = set(ledger.loc[ledger["reason"] == "relabelled", "pair_id"])
     if settings["select"].get("rule") != "relabel":
@@ -145,7 +145,7 @@ def test_the_loss_compared_with_the_training_reference_that_was_asked_for(option
 
 
 def test_the_share_asked_for_is_the_share_trained_on(option_run):
-    name, settings, run, _ = option_run
+    _, settings, run, _ = option_run
     shares = settings.get("mix", {}).get("shares", [0.25, 0.5])
     for number in (1, 2):
         row = run.rounds.loc[number]
@@ -159,7 +159,7 @@ def test_the_share_asked_for_is_the_share_trained_on(option_run):
 
 
 def test_generated_pairs_follow_the_pairing_rule(option_run):
-    name, settings, run, _ = option_run
+    _, settings, run, _ = option_run
     responses = run[2].responses()
     if responses.empty:
         return

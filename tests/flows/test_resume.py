@@ -57,13 +57,17 @@ def test_a_killed_run_resumes_to_the_policy_of_one_never_killed(never_killed, po
     store = folder / point.replace(":", "-")
     experiment = tinyrun.experiment(folder, limits={"rounds": 2})
     command = ["run", str(experiment), "--store", str(store), "--json"]
-    killed = subprocess.Popen([sys.executable, "-c", KILLER, point, "1", *command], stderr=subprocess.PIPE, text=True)
+    killed = subprocess.Popen(
+        [sys.executable, "-c", KILLER, point, "1", *command], stderr=subprocess.PIPE, text=True
+    )
     _, said = killed.communicate(timeout=600)
     assert killed.returncode == -signal.SIGKILL, said
     assert len(list((store / "runs" / "tiny").glob("round-*.json"))) == 1
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     gone_within(5, killed.pid)
-    again = subprocess.run([sys.executable, "-m", "flows.cli", *command], capture_output=True, text=True, timeout=600)
+    again = subprocess.run(
+        [sys.executable, "-m", "flows.cli", *command], capture_output=True, text=True, timeout=600
+    )
     assert again.returncode == 0, again.stderr
     found = json.loads(again.stdout)
     assert [r["artifacts"]["policy"]["sha256"] for r in found["rounds"]] == expected
@@ -94,7 +98,9 @@ def children_of(pid: int) -> list[str]:
             state = (entry / "stat").read_text().rsplit(")", 1)[1].split()
         except (OSError, IndexError):
             continue
-        if state[0] != "Z" and (int(state[1]) == pid or ("flows.embedded_server" in words and str(pid) in words)):
+        if state[0] != "Z" and (
+            int(state[1]) == pid or ("flows.embedded_server" in words and str(pid) in words)
+        ):
             found.append(" ".join(words))
     return found
 

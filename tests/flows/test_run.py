@@ -39,7 +39,7 @@ def sera(*args: str, cwd=None, **kwargs) -> subprocess.CompletedProcess:
 
 
 def test_a_run_ends_with_its_rounds_and_the_reason_it_stopped(finished):
-    folder, _, store, done = finished
+    _, _, store, done = finished
     assert "the last word" not in done.stdout
     found = json.loads(sera("show", "tiny", "--store", str(store), "--json").stdout)
     assert set(found) == {"run", "config_sha256", "stop_reason", "waiting", "head", "best_round", "rounds"}
@@ -60,7 +60,7 @@ def test_a_run_ends_with_its_rounds_and_the_reason_it_stopped(finished):
 
 
 def test_the_same_name_again_answers_from_the_store_without_prefect_or_torch(finished):
-    folder, experiment, store, _ = finished
+    _, experiment, store, _ = finished
     probe = (
         "import sys, flows.cli; code = flows.cli.main(sys.argv[1:]);"
         "print([m for m in ('torch', 'prefect') if m in sys.modules]); sys.exit(code)"
@@ -77,7 +77,7 @@ def test_the_same_name_again_answers_from_the_store_without_prefect_or_torch(fin
 
 
 def test_verify_holds_and_names_the_file_after_one_byte_changed(finished):
-    folder, _, store, _ = finished
+    _, _, store, _ = finished
     assert main(["verify", "tiny", "--store", str(store)]) == 0
     found = json.loads(sera("show", "tiny", "--store", str(store), "--json").stdout)
     for role, artifact in found["rounds"][1]["artifacts"].items():

@@ -1,7 +1,6 @@
 """Response log-probabilities: the fast engine against the plain loop, on a tiny model and on the demo's."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -203,7 +202,6 @@ def test_sixty_four_real_pairs_agree_with_the_plain_float32_loop(tmp_path):
     shortest = sorted(pairs, key=lambda pair: sum(map(len, pair)))[:64]
     items = [Item(prompt, response) for prompt, *responses in shortest for response in responses]
     assert len(items) == 128
-    torch.set_num_threads(os.cpu_count() or 1)
     policy = load_policy(folder)
     assert scoring_mode(policy) == "packed"
     np.testing.assert_allclose(sequence_logps(policy, items), plain_sequence_logps(policy, items), atol=1e-3)

@@ -258,13 +258,14 @@ def test_responses_that_see_each_other_would_be_noticed(folder: Any, tmp_path: A
     assert (trainer.batch_pairs["rejected"] - right).abs().max() > 0.1
 
 
-def test_a_sliding_window_shorter_than_a_pair_is_not_shared(folder: Any, rows: Any) -> None:
-    from tasks.engines.pair_forward import can_share_prompt, packed_length
+def test_a_sliding_window_shorter_than_a_pair_is_not_shared(folder: Any) -> None:
+    from tasks.engines.pair_forward import can_share_prompt
 
     model = load_policy(folder)
-    assert can_share_prompt(model, rows)
-    model.config.sliding_window = max(map(packed_length, rows)) - 1
-    assert not can_share_prompt(model, rows)
+    assert can_share_prompt(model, longest=100)
+    model.config.sliding_window = 99
+    assert not can_share_prompt(model, longest=100)
+    assert can_share_prompt(model, longest=99)
     model.config.sliding_window = None
     model.config._attn_implementation = "eager"
-    assert not can_share_prompt(model, rows)
+    assert not can_share_prompt(model, longest=100)

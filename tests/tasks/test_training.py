@@ -70,6 +70,10 @@ def test_a_budget_ends_with_the_first_batch_that_reaches_it(
     assert sum(tokens[row] for row in order[:last]) < budget
 
 
+def test_no_pairs_are_no_steps_whatever_the_budget() -> None:
+    assert training_order([], 4, 2, (0, 0)) == training_order([], 4, 2, (0, 0), budget=10) == []
+
+
 def test_the_learning_rate_rises_over_the_warmup_and_stays() -> None:
     assert [warmed_up(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert warmed_up(0, 0) == 1.0
@@ -225,6 +229,8 @@ def test_in_bfloat16_the_scorers_own_noise_is_allowed_and_no_more(bench: Bench) 
     record = bench.run(bench.spec(scored, FULL, dtype="bfloat16"))
     assert 0 < record.metrics["step0/probe"] < 2
     assert record.metrics["step0/largest_margin"] <= record.metrics["step0/bound"]
+    exact = [row["ref_chosen_logps"] for row in pairs_of(bench, bench.mixture())[:4]]
+    assert abs(bench.log(record)[0]["logps/chosen"] - sum(exact) / 4) > 1e-3, "the arithmetic was float32"
     third = bench.rows[2]["pair_id"]
     wrong = bench.mixture(dtype="bfloat16", **{third: {"ref_chosen_logps": -100.0}})
     with pytest.raises(SeraError, match=rf"pair {third}: margin"):

@@ -1,0 +1,57 @@
+"""The house itself: names that cannot be shadowed, documents that follow the code, nothing out of place."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import flows
+import sera_core
+import tasks
+from flows.cli import ADDERS, parser
+from sera_core.reference import with_table
+
+ROOT = Path(__file__).parents[1]
+LIBRARIES = {
+    "prefect", "torch", "transformers", "trl", "vllm", "datasets", "pandas", "s3fs", "accelerate", "peft",
+    "evaluate", "docker", "ray", "tokenizers", "safetensors", "pydantic", "rich", "jinja2", "numpy",
+    "pyarrow", "tensorboard",
+}  # fmt: skip
+
+
+def test_our_packages_are_ours():
+    home = Path(sera_core.__file__).parent.parent
+    assert Path(tasks.__file__).parent.parent == home
+    assert Path(flows.__file__).parent.parent == home
+
+
+def test_no_file_is_named_after_a_library_and_docker_is_no_package():
+    files = [p for room in ("flows", "tasks", "sera_core") for p in (ROOT / room).rglob("*.py")]
+    assert not [p for p in files if p.stem in LIBRARIES | {"utils", "helpers", "manager"}]
+    assert not (ROOT / "docker" / "__init__.py").exists()
+
+
+def test_the_readme_holds_the_settings_as_they_are():
+    text = (ROOT / "README.md").read_text()
+    assert with_table(text) == text, "run `make reference`"
+
+
+def test_the_readme_names_every_command():
+    text = (ROOT / "README.md").read_text()
+    names = [add.__name__.removeprefix("add_") for add in ADDERS]
+    assert not [name for name in names if f"sera {name}" not in text]
+    assert parser().prog == "sera"
+
+
+def test_light_commands_import_neither_torch_nor_prefect():
+    code = "import sys, flows.cli, sera_core.artifacts.reading, flows.planning;"
+    code += "print([m for m in ('torch', 'prefect', 'transformers', 'trl', 'vllm') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_stray_tasks_folder_does_not_shadow_ours(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "__init__.py").write_text("raise SystemExit('shadowed')")
+    sera = Path(sys.executable).with_name("sera")
+    done = subprocess.run([sera, "list", "--json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
