@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -450,6 +451,21 @@ def load_policy(
 
             model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     return model.to(device=device, dtype=getattr(torch, dtype)).eval()
+
+
+def shared_policy(folder: Path, dtype: Dtype, device: str, base: Path | None = None) -> PreTrainedModel:
+    """`load_policy` for reading only; on CPU the last two policies stay in memory.
+
+    A round scores several files under each policy and samples from it. On an accelerator nothing is kept: the
+    next step needs the memory. A step's folder never changes, so its path names its content.
+    """
+    load = _kept_policy if device == "cpu" else load_policy
+    return load(folder, dtype, device, base)
+
+
+@lru_cache(maxsize=2)
+def _kept_policy(folder: Path, dtype: Dtype, device: str, base: Path | None) -> PreTrainedModel:
+    return load_policy(folder, dtype, device, base)
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:

@@ -19,7 +19,7 @@ from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.step import Attempt
 from sera_core.devices import device_of
 from sera_core.errors import SeraError
-from sera_core.models import load_policy
+from sera_core.models import shared_policy
 from sera_core.rendering import Renderer
 from sera_core.rewards import quantise
 from tasks.engines.sampler import Finished, Request, Sampler, Settings, open_sampler, position_limit, unheard
@@ -239,7 +239,7 @@ def _probe(attempt: Attempt, prompts: Sequence[Prompt], sampled: pa.Table) -> No
     rows = sampled.take(chosen).to_pylist()
     items = [(ids[row["prompt_id"]], row["response_ids"]) for row in rows]
     policy, base = _folders(attempt)
-    scorer = load_policy(policy, fields["model_dtype"], device_of(attempt.execution.device), base=base)
+    scorer = shared_policy(policy, fields["model_dtype"], device_of(attempt.execution.device), base)
     scored = sequence_logps(scorer, items, tokens_per_batch=attempt.execution.tokens_per_batch)
     differences = np.abs(scored - np.array([row["policy_logps"] for row in rows]))
     worst = int(np.argmax(np.nan_to_num(differences, nan=np.inf)))

@@ -2,17 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
-from sera_core.config import Dtype
 from sera_core.devices import device_of
-from sera_core.models import load_policy
+from sera_core.models import shared_policy
 from sera_core.rewards import quantise
 
 SHARD_ROWS = 128
@@ -82,18 +79,7 @@ def _load(attempt: Attempt) -> Any:
     base = attempt.input("model").folder("policy")
     folder = attempt.input("policy").folder("policy")
     device = device_of(attempt.execution.device)
-    load = _kept_policy if device == "cpu" else load_policy
-    return load(folder, attempt.fields["dtype"], device, base)
-
-
-@lru_cache(maxsize=2)
-def _kept_policy(folder: Path, dtype: Dtype, device: str, base: Path) -> Any:
-    """The last two policies stay in memory: a round scores several files under each.
-
-    (Not on an accelerator, whose memory the next step needs.) A step's folder never changes, so its path
-    names its content.
-    """
-    return load_policy(folder, dtype, device, base)
+    return shared_policy(folder, attempt.fields["dtype"], device, base)
 
 
 def _score_shard(

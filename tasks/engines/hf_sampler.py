@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from sera_core.config import Dtype
 from sera_core.errors import InputError
-from sera_core.models import load_policy
+from sera_core.models import shared_policy
 from tasks.engines.sampler import Finished, Request, Sampled, Settings, check_requests, unheard
 
 _GROWTH = 64
@@ -58,7 +58,7 @@ class HFSampler:
             device: where the model lives.
             batch: most responses under way at once.
         """
-        self.model: PreTrainedModel | None = load_policy(policy, dtype, device, base=base)
+        self.model: PreTrainedModel | None = shared_policy(policy, dtype, device, base)
         self.batch = batch
         self.windows = _windows(self.model)
 

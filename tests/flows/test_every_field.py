@@ -34,6 +34,7 @@ OTHER = {
     "select_generated.fraction": 0.5,
     "sampling.dtype": "bfloat16",
     "sampling.prompts": 5,
+    "sampling.max_parity_nats": 0.5,
     "mix.shares": (0.4,),
     "mix.size": 9,
     "train.losses": ("ipo",),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_policy
-from train_bench import logps, random_pairs
+from trainable import logps, random_pairs
 
 from sera_core.config import TrainConfig
 from sera_core.models import load_policy, load_tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from train_bench import CPU, Bench, shas
+from trainable import CPU, Bench, shas
 
 from sera_core.artifacts.manifest import Artifact, StepRecord
 from sera_core.config import TrainConfig
@@ -308,7 +308,7 @@ def test_a_second_round_starts_from_the_first_rounds_weights(bench: Bench, train
 
 @slow
 def test_an_adapter_is_written_with_its_base_and_scores_as_it_was_trained(bench: Bench) -> None:
-    from train_bench import logps
+    from trainable import logps
 
     mixture = bench.mixture()
     first = bench.run(bench.spec(mixture, LORA, rate=6e-3))
