@@ -62,7 +62,8 @@ def runner(store: str, run: str) -> Runner:
     )
 
     def run_task(spec: StepSpec) -> StepRecord:
-        named = spec.model_copy(update={"where": {**spec.where, "run": run}})
+        where = {"run": run, "logs": f"sera-logs/{run}/round-{spec.fields.get('round')}"}
+        named = spec.model_copy(update={"where": {**spec.where, **where}})
         return do_step.with_options(name=TITLES[spec.step], task_run_name=TITLES[spec.step])(
             named, store, execution
         )

@@ -94,7 +94,7 @@ def review(
 def select(
     config: SeraConfig, rules: SelectConfig, review: Ref, pairs: Ref, origin: str, round: int
 ) -> StepSpec:
-    """Which pairs stay. Only a rule that draws at random sees seed and round."""
+    """Which pairs stay. Only a rule that draws at random sees the seed."""
     fields: dict[str, Any] = {**_rule_fields(rules), "origin": origin, "round": round}
     if rules.rule == "random":
         fields["seed"] = config.seed

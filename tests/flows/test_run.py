@@ -168,6 +168,13 @@ def test_no_pickle_and_no_path_enters_the_store(finished):
         assert str(folder) not in config.read_text()
 
 
+def test_training_curves_go_where_tracking_was_asked_to_put_them(finished):
+    folder, _, _, _ = finished
+    for number in range(3):
+        events = list((folder / "sera-logs" / "tiny" / f"round-{number}").rglob("events.out.tfevents.*"))
+        assert events and all(file.stat().st_size > 100 for file in events)
+
+
 def test_the_flow_is_callable_from_python(tmp_path, prefect_server):
     from flows.sera import sera as sera_flow
 
