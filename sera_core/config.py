@@ -30,9 +30,9 @@ class ModelConfig(Part):
     chat_template: str | None = None
     """Chat template for a model that has none: `chatml`, a Jinja file, or Jinja text."""
     dtype: Dtype = "float32"
-    """Arithmetic of scoring and training, the same for policy and reference. bfloat16 halves the memory
-    and is fast where the hardware has it, but rounds small movements away: about half a nat of noise a response, so
-    the margins of a policy that moved little say nothing."""
+    """Arithmetic of scoring and training, the same for policy and reference. bfloat16 halves the memory and is
+    fast where the hardware has it, but rounds small movements away (about half a nat of noise a response):
+    the margins of a policy that moved little then say nothing."""
 
 
 class Source(Part):
@@ -264,8 +264,8 @@ class ExecutionConfig(Part):
     checkpoint_steps: Annotated[int, Field(ge=0)] = 50
     """Optimizer steps between training checkpoints (0: none)."""
     tracking: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
-    """Where TRL reports training curves, run and round in the name; nothing is sent unasked. tensorboard writes to
-    ./sera-logs/<run>/round-<n>."""
+    """Where TRL reports training curves, run and round in the name; nothing is sent unasked. tensorboard
+    writes to ./sera-logs/<run>/round-<n>."""
 
 
 class SeraConfig(Part):
