@@ -30,9 +30,9 @@ class ModelConfig(Part):
     chat_template: str | None = None
     """Chat template for a model that has none: `chatml`, a Jinja file, or Jinja text."""
     dtype: Dtype = "float32"
-    """Arithmetic of scoring and training, the same for policy and reference. bfloat16 halves the memory and is
-    fast where the hardware has it, but rounds small movements away (about half a nat of noise a response):
-    the margins of a policy that moved little then say nothing."""
+    """Arithmetic of scoring and training, the same for policy and reference. bfloat16 halves the memory and
+    is fast where the hardware has it, but rounds small movements away (about half a nat of noise a
+    response): the margins of a policy that moved little then say nothing."""
 
 
 class Source(Part):
