@@ -79,9 +79,7 @@ def _metrics(session: Session, records: dict[str, StepRecord]) -> dict[str, Any]
     metrics: dict[str, Any] = {}
     for role in ("evidence", "policy", "mixture"):
         metrics |= records[role].metrics if role in records else {}
-    for role in ("human", "generated"):
-        if role in records:
-            metrics |= {f"{role}/{reason}": count for reason, count in records[role].counts.items()}
+    metrics |= records["mixture"].counts  # <origin>/<reason> of every pair and prompt, from the whole ledger
     if "responses" in records:
         metrics |= {
             name: v for name, v in records["responses"].metrics.items() if name.startswith("responses")

@@ -14,7 +14,6 @@ from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import Store
 from sera_core.config import SeraConfig
 from sera_core.models import resolve_source
-from sera_core.sources import read_rows
 
 CHARACTERS_A_TOKEN = 4.2
 COST = {"logps": 1.0, "sample": 2.5, "train": 3.0}
@@ -39,51 +38,15 @@ class Workload:
     parameters: float | None
 
 
-def workload(config: SeraConfig, store: Store, data: StepSpec) -> Workload:
-    """Sizes from the data step when it is done, else from the files themselves."""
-    record = find_record(store, "data", data.key)
-    parameters = parameters_of(config)
-    if record is None:
-        return _from_files(config, parameters)
-    artifact = Artifact(store, record.ref)
+def workload(config: SeraConfig, data: StepRecord, store: Store) -> Workload:
+    """Sizes from the data step's record, and its texts."""
     table = pq.read_table(
-        artifact.path("train.parquet"), columns=["prompt", "chosen", "rejected"]
+        Artifact(store, data.ref).path("train.parquet"), columns=["prompt", "chosen", "rejected"]
     ).to_pylist()
     prompt = [sum(len(m["content"]) for m in row["prompt"]) for row in table]
     answer = [sum(len(m["content"]) for m in row["chosen"] + row["rejected"]) / 2 for row in table]
-    count = record.counts
-    return Workload(
-        count.get("train", 0),
-        count.get("heldout", 0),
-        count.get("test", 0),
-        _tokens(prompt),
-        _tokens(answer),
-        parameters,
-    )
-
-
-def _from_files(config: SeraConfig, parameters: float | None) -> Workload:
-    data = config.data
-    sizes = {"train": 0, "heldout": 0, "test": 0}
-    texts: list[int] = []
-    for side in sizes:
-        for source in getattr(data, side):
-            rows = list(read_rows(source.path, source.split))
-            sizes[side] += int(len(rows) * source.weight)
-            texts += [len(str(row.data)) for row in rows]
-    total = sizes["train"]
-    heldout = sizes["heldout"] or int(total * data.heldout_fraction)
-    test = sizes["test"] or int(total * data.test_fraction)
-    train = total - (0 if data.heldout else heldout) - (0 if data.test else test)
-    text = _tokens(texts)  # prompt and two answers, about a third each
-    return Workload(
-        min(train, data.train_pairs or train),
-        min(heldout, data.heldout_pairs or heldout),
-        test,
-        text / 3,
-        text / 3,
-        parameters,
-    )
+    count = [data.counts.get(side, 0) for side in ("train", "heldout", "test")]
+    return Workload(*count, _tokens(prompt), _tokens(answer), parameters_of(config))
 
 
 def _tokens(characters: Sequence[float]) -> float:

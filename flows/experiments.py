@@ -35,7 +35,8 @@ def load_experiment(path: str, sets: Sequence[str] = ()) -> SeraConfig:
     for change in sets:
         _set(changes, change)
     _anchor(changes, Path.cwd())
-    return parse_config(_merged(data, changes), str(file))
+    where = f"{file} with --set" if sets else str(file)
+    return parse_config(_merged(data, changes), where)
 
 
 def experiment_file(path: str) -> Path:

@@ -3,10 +3,15 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
+
 from sera_core.artifacts.manifest import Artifact, StepRef, find_record
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.artifacts.store import Store
+from sera_core.diagnostics import correctness
 from sera_core.errors import InputError, SeraError
+from sera_core.winrate import Rate, bootstrap_difference
 
 
 def run_records(store: Store, run: str) -> RunStore:
@@ -56,6 +61,36 @@ def _uri(store: Store, place: dict[str, Any]) -> str:
     path = place["path"]
     name = next(name for name in record.files if name.startswith(path))
     return f"{store.url}/steps/{place['step']}/{place['key']}/{record.files[name].attempt}/{path}".rstrip("/")
+
+
+def against_round_0(records: RunStore) -> Rate | None:
+    """Change of held-out accuracy from round 0 to the head, on the same pairs; None without a later head.
+
+    Each round is judged against the head before it; a slow slide shows only here.
+    """
+    history = records.history()
+    if not history.rounds or history.head is None or history.head.round == 0:
+        return None
+    now, then = (_margins(records.store, r) for r in (history.head, history.rounds[0]))
+    both = np.isfinite(now) & np.isfinite(then)
+    return bootstrap_difference(correctness(now[both]), correctness(then[both]), seed=0)
+
+
+def verdict_words(change: Rate | None) -> str | None:
+    """What the self-reviewed rounds did, in one honest sentence."""
+    if change is None:
+        return None
+    said = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] on {change.n} held-out pairs"
+    if change.low > 0:
+        return f"The reviewed rounds helped: accuracy of the head against round 0 {said}."
+    if change.high < 0:
+        return f"The reviewed rounds did harm: accuracy of the head against round 0 {said}."
+    return f"No evidence that the reviewed rounds helped: accuracy of the head against round 0 {said}."
+
+
+def _margins(store: Store, manifest: RoundManifest) -> np.ndarray:
+    evidence = Artifact(store, manifest.steps["evidence"])
+    return pq.read_table(evidence.path("heldout.parquet"), columns=["margin"])["margin"].to_numpy()
 
 
 def verify(records: RunStore) -> int:

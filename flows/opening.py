@@ -9,7 +9,7 @@ from typing import Any
 from flows.round import Ref
 from flows.session import Session
 from sera_core import steps
-from sera_core.artifacts.manifest import FORMAT
+from sera_core.artifacts.manifest import FORMAT, StepRecord
 from sera_core.artifacts.runs import RunStore, now
 from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import Store, create_json, open_store, read_json
@@ -80,8 +80,12 @@ def check_template(config: SeraConfig) -> None:
         )
 
 
-def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> None:
-    """Do the data step: every row is checked here."""
+def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> StepRecord:
+    """Do the data step: every row is checked here.
+
+    Raises:
+        InputError: a row that cannot be used, an overlap of the sides, or a side that ends up empty.
+    """
     from tasks.work import work_of
 
     record = run_step(store, steps.data(config, digests["data"]), work_of("data"), config.execution)
@@ -94,6 +98,7 @@ def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> N
             f"no held-out pair: {dict(record.counts)}; give data.heldout, or a data.heldout_fraction above 0 "
             "(every decision rests on pairs the policy was not trained on)"
         )
+    return record
 
 
 def state_of(records: RunStore) -> str:

@@ -1,11 +1,12 @@
 """What a run would do, without doing it: the algorithm box walked with a `do` that only looks things up."""
 
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from flows import round as box
 from flows.estimating import Estimator, workload
-from flows.opening import resolved, source_digests
+from flows.opening import check_template, load_data, resolved, source_digests
 from flows.round import Past, Ref, Steps
 from sera_core import steps
 from sera_core.artifacts.canonical import sha256_json
@@ -54,10 +55,12 @@ class Walk:
 def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
     """Every step of a run: `reuse`, `run` or `depends`, why, and what it is expected to cost."""
     digests = source_digests(config)
+    check_template(config)
     records = RunStore(open_store(store_url), run)
     history, note = _history(config, records, digests)
-    data = steps.data(config, digests["data"])
-    estimator = Estimator(config, records.store, records, workload(config, records.store, data))
+    with tempfile.TemporaryDirectory(prefix="sera-plan-") as scratch:
+        size = workload(config, load_data(open_store(scratch), config, digests), open_store(scratch))
+    estimator = Estimator(config, records.store, records, size)
     walk = Walk(store_url, estimator)
     walk_rounds(config, digests, history, walk)
     todo = [row for row in walk.rows if row["status"] != "reuse"]
@@ -83,30 +86,56 @@ def _history(config: SeraConfig, records: RunStore, digests: Mapping[str, Any]) 
     if sha256_json(now) == configs[-1].config_sha256:
         return records.history(), None
     changed = "; ".join(differences(configs[0].resolved, now))
-    return History(
-        []
-    ), f"run {records.run!r} exists with another configuration ({changed}): this plans it under a new name"
+    note = f"run {records.run!r} exists with another configuration ({changed}): `sera run` would refuse it; "
+    return History([]), note + "planned as under a new --name"
 
 
 def walk_rounds(config: SeraConfig, digests: Mapping[str, Any], history: History, walk: Walk) -> None:
     """Walk every round up to the limit; rounds to come are taken as promoted."""
     sides = box.prepare(config, digests, walk.do)
     heads: list[Mapping[str, Ref]] = []
+    told: list[dict[str, Any]] = []
     stopped = bool(history.rounds) and history.rounds[-1].stop_reason is not None
     last = history.next_round if stopped else max(config.limits.rounds, history.next_round)
     for number in range(last):
         walk.round = number
-        past = Past(list(heads))
-        before = History(history.rounds[:number]) if number <= history.next_round else history
-        made = _round(config, sides, past, number, before, walk)
+        before = History(history.rounds[:number]) if number <= history.next_round else None
+        entries = told if before is None or not before.rounds else before.entries()
+        head_accuracy = before.head.accuracy if before is not None and before.head else _last_accuracy(told)
+        made = _round(config, sides, Past(list(heads)), number, entries, head_accuracy, walk)
+        told = [*entries, _entry(walk, number, made)]
         if number < history.next_round:
             heads = [manifest.steps for manifest in History(history.rounds[: number + 1]).lineage]
         else:
             heads.append(made)
 
 
+def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
+    """What a round to come will say of itself: its records', where another run has done it already."""
+    evidence, decision = made["evidence"], made["decision"]
+    record = evidence and find_record(walk.store, evidence.step, evidence.key)
+    accuracy = record.metrics["heldout/rewards/accuracies"]["value"] if record else None
+    found = decision and find_record(walk.store, decision.step, decision.key)
+    return {
+        "round": number,
+        "decision": found.metrics["decision"] if found else "promote",
+        "accuracy": accuracy,
+    }
+
+
+def _last_accuracy(told: list[dict[str, Any]]) -> float | None:
+    promoted = [entry["accuracy"] for entry in told if entry["decision"] == "promote"]
+    return promoted[-1] if promoted else None
+
+
 def _round(
-    config: SeraConfig, sides: box.Sides, past: Past, number: int, history: History, walk: Walk
+    config: SeraConfig,
+    sides: box.Sides,
+    past: Past,
+    number: int,
+    entries: list[dict[str, Any]],
+    head_accuracy: float | None,
+    walk: Walk,
 ) -> Steps:
     made = box.self_review(config, sides, past, number, walk.do)
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
@@ -114,6 +143,6 @@ def _round(
     made["evidence"] = box.gather_evidence(
         config, sides, past, number, made["mixture"], made["policy"], walk.do
     )
-    made["decision"] = box.judge(config, past, number, made, history, None, walk.do)
-    walk.do(steps.report(number, {role: ref for role, ref in made.items() if role not in ("data", "model")}))
+    made["decision"] = box.judge(config, past, number, made, entries, head_accuracy, None, walk.do)
+    walk.do(steps.report(number, {r: ref for r, ref in made.items() if r not in ("data", "model")}))
     return made

@@ -11,7 +11,6 @@ from typing import Any
 
 from sera_core import steps
 from sera_core.artifacts.manifest import StepRef, StepSpec
-from sera_core.artifacts.runs import History
 from sera_core.config import SelectConfig, SeraConfig
 from sera_core.mixing import share_for_round
 from sera_core.rewards import ensemble_weights
@@ -158,7 +157,8 @@ def judge(
     past: Past,
     round: int,
     made: Mapping[str, Ref],
-    history: History,
+    history: Sequence[Mapping[str, Any]],
+    head_accuracy: float | None,
     answer: Mapping[str, Any] | None,
     do: Do,
 ) -> Ref:
@@ -167,8 +167,7 @@ def judge(
     if past.heads:
         head = past.heads[-1]
         inputs |= {f"head_{role}": head[role] for role in ("evidence", "scored", "human")}
-    accuracy = history.head.accuracy if history.head else None
-    return do(steps.decide(config, round, history.entries(), accuracy, answer, inputs))
+    return do(steps.decide(config, round, history, head_accuracy, answer, inputs))
 
 
 def generated_share(config: SeraConfig, round: int) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.looking import against_round_0, verdict_words
 from flows.opening import test_record
 from sera_core.artifacts.manifest import Artifact, find_record
 from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore, differences, flatten
@@ -76,6 +77,7 @@ def _index(records: RunStore, store_url: str) -> str:
         stop_reason=stop_reason,
         state=stop_reason or ("waiting" if records.waiting() else "open"),
         state_words=_state_words(records, config, stop_reason),
+        verdict=verdict_words(against_round_0(records)),
         best=None if best is None else best.round,
         best_words=_best_words(best),
         overlap_words=_overlap_words(history),

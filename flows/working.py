@@ -32,12 +32,13 @@ def _steps_of(session: Session, number: int) -> str:
         made["evidence"] = round.gather_evidence(
             config, sides, past, number, made["mixture"], made["policy"], do
         )
-        made["decision"] = round.judge(config, past, number, made, history, None, do)
+        told, accuracy = history.entries(), history.head.accuracy if history.head else None
+        made["decision"] = round.judge(config, past, number, made, told, accuracy, None, do)
         if session.record_of(made["decision"]).metrics["ask"]:
             answer = opening.ask(session, number, made["decision"])
             if answer is None:
                 return "waiting"
-            made["decision"] = round.judge(config, past, number, made, history, answer, do)
+            made["decision"] = round.judge(config, past, number, made, told, accuracy, answer, do)
     made["report"] = do(
         steps.report(number, {role: ref for role, ref in made.items() if role not in ("data", "model")})
     )

@@ -159,6 +159,8 @@ def export_policy(records: RunStore, manifest: RoundManifest, target: Path) -> N
             _merge_adapter(source, folder)
         else:
             shutil.copytree(source, folder, copy_function=shutil.copyfile)
+        for file in folder.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for the owner alone
         folder.rename(target)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from flows.cards import interval
 from flows.commands.printing import print_table
+from flows.looking import against_round_0, verdict_words
 from flows.opening import test_record
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.reporting.examples import example_pairs
@@ -58,6 +59,8 @@ def closing_lines(records: RunStore) -> Iterator[str]:
         yield f"The run stopped with `{state}`: {STOPS[state]}."
     if history.best is not None:
         yield f"Best round: {history.best.round} (the promoted one with the largest held-out accuracy)."
+        if (said := verdict_words(against_round_0(records))) is not None:
+            yield said
         yield from _examples(records)
     if (final := test_record(records)) is not None:
         accuracy = interval(final["metrics"].get("test/rewards/accuracies"))

@@ -63,7 +63,7 @@ class Run:
 
     def __getitem__(self, round: int) -> "Round":
         rounds = self._records.rounds()
-        if not 0 <= round < len(rounds):
+        if not -len(rounds) <= round < len(rounds):
             raise IndexError(
                 f"run {self.name!r} has rounds 0 to {len(rounds) - 1}; round {round} is not finished"
             )

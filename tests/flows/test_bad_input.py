@@ -66,6 +66,15 @@ def test_equal_answers_are_refused_when_asked(capsys, folder):
     assert "equal" in said or "same" in said
 
 
+def test_a_plan_checks_the_rows_as_a_run_would(capsys, folder):
+    rows = tinyrun.pairs(8)
+    rows[2] = {"question": "a", "good": "b", "bad": "c"}
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["plan", str(tinyrun.experiment(folder)), "--store", str(folder / "store")]) == 2
+    assert "3" in capsys.readouterr().err
+    assert not (folder / "store").exists()
+
+
 def test_roles_out_of_order_are_named(capsys, folder):
     rows = tinyrun.pairs(8)
     rows[0]["prompt"] = [turn("assistant", "a"), turn("user", "b")]

@@ -11,6 +11,7 @@ from flows.opening import resolved, source_digests
 from flows.planning import walk_rounds
 from sera_core.artifacts.manifest import StepRef
 from sera_core.artifacts.runs import History
+from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 
 MAY_NOT_CHANGE_A_STEP = {
@@ -82,6 +83,7 @@ def keys_of(config: SeraConfig) -> set[str]:
 
     class Pretend:
         round = 0
+        store = open_store("no-such-store")
 
         def do(self, spec):
             keys.add(spec.key)

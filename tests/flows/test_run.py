@@ -145,6 +145,10 @@ def test_list_report_and_plan_tell_of_the_finished_run(finished, tmp_path):
     assert any(file.endswith("index.html") for file in written["files"])
     plan = json.loads(sera("plan", str(experiment), "--store", str(store), "--json").stdout)
     assert {row["status"] for row in plan["steps"]} == {"reuse"} and plan["seconds"] == 0
+    other = json.loads(
+        sera("plan", str(experiment), "--store", str(store), "--name", "other", "--json").stdout
+    )
+    assert {row["status"] for row in other["steps"]} == {"reuse"}  # steps are shared by all runs
 
 
 def test_a_changed_configuration_under_the_same_name_is_refused_with_the_difference(finished):
@@ -157,6 +161,7 @@ def test_a_changed_configuration_under_the_same_name_is_refused_with_the_differe
 def test_the_test_side_is_reported_once_the_run_stopped(finished):
     _, _, store, done = finished
     assert "Test side, which decided nothing" in done.stdout
+    assert "the reviewed rounds" in done.stdout or "The reviewed rounds" in done.stdout
     assert len(list((store / "runs" / "tiny").glob("final-*.json"))) == 1
 
 
