@@ -45,8 +45,8 @@ def workload(config: SeraConfig, data: StepRecord, store: Store) -> Workload:
     ).to_pylist()
     prompt = [sum(len(m["content"]) for m in row["prompt"]) for row in table]
     answer = [sum(len(m["content"]) for m in row["chosen"] + row["rejected"]) / 2 for row in table]
-    count = [data.counts.get(side, 0) for side in ("train", "heldout", "test")]
-    return Workload(*count, _tokens(prompt), _tokens(answer), parameters_of(config))
+    train, heldout, test = (data.counts.get(side, 0) for side in ("train", "heldout", "test"))
+    return Workload(train, heldout, test, _tokens(prompt), _tokens(answer), parameters_of(config))
 
 
 def _tokens(characters: Sequence[float]) -> float:
