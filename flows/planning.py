@@ -10,10 +10,13 @@ from flows.opening import check_template, load_data, resolved, source_digests
 from flows.round import Past, Ref, Steps
 from sera_core import steps
 from sera_core.artifacts.canonical import sha256_json
-from sera_core.artifacts.manifest import StepSpec, find_record
+from sera_core.artifacts.manifest import StepRef, StepSpec, find_record
 from sera_core.artifacts.runs import History, RunStore, differences
 from sera_core.artifacts.store import numbered, open_store
 from sera_core.config import SeraConfig
+
+UNKNOWN = "?"
+"""Begins the digest of what a step that is not done would make: no file has it, yet two steps differ in it."""
 
 
 class Walk:
@@ -26,27 +29,28 @@ class Walk:
         self._seen: set[str] = set()
 
     def do(self, spec: StepSpec) -> Ref:
-        """Note the step; the pointer to it when it is done."""
-        record = find_record(self.store, spec.step, spec.key)
-        name = (
-            spec.key
-            or f"{self.round}/{spec.step}/{sha256_json([spec.fields, sorted(spec.inputs)])}/{len(self.rows)}"
-        )
-        if name not in self._seen:
-            self._seen.add(name)
-            self.rows.append(self._row(spec, reuse=record is not None))
-        return None if record is None else record.ref
+        """Note the step; the pointer to it, or to what it would be."""
+        unknown = [name for name, ref in spec.inputs.items() if ref and ref.digest.startswith(UNKNOWN)]
+        record = None if unknown else find_record(self.store, spec.step, spec.key)
+        key = spec.key or ""
+        if key not in self._seen:
+            self._seen.add(key)
+            self.rows.append(self._row(spec, unknown, reuse=record is not None))
+        return record.ref if record else StepRef(step=spec.step, key=key, digest=UNKNOWN + key)
 
-    def _row(self, spec: StepSpec, reuse: bool) -> dict[str, Any]:
-        row: dict[str, Any] = {"round": self.round, "step": spec.step, "key": spec.key}
+    def _row(self, spec: StepSpec, unknown: list[str], reuse: bool) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "round": self.round,
+            "step": spec.step,
+            "key": None if unknown else spec.key,
+        }
         cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "bytes": 0}
         if reuse:
             return row | {"status": "reuse", "why": "its record is in the store"} | cost
         if self.estimator is not None:
             cost = self.estimator.expected(spec)
-        if spec.key is None:
-            unknown = ", ".join(name for name, ref in spec.inputs.items() if ref is None)
-            return row | {"status": "depends", "why": f"on {unknown}"} | cost
+        if unknown:
+            return row | {"status": "depends", "why": f"on {', '.join(unknown)}"} | cost
         parts = sum(1 for _ in numbered(self.store, spec.path + "/part-{:05d}.json"))
         why = f"goes on after {parts} finished parts" if parts else "no record of it in the store"
         return row | {"status": "run", "why": why} | cost

@@ -121,7 +121,7 @@ def gather_evidence(
     previous = past.policies()[0] if past.heads else sides.model
 
     def logps(judge: Ref, texts: Ref, file: str) -> Ref:
-        return do(steps.logps(config, judge, sides.model, texts, file, sides.pairs))
+        return do(steps.logps(config, judge, sides.model, texts, file, sides.pairs, side="heldout"))
 
     inputs = {
         "rendered": sides.pairs,

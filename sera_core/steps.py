@@ -67,15 +67,24 @@ def render(config: SeraConfig, data: Ref, model: Ref) -> StepSpec:
 
 
 def logps(
-    config: SeraConfig, policy: Ref, model: Ref, texts: Ref, file: str, rendered: Ref = None
+    config: SeraConfig,
+    policy: Ref,
+    model: Ref,
+    texts: Ref,
+    file: str,
+    rendered: Ref = None,
+    side: str = "train",
 ) -> StepSpec:
     """Log-probabilities of every response in one file of `texts` under one policy.
 
-    Samples name their prompts by id only: `rendered` holds the prompts' token ids.
+    Samples name their prompts by id only: `rendered` holds the prompts' token ids. `side` says whose prompts
+    they answer, for a plan's estimate.
     """
     fields = {"file": file, "dtype": config.model.dtype}
     inputs = {"policy": policy, "model": model, "texts": texts}
-    return _spec("logps", fields, inputs | ({"rendered": rendered} if file == "responses.parquet" else {}))
+    return _spec(
+        "logps", fields, inputs | ({"rendered": rendered} if file == "responses.parquet" else {}), side=side
+    )
 
 
 def review(
