@@ -71,8 +71,8 @@ def parameters_of(config: SeraConfig) -> float | None:
     return total
 
 
-def gigaflops(seconds: float = 0.3) -> float:
-    """Speed of this machine's float32 matrix product, in GFLOP/s: the best of many, as if nothing else ran."""
+def gigaflops(seconds: float = 1.0) -> float:
+    """Speed of this machine's float32 matrix product, in GFLOP/s: the best of many, as on an idle one."""
     a = np.ones((768, 768), dtype=np.float32)
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:

@@ -16,7 +16,7 @@ from sera_core.artifacts.store import numbered, open_store
 from sera_core.config import SeraConfig
 
 UNKNOWN = "?"
-"""Begins the digest of what a step that is not done would make: no file has it, yet two steps differ in it."""
+"""Begins the digest of what a step not done would make: no file has it, yet two steps differ in it."""
 
 
 class Walk:
