@@ -454,7 +454,7 @@ def load_policy(
 
 
 def shared_policy(folder: Path, dtype: Dtype, device: str, base: Path | None = None) -> PreTrainedModel:
-    """`load_policy` for reading only; on CPU the last two policies stay in memory.
+    """`load_policy` for reading only; on CPU the last three policies stay in memory.
 
     A round scores several files under each policy and samples from it. On an accelerator nothing is kept: the
     next step needs the memory. A step's folder never changes, so its path names its content.
@@ -463,7 +463,7 @@ def shared_policy(folder: Path, dtype: Dtype, device: str, base: Path | None = N
     return load(folder, dtype, device, base)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _kept_policy(folder: Path, dtype: Dtype, device: str, base: Path | None) -> PreTrainedModel:
     return load_policy(folder, dtype, device, base)
 
