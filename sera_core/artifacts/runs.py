@@ -113,21 +113,6 @@ class History:
         """The promoted round the next one starts from."""
         return self.lineage[-1] if self.lineage else None
 
-    @property
-    def held_in_a_row(self) -> int:
-        """Rounds held since the last one that was promoted or rolled back."""
-        count = 0
-        for manifest in reversed(self.rounds):
-            if manifest.decision != "hold":
-                break
-            count += 1
-        return count
-
-    @property
-    def rolled_back(self) -> bool:
-        """Whether the run was rolled back before (once is allowed)."""
-        return any(r.decision == "roll_back" for r in self.rounds)
-
     def entries(self) -> list[dict[str, Any]]:
         """The history as a decision sees it."""
         return [{"round": r.round, "decision": r.decision, "accuracy": r.accuracy} for r in self.rounds]
