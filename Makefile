@@ -2,9 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-REAL := slow or flow or s3 or vllm or wheel
+REAL := slow or flow or s3 or vllm or wheel or browser or recovery
 
-.PHONY: demo quick test fast check bench reference clean
+# Only root on Debian can install these; elsewhere the tests that need them are skipped and say so.
+APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	apt-get install -y -qq --no-install-recommends
+
+.PHONY: demo quick up deploy test system fast check recovery bench reference clean
 
 demo: .venv/core            ## the main job: three rounds on a real model and real preferences (about ten minutes)
 	$(BIN)/sera demo
@@ -12,9 +16,20 @@ demo: .venv/core            ## the main job: three rounds on a real model and re
 quick: .venv/core           ## the smoke test: one reviewed round (about a minute)
 	$(BIN)/sera demo --quick
 
-test: .venv/dev             ## every test: the fast ones first, then those with real models and real servers
+up: .venv/core              ## Prefect's server and UI, a worker and the deployments, here, until Ctrl-C
+	$(BIN)/sera up
+
+deploy: .venv/core          ## the same deployments on the Prefect server of PREFECT_API_URL
+	$(BIN)/sera deploy
+
+test: system .venv/dev      ## every test: the fast ones first, then those with real models and real servers
 	$(BIN)/python -m pytest -q -m "not ($(REAL) or gpu)"
-	$(BIN)/python -m pytest -q -m "$(REAL) or gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(REAL) or gpu"
+
+system:                     ## what the tests use that pip cannot bring: a browser, Postgres, Ceph
+	@command -v chromium >/dev/null || ($(APT) chromium) || echo "chromium cannot be installed here"
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || ($(APT) postgresql) || echo "Postgres cannot be installed here"
+	@command -v radosgw >/dev/null || ($(APT) ceph-mon ceph-osd ceph-common radosgw) || echo "Ceph cannot be installed here"
 
 fast: .venv/dev             ## the fast tests alone (under a minute)
 	$(BIN)/python -m pytest -q -m "not ($(REAL) or gpu)"
@@ -25,8 +40,12 @@ check: .venv/dev            ## format, lint, types, import directions
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+recovery: system .venv/dev  ## what is killed goes on: every case, and the table tests/recovery/latest.json
+	SERA_WRITE_RECOVERY=1 $(BIN)/python -m pytest -q tests/recovery
+
 bench: .venv/dev            ## speed, each figure beside a peer's in the same run
 	$(BIN)/python -m tests.benchmarks.scoring
+	$(BIN)/python -m tests.benchmarks.orchestration
 
 reference: .venv/core       ## renew the README's table of settings from the configuration
 	$(BIN)/python -m sera_core.reference README.md

@@ -1,91 +1,157 @@
-"""What a person sees in Prefect: a markdown card a round, and an index of the run on its parent flow."""
+"""Cards in Prefect: of each round, an index of the run on its parent flow, and plans."""
 
+import hashlib
 import re
 from typing import Any
 
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
+
+from flows.card_text import escape, table, verbatim
+from flows.round_card import command, round_card, stop_words, with_interval
 from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.config import SeraConfig
 
 
 def key_of(run: str, what: str) -> str:
-    """An artifact key: they are global across runs, lower case with dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{run}-{what}".lower()).strip("-")
+    """An artifact's key: keys are global, of lower-case letters, digits and dashes.
+
+    A name that is more than these gets a hash, so that `a.b` and `A-b` keep cards apart.
+    """
+    slug = re.sub(r"[^a-z0-9-]", "-", run.lower())
+    apart = "" if slug == run else "-" + hashlib.sha256(run.encode()).hexdigest()[:8]
+    return f"{slug}{apart}-{re.sub(r'[^a-z0-9]+', '-', what.lower()).strip('-')}"
 
 
-def round_card(manifest: RoundManifest) -> str:
-    """One round: decision, evidence, pairs kept and dropped, artifacts."""
-    m = manifest.metrics
-    rows = [
-        ("pairs trained on", f"{manifest.pairs['human']} human, {manifest.pairs['generated']} generated"),
-        ("generated share", f"{manifest.generated_share:.2f} of {manifest.target_share:.2f} asked"),
-        ("held-out accuracy", interval(m.get("heldout/rewards/accuracies"))),
-        ("change since the head", interval(m.get("heldout/accuracy_change"))),
-        ("mean held-out margin (nats)", interval(m.get("heldout/margin"))),
-        ("mean margin of pairs trained on (nats)", interval(m.get("trained/margin"))),
-        ("KL to the start (nats a response)", interval(m.get("samples/kl_reference"))),
-        ("tokens of a sampled answer", interval(m.get("samples/tokens"))),
-    ]
-    dropped = {
-        name: count for name, count in m.items() if name.startswith(("human/", "generated/")) and count
-    }
-    lines = [
-        f"# {manifest.run}, round {manifest.round}: {manifest.decision}",
-        "",
-        f"{escape(manifest.reason)}" + (f" — **{manifest.stop_reason}**" if manifest.stop_reason else ""),
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows),
-        "",
-        "| pairs by reason | |",
-        "|---|---|",
-        *(f"| {name} | {count} |" for name, count in sorted(dropped.items())),
-        "",
-        "| artifact | sha256 | bytes |",
-        "|---|---|---|",
-        *(
-            f"| {role} | `{a['sha256'][:12]}` | {a['bytes']:,} |"
-            for role, a in sorted(manifest.artifacts.items())
-        ),
-    ]
-    return "\n".join(lines)
+# ----------------------------------------------------------------------------------------------- publishing
+
+
+def publish_round(records: RunStore, manifest: RoundManifest, show_text: bool) -> None:
+    """Publish the card of a finished round; `show_text` = False keeps texts of pairs out of it."""
+    create_markdown_artifact(
+        round_card(records, manifest, show_text),
+        key=key_of(records.run, f"round-{manifest.round}"),
+        description=_description(records, manifest),
+    )
+
+
+def publish_index(records: RunStore) -> None:
+    """Publish the run's index as it is now."""
+    create_markdown_artifact(
+        index_card(records), key=key_of(records.run, "index"), description=_description(records)
+    )
+
+
+def publish_plan(run: str, found: dict[str, Any]) -> None:
+    """Publish a plan (see flows.planning)."""
+    create_markdown_artifact(
+        plan_card(run, found), key=key_of(run, "plan"), description=f"plan of run {escape(run)}"
+    )
+
+
+def publish_missing(records: RunStore) -> None:
+    """Publish the cards of finished rounds that this server does not have.
+
+    Its database was lost, or the process ended between a round's manifest and its card.
+    """
+    rounds = {key_of(records.run, f"round-{m.round}"): m for m in records.rounds()}
+    if not rounds:
+        return
+    wanted = ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=list(rounds)))
+    there = get_client(sync_client=True).read_latest_artifacts(artifact_filter=wanted)
+    seen = {(card.key, card.description) for card in there}
+    missing = [m for key, m in rounds.items() if (key, _description(records, m)) not in seen]
+    if not missing:
+        return
+    show_text = SeraConfig.model_validate(records.configs()[-1].config).review.show_text
+    for manifest in missing:
+        publish_round(records, manifest, show_text)
+    publish_index(records)
+
+
+def _description(records: RunStore, manifest: RoundManifest | None = None) -> str:
+    """Says which store the run is in: keys are shared by runs of the same name in several stores."""
+    which = f"run {records.run}" + ("" if manifest is None else f", round {manifest.round}")
+    return escape(f"{which}, in {records.store.url}")
+
+
+# ------------------------------------------------------------------------------------------------- the index
 
 
 def index_card(records: RunStore) -> str:
-    """The run so far, a line a round."""
-    history = records.history()
-    lines = [
-        f"# run {records.run}",
-        "",
-        f"store `{escape(records.store.url)}`; stop reason: {records.stop_reason() or 'open'}; "
-        f"head: {_number(history.head)}; best round: {_number(history.best)}",
-        "",
-        "| round | decision | human | generated | held-out accuracy | card |",
-        "|---|---|---|---|---|---|",
+    """The run so far, a line a round, with links to their cards."""
+    history, stop = records.history(), records.stop_reason()
+    parts = [
+        f"# run {escape(records.run)}",
+        f"**{_state(records, stop)}**",
+        f"head: {_round(history.head)} · best round: {_round(history.best)} · store: "
+        + escape(records.store.url),
+        "## Rounds",
+        table(
+            ["card", "decision", "human pairs", "generated pairs", "held-out accuracy"],
+            [_line(records.run, manifest) for manifest in history.rounds],
+        ),
+        "\n".join(f"- round {m.round}, {m.decision}: {escape(m.reason)}" for m in history.rounds),
+        "## In a shell",
+        verbatim(
+            [
+                command(records, "show"),
+                command(records, "report", "--out report"),
+                command(records, "export", "--to policy"),
+            ]
+        ),
     ]
-    for r in history.rounds:
-        accuracy = interval(r.metrics.get("heldout/rewards/accuracies"))
-        card = key_of(records.run, f"round-{r.round}")
-        lines.append(
-            f"| {r.round} | {r.decision} | {r.pairs['human']} | {r.pairs['generated']} "
-            f"| {accuracy} | `{card}` |"
-        )
-    return "\n".join(lines)
+    return "\n\n".join(parts) + "\n"
 
 
-def interval(rate: dict[str, Any] | None) -> str:
-    """A value with its interval, or a dash where it was not measured."""
-    if not rate or rate.get("value") is None:
-        return "–"
-    if rate.get("low") is None:
-        return f"{rate['value']:.3f} (n = {rate['n']})"
-    return f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] (n = {rate['n']})"
+def _state(records: RunStore, stop: str | None) -> str:
+    if stop is not None:
+        return f"stopped ({escape(stop)}): {stop_words(stop)}"
+    waiting = records.waiting()
+    if waiting is None:
+        return "open"
+    return escape(f"waiting for a person to decide on round {waiting['round']}, until {waiting['until']}")
 
 
-def escape(text: str) -> str:
-    """Text that stays text in markdown and HTML."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]|#])", r"\\\1", text)
-
-
-def _number(manifest: RoundManifest | None) -> str:
+def _round(manifest: RoundManifest | None) -> str:
     return "none" if manifest is None else str(manifest.round)
+
+
+def _line(run: str, manifest: RoundManifest) -> list[str]:
+    accuracy = manifest.metrics.get("heldout/rewards/accuracies")
+    return [
+        f"[round {manifest.round}](/artifacts/key/{key_of(run, f'round-{manifest.round}')})",
+        manifest.decision,
+        f"{manifest.pairs['human']:,}",
+        f"{manifest.pairs['generated']:,}",
+        with_interval(accuracy),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- a plan
+
+
+def plan_card(run: str, found: dict[str, Any]) -> str:
+    """What a run would do, step by step (flows.planning.plan's dictionary), and what it would cost."""
+    totals = f"{found['reuse']} steps are in the store, {found['run_now']} would run now, {found['depends']} "
+    totals += f"depend on them: about {found['tokens']:,} tokens, {_seconds(found['seconds'])} of work and "
+    totals += f"{found['bytes']:,} bytes."
+    rows = [
+        [
+            "–" if row["round"] is None else str(row["round"]),
+            escape(row["step"]),
+            row["status"],
+            escape(row["why"]),
+            f"{row['tokens']:,}",
+            _seconds(row["seconds"]),
+        ]
+        for row in found["steps"]
+    ]
+    header = ["round", "step", "status", "why", "tokens", "expected work"]
+    parts = [f"# plan of run {escape(run)}", escape(found["note"] or ""), escape(totals), table(header, rows)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "an unknown time" if seconds is None else f"{seconds:,.1f} s"

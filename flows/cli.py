@@ -10,24 +10,30 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from flows.commands import alone, doctor, looking, reviewing, running
+from flows.commands import alone, doctor, exporting, keeping, looking, reviewing, running, serving
 from sera_core import __version__
 from sera_core.errors import SeraError
 
 ADDERS = (
     running.add_run,
     running.add_demo,
+    running.add_advance,
     running.add_plan,
     looking.add_list,
     looking.add_show,
     reviewing.add_review,
+    keeping.add_diff,
+    keeping.add_gc,
     looking.add_verify,
     looking.add_report,
-    looking.add_export,
+    exporting.add_export,
+    exporting.add_lineage,
     doctor.add_doctor,
     alone.add_score,
     alone.add_select,
     alone.add_sample,
+    serving.add_up,
+    serving.add_deploy,
 )
 
 

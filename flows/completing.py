@@ -5,7 +5,8 @@ from typing import Any
 from flows.round import Steps
 from flows.session import Session, tokens_of
 from sera_core.artifacts.canonical import files_digest
-from sera_core.artifacts.manifest import FORMAT, StepRecord
+from sera_core.artifacts.manifest import StepRecord
+from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.runs import RoundManifest, now
 
 FILES = {

@@ -6,13 +6,10 @@ kernel (Linux) or by a watching thread when its parent is gone, and writes to a 
     python -m flows.embedded_server PORT PARENT_PID
 """
 
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,14 +19,22 @@ from pathlib import Path
 
 from sera_core.artifacts.folders import cache_folder
 from sera_core.errors import SeraError
+from sera_core.orphans import end_with
 
 START_SECONDS = 180
-_QUIET = {
+QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
     "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
 }
+"""Settings of every server we start: nothing leaves the machine, nothing starts a second server."""
+
+
+def track_nothing() -> None:
+    """Prefect sends no telemetry unless somebody asked for it. To be called before it is imported."""
+    for name in ("DO_NOT_TRACK", "PREFECT_SERVER_ANALYTICS_ENABLED"):
+        os.environ.setdefault(name, QUIET[name])
 
 
 @contextmanager
@@ -40,14 +45,13 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     """
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
     os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
-    for name in ("DO_NOT_TRACK", "PREFECT_SERVER_ANALYTICS_ENABLED"):
-        os.environ.setdefault(name, _QUIET[name])
+    track_nothing()
     if configured := os.environ.get("PREFECT_API_URL"):
         yield configured
         return
     home = Path(os.environ.setdefault("PREFECT_HOME", str(cache_folder() / "prefect")))
     home.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = home / "embedded-server.log"
     with log.open("wb") as output:
@@ -57,10 +61,10 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
             stdout=output,
             stderr=output,
             start_new_session=True,  # an interrupt is ours to handle first
-            env={**os.environ, **_QUIET, "PREFECT_UI_API_URL": url, "PREFECT_API_URL": url},
+            env={**os.environ, **QUIET, "PREFECT_UI_API_URL": url, "PREFECT_API_URL": url},
         )
     try:
-        _wait(server, f"{url}/health", log)
+        wait_until_healthy(server, f"{url}/health", log)
         os.environ["PREFECT_API_URL"] = url
         yield url
     finally:
@@ -73,13 +77,19 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
             server.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def _wait(server: subprocess.Popen, health: str, log: Path) -> None:
+def wait_until_healthy(server: subprocess.Popen, health: str, log: Path) -> None:
+    """Wait until a server that was just started answers.
+
+    Raises:
+        SeraError: it ended, or took too long.
+    """
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -88,29 +98,18 @@ def _wait(server: subprocess.Popen, health: str, log: Path) -> None:
                     return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(0.2)
+    code = server.poll()
+    how = f"did not start within {START_SECONDS} s" if code is None else f"ended at once (exit code {code})"
     raise SeraError(
-        f"the embedded Prefect server did not start within {START_SECONDS} s; its output is in {log}. "
+        f"the Prefect server {how}; its output is in {log}. "
         "`sera doctor` checks the installation; a server of your own is used when PREFECT_API_URL names it"
     )
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:
     """Serve Prefect's API on the loopback interface until the parent is gone."""
     port, parent = int(sys.argv[1]), int(sys.argv[2])
-    _end_with(parent)
+    end_with(parent)
     import uvicorn
     from prefect.server.api.server import create_app
 

@@ -4,7 +4,7 @@ import difflib
 import json
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,28 @@ def load_experiment(path: str, sets: Sequence[str] = ()) -> SeraConfig:
     Raises:
         InputError: no such file, not TOML, an unknown key (the nearest is suggested), a value out of range.
     """
+    file, data = experiment_file(path), load_settings(path)
+    changes: dict[str, Any] = {}
+    for change in sets:
+        _set(changes, change)
+    _anchor(changes, Path.cwd())
+    where = f"{file} with --set" if sets else str(file)
+    return parse_config(merged(data, changes), where)
+
+
+def load_settings(path: str) -> dict[str, Any]:
+    """An experiment file's settings, not checked yet; its relative paths made absolute.
+
+    Raises:
+        InputError: no such file, or not TOML.
+    """
     file = experiment_file(path)
     try:
         data = tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid TOML: {error}") from error
     _anchor(data, file.parent)
-    changes: dict[str, Any] = {}
-    for change in sets:
-        _set(changes, change)
-    _anchor(changes, Path.cwd())
-    where = f"{file} with --set" if sets else str(file)
-    return parse_config(_merged(data, changes), where)
+    return data
 
 
 def experiment_file(path: str) -> Path:
@@ -115,12 +125,13 @@ def _value(text: str) -> Any:
     return text
 
 
-def _merged(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(data)
+def merged(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the changes laid over them, section by section."""
+    result = dict(data)
     for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
 
 
 def _anchor(data: dict[str, Any], folder: Path) -> None:

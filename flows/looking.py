@@ -1,16 +1,15 @@
-"""Reading a run for people and programs: the JSON of `sera show`, and the check of every file and link."""
+"""Reading a run for people and programs: the JSON of `sera show`, and whether its rounds helped."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from sera_core.artifacts.manifest import Artifact, StepRef, find_record
+from sera_core.artifacts.manifest import Artifact, find_record
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.artifacts.store import Store
 from sera_core.diagnostics import correctness
-from sera_core.errors import InputError, SeraError
+from sera_core.errors import InputError
 from sera_core.winrate import Rate, bootstrap_difference
 
 
@@ -46,7 +45,7 @@ def _round(records: RunStore, manifest: RoundManifest) -> dict[str, Any]:
     names = ("round", "decision", "reason", "pairs", "target_share", "generated_share", "metrics")
     artifacts = {
         role: {
-            "uri": _uri(records.store, place),
+            "uri": uri_of(records.store, place),
             **{name: place[name] for name in ("sha256", "bytes", "rows")},
         }
         for role, place in manifest.artifacts.items()
@@ -54,7 +53,8 @@ def _round(records: RunStore, manifest: RoundManifest) -> dict[str, Any]:
     return {**{name: getattr(manifest, name) for name in names}, "artifacts": artifacts}
 
 
-def _uri(store: Store, place: dict[str, Any]) -> str:
+def uri_of(store: Store, place: dict[str, Any]) -> str:
+    """Where an artifact of a manifest lies: a file, or a folder of files."""
     record = find_record(store, place["step"], place["key"])
     if record is None:
         return f"{store.url}/steps/{place['step']}/{place['key']}"
@@ -68,10 +68,15 @@ def against_round_0(records: RunStore) -> Rate | None:
 
     Each round is judged against the head before it; a slow slide shows only here.
     """
-    history = records.history()
-    if not history.rounds or history.head is None or history.head.round == 0:
+    head = records.history().head
+    return None if head is None else since_round_0(records, head)
+
+
+def since_round_0(records: RunStore, manifest: RoundManifest) -> Rate | None:
+    """Change of held-out accuracy from round 0 to a later round, on the same pairs; None for round 0."""
+    if manifest.round == 0 or "evidence" not in manifest.steps:
         return None
-    now, then = (_margins(records.store, r) for r in (history.head, history.rounds[0]))
+    now, then = (_margins(records.store, r) for r in (manifest, records.rounds()[0]))
     both = np.isfinite(now) & np.isfinite(then)
     return bootstrap_difference(correctness(now[both]), correctness(then[both]), seed=0)
 
@@ -91,44 +96,3 @@ def verdict_words(change: Rate | None) -> str | None:
 def _margins(store: Store, manifest: RoundManifest) -> np.ndarray:
     evidence = Artifact(store, manifest.steps["evidence"])
     return pq.read_table(evidence.path("heldout.parquet"), columns=["margin"])["margin"].to_numpy()
-
-
-def verify(records: RunStore) -> int:
-    """Hash every file of every step the run rests on, and follow every link of the chain.
-
-    Returns the number of files checked.
-
-    Raises:
-        SeraError: the first thing that does not hold, by name.
-    """
-    checked = 0
-    seen: set[str] = set()
-    for manifest in records.rounds():
-        for ref in [*manifest.used, *manifest.steps.values()]:
-            checked += sum(1 for _ in _check_step(records.store, ref, seen))
-        _check_artifacts(records, manifest)
-    return checked
-
-
-def _check_step(store: Store, ref: StepRef, seen: set[str]) -> Iterator[str]:
-    if ref.key in seen:
-        return
-    seen.add(ref.key)
-    artifact = Artifact(store, ref)
-    for name in artifact.record.files:
-        artifact.path(name)
-        yield name
-    for source in artifact.record.inputs.values():
-        yield from _check_step(store, source, seen)
-
-
-def _check_artifacts(records: RunStore, manifest: RoundManifest) -> None:
-    from flows.completing import artifact
-
-    for role, place in manifest.artifacts.items():
-        record = find_record(records.store, place["step"], place["key"])
-        if record is None or artifact(record, place["path"]) != place:
-            raise SeraError(
-                f"{records.run} round {manifest.round}: the artifact {role} is not what its step recorded "
-                f"(steps/{place['step']}/{place['key']}/done.json); restore it from a copy of the store"
-            )

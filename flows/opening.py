@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flows.logs import run_log
 from flows.round import Ref
 from flows.session import Session
 from sera_core import steps
-from sera_core.artifacts.manifest import FORMAT, StepRecord
+from sera_core.artifacts.manifest import StepRecord
+from sera_core.artifacts.probing import check_shared
+from sera_core.artifacts.records import FORMAT, read_record
 from sera_core.artifacts.runs import RunStore, now
 from sera_core.artifacts.step import run_step
-from sera_core.artifacts.store import Store, create_json, open_store, read_json
+from sera_core.artifacts.store import Store, create_json, open_store
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 from sera_core.models import resolve_source
@@ -53,6 +56,8 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
         InputError: a bad name, source or row, or a configuration that differs from the run's.
     """
     store = open_store(store_url)
+    if (warning := check_shared(store, config.execution.accept_racy_store)) is not None:
+        run_log()(warning)
     records = RunStore(store, run)
     digests = source_digests(config)
     check_template(config)
@@ -135,4 +140,6 @@ def commit_test(session: Session, round: int, ref: Ref) -> None:
 def test_record(records: RunStore) -> dict[str, Any] | None:
     """The evidence on the test side under the best round's policy, once it was made."""
     best = records.history().best
-    return None if best is None else read_json(records.store, f"{records.path}/final-{best.round:03d}.json")
+    if best is None:
+        return None
+    return read_record(records.store, f"{records.path}/final-{best.round:03d}.json")

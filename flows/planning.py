@@ -1,7 +1,7 @@
 """What a run would do, without doing it: the algorithm box walked with a `do` that only looks things up."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flows import round as box
@@ -12,11 +12,19 @@ from sera_core import steps
 from sera_core.artifacts.canonical import sha256_json
 from sera_core.artifacts.manifest import StepRef, StepSpec, find_record
 from sera_core.artifacts.runs import History, RunStore, differences
-from sera_core.artifacts.store import numbered, open_store
+from sera_core.artifacts.store import Store, numbered, open_store
 from sera_core.config import SeraConfig
 
 UNKNOWN = "?"
 """Begins the digest of what a step not done would make: no file has it, yet two steps differ in it."""
+
+
+Answers = Callable[[int], Mapping[str, Any] | None]
+"""What a person answered about a round, if anything."""
+
+
+def unanswered(round: int) -> None:
+    """No person was asked."""
 
 
 class Walk:
@@ -66,7 +74,7 @@ def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
         size = workload(config, load_data(open_store(scratch), config, digests), open_store(scratch))
     estimator = Estimator(config, records.store, records, size)
     walk = Walk(store_url, estimator)
-    walk_rounds(config, digests, history, walk)
+    walk_rounds(config, digests, history, walk, records.given_answer)
     todo = [row for row in walk.rows if row["status"] != "reuse"]
     seconds = [row["seconds"] for row in todo]
     return {
@@ -94,7 +102,13 @@ def _history(config: SeraConfig, records: RunStore, digests: Mapping[str, Any]) 
     return History([]), note + "planned as under a new --name"
 
 
-def walk_rounds(config: SeraConfig, digests: Mapping[str, Any], history: History, walk: Walk) -> None:
+def walk_rounds(
+    config: SeraConfig,
+    digests: Mapping[str, Any],
+    history: History,
+    walk: Walk,
+    answer_of: Answers = unanswered,
+) -> box.Sides:
     """Walk every round up to the limit; rounds to come are taken as promoted."""
     sides = box.prepare(config, digests, walk.do)
     heads: list[Mapping[str, Ref]] = []
@@ -106,12 +120,13 @@ def walk_rounds(config: SeraConfig, digests: Mapping[str, Any], history: History
         before = History(history.rounds[:number]) if number <= history.next_round else None
         entries = told if before is None or not before.rounds else before.entries()
         head_accuracy = before.head.accuracy if before is not None and before.head else _last_accuracy(told)
-        made = _round(config, sides, Past(list(heads)), number, entries, head_accuracy, walk)
+        made = _round(config, sides, Past(list(heads)), number, entries, head_accuracy, walk, answer_of)
         told = [*entries, _entry(walk, number, made)]
         if number < history.next_round:
             heads = [manifest.steps for manifest in History(history.rounds[: number + 1]).lineage]
         else:
             heads.append(made)
+    return sides
 
 
 def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
@@ -127,6 +142,12 @@ def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
     }
 
 
+def _asks(store: Store, decision: Ref) -> bool:
+    """Whether a decision that was made already is a question to a person."""
+    found = decision and find_record(store, decision.step, decision.key)
+    return bool(found and found.metrics["ask"])
+
+
 def _last_accuracy(told: list[dict[str, Any]]) -> float | None:
     promoted = [entry["accuracy"] for entry in told if entry["decision"] == "promote"]
     return promoted[-1] if promoted else None
@@ -140,6 +161,7 @@ def _round(
     entries: list[dict[str, Any]],
     head_accuracy: float | None,
     walk: Walk,
+    answer_of: Answers,
 ) -> Steps:
     made = box.self_review(config, sides, past, number, walk.do)
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
@@ -148,5 +170,7 @@ def _round(
         config, sides, past, number, made["mixture"], made["policy"], walk.do
     )
     made["decision"] = box.judge(config, past, number, made, entries, head_accuracy, None, walk.do)
+    if _asks(walk.store, made["decision"]) and (answer := answer_of(number)) is not None:
+        made["decision"] = box.judge(config, past, number, made, entries, head_accuracy, answer, walk.do)
     walk.do(steps.report(number, {r: ref for r, ref in made.items() if r not in ("data", "model")}))
     return made

@@ -9,8 +9,9 @@ from typing import Any
 from flows.looking import against_round_0, verdict_words
 from flows.opening import test_record
 from sera_core.artifacts.manifest import Artifact, find_record
+from sera_core.artifacts.records import read_record
 from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore, differences, flatten
-from sera_core.artifacts.store import open_store, read_json
+from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 from sera_core.reporting import words
@@ -83,7 +84,7 @@ def _index(records: RunStore, store_url: str) -> str:
         overlap_words=_overlap_words(history),
         rounds=rounds,
         increment=config.review.reference == "previous",
-        plots=_plots(history.rounds),
+        plots=trends(history.rounds) + _lengths(history.rounds),
         lesson=_lesson(history),
         test=None if test is None else _test_lines(test["metrics"]),
         test_round=None if test is None else test["round"],
@@ -140,7 +141,7 @@ def _state_words(records: RunStore, config: SeraConfig, stop_reason: str | None)
 def _budget_words(records: RunStore, stop_reason: str) -> str:
     if stop_reason != "budget":
         return ""
-    stop = read_json(records.store, f"{records.path}/stop-{len(records.configs()) - 1:03d}.json")
+    stop = read_record(records.store, f"{records.path}/stop-{len(records.configs()) - 1:03d}.json")
     return "" if stop is None else f" {stop['after']}."
 
 
@@ -185,8 +186,8 @@ def _series(rounds: Sequence[RoundManifest], key: str, name: str, style: str) ->
     return [Series(name, style, points)] if points else []
 
 
-def _plots(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
-    """(plot, caption) of what moves over the rounds."""
+def trends(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
+    """(plot, caption) of held-out accuracy and mean margins over the rounds, what was measured of it."""
     margins = _series(rounds, "trained/margin", "trained pairs", "b") + _series(
         rounds, "heldout/margin", "held-out pairs", "a"
     )
@@ -204,6 +205,13 @@ def _plots(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
             lines(margins, "round", "mean margin", 0.0),
             "Mean margin in nats of the human pairs trained on and of held-out pairs.",
         ),
+    ]
+    return [(plot, caption) for plot, caption in wanted if plot is not None]
+
+
+def _lengths(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
+    """(plot, caption) of how length moves over the rounds."""
+    wanted = [
         (
             lines(_series(rounds, "samples/tokens", "tokens of an answer", "c"), "round", "length"),
             "Mean length of sampled answers to held-out prompts.",

@@ -5,64 +5,163 @@ sera(config, run="my-run", store="./sera-store")
 """
 
 import os
+from functools import wraps
 
 from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.flows import Flow
+from prefect.runtime import flow_run
+from prefect.states import Completed
 
-from flows import opening
-from flows.cards import index_card, key_of, round_card
+from flows import cards, events, naming, opening
+from flows.asking import ask_person
+from flows.deployed import in_deployed_run
+from flows.form import FormConfig
+from flows.holding import hold_device, hold_run
+from flows.logs import library_logs, run_log
+from flows.planning import plan
 from flows.progress import reporter
 from flows.session import Runner, Session
-from flows.working import PAUSED, report_test_side, work_through
+from flows.working import PAUSED, report_test_side, test_side_is_open, work_through
+from sera_core.artifacts.lease import hold
 from sera_core.artifacts.manifest import StepRecord, StepSpec
 from sera_core.artifacts.runs import RunStore
-from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import open_store
-from sera_core.config import ExecutionConfig, SeraConfig
-from tasks.work import work_of
+from sera_core.config import ExecutionConfig
+from sera_core.errors import SeraError
+from tasks.work import do_work
+
+RESTARTS = 5
+"""Restarts of one flow run without a finished round in between, before it gives up."""
 
 
 @flow(name="sera", flow_run_name="{run}", persist_result=False)
-def sera(config: SeraConfig, run: str = "sera", store: str | None = None) -> str:
+def sera(
+    config: FormConfig, run: str = "sera-{data}", store: str | None = None, dry_run: bool = False
+) -> State[str]:
     """Self-reviewing alignment, round after round, until it converges or a limit is reached.
 
-    Returns the stop reason, or `waiting` when a person is asked. The same name again goes on where it
-    stopped.
+    Results in the stop reason, or `waiting` when a person is asked elsewhere. The same name again goes on
+    where it stopped; a run that is finished, or whose content was worked through by another one, ends at
+    once with `nothing new`.
+
+    Args:
+        config: Model, data and settings.
+        run: Name of the run; `{date}` and `{data}` (hash of the data's content) are filled in.
+        store: Folder or s3://bucket/prefix for the artifacts. Empty: the worker's SERA_STORE.
+        dry_run: Publish the plan as an artifact and do nothing.
     """
-    store = store or os.environ.get("SERA_STORE", "./sera-store")
-    records = opening.open_run(config, run, store)
-    while (state := opening.state_of(records)) == "open":
-        state = sera_round(run, store, records.history().next_round)
-        create_markdown_artifact(index_card(records), key=key_of(run, "index"), description=f"run {run}")
-        if state in PAUSED:
+    store = store or default_store()
+    name = naming.settle(run, config)
+    if dry_run:
+        cards.publish_plan(name, plan(config, name, store))
+        return Completed(message="planned; nothing was done", data="planned")
+    if "{date}" in run and (before := naming.done_before(open_store(store), config)) not in (None, name):
+        return Completed(message=f"nothing new: run {before} did exactly this", data="nothing new")
+    records = opening.open_run(config, name, store)
+    if is_over(records):
+        reason = opening.state_of(records)
+        return Completed(message=f"nothing new: run {name} has stopped ({reason})", data=reason)
+    check_restarts(records)
+    cards.publish_missing(records)
+    state = until_it_stops(records, store)
+    return Completed(message=f"run {name}: {state}", data=state)
+
+
+def default_store() -> str:
+    """Where artifacts go when nothing is said."""
+    return os.environ.get("SERA_STORE", "./sera-store")
+
+
+def is_over(records: RunStore) -> bool:
+    """Whether the run has stopped and its last word is said."""
+    state = opening.state_of(records)
+    return state == "budget" or (state not in ("open", "waiting") and not test_side_is_open(records))
+
+
+def check_restarts(records: RunStore) -> None:
+    """End a loop of crashes: each finished round pays for more restarts, a round that never ends does not.
+
+    Raises:
+        SeraError: this flow run was started too often.
+    """
+    rounds = records.history().next_round
+    if in_deployed_run() and flow_run.run_count > RESTARTS * (rounds + 1):
+        raise SeraError(
+            f"run {records.run!r}: this flow run was started {flow_run.run_count} times and finished "
+            f"{rounds} rounds; its log says what ended it. When that is mended, trigger the run again: it "
+            "goes on where it stands"
+        )
+
+
+def until_it_stops(records: RunStore, store: str) -> str:
+    """All rounds, asking a person where the run is to; the stop reason, or `waiting`."""
+    while True:
+        with hold_run(records.run), hold(records.store, records.run, run_log()):
+            while opening.state_of(records) == "open":
+                one_round(records, store)
+            finish(records, store)
+        if not ask_person(records):
+            return "waiting"
+        if (state := opening.state_of(records)) != "open":
             return state
-    if state not in PAUSED:
-        report_test_side(Session(store, run, runner(store, run)))
-    return state
 
 
-@flow(name="sera-round", flow_run_name="{run}-round-{round}", persist_result=False)
-def sera_round(run: str, store: str, round: int) -> str:
+def one_round(records: RunStore, store: str) -> None:
+    """The open round as a subflow, and the run's index renewed."""
+    number = records.history().next_round
+    round_flow(records, number)(records.run, store, number)
+    cards.publish_index(records)
+
+
+def finish(records: RunStore, store: str) -> None:
+    """The run's last word, once it has stopped: the test side, the event, what a later trigger may find."""
+    if opening.state_of(records) in ("open", "waiting"):
+        return
+    if opening.state_of(records) not in PAUSED:
+        report_test_side(Session(store, records.run, runner(records)))
+    naming.remember(records)
+    events.run_stopped(records)
+
+
+def round_flow(records: RunStore, number: int) -> Flow:
+    """The round's subflow, under a function name of its own.
+
+    Prefect matches the subflows of a flow run that runs again to the earlier ones by function name and
+    count: a rerun that begins with round 2 would be handed the result of round 0. So the name says
+    what the round goes on from: its number, the limits in force, whether a review was answered.
+    """
+
+    @wraps(work_round)
+    def this_round(run: str, store: str, round: int) -> str:
+        return work_round(run, store, round)
+
+    asked = records.question(number) is not None
+    position = f"{records.run}_{number}_{len(records.configs())}_{'answered' if asked else 'new'}"
+    this_round.__qualname__ = "round_" + position.replace(".", "_")
+    return flow(name="sera-round", flow_run_name="{run}-round-{round}", persist_result=False)(this_round)
+
+
+def work_round(run: str, store: str, round: int) -> str:
     """One round, from the head to a decision. Returns `open`, a stop reason, `waiting` or `budget`."""
-    session = Session(store, run, runner(store, run))
+    records = RunStore(open_store(store), run)
+    session = Session(store, run, runner(records))
     state = work_through(session, round)
     if state not in PAUSED:
-        card = round_card(session.records.rounds()[round])
-        create_markdown_artifact(
-            card, key=key_of(run, f"round-{round}"), description=f"run {run}, round {round}"
-        )
+        manifest = records.rounds()[round]
+        cards.publish_round(records, manifest, session.config.review.show_text)
+        events.round_completed(manifest, records.store.url)
     return state
 
 
-def runner(store: str, run: str) -> Runner:
+def runner(records: RunStore) -> Runner:
     """How a step without a record is done: as a Prefect task named after it."""
-    execution = ExecutionConfig.model_validate(
-        RunStore(open_store(store), run).configs()[-1].config["execution"]
-    )
+    store = records.store.url
+    execution = ExecutionConfig.model_validate(records.configs()[-1].config["execution"])
 
     def run_task(spec: StepSpec) -> StepRecord:
-        where = {"run": run, "logs": f"sera-logs/{run}/round-{spec.fields.get('round')}"}
+        where = {"run": records.run, "logs": f"sera-logs/{records.run}/round-{spec.fields.get('round')}"}
         named = spec.model_copy(update={"where": {**spec.where, **where}})
         return do_step.with_options(name=TITLES[spec.step], task_run_name=TITLES[spec.step])(
             named, store, execution
@@ -76,8 +175,8 @@ def runner(store: str, run: str) -> Runner:
 @task(persist_result=False, cache_policy=NO_CACHE)
 def do_step(spec: StepSpec, store: str, execution: ExecutionConfig) -> StepRecord:
     """Do one step: read refs, work, commit the record."""
-    with reporter(TITLES[spec.step]) as progress:
-        return run_step(open_store(store), spec, work_of(spec.step), execution, progress)
+    with library_logs(), reporter(TITLES[spec.step]) as progress:
+        return do_work(store, spec, execution, progress, run_log(), hold_device(spec.step, execution))
 
 
 TITLES = {

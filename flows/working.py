@@ -6,6 +6,8 @@ Plain Python: Prefect wraps it (flows/sera.py).
 from flows import completing, opening, round
 from flows.session import Session
 from sera_core import steps
+from sera_core.artifacts.manifest import Artifact
+from sera_core.artifacts.runs import RunStore
 from sera_core.config import LimitsConfig
 from sera_core.errors import BudgetReached
 
@@ -50,9 +52,15 @@ def report_test_side(session: Session) -> None:
     """The test side under the best round's policy, once the run has stopped. It decides nothing."""
     session.meter.limits = LimitsConfig()  # the run has stopped already: its last figures have no limit
     best = session.history.best
-    if best is None or opening.test_record(session.records) is not None:
+    if best is None or not test_side_is_open(session.records):
         return
-    sides = session.prepare()
-    if session.record_of(sides.pairs).files["test.parquet"].rows:
-        ref = round.test_evidence(session.config, sides, best.steps["policy"], session.do)
-        opening.commit_test(session, best.round, ref)
+    ref = round.test_evidence(session.config, session.prepare(), best.steps["policy"], session.do)
+    opening.commit_test(session, best.round, ref)
+
+
+def test_side_is_open(records: RunStore) -> bool:
+    """Whether there is a test side that the best round's policy was not held against yet."""
+    best = records.history().best
+    if best is None or opening.test_record(records) is not None:
+        return False
+    return bool(Artifact(records.store, best.steps["pairs"]).record.files["test.parquet"].rows)

@@ -99,6 +99,8 @@ class ReviewConfig(Part):
     """Weight of the past round(s) [0, 1)."""
     length_penalty: Literal["none", "dice"] = "none"
     """dice: subtract alpha times the tokens, alpha fitted so that lengths balance (arXiv 2406.09760)."""
+    show_text: bool = True
+    """Whether cards in Prefect show text of prompts and responses; false keeps all of it out of Prefect."""
 
 
 class SelectConfig(Part):
@@ -255,12 +257,21 @@ class ExecutionConfig(Part):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live."""
+    child: Literal["auto", "always", "never"] = "auto"
+    """Whether scoring, sampling, training and evaluation each run in a process group of their own, which
+    gives all memory back and ends with a cancel. auto: on an accelerator."""
     micro_batch: Positive = 4
     """Pairs a forward pass in training; gradients are accumulated to `train.batch`."""
     tokens_per_batch: Positive = 2048
     """Token budget of a scoring batch."""
     sampling_batch: Positive = 32
     """Responses the transformers engine samples at once."""
+    limit: str | None = None
+    """Prefect concurrency limit of which a deployed run holds a slot while a step uses the device; empty:
+    `sera-device` on an accelerator, none on CPU."""
+    accept_racy_store: bool = False
+    """Use an object store in which two racing writers can both win (a trial before its first use finds that;
+    `sera doctor` repeats it), knowingly and alone: a second process may replace records unseen."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 50
     """Optimizer steps between training checkpoints (0: none)."""
     tracking: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
@@ -331,5 +342,6 @@ class SeraConfig(Part):
         return 5e-7 if self.train.method == "full" else 5e-6
 
     def result_fields(self) -> dict[str, Any]:
-        """The part of the configuration that changes a result: all but `execution` and `limits`."""
-        return self.model_dump(mode="json", exclude={"execution", "limits"})
+        """What changes a result: all but `execution`, `limits` and what cards show."""
+        hidden = {"execution": True, "limits": True, "review": {"show_text"}}
+        return self.model_dump(mode="json", exclude=hidden)

@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from sera_core.artifacts.manifest import PICKLES
 from sera_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def _model_folder(path: Path) -> Path:
             "package as package:<distribution>/<file>.gguf."
         )
     _check_files(str(path), {entry.name for entry in path.iterdir() if entry.is_file()})
+    _refuse_unusable(str(path), _read_json(path / "config.json"), _read_json(path / "tokenizer_config.json"))
     return path.resolve()
 
 
@@ -139,7 +141,7 @@ def _check_files(where: str, names: Iterable[str]) -> None:
         raise InputError(f"model folder {where} {found}: {remedy}.")
     if any(name.endswith(".safetensors") for name in names):
         return
-    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+    pickles = sorted(name for name in names if PurePosixPath(name).suffix.lower() in PICKLES)
     if pickles:
         raise InputError(
             f"model folder {where} has its weights only as a pickle ({pickles[0]}), which can run code when "
@@ -365,6 +367,22 @@ def _copy_policy(origin: Path, folder: Path, text: str) -> None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
 
 
+def _refuse_code(folder: Path) -> None:
+    """Refuse a folder that runs code when it is opened, in whatever way it came to us."""
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        if "auto_map" in _read_json(folder / name):
+            raise InputError(
+                f"policy folder {folder} needs code from its own repository (auto_map in {name}), which is "
+                "never run here: choose a model whose architecture transformers itself has."
+            )
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter and not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"policy folder {folder} holds an adapter without adapter_model.safetensors: weights are read "
+            "from safetensors alone, for a pickle can run code when it is opened; save the adapter again."
+        )
+
+
 def _refuse_unusable(text: str, config: dict[str, Any], tokenizer_config: dict[str, Any]) -> None:
     if "auto_map" in config or "auto_map" in tokenizer_config:
         raise InputError(
@@ -397,7 +415,15 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}): save the model again.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not an object with settings: save the model again.")
+    return value
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -438,6 +464,8 @@ def load_policy(
         raise InputError(
             f"policy folder {weights} has no config.json: it is incomplete or not a policy folder."
         )
+    _refuse_code(weights)
+    _refuse_code(folder)
     with _quiet_transformers():
         model: Any = AutoModelForCausalLM.from_pretrained(
             weights,
@@ -472,6 +500,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a policy folder."""
     from transformers import AutoTokenizer
 
+    _refuse_code(Path(folder))
     return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True, trust_remote_code=False)
 
 

@@ -17,8 +17,10 @@ from sera_core.config import TrainConfig
 from sera_core.devices import device_of
 from sera_core.errors import InputError, SeraError
 from sera_core.models import load_policy, load_tokenizer, save_policy, weights_digest
+from tasks.engines.library_logs import is_heard
 from tasks.engines.training_data import Mixture, training_order
 
+LOG = logging.getLogger("sera.train")
 MARGIN_BOUND = 1e-3
 """Largest margin, in nats, that two float32 computations of the same values may leave at step 0."""
 PROBE_PAIRS = 8
@@ -321,6 +323,8 @@ class TrainingRun:
         )
         metrics = {name: value for name, value in logs.items() if name != "epoch"}
         self.lines.append({"step": step, **metrics, "pairs": len(rows), "tokens/trained": tokens})
+        told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        LOG.info("step %d of %d: %s", step + 1, self.steps, told)
         self.attempt.progress(min((step + 1) * self.train.batch, len(self.order)), len(self.order), "pairs")
         every = self.attempt.execution.checkpoint_steps
         if every and (step + 1) % every == 0 and step + 1 < self.steps:
@@ -379,10 +383,13 @@ class TrainingRun:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' own notices off the terminal: what matters here is an error or in the log."""
-    names = ("transformers", "trl", "accelerate", "peft", "datasets")
+    """Keep the libraries' own notices off the terminal: what matters here is an error or in the log.
+
+    A library that somebody listens to keeps its voice.
+    """
+    names = [n for n in ("transformers", "trl", "accelerate", "peft", "datasets") if not is_heard(n)]
     levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
+    for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():

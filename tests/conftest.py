@@ -1,6 +1,8 @@
 """Shared fixtures; shapes and types of the mathematics are checked in every test run."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
@@ -36,6 +38,12 @@ def pytest_sessionfinish(session, exitstatus):
     missing = [line for line in _absent if "accelerator" not in line]
     if missing and os.environ.get("CI") == "true" and exitstatus == 0:
         session.exitstatus = 1
+
+
+@pytest.fixture
+def kept_store(tmp_path):
+    """A copy of the small store of format 1: run `first` with two rounds, `second` with the same round 0."""
+    return Path(shutil.copytree(Path(__file__).parent / "fixtures" / "store-format-1", tmp_path / "store"))
 
 
 @pytest.fixture(autouse=True)

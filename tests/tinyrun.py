@@ -9,11 +9,11 @@ from flows import opening
 from flows.progress import reporter
 from flows.session import Session
 from flows.working import PAUSED, report_test_side, work_through
+from sera_core.artifacts.lease import hold
 from sera_core.artifacts.runs import RunStore
-from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
-from tasks.work import work_of
+from tasks.work import do_work
 
 WORDS = [
     "capital", "river", "answer", "short", "clear", "vague", "story", "boat",
@@ -73,6 +73,13 @@ def config(folder: Path, **sections: dict) -> SeraConfig:
     return SeraConfig.model_validate(settings(folder, **sections))
 
 
+def form(folder: Path, **sections: dict) -> dict:
+    """The same as Prefect's form takes it: two fields, the rest as overrides."""
+    given = settings(folder, **sections)
+    two = {"model": given.pop("model"), "data": {"train": given["data"].pop("train")[0]["path"]}}
+    return {**two, "preset": "full", "overrides": given}
+
+
 def experiment(folder: Path, **sections: dict) -> Path:
     """The same as a TOML file for the command line."""
     path = folder / "tiny.toml"
@@ -103,14 +110,15 @@ def work(config: SeraConfig, store: Path | str, run: str = "tiny") -> RunStore:
 
     def runner(spec):
         with reporter(spec.step) as progress:
-            return run_step(records.store, spec, work_of(spec.step), config.execution, progress)
+            return do_work(records.store.url, spec, config.execution, progress)
 
-    while (state := opening.state_of(records)) == "open":
-        state = work_through(Session(str(store), run, runner), records.history().next_round)
-        if state in PAUSED:
-            return records
-    if state not in PAUSED:
-        report_test_side(Session(str(store), run, runner))
+    with hold(records.store, run, print):
+        while (state := opening.state_of(records)) == "open":
+            state = work_through(Session(str(store), run, runner), records.history().next_round)
+            if state in PAUSED:
+                return records
+        if state not in PAUSED:
+            report_test_side(Session(str(store), run, runner))
     return records
 
 

@@ -1,5 +1,6 @@
 """Tables and text on stdout; data is never read as markup."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from flows.round_card import with_interval
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -25,6 +28,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 def print_text(text: str) -> None:
     """A paragraph, as it is."""
     Console(soft_wrap=True).print(Text(text))
+
+
+def shown(value: Any) -> Any:
+    """A metric as a table shows it: a rate with its interval, anything nested as JSON."""
+    if isinstance(value, dict) and "value" in value:
+        return with_interval(value)
+    return json.dumps(value) if isinstance(value, dict | list) else value
 
 
 def _cell(value: Any) -> str:

@@ -1,19 +1,25 @@
-"""`sera run`, `sera demo`, `sera plan`: do a run, or say what it would do."""
+"""`sera run`, `demo`, `advance`, `plan`: do a run or a round of it, or say what it would do."""
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flows import opening
+from flows.commands.answers import say
 from flows.commands.printing import print_table, print_text
 from flows.commands.summary import closing_lines, rounds_table
 from flows.experiments import load_experiment
-from flows.looking import show
+from flows.looking import run_records, show
 from flows.planning import plan
+from flows.working import PAUSED, test_side_is_open
+from sera_core.artifacts.lease import wait_until_free
 from sera_core.artifacts.runs import RunStore, check_name
+from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 
 DEMO = "bundled:demo"
@@ -40,6 +46,15 @@ def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     _add_set(sub)
     sub.set_defaults(command=demo_command)
+
+
+def add_advance(commands: Any, common: argparse.ArgumentParser) -> None:
+    """`sera advance RUN`."""
+    sub = commands.add_parser(
+        "advance", parents=[common], help="one further round of a run, or nothing if it has stopped"
+    )
+    sub.add_argument("run")
+    sub.set_defaults(command=advance_command)
 
 
 def add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -76,6 +91,20 @@ def demo_command(args: argparse.Namespace) -> int:
     return _run(load_experiment(experiment, args.set), name, args)
 
 
+def advance_command(args: argparse.Namespace) -> int:
+    """One round of a run that is open; then, as always, how the run stands."""
+    records = run_records(open_store(args.store), args.run)
+    if opening.state_of(records) == "open":
+        wait_until_free(records.store, records.run, say)  # before Prefect takes its seconds to start
+        from flows.embedded_server import prefect_api
+
+        with prefect_api(args.debug), ended_by_signal():
+            from flows.advance import sera_advance
+
+            sera_advance(args.run, args.store)
+    return _tell(records, args)
+
+
 def plan_command(args: argparse.Namespace) -> int:
     """Print the plan."""
     config = load_experiment(args.experiment, args.set)
@@ -100,25 +129,15 @@ def name_of(experiment: str) -> str:
 
 def _run(config: SeraConfig, name: str, args: argparse.Namespace) -> int:
     begun = time.monotonic()
+    wait_until_free(open_store(args.store), name, say)  # before anything is recorded of a changed setting
     records = opening.open_run(config, name, args.store)
     state = opening.state_of(records)
-    if state == "open" or (state not in ("waiting", "budget") and _test_side_open(records)):
+    if state == "open" or (state not in PAUSED and test_side_is_open(records)):
         _announce(config, name, args)
-        state = _work(config, name, args)
+        _work(config, name, args)
         if not args.json:
             print_text(f"{time.monotonic() - begun:.0f} s in all.")
     return _tell(records, args)
-
-
-def _test_side_open(records: RunStore) -> bool:
-    """Whether the run has stopped but its test side was not reported yet."""
-    best = records.history().best
-    if best is None or opening.test_record(records) is not None:
-        return False
-    rendered = best.steps["pairs"]
-    from sera_core.artifacts.manifest import Artifact
-
-    return bool(Artifact(records.store, rendered).record.files["test.parquet"].rows)
 
 
 def _announce(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
@@ -142,18 +161,24 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
-def _work(config: SeraConfig, name: str, args: argparse.Namespace) -> str:
+def _work(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
     from flows.embedded_server import prefect_api
 
-    with prefect_api(args.debug):
-        from prefect.exceptions import TerminationSignal
-
+    with prefect_api(args.debug), ended_by_signal():
         from flows.sera import sera
 
-        try:
-            return sera(config, run=name, store=args.store)
-        except TerminationSignal as signal:  # asked to end: the store holds what is finished
-            raise KeyboardInterrupt from signal
+        sera(config, run=name, store=args.store)
+
+
+@contextmanager
+def ended_by_signal() -> Iterator[None]:
+    """Prefect's word for being asked to end is ours for an interrupt: the store holds what is finished."""
+    from prefect.exceptions import TerminationSignal
+
+    try:
+        yield
+    except TerminationSignal as signal:
+        raise KeyboardInterrupt from signal
 
 
 def _tell(records: RunStore, args: argparse.Namespace) -> int:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from flows.cards import interval
 from flows.commands.printing import print_table
 from flows.looking import against_round_0, verdict_words
 from flows.opening import test_record
+from flows.round_card import with_interval
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.reporting.examples import example_pairs
 
@@ -35,10 +35,10 @@ def rounds_table(records: RunStore) -> None:
                 r.pairs["human"],
                 r.pairs["generated"],
                 f"{r.generated_share:.2f} ({r.target_share:.2f})",
-                interval(m.get("heldout/rewards/accuracies")),
-                interval(m.get("heldout/accuracy_change")) if r.round else "–",
-                interval(m.get("heldout/margin")),
-                interval(m.get("trained/margin")),
+                with_interval(m.get("heldout/rewards/accuracies")),
+                with_interval(m.get("heldout/accuracy_change")) if r.round else "–",
+                with_interval(m.get("heldout/margin")),
+                with_interval(m.get("trained/margin")),
             ]
         )
     print_table(f"run {records.run}", columns, rows)
@@ -63,7 +63,7 @@ def closing_lines(records: RunStore) -> Iterator[str]:
             yield said
         yield from _examples(records)
     if (final := test_record(records)) is not None:
-        accuracy = interval(final["metrics"].get("test/rewards/accuracies"))
+        accuracy = with_interval(final["metrics"].get("test/rewards/accuracies"))
         yield f"Test side, which decided nothing: accuracy {accuracy} under round {final['round']}."
     if history.rounds:
         yield f"Artifacts: {records.store.url}. Next, try:"

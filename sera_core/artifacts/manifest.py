@@ -1,22 +1,19 @@
 """The nouns of the store: what a step is to do (StepSpec), what it made (StepRecord), and its StepRef."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from sera_core.artifacts.canonical import files_digest, sha256_json
-from sera_core.artifacts.store import Store, read_json
+from sera_core.artifacts.records import Noun, read_record, typed
+from sera_core.artifacts.store import Store
 from sera_core.errors import StoreError
 
-FORMAT = 1
-"""Version of every record's layout."""
-
-
-class Noun(BaseModel):
-    """A frozen record that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pt2", ".pth"})
+"""Formats of weights that are pickles: opening one may run code."""
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
 
 
 class StepRef(Noun):
@@ -58,10 +55,18 @@ class StepSpec(Noun):
 class FileRecord(Noun):
     """One file of a step."""
 
-    attempt: str
-    sha256: str
-    bytes: int
+    attempt: str = Field(pattern=r"^[0-9a-f]{16}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
     rows: int | None = None
+
+
+class PartRecord(Noun):
+    """`part-00007.json`: one finished shard, or one checkpoint."""
+
+    format: int
+    files: dict[str, FileRecord]
+    info: dict[str, Any]
 
 
 class StepRecord(Noun):
@@ -97,29 +102,44 @@ def find_record(store: Store, step: str, key: str | None) -> StepRecord | None:
     if key is None:
         return None
     path = f"steps/{step}/{key}/done.json"
-    data = read_json(store, path)
+    data = read_record(store, path)
     return None if data is None else parse_record(data, f"{store.url}/{path}")
 
 
 def parse_record(data: Any, where: str) -> StepRecord:
     """Check and type a `done.json`."""
-    if not isinstance(data, dict) or data.get("format", 0) > FORMAT:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise StoreError(
-            f"{where}: record format {found}; this version reads up to {FORMAT}. Upgrade sera-flow"
-        )
-    try:
-        record = StepRecord.model_validate(data)
-    except ValueError as error:
-        raise StoreError(
-            f"{where}: not a step's record ({error}); restore it from a copy of the store"
-        ) from error
-    for path, file in record.files.items():
-        if Path(path).is_absolute() or ".." in Path(path).parts or not file.attempt.isalnum():
-            raise StoreError(
-                f"{where}: names the file {path!r}, which is outside its step; the record was tampered with"
-            )
+    record = typed(StepRecord, data, where)
+    for name in record.files:
+        check_file_name(name, where)
     return record
+
+
+def parse_part(data: Any, where: str) -> PartRecord:
+    """Check and type a part's record."""
+    part = typed(PartRecord, data, where)
+    for name in part.files:
+        check_file_name(name, where)
+    return part
+
+
+def check_file_name(name: str, where: str = "") -> str:
+    """The relative path of a step's file: plain names between slashes, and no format that runs code.
+
+    Raises:
+        StoreError: it leads elsewhere, its letters only look plain, or it is a pickle.
+    """
+    said = f"{where}: " if where else ""
+    if not _FILE_NAME.fullmatch(name) or ".." in name:
+        raise StoreError(
+            f"{said}names the file {name!r}, which is outside its step (plain names between slashes); "
+            "the record was tampered with"
+        )
+    if Path(name).suffix.lower() in PICKLES:
+        raise StoreError(
+            f"{said}names the file {name!r}, a format that can run code when it is opened; no step writes "
+            "such files, and none is read. Weights are safetensors"
+        )
+    return name
 
 
 class Artifact:

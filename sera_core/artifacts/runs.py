@@ -1,5 +1,6 @@
 """A run: its configuration records, its round manifests, and what follows from them: head, best, stop reason.
 
+runs/<run>/lease/                 who works on it (lease.py)
 runs/<run>/run-000.json           resolved configuration; later numbers only for changed limits and execution
 runs/<run>/round-000.json         create-only manifest of a finished round, with the sha256 of its parent
 runs/<run>/stop-000.json          the budget that ended the run under run-000.json
@@ -13,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
+from sera_core.artifacts import lease
 from sera_core.artifacts.canonical import sha256_json
-from sera_core.artifacts.manifest import FORMAT, Noun, StepRef
-from sera_core.artifacts.store import Store, create_json, numbered, read_json
+from sera_core.artifacts.manifest import StepRef
+from sera_core.artifacts.records import FORMAT, Noun, read_record, read_series, typed
+from sera_core.artifacts.store import Store, create_json
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError, StoreError
 
@@ -59,6 +62,8 @@ class RoundManifest(Noun):
     stop_reason: str | None
     accuracy: float | None
     created: str
+    epoch: int | None = None
+    """Epoch of the lease it was committed under; None where nobody else could be at work."""
 
 
 def check_name(run: str) -> str:
@@ -125,14 +130,15 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): value}
 
 
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(dotted key, old, new) for every one that differs; None where a side has none."""
+    a, b = flatten(old), flatten(new)
+    return [(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines `key: old -> new` for every dotted key that differs."""
-    a, b = flatten(old), flatten(new)
-    return [
-        f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key)
-    ]
+    return [f"{key}: {was!r} -> {now!r}" for key, was, now in changes(old, new)]
 
 
 class RunStore:
@@ -144,26 +150,29 @@ class RunStore:
 
     def configs(self) -> list[RunRecord]:
         """run-000.json and its successors."""
-        return [
-            RunRecord.model_validate(data) for _, data in numbered(self.store, self.path + "/run-{:03d}.json")
-        ]
+        found = read_series(self.store, self.path + "/run-{:03d}.json")
+        return [typed(RunRecord, data, self._where(f"run-{number:03d}")) for number, data in found]
 
     def rounds(self) -> list[RoundManifest]:
         """Manifests of the finished rounds, in order, each checked against its parent's hash."""
         manifests: list[RoundManifest] = []
         parent = None
-        for number, data in numbered(self.store, self.path + "/round-{:03d}.json"):
-            manifest = RoundManifest.model_validate(data)
+        for number, data in read_series(self.store, self.path + "/round-{:03d}.json"):
+            manifest = typed(RoundManifest, data, self._where(f"round-{number:03d}"))
             if manifest.parent_sha256 != parent or manifest.round != number:
                 raise StoreError(
-                    f"{self.store.url}/{self.path}/round-{number:03d}.json: does not follow from "
+                    f"{self._where(f'round-{number:03d}')}: does not follow from "
                     "the manifest before it (another parent hash); restore both from a copy of the store"
                 )
             manifests.append(manifest)
-            parent = self._sha256(number)
+            parent = self.sha256_of_round(number)
         return manifests
 
-    def _sha256(self, number: int) -> str | None:
+    def _where(self, name: str) -> str:
+        return f"{self.store.url}/{self.path}/{name}.json"
+
+    def sha256_of_round(self, number: int) -> str | None:
+        """sha256 of a round's manifest as it lies in the store; None when there is none."""
         data = self.store.read_bytes(f"{self.path}/round-{number:03d}.json")
         return None if data is None else hashlib.sha256(data).hexdigest()
 
@@ -199,18 +208,39 @@ class RunStore:
         winner, _ = create_json(
             self.store, f"{self.path}/run-{len(records):03d}.json", record.model_dump(mode="json")
         )
-        return RunRecord.model_validate(winner)
+        return typed(RunRecord, winner, self._where(f"run-{len(records):03d}"))
 
     def commit_round(self, manifest: RoundManifest) -> RoundManifest:
-        """Create the round's manifest; of two writers the first one's stands."""
+        """Create the round's manifest; of two writers the first one's stands.
+
+        Raises:
+            BusyError: this process held the run, and somebody took over.
+        """
         number = manifest.round
-        parent = self._sha256(number - 1) if number else None
-        data = manifest.model_copy(update={"parent_sha256": parent}).model_dump(mode="json")
-        winner, _ = create_json(self.store, f"{self.path}/round-{number:03d}.json", data)
-        return RoundManifest.model_validate(winner)
+        parent = self.sha256_of_round(number - 1) if number else None
+        data = manifest.model_copy(update={"parent_sha256": parent, "epoch": self._epoch()})
+        winner, ours = create_json(
+            self.store, f"{self.path}/round-{number:03d}.json", data.model_dump(mode="json")
+        )
+        if not ours:
+            self._epoch()
+        return typed(RoundManifest, winner, self._where(f"round-{number:03d}"))
+
+    def _epoch(self) -> int | None:
+        """The epoch of the lease this process holds on the run, read again; None where it holds none."""
+        held = lease.held(self.store, self.run)
+        if held is None:
+            return None
+        held.check()
+        return held.number
 
     def commit_stop(self, reason: str, after: str) -> None:
-        """Record that the budget ended the run under its current configuration."""
+        """Record that the budget ended the run under its current configuration.
+
+        Raises:
+            BusyError: this process held the run, and somebody took over.
+        """
+        self._epoch()
         number = len(self.configs()) - 1
         record = {"format": FORMAT, "reason": reason, "after": after, "created": now()}
         create_json(self.store, f"{self.path}/stop-{number:03d}.json", record)
@@ -227,7 +257,7 @@ class RunStore:
         limits = SeraConfig.model_validate(records[-1].config).limits
         if history.next_round >= limits.rounds:
             return "max_rounds"
-        stop = read_json(self.store, f"{self.path}/stop-{len(records) - 1:03d}.json")
+        stop = read_record(self.store, f"{self.path}/stop-{len(records) - 1:03d}.json")
         return None if stop is None else stop["reason"]
 
     def ask(self, round: int, evidence: Mapping[str, Any], hours: float, default: str) -> dict[str, Any]:
@@ -251,11 +281,15 @@ class RunStore:
 
     def question(self, round: int) -> dict[str, Any] | None:
         """The question asked of a round, or None."""
-        return read_json(self.store, f"{self.path}/review-{round:03d}.json")
+        return read_record(self.store, f"{self.path}/review-{round:03d}.json")
+
+    def given_answer(self, round: int) -> dict[str, Any] | None:
+        """The answer that stands in the store, whatever the time is."""
+        return read_record(self.store, f"{self.path}/review-{round:03d}-answer.json")
 
     def answer_of(self, round: int) -> dict[str, Any] | None:
         """The answer to a round's question; after the deadline the default is written and returned."""
-        found = read_json(self.store, f"{self.path}/review-{round:03d}-answer.json")
+        found = self.given_answer(round)
         question = self.question(round)
         if found is None and question and datetime.fromisoformat(question["until"]) < datetime.now(UTC):
             return self.answer(round, question["default"], "no answer before the deadline", "deadline")

@@ -16,9 +16,20 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from sera_core import __version__
-from sera_core.artifacts.canonical import sha256_file
-from sera_core.artifacts.manifest import FORMAT, Artifact, FileRecord, StepRecord, StepSpec, find_record
-from sera_core.artifacts.store import Store, create_json, numbered, remove_workspace
+from sera_core.artifacts.canonical import files_digest, sha256_file
+from sera_core.artifacts.local_store import no_room
+from sera_core.artifacts.manifest import (
+    Artifact,
+    FileRecord,
+    StepRecord,
+    StepSpec,
+    check_file_name,
+    find_record,
+    parse_part,
+    parse_record,
+)
+from sera_core.artifacts.records import FORMAT, read_series
+from sera_core.artifacts.store import Store, create_json, remove_workspace
 from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
 
@@ -65,7 +76,11 @@ class Attempt:
 
     def parts(self) -> list[dict[str, Any]]:
         """Finished shards or checkpoints of this step, by any attempt, in order (dense, probed by name)."""
-        return [record for _, record in numbered(self.store, self.spec.path + "/part-{:05d}.json")]
+        found = []
+        for number, record in read_series(self.store, self.spec.path + "/part-{:05d}.json"):
+            parse_part(record, f"{self.store.url}/{self.spec.path}/part-{number:05d}.json")
+            found.append(record)
+        return found
 
     def part_path(self, part: dict[str, Any], relative: str) -> Path:
         """Local path of one file of a part, its hash checked."""
@@ -94,11 +109,13 @@ class Attempt:
 
     def _commit(self, relative: str) -> FileRecord:
         if relative not in self._committed:
+            check_file_name(relative)
             path = self.folder / relative
             rows = pq.read_metadata(path).num_rows if path.suffix == ".parquet" else None
-            self.store.commit_file(self.folder, f"{self.spec.path}/{self.id}", relative)
+            place = f"{self.spec.path}/{self.id}"
+            blob = self.store.commit_file(self.folder, place, relative, self.progress)
             self._committed[relative] = FileRecord(
-                attempt=self.id, sha256=sha256_file(path), bytes=path.stat().st_size, rows=rows
+                attempt=self.id, sha256=blob.sha256, bytes=blob.bytes, rows=rows
             )
         return self._committed[relative]
 
@@ -122,8 +139,9 @@ class Attempt:
             seconds=round(seconds, 3),
         )
         data = record.model_dump(mode="json")
-        winner, _ = create_json(self.store, f"{self.spec.path}/done.json", data)
-        return StepRecord.model_validate(winner)
+        path = f"{self.spec.path}/done.json"
+        winner, _ = create_json(self.store, path, data)
+        return parse_record(winner, f"{self.store.url}/{path}")
 
 
 Work = Callable[[Attempt], list[str]]
@@ -145,8 +163,22 @@ def run_step(
         if not attempt.committed:  # refused: leave nothing half-written
             shutil.rmtree(attempt.folder, ignore_errors=True)
         raise
+    except Exception as error:
+        if (trouble := no_room(error, attempt.folder)) is None:
+            raise
+        if not attempt.committed:
+            shutil.rmtree(attempt.folder, ignore_errors=True)
+        raise trouble from error
     finally:
         remove_workspace(store, attempt.folder)
+
+
+@cache
+def code_digest() -> str:
+    """Digest of the code that is at work, whether it was released, checked out or changed by hand."""
+    home = Path(__file__).parents[2]
+    files = [file for room in ("flows", "tasks", "sera_core") for file in (home / room).rglob("*.py")]
+    return files_digest({file.relative_to(home).as_posix(): sha256_file(file) for file in files})
 
 
 @cache
@@ -159,6 +191,7 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
     return {
         "sera-flow": __version__,
+        "code": code_digest(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "system": platform.system(),

@@ -86,7 +86,7 @@ def _find(files: RoundFiles, role: str, file: str, pair_id: str) -> Row:
     columns = (
         ["pair_id", *_MARGINS] if file == "scored.parquet" else ["pair_id", "prompt", "chosen", "rejected"]
     )
-    return next(row for row in files.rows(role, file, columns) if row["pair_id"] == pair_id)
+    return files.row(role, file, pair_id, columns)
 
 
 def _example(kind: str, row: Row, pair: Row, scored: Row) -> dict[str, Any]:

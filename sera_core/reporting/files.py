@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import Artifact
 
@@ -23,6 +25,16 @@ class RoundFiles:
         """Rows of a parquet file; none when the round has no such role."""
         if role in self.artifacts:
             yield from schema.iter_rows(self.artifacts[role].path(file), columns)
+
+    def row(self, role: str, file: str, pair_id: str, columns: Sequence[str]) -> Row:
+        """The row of one pair: the texts of the others are not decoded."""
+        table = pq.ParquetFile(self.artifacts[role].path(file))
+        for group in range(table.num_row_groups):
+            ids = table.read_row_group(group, columns=["pair_id"])["pair_id"].to_pylist()
+            if pair_id in ids:
+                found = table.read_row_group(group, columns=list(columns))
+                return found.slice(ids.index(pair_id), 1).to_pylist()[0]
+        raise KeyError(f"{file}: no pair {pair_id}")
 
     def size(self, role: str, file: str) -> int:
         """Number of rows of a parquet file."""

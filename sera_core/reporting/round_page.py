@@ -44,8 +44,8 @@ def round_page(number: int, artifacts: Mapping[str, Artifact]) -> str:
         lesson=[] if evidence is None else evidences.lesson(evidence),
         blocks=blocks,
         apart=flow.apart(ledger),
-        histograms=_histograms(ledger),
-        examples=[(_title(example), example) for example in examples(files, ledger)],
+        histograms=histograms(ledger),
+        examples=[(title_of(example), example) for example in examples(files, ledger)],
         reasons=words.REASONS,
         shares=[evidences.rate_line(name, rate) for name, rate in shares],
         shares_plot=_shares_plot(shares),
@@ -70,7 +70,8 @@ EXAMPLES = {
 }
 
 
-def _title(example: Row) -> str:
+def title_of(example: Row) -> str:
+    """What an example is an example of."""
     return EXAMPLES["suspicious" if example["reason"] == "not_preferred" else example["kind"]]
 
 
@@ -143,7 +144,7 @@ def _point(rate: dict[str, Any], x: float = 0.0) -> Point:
     return Point(x, rate["value"], rate["low"], rate["high"])
 
 
-def _histograms(ledger: Sequence[Row]) -> list[tuple[str, Markup]]:
+def histograms(ledger: Sequence[Row]) -> list[tuple[str, Markup]]:
     """Margins of the pairs that were judged, kept and dropped."""
     made = []
     for origin in ("human", "generated"):

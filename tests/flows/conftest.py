@@ -2,6 +2,7 @@
 
 import os
 
+import places
 import pytest
 
 
@@ -13,3 +14,10 @@ def prefect_server(tmp_path_factory):
     os.environ["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
     with prefect_api() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """Postgres, Prefect server, deployments and worker, for the tests that break none of them."""
+    with places.place(tmp_path_factory.mktemp("place")) as place:
+        yield place

@@ -16,9 +16,11 @@ from sera_core.config import SeraConfig
 
 MAY_NOT_CHANGE_A_STEP = {
     "execution.device", "execution.micro_batch", "execution.tokens_per_batch", "execution.sampling_batch",
-    "execution.checkpoint_steps", "execution.tracking",  # how the work is done
+    "execution.checkpoint_steps", "execution.tracking",
+    "execution.child", "execution.limit", "execution.accept_racy_store",  # how the work is done
     "limits.hours", "limits.tokens",  # where it stops: tested in test_stopping.py
     "decide.review_hours", "decide.review_default",  # what is written when nobody answers: test_reviewing.py
+    "review.show_text",  # what cards show: tested in test_cards.py
     "model.revision",  # the commit it resolves to is in the source's digest; a folder has none
 }  # fmt: skip
 
@@ -43,6 +45,7 @@ OTHER = {
     "train.label_smoothing": 0.1,
     "train.learning_rate": 2e-4,
     "limits.rounds": 2,
+    "execution.limit": "sera-device",
 }
 """A second value, where no other value of the type is sure to be valid."""
 
@@ -165,7 +168,12 @@ def test_every_field_changes_the_plan_or_is_known_not_to(field, shared):
 
 def test_what_changes_no_result_is_not_in_the_configuration_hash(tmp_path):
     config = tinyrun.config(tmp_path)
-    other = tinyrun.config(tmp_path, execution={"micro_batch": 2}, limits={"rounds": 9, "hours": 1.0})
+    other = tinyrun.config(
+        tmp_path,
+        execution={"micro_batch": 2},
+        limits={"rounds": 9, "hours": 1.0},
+        review={"show_text": False},
+    )
     digests = source_digests(config)
     assert resolved(config, digests) == resolved(other, digests)
     assert keys_of(config) <= keys_of(other)

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import tinyrun
 
-from flows.looking import verify
+from flows.verifying import verify
 
 pytestmark = pytest.mark.flow
 
 KILLER = """
 import os, signal, sys
 from sera_core.artifacts import step
+from tasks import work
 point, round, args = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -30,15 +31,15 @@ if point == "commit":
     step.create_json = create_json
 else:
     name, calls = point.split(":")
-    real_init = step.Attempt.__init__
-    def init(self, store, spec, execution, progress=step.quiet):
+    real = work.do_work
+    def do_work(store, spec, execution, progress, *log):
         seen = []
         def report(done, total, unit):
             seen.append(done)
             if spec.step == name and spec.fields.get("round") == round and len(seen) >= int(calls):
                 die()
-        real_init(self, store, spec, execution, report)
-    step.Attempt.__init__ = init
+        return real(store, spec, execution, report, *log)
+    work.do_work = do_work
 from flows.cli import main
 sys.exit(main(args))
 """
@@ -51,11 +52,19 @@ def never_killed(tmp_path_factory):
     return folder, tinyrun.policy_shas(records)
 
 
-@pytest.mark.parametrize("point", ["sample:1", "train:2", "commit"])
-def test_a_killed_run_resumes_to_the_policy_of_one_never_killed(never_killed, point):
+IN_CHILDREN = {"execution": {"child": "always"}, "evaluate": {"prompts": 0}}
+"""Device work in child processes, and fewer of them: each takes seconds to import torch."""
+
+
+@pytest.mark.parametrize(
+    ("point", "sections"),
+    [("sample:1", {}), ("train:2", {}), ("train:2", IN_CHILDREN), ("commit", {})],
+    ids=["sample", "train", "train in a child", "commit"],
+)
+def test_a_killed_run_resumes_to_the_policy_of_one_never_killed(never_killed, tmp_path, point, sections):
     folder, expected = never_killed
-    store = folder / point.replace(":", "-")
-    experiment = tinyrun.experiment(folder, limits={"rounds": 2})
+    store = tmp_path / "store"
+    experiment = tinyrun.experiment(folder, limits={"rounds": 2}, **sections)
     command = ["run", str(experiment), "--store", str(store), "--json"]
     killed = subprocess.Popen(
         [sys.executable, "-c", KILLER, point, "1", *command], stderr=subprocess.PIPE, text=True
@@ -63,8 +72,8 @@ def test_a_killed_run_resumes_to_the_policy_of_one_never_killed(never_killed, po
     _, said = killed.communicate(timeout=600)
     assert killed.returncode == -signal.SIGKILL, said
     assert len(list((store / "runs" / "tiny").glob("round-*.json"))) == 1
-    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     gone_within(5, killed.pid)
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     again = subprocess.run(
         [sys.executable, "-m", "flows.cli", *command], capture_output=True, text=True, timeout=600
     )
@@ -73,7 +82,7 @@ def test_a_killed_run_resumes_to_the_policy_of_one_never_killed(never_killed, po
     assert [r["artifacts"]["policy"]["sha256"] for r in found["rounds"]] == expected
     assert {path: path.read_bytes() for path in before} == before  # nothing committed was changed
     records = tinyrun.RunStore(tinyrun.open_store(str(store)), "tiny")
-    assert verify(records) > 0
+    assert verify(records).files > 0
     if point == "train:2":
         step = store / "steps" / "train" / records.rounds()[1].steps["policy"].key
         first = json.loads((step / "part-00000.json").read_text())
@@ -92,6 +101,9 @@ def gone_within(seconds: float, pid: int) -> None:
     raise AssertionError(f"still running: {left}")
 
 
+OURS = {"flows.embedded_server", "tasks.engines.child"}
+
+
 def children_of(pid: int) -> list[str]:
     found = []
     for entry in Path("/proc").iterdir():
@@ -100,9 +112,7 @@ def children_of(pid: int) -> list[str]:
             state = (entry / "stat").read_text().rsplit(")", 1)[1].split()
         except (OSError, IndexError):
             continue
-        if state[0] != "Z" and (
-            int(state[1]) == pid or ("flows.embedded_server" in words and str(pid) in words)
-        ):
+        if state[0] != "Z" and (int(state[1]) == pid or (OURS.intersection(words) and str(pid) in words)):
             found.append(" ".join(words))
     return found
 

@@ -1,0 +1,113 @@
+"""`sera deploy`, `sera up`: what drives runs from Prefect, on a server that is there or one started here."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from flows.commands.printing import print_table, print_text
+from flows.embedded_server import track_nothing
+
+
+def add_deploy(commands: Any, _: argparse.ArgumentParser) -> None:
+    """`sera deploy [--pool-type process] [--store URL] [--notify URL]`."""
+    sub = commands.add_parser(
+        "deploy",
+        help="make work pool, limit, variable, automations and deployments on the Prefect server",
+        description="Makes on the Prefect server of PREFECT_API_URL what driving runs from there takes. "
+        "May be repeated: what is there already stays, and what was switched on or off stays so.",
+    )
+    _add_flags(sub)
+    sub.add_argument("--pool-type", default="process", help="type of the work pool (default: process)")
+    sub.set_defaults(command=deploy_command)
+
+
+def add_up(commands: Any, _: argparse.ArgumentParser) -> None:
+    """`sera up [--port 4200] [--store URL] [--home DIR] [--notify URL]`."""
+    sub = commands.add_parser(
+        "up",
+        help="start Prefect's server and UI, a worker and the deployments here, until Ctrl-C",
+        description="Starts a Prefect server with its UI on the loopback interface, does what `sera deploy` "
+        "does, and starts a worker. Whichever of them dies is started again; Ctrl-C ends them all.",
+    )
+    _add_flags(sub)
+    sub.add_argument("--port", type=int, default=4200, help="port of the UI (default: 4200)")
+    sub.add_argument(
+        "--home",
+        type=Path,
+        default=Path(os.environ.get("SERA_HOME", "~/.sera")),
+        help="folder for Prefect's database (SQLite, unless PREFECT_SERVER_DATABASE_CONNECTION_URL names "
+        "another), settings and logs (default: $SERA_HOME, else ~/.sera); your own Prefect profile is not "
+        "touched",
+    )
+    sub.set_defaults(command=up_command)
+
+
+def _add_flags(sub: argparse.ArgumentParser) -> None:
+    # Not the common --store: without it, the store that the server has already stays.
+    sub.add_argument(
+        "--store",
+        default=os.environ.get("SERA_STORE") or None,
+        help="folder or s3://bucket/prefix that runs triggered from Prefect use "
+        "(default: $SERA_STORE, else what the server has, else ./sera-store)",
+    )
+    sub.add_argument(
+        "--notify",
+        metavar="URL",
+        default=os.environ.get("SERA_NOTIFY_URL") or None,
+        help="webhook that gets a JSON text when a run stops or its alarm is raised "
+        "(default: $SERA_NOTIFY_URL, else nobody is told)",
+    )
+    sub.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
+    )
+    sub.add_argument("--debug", action="store_true", help="show tracebacks and Prefect's log")
+
+
+def deploy_command(args: argparse.Namespace) -> int:
+    """Make everything; print what is there now."""
+    track_nothing()
+    from flows.deploying import deploy
+
+    made = deploy(args.pool_type, args.store, args.notify)
+    if args.json:
+        print(json.dumps(made))
+        return 0
+    rows = [[kind, name, found] for kind, names in made.items() for name, found in names.items()]
+    print_table("on the Prefect server", ["what", "name", "id or value"], rows)
+    print_text("Runs start from the UI, from `prefect deployment run sera/sera`, or by schedule.")
+    return 0
+
+
+def up_command(args: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    from flows.supervising import up
+
+    home = args.home.expanduser().absolute()
+
+    def ready(made: dict[str, Any]) -> None:
+        told = {"ui": f"http://127.0.0.1:{args.port}", "home": str(home), **made}
+        print(json.dumps(told) if args.json else _welcome(told), flush=True)
+
+    up(home, args.port, deploy_arguments(args), ready, lambda line: print(f"sera: {line}", file=sys.stderr))
+    return 0
+
+
+def _welcome(told: dict[str, Any]) -> str:
+    store = told["variables"]["sera_store"]
+    return f"""\
+Prefect's UI  {told["ui"]}
+store         {store}
+logs          {told["home"]}/server.log, {told["home"]}/worker.log
+
+Start a run: {told["ui"]}/deployments, then `sera`, then Run. Or on this server from a shell:
+  PREFECT_API_URL={told["ui"]}/api sera run EXPERIMENT.toml --store {store}
+Ctrl-C ends it all. `sera up` again goes on with the runs that were under way."""
+
+
+def deploy_arguments(args: argparse.Namespace) -> list[str]:
+    """The same wishes for `sera deploy`."""
+    given = {"--store": args.store, "--notify": args.notify}
+    return [word for flag, value in given.items() if value is not None for word in (flag, value)]

@@ -1,0 +1,256 @@
+"""Where a policy comes from: every step back to the data and the start policy, in one record. No Prefect.
+
+The chain closes: each step names its inputs by key and digest, its key is the hash of its settings and of
+those digests, and the only steps without inputs are the data and the start policy, whose digests are those of
+the sources themselves.
+"""
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef
+from sera_core.artifacts.records import FORMAT, Noun
+from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.config import SeraConfig
+from sera_core.errors import InputError
+from sera_core.steps import SIDES
+
+COMMIT_DIGITS = 40
+
+
+class Source(Noun):
+    """Data or a model as it was given."""
+
+    name: str
+    """Its name without folders."""
+    digest: str
+    """sha256 of the file's bytes, or the commit of a hub id; of a model folder the digest of its files."""
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the name is a hub id: its digest is a commit."""
+        return len(self.digest) == COMMIT_DIGITS
+
+
+class DataSource(Source):
+    """A source of preference pairs or prompts."""
+
+    side: str
+    split: str
+    weight: float
+
+
+class Code(Noun):
+    """Code that did steps of the chain."""
+
+    version: str
+    digest: str | None
+    """Of the source files themselves."""
+
+
+class LineageStep(Noun):
+    """One step of the chain."""
+
+    step: str
+    version: int
+    key: str
+    digest: str
+    fields: dict[str, Any]
+    inputs: dict[str, StepRef]
+    files: dict[str, str]
+    """sha256 of each file."""
+    environment: dict[str, Any]
+    started: str
+    seconds: float
+
+
+class LineageRound(Noun):
+    """Who was at work in one round."""
+
+    round: int
+    decision: str
+    reason: str
+    manifest_sha256: str | None
+    parent_sha256: str | None
+    policy: StepRef | None
+    started_from: StepRef | None
+    trained_on: StepRef | None
+    sampled_by: StepRef | None
+    human_pairs_scored_by: list[StepRef]
+    generated_pairs_scored_by: list[StepRef]
+    references: list[StepRef]
+
+
+class PolicyRecord(Noun):
+    """The policy itself."""
+
+    run: str
+    round: int
+    step: StepRef
+    sha256: str
+    """Digest of the policy's folder in the store."""
+    weights: str
+    """Digest of its weights alone."""
+
+
+class Lineage(Noun):
+    """`lineage.json`."""
+
+    format: int
+    policy: PolicyRecord
+    config_sha256: str
+    config: dict[str, Any]
+    """Every setting that changes a result; sources by their digests."""
+    seed: int
+    start: Source
+    data: list[DataSource]
+    code: list[Code]
+    rounds: list[LineageRound]
+    steps: list[LineageStep]
+    """Inputs before the steps made from them."""
+
+
+def lineage(records: RunStore, manifest: RoundManifest) -> Lineage:
+    """Everything that made a round's policy.
+
+    Raises:
+        InputError: the round trained no policy.
+        StoreError: a step of the chain is missing, or is not the one that is named.
+    """
+    if "policy" not in manifest.steps:
+        raise InputError(
+            f"round {manifest.round} trained no policy ({manifest.stop_reason}); choose another with --round"
+        )
+    walk = _Walk(records)
+    rounds = [walk.round(r) for r in records.rounds()[: manifest.round + 1]]
+    policy = walk.step(manifest.steps["policy"])
+    made = walk.reached_from(policy)
+    config = records.configs()[0]
+    return Lineage(
+        format=FORMAT,
+        policy=PolicyRecord(
+            run=records.run,
+            round=manifest.round,
+            step=policy.ref,
+            sha256=manifest.artifacts["policy"]["sha256"],
+            weights=policy.metrics["weights/result"],
+        ),
+        config_sha256=config.config_sha256,
+        config=config.resolved,
+        seed=config.resolved["seed"],
+        start=start_of(records),
+        data=data_of(records),
+        code=_codes(made),
+        rounds=rounds,
+        steps=[_step(record) for record in made],
+    )
+
+
+def start_of(records: RunStore) -> Source:
+    """The start policy."""
+    config = records.configs()[0]
+    digest = config.resolved["digests"]["model"]
+    name = display_name(SeraConfig.model_validate(config.config).model.source, digest)
+    return Source(name=name, digest=digest)
+
+
+def data_of(records: RunStore) -> list[DataSource]:
+    """The sources of pairs and prompts."""
+    config = records.configs()[0]
+    data = SeraConfig.model_validate(config.config).data
+    found = []
+    for side in SIDES:
+        digests = config.resolved["digests"]["data"][side]
+        for source, digest in zip(getattr(data, side), digests, strict=True):
+            name = display_name(source.path, digest)
+            found.append(
+                DataSource(name=name, digest=digest, side=side, split=source.split, weight=source.weight)
+            )
+    return found
+
+
+def display_name(source: str, digest: str) -> str:
+    """A source without the folders, hosts and signatures that belong to the machine it was read on."""
+    if len(digest) == COMMIT_DIGITS or source.startswith(("bundled:", "package:")):
+        return source
+    where = urlsplit(source).path if "://" in source else source
+    return PurePosixPath(where).name or "source"
+
+
+class _Walk:
+    """The records of the chain, each read once and held against the digest it is named by."""
+
+    def __init__(self, records: RunStore) -> None:
+        self.records = records
+        self._seen: dict[str, StepRecord] = {}
+
+    def step(self, ref: StepRef) -> StepRecord:
+        if ref.key not in self._seen:
+            self._seen[ref.key] = Artifact(self.records.store, ref).record
+        return self._seen[ref.key]
+
+    def reached_from(self, record: StepRecord) -> list[StepRecord]:
+        """The step and all it was made from, inputs first; a step that is reached twice stands once."""
+        found: dict[str, StepRecord] = {}
+        waiting = [(record, False)]
+        while waiting:
+            record, inputs_done = waiting.pop()
+            if record.key in found:
+                continue
+            if inputs_done:
+                found[record.key] = record
+                continue
+            waiting.append((record, True))
+            waiting += [(self.step(ref), False) for _, ref in sorted(record.inputs.items(), reverse=True)]
+        return list(found.values())
+
+    def round(self, manifest: RoundManifest) -> LineageRound:
+        steps = manifest.steps
+        trained = self.step(steps["policy"]).inputs if "policy" in steps else {}
+        sampled = self.step(steps["samples"]).inputs["policy"] if "samples" in steps else None
+        human = self.step(steps["scored"])
+        return LineageRound(
+            round=manifest.round,
+            decision=manifest.decision,
+            reason=manifest.reason,
+            manifest_sha256=self.records.sha256_of_round(manifest.round),
+            parent_sha256=manifest.parent_sha256,
+            policy=steps.get("policy"),
+            started_from=trained.get("start"),
+            trained_on=steps.get("mixture"),
+            sampled_by=sampled,
+            human_pairs_scored_by=self._judges(human, "policy"),
+            generated_pairs_scored_by=self._generated_judges(steps.get("responses"), sampled),
+            references=self._judges(human, "reference"),
+        )
+
+    def _generated_judges(self, ref: StepRef | None, sampled: StepRef | None) -> list[StepRef]:
+        """Newest first. The sampler's own log-probabilities serve where its arithmetic is the scorer's."""
+        if ref is None or sampled is None:
+            return []
+        scored = self.step(ref)
+        judges = self._judges(scored, "policy")
+        return judges if len(judges) == len(scored.fields["weights"]) else [sampled, *judges]
+
+    def _judges(self, scored: StepRecord, kind: str) -> list[StepRef]:
+        """Policies under which the log-probabilities were computed that a step's rewards come from."""
+        names = sorted(name for name in scored.inputs if name.startswith(f"{kind}-"))
+        return [self.step(scored.inputs[name]).inputs["policy"] for name in names]
+
+
+def _step(record: StepRecord) -> LineageStep:
+    names = ("step", "version", "key", "digest", "fields", "inputs", "environment", "started", "seconds")
+    files = {path: file.sha256 for path, file in record.files.items()}
+    return LineageStep(files=files, **{name: getattr(record, name) for name in names})
+
+
+def _codes(made: list[StepRecord]) -> list[Code]:
+    """The versions of our code that were at work, in the order of the steps."""
+    found: dict[tuple[Any, Any], Code] = {}
+    for record in made:
+        told: Mapping[str, Any] = record.environment
+        pair = (told.get("sera-flow", "unknown"), told.get("code"))
+        found.setdefault(pair, Code(version=pair[0], digest=pair[1]))
+    return list(found.values())

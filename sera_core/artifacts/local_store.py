@@ -1,0 +1,177 @@
+"""A store in a folder. A record is committed by a hard link, which fails if the name is taken."""
+
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sera_core.artifacts.canonical import sha256_file
+from sera_core.artifacts.checks import (
+    MAX_RECORD_BYTES,
+    Blob,
+    Progress,
+    check_blob,
+    check_file,
+    check_path,
+    missing,
+)
+from sera_core.errors import StoreError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class LocalStore:
+    """A folder. Nothing outside it is read or written, whatever a record or a link in it says."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.url = str(root)
+        self._verified: set[tuple[str, int, int]] = set()
+
+    def read_bytes(self, path: str) -> bytes | None:
+        file = self.inside(path)
+        try:
+            size = _size(file)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if size > MAX_RECORD_BYTES:
+            raise StoreError(f"{file}: {size:,} bytes are no record; it was tampered with")
+        with _told(file):
+            return file.read_bytes()
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        file = self.inside(path)
+        with _told(file), file.open("rb") as stream:
+            stream.seek(start)
+            return stream.read(stop - start)
+
+    def create(self, path: str, data: bytes) -> bytes:
+        target = self.inside(path)
+        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:16]}"
+        with _told(target):
+            _make_folder(target.parent)
+            try:
+                with temporary.open("xb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                try:
+                    os.link(temporary, target)
+                except FileExistsError:
+                    return target.read_bytes()
+            finally:
+                with suppress(OSError):
+                    temporary.unlink()
+            _fsync_folder(target.parent)
+        return data
+
+    def remove(self, path: str) -> None:
+        file = self.inside(path)
+        with _told(file):
+            file.unlink(missing_ok=True)
+
+    def workspace(self, path: str) -> Path:
+        folder = self.inside(path)
+        with _told(folder):
+            _make_folder(folder)
+        return folder
+
+    def commit_file(
+        self, workspace: Path, path: str, relative: str, progress: Progress | None = None
+    ) -> Blob:
+        self.inside(f"{path}/{relative}")
+        file = workspace / relative
+        with _told(file):
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+            for folder in file.parents[: len(Path(relative).parts)]:
+                _fsync_folder(folder)
+            return Blob(sha256_file(file), file.stat().st_size)
+
+    def fetch(self, path: str, sha256: str, size: int, name: str, progress: Progress | None = None) -> Path:
+        check_blob(self.url, path, sha256, size)
+        file = self.inside(path)
+        try:
+            _size(file)
+        except (FileNotFoundError, NotADirectoryError):
+            raise missing(file) from None
+        found = file.stat()
+        seen = (path, found.st_mtime_ns, found.st_size)
+        if seen not in self._verified or found.st_size != size:
+            check_file(file, sha256, size)
+            self._verified.add(seen)
+        return file
+
+    def names(self, path: str) -> list[str]:
+        folder = self.inside(path)
+        return sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
+
+    def inside(self, path: str) -> Path:
+        """The file, if neither the path nor a link on the way to it leaves the store."""
+        file = self.root / check_path(self.url, path)
+        root, real = os.path.realpath(self.root), os.path.realpath(file)
+        if real != root and not real.startswith(root.rstrip("/") + "/"):
+            raise StoreError(
+                f"{file}: a link leads out of the store, to {real}; what lies there is not the store's. "
+                "Replace the link by what it points to"
+            )
+        return file
+
+
+def _make_folder(folder: Path) -> None:
+    """A folder and those above it, each entry durable: a power cut loses no record by its folder."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _fsync_folder(folder.parent)
+
+
+def _size(file: Path) -> int:
+    """Bytes of a plain file; a folder, a pipe or a device in a file's place is refused."""
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise StoreError(f"{file}: is no plain file; it was not written by sera-flow. Remove it")
+    return found.st_size
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _told(where: Path) -> Iterator[None]:
+    """A full disk, or one that refuses, in one clear sentence."""
+    try:
+        yield
+    except OSError as error:
+        if (trouble := no_room(error, where)) is not None:
+            raise trouble from error
+        if error.errno in _CLOSED and not isinstance(error, StoreError):
+            raise StoreError(
+                f"{where}: the store may not be written or read here ({error}); nothing was committed. Give "
+                "a --store you may write to, on a file system with hard links"
+            ) from error
+        raise
+
+
+def no_room(error: Exception, where: Path) -> StoreError | None:
+    """A clear error where a write failed on a full disk; None for any other error.
+
+    Libraries wrap the system's error in classes of their own, so its text counts too.
+    """
+    if isinstance(error, StoreError):
+        return None
+    if getattr(error, "errno", None) in _FULL or "No space left on device" in str(error):
+        return StoreError(
+            f"{where}: no room is left for it ({error}); nothing half-written was committed. Make room, or "
+            "give another --store, and run again"
+        )
+    return None

@@ -1,0 +1,68 @@
+"""Reading records: each carries the version of its layout, and is checked before it is believed.
+
+An older version is read. A newer one is refused by name: what it means is for a newer sera-flow to say.
+"""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sera_core.artifacts.store import Store, numbered, read_json
+from sera_core.errors import StoreError
+
+FORMAT = 1
+"""Version of every record's layout."""
+
+
+class Noun(BaseModel):
+    """A frozen record that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+AnyNoun = TypeVar("AnyNoun", bound=Noun)
+
+
+def read_record(store: Store, path: str) -> dict[str, Any] | None:
+    """A record that this version can read, or None when it does not exist.
+
+    Raises:
+        StoreError: it is no record, or a newer sera-flow wrote it.
+    """
+    data = read_json(store, path)
+    return None if data is None else checked(data, f"{store.url}/{path}")
+
+
+def read_series(store: Store, pattern: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Records of a dense series (`runs/demo/round-{:03d}.json`), probed by name and in order."""
+    for number, data in numbered(store, pattern):
+        yield number, checked(data, f"{store.url}/{pattern.format(number)}")
+
+
+def checked(data: Any, where: str) -> dict[str, Any]:
+    """A record as it was read, once its format is one this version knows."""
+    if not isinstance(data, dict) or not isinstance(data.get("format"), int) or data["format"] < 1:
+        raise StoreError(f"{where}: not a record of sera-flow; restore it from a copy of the store")
+    if data["format"] > FORMAT:
+        raise StoreError(
+            f"{where}: written by a newer sera-flow (format {data['format']}); this one reads up to "
+            f"{FORMAT}. Upgrade it: pip install --upgrade sera-flow"
+        )
+    return data
+
+
+def typed(kind: type[AnyNoun], data: Any, where: str) -> AnyNoun:
+    """A record of one kind.
+
+    Raises:
+        StoreError: a field is missing, unknown or wrong; the first one is named.
+    """
+    try:
+        return kind.model_validate(checked(data, where))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise StoreError(
+            f"{where}: is no {kind.__name__} ({field}: {first['msg']}); restore it from a copy of the store"
+        ) from error

@@ -1,0 +1,342 @@
+"""Requests to one bucket through s3fs: tried again while that can help, and never for longer than a limit.
+
+There is one retry loop, this one. Those of s3fs and botocore are off, for loops inside loops multiply: a busy
+server was asked 25 times over 40 seconds before anybody was told.
+"""
+
+import asyncio
+import errno
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeVar
+
+import aiohttp
+from botocore import exceptions as botocore_errors
+from botocore.parsers import ResponseParserError
+
+from sera_core.artifacts.checks import MAX_RECORD_BYTES, wrong
+from sera_core.errors import StoreError
+
+T = TypeVar("T")
+
+S3_CONFIG = {
+    "connect_timeout": 5,
+    "read_timeout": 20,
+    "retries": {"mode": "standard", "total_max_attempts": 1},
+    "request_checksum_calculation": "when_required",
+    "response_checksum_validation": "when_required",
+    "s3": {"addressing_style": "path"},
+    "max_pool_connections": 16,
+}
+_PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
+_PASSING_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
+_PASSING_ERRORS = (
+    TimeoutError,
+    ConnectionError,
+    aiohttp.ClientError,
+    botocore_errors.HTTPClientError,
+    botocore_errors.ConnectionError,
+    botocore_errors.IncompleteReadError,
+    botocore_errors.ResponseStreamingError,
+    botocore_errors.ReadTimeoutError,
+    ResponseParserError,
+)
+_NO_LEAVE = (
+    PermissionError,
+    botocore_errors.NoCredentialsError,
+    botocore_errors.PartialCredentialsError,
+    botocore_errors.CredentialRetrievalError,
+)
+_PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0, 5.0)
+"""Seconds before the second try, the third, …; the last one stays."""
+_LONGEST = 100.0
+"""Seconds after which a part is given up, however large: with cleaning up, less than two minutes."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long an operation waits for the object store. What is over in the end is a clear error."""
+
+    answer: float = 20.0
+    """Seconds of silence after which a request is sent again."""
+    total: float = 55.0
+    """Seconds after which a request is given up. No operation needs more than two of them in a row."""
+    tries: int = 8
+    """Requests sent for it, at most."""
+    slowest: int = 192 * 1024
+    """Bytes a second below which a transfer counts as stalled."""
+
+    def one_request(self, size: int) -> float:
+        """Seconds that a request may take which moves so many bytes."""
+        return self.answer + size / self.slowest
+
+    def all_tries(self, size: int) -> float:
+        """Seconds after which it is given up."""
+        return min(_LONGEST, self.total + size / self.slowest)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An object as a listing names it."""
+
+    key: str
+    bytes: int
+    modified: datetime
+
+
+class Requests:
+    """Requests to one bucket. Every method is a coroutine of fsspec's loop."""
+
+    def __init__(self, fs: Any, bucket: str, patience: Patience) -> None:
+        self.fs, self.bucket, self.patience = fs, bucket, patience
+
+    async def put(self, key: str, data: bytes) -> None:
+        """Write an object, whatever is there."""
+        await self._again(
+            "write",
+            key,
+            len(data),
+            lambda: self._call("put_object", Key=key, Body=data, ContentLength=len(data)),
+        )
+
+    async def create(self, key: str, data: bytes) -> bytes:
+        """Write an object unless there is one; returns what is there now.
+
+        A refusal proves nothing: when the answer to our own write was lost, the second try is refused. What
+        is there decides.
+        """
+        try:
+            await self._again(
+                "create",
+                key,
+                len(data),
+                lambda: self._call("put_object", Key=key, Body=data, IfNoneMatch="*"),
+            )
+            return data
+        except _Refused as refused:
+            winner = await self.read(key)
+            if winner is None:
+                raise StoreError(
+                    f"{refused}, and no record is there; run again, and try the store with `sera doctor`"
+                ) from refused
+            return winner
+
+    async def read(self, key: str) -> bytes | None:
+        """A whole small object, or None."""
+
+        async def once() -> bytes:
+            answer = await self._call("get_object", Key=key)
+            size = answer["ContentLength"]
+            with closing(answer["Body"]) as body:
+                if size > MAX_RECORD_BYTES:
+                    raise StoreError(
+                        f"{self._where(key)}: {size:,} bytes are no record; it was tampered with"
+                    )
+                return await _whole(body, size)
+
+        try:
+            return await self._again("read", key, 0, once)
+        except FileNotFoundError:
+            return None
+
+    async def read_range(self, key: str, start: int, stop: int, size: int | None = None) -> bytes:
+        """Bytes start to stop of an object; with `size`, of an object of so many bytes and no other.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+
+        async def once() -> bytes:
+            whole = start == 0 and stop == size
+            answer = await self._call("get_object", Key=key, **({} if whole else _range(start, stop)))
+            with closing(answer["Body"]) as body:
+                if not whole and "ContentRange" not in answer:
+                    raise StoreError(
+                        f"{self._where(key)}: the server sends whole objects where a range was asked for; "
+                        "use another server (`sera doctor` tries it)"
+                    )
+                there = answer["ContentLength"] if whole else int(answer["ContentRange"].rpartition("/")[2])
+                if size is not None and there != size:
+                    raise wrong(self._where(key), f"{there:,} bytes where the record says {size:,}")
+                return await _whole(body, stop - start)
+
+        try:
+            return await self._again("read", key, stop - start, once)
+        except _Refused as refused:
+            what = f"it ends before byte {stop:,}, which the record says it has"
+            raise wrong(self._where(key), what) from refused
+
+    async def size(self, key: str) -> int | None:
+        """Bytes of an object, or None."""
+        try:
+            answer = await self._again("find", key, 0, lambda: self._call("head_object", Key=key))
+        except FileNotFoundError:
+            return None
+        return answer["ContentLength"]
+
+    async def delete(self, key: str) -> None:
+        """Remove an object, whether it is there or not."""
+        await self._again("remove", key, 0, lambda: self._call("delete_object", Key=key))
+
+    async def listing(self, prefix: str, delimiter: str = "") -> AsyncIterator[Listed | str]:
+        """Objects below a prefix and, with a delimiter, the folders: for people only."""
+        more: dict[str, str] = {}
+        while True:
+            arguments = {"Prefix": prefix, "Delimiter": delimiter, **more}
+            answer = await self._again(
+                "list", prefix, 0, lambda given=arguments: self._call("list_objects_v2", **given)
+            )
+            for found in answer.get("Contents", []):
+                yield Listed(found["Key"], found["Size"], found["LastModified"])
+            for found in answer.get("CommonPrefixes", []):
+                yield found["Prefix"]
+            if not answer.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    # ----------------------------------------------------------------------------------- files in parts
+
+    async def begin_parts(self, key: str) -> str:
+        """Start an upload in parts; returns its id."""
+        answer = await self._again("write", key, 0, lambda: self._call("create_multipart_upload", Key=key))
+        return answer["UploadId"]
+
+    async def put_part(self, key: str, upload: str, number: int, data: bytes) -> dict[str, Any]:
+        """Upload one part, numbered from 1; returns what the end of the upload must name."""
+        part = {"UploadId": upload, "PartNumber": number, "Body": data}
+        answer = await self._again(
+            "write", key, len(data), lambda: self._call("upload_part", Key=key, **part)
+        )
+        return {"PartNumber": number, "ETag": answer["ETag"]}
+
+    async def end_parts(self, key: str, upload: str, parts: list[dict[str, Any]], size: int) -> None:
+        """Make the object of the parts. An upload that is unknown now was ended by an answer we lost."""
+        named = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
+        try:
+            await self._again(
+                "write", key, 2**23, lambda: self._call("complete_multipart_upload", Key=key, **named)
+            )
+        except FileNotFoundError:
+            if await self.size(key) != size:
+                raise StoreError(
+                    f"{self._where(key)}: the server forgot the upload before it was ended; run again"
+                ) from None
+
+    async def abort_parts(self, key: str) -> None:
+        """End every unfinished upload of an object, those too whose beginning was not answered."""
+        answer = await self._again(
+            "clean up", key, 0, lambda: self._call("list_multipart_uploads", Prefix=key)
+        )
+        for upload in answer.get("Uploads") or []:
+            if upload["Key"] != key:
+                continue
+            arguments = {"Key": key, "UploadId": upload["UploadId"]}
+            try:
+                await self._again(
+                    "clean up",
+                    key,
+                    0,
+                    lambda given=arguments: self._call("abort_multipart_upload", **given),
+                )
+            except FileNotFoundError:
+                continue
+
+    # ------------------------------------------------------------------------------------- one request
+
+    async def _call(self, method: str, **arguments: Any) -> Any:
+        return await self.fs._call_s3(method, Bucket=self.bucket, **arguments)
+
+    def _where(self, key: str) -> str:
+        return f"s3://{self.bucket}/{key}"
+
+    async def _again(self, verb: str, key: str, size: int, once: Callable[[], Awaitable[T]]) -> T:
+        """The answer to a request, sent again while it may yet be answered.
+
+        Raises:
+            FileNotFoundError: the object (not the bucket) is not there.
+            StoreError: anything else, in one sentence; _Refused where a condition may not hold.
+        """
+        patience, began = self.patience, time.monotonic()
+        total = patience.all_tries(size)
+        for tried in range(1, patience.tries + 1):
+            left = began + total - time.monotonic()
+            try:
+                async with asyncio.timeout(min(left, patience.one_request(size))):
+                    return await once()
+            except Exception as error:
+                if not _may_pass(error):
+                    raise self._clear(error, key) from error
+                last = error
+            pause = _PAUSES[min(tried, len(_PAUSES)) - 1] * random.uniform(0.75, 1.25)
+            spent = time.monotonic() - began
+            if tried == patience.tries or spent + pause >= total:
+                raise StoreError(
+                    f"{self._where(key)}: the object store did not {verb} it in {tried} tries, {spent:.0f} s "
+                    f"(the last: {_said(last)}). What was committed is whole; run again when it answers"
+                ) from last
+            await asyncio.sleep(pause)
+        raise AssertionError("the loop ends by an answer or an error")
+
+    def _clear(self, error: Exception, key: str) -> Exception:
+        """What to raise for an error that no second try would mend."""
+        if isinstance(error, StoreError):
+            return error
+        if isinstance(error, FileExistsError) or getattr(error, "errno", None) == errno.EINVAL:
+            # A refused create is the first on AWS and moto, the second on Ceph and Swift.
+            return _Refused(f"{self._where(key)}: the object store refused: {_said(error)}")
+        if _code(error) == "NoSuchBucket":
+            return StoreError(
+                f"s3://{self.bucket}: there is no such bucket; make it first, or check AWS_ENDPOINT_URL"
+            )
+        if isinstance(error, FileNotFoundError):
+            return FileNotFoundError(self._where(key))
+        if isinstance(error, _NO_LEAVE):
+            return StoreError(
+                f"{self._where(key)}: access refused ({_said(error)}); check AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, and that get, put, delete and list are allowed"
+            )
+        return StoreError(f"{self._where(key)}: the object store refused: {_said(error)}")
+
+
+class _Refused(StoreError):
+    """The server will not do it as things stand: the object exists, or the request is not one it knows."""
+
+
+async def _whole(body: Any, size: int) -> bytes:
+    data = await body.read()
+    if len(data) != size:
+        raise ConnectionError(f"{len(data)} bytes of {size} arrived")
+    return data
+
+
+def _range(start: int, stop: int) -> dict[str, str]:
+    return {"Range": f"bytes={start}-{stop - 1}"}
+
+
+def _response(error: Exception) -> dict[str, Any]:
+    """The server's own words: s3fs raises Python's exceptions and keeps botocore's as their cause."""
+    return getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+
+
+def _code(error: Exception) -> str:
+    return _response(error).get("Error", {}).get("Code", "")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed a little later."""
+    response = _response(error)
+    if response:
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status in _PASSING_STATUS or _code(error) in _PASSING_CODES
+    return isinstance(error, _PASSING_ERRORS) and not isinstance(error, StoreError)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, TimeoutError) and not str(error):
+        return "no answer in time"
+    told = [_code(error) or type(error).__name__, *(str(part) for part in error.args[-1:] if part)]
+    return ": ".join(told)

@@ -1,0 +1,206 @@
+"""A store below a prefix of a bucket, through s3fs. A record is committed by a small conditional put.
+
+Endpoint, region and credentials come from the environment, never from a URL: AWS_ENDPOINT_URL,
+AWS_ACCESS_KEY_ID, AWS_PROFILE and the like, and s3fs's own FSSPEC_S3_….
+"""
+
+import asyncio
+import os
+import re
+import tempfile
+import threading
+import uuid
+from collections.abc import Coroutine
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sera_core.artifacts.checks import Blob, Progress, check_blob, check_file, check_path, check_url, missing
+from sera_core.artifacts.folders import cache_folder
+from sera_core.errors import InputError, StoreError
+
+if TYPE_CHECKING:
+    from sera_core.artifacts.s3_requests import Patience
+
+T = TypeVar("T")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
+_ENVIRONMENT = ("AWS_", "FSSPEC_S3_")
+_LAST_SECONDS = 20.0
+"""An interrupted transfer may take so long to remove its remains."""
+
+
+class S3Store:
+    """A prefix of a bucket. Nothing here depends on a listing."""
+
+    def __init__(self, url: str, patience: "Patience | None" = None) -> None:
+        self.url = check_url(url).rstrip("/")
+        self.prefix = self.url.removeprefix("s3://")
+        self.bucket, _, self._below = self.prefix.partition("/")
+        if not _BUCKET.fullmatch(self.bucket):
+            raise InputError(f"store {url!r}: {self.bucket!r} is no bucket's name; give s3://bucket/prefix")
+        if self._below:
+            check_path(self.url, self._below)
+        if any("@" in os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")):
+            raise InputError(
+                "AWS_ENDPOINT_URL holds a user or a password, which errors would show; put them into "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        self._patience = patience
+        self._environment = tuple(
+            sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT))
+        )
+        self._verified: set[tuple[str, int, int]] = set()
+        self._connected: dict[tuple[int, int], Any] = {}
+        self._filesystem(tries=1)  # now, for the environment may change
+
+    @property
+    def fs(self) -> Any:
+        """s3fs's file system, with its own retries, for upkeep."""
+        return self._filesystem(tries=5)
+
+    def read_bytes(self, path: str) -> bytes | None:
+        return self._do(self._requests().read(self._key(path)))
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        return self._do(self._requests().read_range(self._key(path), start, stop))
+
+    def create(self, path: str, data: bytes) -> bytes:
+        return self._do(self._requests().create(self._key(path), data))
+
+    def remove(self, path: str) -> None:
+        self._do(self._requests().delete(self._key(path)))
+
+    def workspace(self, path: str) -> Path:
+        check_path(self.url, path)
+        return Path(tempfile.mkdtemp(prefix="sera-"))
+
+    def commit_file(
+        self, workspace: Path, path: str, relative: str, progress: Progress | None = None
+    ) -> Blob:
+        from sera_core.artifacts.s3_transfer import upload
+
+        key = self._key(f"{path}/{relative}")
+        return self._do(upload(self._requests(), key, workspace / relative, progress or _silent))
+
+    def fetch(self, path: str, sha256: str, size: int, name: str, progress: Progress | None = None) -> Path:
+        check_blob(self.url, path, sha256, size)
+        check_path(self.url, name)
+        local = cache_folder() / sha256 / Path(name).name
+        if not self._holds(local, sha256, size):
+            self._download(path, Blob(sha256, size), local, progress or _silent)
+            self._verified.add(_seen(local))
+        return local
+
+    def names(self, path: str) -> list[str]:
+        from sera_core.artifacts.s3_requests import Listed
+
+        below = self._key(path) + "/"
+
+        async def found() -> list[str]:
+            entries = [entry async for entry in self._requests().listing(below, delimiter="/")]
+            return [entry.key if isinstance(entry, Listed) else entry for entry in entries]
+
+        return sorted(key.removeprefix(below).strip("/") for key in self._do(found()) if key != below)
+
+    # ---------------------------------------------------------------------------------------- how it is done
+
+    def _key(self, path: str) -> str:
+        check_path(self.url, path)
+        return f"{self._below}/{path}" if self._below else path
+
+    def _requests(self) -> Any:
+        from sera_core.artifacts.s3_requests import Patience, Requests
+
+        return Requests(self._filesystem(tries=1), self.bucket, self._patience or Patience())
+
+    def _filesystem(self, tries: int) -> Any:
+        process = os.getpid()  # no client survives a fork
+        if (process, tries) not in self._connected:
+            self._connected[process, tries] = _connect(process, self._environment, tries)
+        return self._connected[process, tries]
+
+    def _holds(self, local: Path, sha256: str, size: int) -> bool:
+        """Whether the cache has the file as it should be; anything else that lies in its place is removed."""
+        if not local.exists():
+            return False
+        if _seen(local) in self._verified:
+            return True
+        try:
+            check_file(local, sha256, size)
+        except StoreError:
+            local.unlink()
+            return False
+        self._verified.add(_seen(local))
+        return True
+
+    def _download(self, path: str, blob: Blob, local: Path, progress: Progress) -> None:
+        from sera_core.artifacts.s3_transfer import download
+
+        local.parent.mkdir(parents=True, exist_ok=True)
+        temporary = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            self._do(download(self._requests(), self._key(path), temporary, blob, progress))
+            temporary.replace(local)
+        except FileNotFoundError:
+            raise missing(f"{self.url}/{path}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _do(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run on fsspec's loop. Interrupted here, it is cancelled there, and removes its remains."""
+        from fsspec.asyn import get_loop
+
+        over = threading.Event()
+
+        async def whole() -> T:
+            try:
+                return await work
+            finally:
+                over.set()
+
+        future = asyncio.run_coroutine_threadsafe(whole(), get_loop())
+        try:
+            return future.result()
+        except BaseException:
+            if future.cancel():
+                over.wait(_LAST_SECONDS)
+            raise
+
+
+@lru_cache(maxsize=8)
+def _connect(process: int, environment: tuple[tuple[str, str], ...], tries: int) -> Any:
+    """One client, with its connections, for all stores of a process while its environment stays."""
+    import s3fs
+    from botocore.exceptions import BotoCoreError
+
+    from sera_core.artifacts.s3_requests import S3_CONFIG
+
+    try:
+        fs = s3fs.S3FileSystem(
+            use_listings_cache=False,
+            config_kwargs=S3_CONFIG,
+            session=_session(process, environment),
+            skip_instance_cache=True,
+        )
+        fs.retries = tries
+        fs.connect()  # a client; nothing is sent yet
+    except (BotoCoreError, ValueError) as error:
+        raise InputError(f"S3 cannot be set up from the environment: {error}; check AWS_…") from error
+    return fs
+
+
+@lru_cache(maxsize=4)
+def _session(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
+    """What botocore knows of S3 takes 0.1 s to read: once."""
+    from aiobotocore.session import AioSession
+
+    return AioSession()
+
+
+def _seen(file: Path) -> tuple[str, int, int]:
+    found = file.stat()
+    return str(file), found.st_mtime_ns, found.st_size
+
+
+def _silent(done: int, total: int, unit: str) -> None:
+    """Nobody is told."""

@@ -1,0 +1,226 @@
+"""What leases and gc do to a store besides committing: overwrite a beat, tell ages, list, delete.
+
+No step and no run rests on any of it. Ages are by the store's own clock: machines that share a store need
+not agree on the time.
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from sera_core.artifacts.canonical import sha256_file
+from sera_core.artifacts.store import LocalStore, S3Store, Store
+
+_CHUNK = 8 * 2**20
+_DELETERS = 16
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object of the store; its age in seconds since it was last written."""
+
+    path: str
+    bytes: int
+    age: float
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A multipart upload that was begun and neither completed nor aborted."""
+
+    path: str
+    age: float
+    id: str
+
+
+class Upkeep(Protocol):
+    """Paths are relative to the store, with forward slashes."""
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a small object whole, over what is there."""
+        ...
+
+    def age(self, path: str) -> float | None:
+        """Seconds since the object was last written; None when it does not exist."""
+        ...
+
+    def listing(self, path: str) -> Iterator[Stored]:
+        """Everything below a folder, temporary files included."""
+        ...
+
+    def delete(self, paths: Sequence[str]) -> None:
+        """Remove objects, in any order; one that is gone already is no error."""
+        ...
+
+    def uploads(self) -> list[Upload]:
+        """Multipart uploads that were never ended."""
+        ...
+
+    def abort(self, upload: Upload) -> None:
+        """End such an upload and free what it holds."""
+        ...
+
+    def hashed(self, path: str) -> tuple[str, int] | None:
+        """sha256 and bytes of what the store itself holds, past any local copy; None when it is missing."""
+        ...
+
+
+def upkeep(store: Store) -> Upkeep:
+    """The upkeep of a store."""
+    if isinstance(store, LocalStore):
+        return LocalUpkeep(store)
+    return S3Upkeep(cast(S3Store, store))
+
+
+class LocalUpkeep:
+    """Of a folder; its clock is that of the file system it lies on."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self.store, self.root = store, store.root
+
+    def replace(self, path: str, data: bytes) -> None:
+        target = self.store.inside(path)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def age(self, path: str) -> float | None:
+        file = self.store.inside(path)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            written = file.stat().st_mtime
+            return max(0.0, self._now(file.parent) - written)
+        return None
+
+    def listing(self, path: str) -> Iterator[Stored]:
+        top = self.root / path
+        if not top.is_dir():
+            return
+        now = self._now(top)
+        for folder, _, names in os.walk(top):
+            for name in names:
+                file = Path(folder) / name
+                with suppress(FileNotFoundError):  # written and moved meanwhile
+                    found = file.lstat()
+                    relative = file.relative_to(self.root).as_posix()
+                    yield Stored(relative, found.st_size, max(0.0, now - found.st_mtime))
+
+    def delete(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            (self.root / path).unlink(missing_ok=True)
+        for folder in {Path(path).parent for path in paths}:
+            self._remove_empty(folder)
+
+    def _remove_empty(self, folder: Path) -> None:
+        """The folder and those above it, as far as they are empty; `steps` and `runs` stay."""
+        with suppress(OSError):  # not empty, or gone already
+            while len(folder.parts) > 1:
+                (self.root / folder).rmdir()
+                folder = folder.parent
+
+    def uploads(self) -> list[Upload]:
+        return []
+
+    def abort(self, upload: Upload) -> None:
+        raise NotImplementedError("a folder knows no uploads")
+
+    def hashed(self, path: str) -> tuple[str, int] | None:
+        file = self.store.inside(path)
+        return (sha256_file(file), file.stat().st_size) if file.is_file() else None
+
+    def _now(self, folder: Path) -> float:
+        """The file system's time, which is not ours on a shared one: that of a file just written."""
+        probe = folder / f".clock.{secrets.token_hex(8)}"
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+class S3Upkeep:
+    """Of a prefix of a bucket; its clock is the server's."""
+
+    def __init__(self, store: S3Store) -> None:
+        self.fs, self.prefix = store.fs, store.prefix
+        self.bucket, _, self.below = self.prefix.partition("/")
+
+    def replace(self, path: str, data: bytes) -> None:
+        self.fs.pipe_file(f"{self.prefix}/{path}", data)
+
+    def age(self, path: str) -> float | None:
+        with suppress(FileNotFoundError):
+            answer = self._call("head_object", Key=self._key(path))
+            return max(0.0, (_date(answer) - answer["LastModified"]).total_seconds())
+        return None
+
+    def listing(self, path: str) -> Iterator[Stored]:
+        now = _date(self._call("list_objects_v2", Prefix=self._key(path), MaxKeys=1))
+        found = cast(dict[str, Any], self.fs.find(f"{self.prefix}/{path}", detail=True))
+        for name, about in found.items():
+            relative = name.removeprefix(f"{self.prefix}/")
+            yield Stored(relative, about["size"], max(0.0, (now - about["LastModified"]).total_seconds()))
+
+    def delete(self, paths: Sequence[str]) -> None:
+        # One request an object: the bulk request needs a checksum that not every server takes.
+        with ThreadPoolExecutor(_DELETERS) as pool:
+            list(pool.map(lambda path: self.fs.rm_file(f"{self.prefix}/{path}"), paths))
+
+    def uploads(self) -> list[Upload]:
+        found: list[Upload] = []
+        marker: dict[str, str] = {}
+        while True:
+            answer = self._call("list_multipart_uploads", Prefix=self._key(""), **marker)
+            now = _date(answer)
+            found += [
+                Upload(
+                    upload["Key"].removeprefix(self._key("")),
+                    max(0.0, (now - upload["Initiated"]).total_seconds()),
+                    upload["UploadId"],
+                )
+                for upload in answer.get("Uploads", [])
+            ]
+            if not answer.get("IsTruncated"):
+                return found
+            marker = {
+                "KeyMarker": answer["NextKeyMarker"],
+                "UploadIdMarker": answer["NextUploadIdMarker"],
+            }
+
+    def abort(self, upload: Upload) -> None:
+        with suppress(FileNotFoundError):  # completed or aborted meanwhile
+            self._call("abort_multipart_upload", Key=self._key(upload.path), UploadId=upload.id)
+
+    def hashed(self, path: str) -> tuple[str, int] | None:
+        sha, size = hashlib.sha256(), 0
+        try:
+            with self.fs.open(
+                f"{self.prefix}/{path}", "rb", block_size=_CHUNK, cache_type="readahead"
+            ) as file:
+                while data := cast(bytes, file.read(_CHUNK)):
+                    sha.update(data)
+                    size += len(data)
+        except FileNotFoundError:
+            return None
+        return sha.hexdigest(), size
+
+    def _key(self, path: str) -> str:
+        return f"{self.below}/{path}" if self.below else path
+
+    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        return self.fs.call_s3(method, Bucket=self.bucket, **arguments)
+
+
+def _date(answer: dict[str, Any]) -> datetime:
+    """When the server answered, by its own clock."""
+    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])

@@ -1,0 +1,267 @@
+"""Work in a process group of its own: no memory stays held, a cancel ends it all, heartbeats go on.
+
+    python -P -m tasks.engines.child FD PARENT_PID
+
+The request is JSON on stdin. Progress, the end and errors go to the pipe FD as JSON lines; the output of the
+work and its libraries is ordinary output, which the parent hands on line by line. The result is in the store.
+
+Nothing of the group is left behind: the parent ends it when the step ends or is interrupted; when the parent
+is killed the kernel kills the child, and when the child is killed its guard kills what it had started.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import IO, Any, cast
+
+from sera_core.artifacts.manifest import StepRecord, StepSpec, find_record
+from sera_core.artifacts.step import Progress, run_step
+from sera_core.artifacts.store import open_store
+from sera_core.config import ExecutionConfig
+from sera_core.devices import device_of
+from sera_core.errors import SeraError
+from sera_core.orphans import end_with, guarded_group
+from tasks.engines.library_logs import TALKATIVE, hear_libraries
+
+Log = Callable[[str], None]
+"""log(line): told every line that the work and its libraries print."""
+
+TERM_SECONDS = 5
+"""Between asking the group to end and killing it."""
+LEAVE_SECONDS = 30
+"""For a child that has told its result to leave by itself (trackers may have something left to send)."""
+WAKE_SECONDS = 0.5
+
+_Group = tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]
+"""The child, the pipe it talks into, its output."""
+
+
+def to_stderr(line: str) -> None:
+    """The log when there is no other."""
+    sys.stderr.write(line + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ the parent
+
+
+def run_in_child(
+    work: str, store_url: str, spec: StepSpec, execution: ExecutionConfig, progress: Progress, log: Log
+) -> StepRecord:
+    """Do a step that has no record yet in a child process group; the record, read from the store.
+
+    Args:
+        work: `module:function` that does the step's work.
+        store_url: folder or URL of the store.
+        spec: the step.
+        execution: how it is done.
+        progress: told what the work tells its own.
+        log: told every line of output; libraries have more to say to a log of one's own than to a terminal.
+
+    Raises:
+        SeraError: what the work raised, by the same class; or the process died, and how.
+    """
+    request = {
+        "work": work,
+        "store": store_url,
+        "spec": spec.model_dump(),
+        "execution": execution.model_dump(),
+        "threads": _threads(execution),
+        "talkative": log is not to_stderr,
+    }
+    heard = _Heard(progress)
+    with _group(request) as (process, channel, output):
+        printed = _Lines(lambda line: log(_shown(line)))
+        _listen(process, {channel: _Lines(heard), output: printed}, heard)
+        if printed.rest:
+            printed.take(b"\n")
+    if heard.error is not None:
+        raise heard.error
+    record = find_record(open_store(store_url), spec.step, spec.key)
+    if record is None:
+        raise SeraError(
+            f"step {spec.step}: its process {_how_it_ended(process.returncode)}; the same command goes on "
+            "from the last finished part"
+        )
+    return record
+
+
+def _threads(execution: ExecutionConfig) -> int | None:
+    """Threads that torch uses in this process, where they may decide the last bits of a result."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch and device_of(execution.device) == "cpu" else None
+
+
+@contextlib.contextmanager
+def _group(request: dict[str, Any]) -> Iterator[_Group]:
+    """A child in a process group of its own, with its pipes; it ends with the block."""
+    read, write = os.pipe()
+    with os.fdopen(read, "rb", buffering=0) as channel, tempfile.TemporaryFile("w+") as stdin:
+        json.dump(request, stdin)
+        stdin.seek(0)
+        # -P: a folder `tasks` where the command was given is not ours
+        command = [sys.executable, "-P", "-u", "-X", "faulthandler", "-m", "tasks.engines.child"]
+        try:
+            process = subprocess.Popen(
+                [*command, str(write), str(os.getpid())],
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(write,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(write)
+        output = cast(IO[bytes], process.stdout)
+        try:
+            yield process, channel, output
+        except BaseException:
+            _signal(process, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TERM_SECONDS)
+            raise
+        finally:
+            _signal(process, signal.SIGKILL)
+            process.wait()
+            output.close()
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """To the whole group, which outlives its leader as long as it has members."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or (macOS) as good as gone
+        os.killpg(process.pid, number)
+
+
+@dataclass
+class _Heard:
+    """What the child has told."""
+
+    progress: Progress
+    error: SeraError | None = None
+    ended: float | None = None
+    """When it told how the work ended."""
+
+    def __call__(self, line: str) -> None:
+        message = json.loads(line)
+        if "progress" in message:
+            self.progress(*message["progress"])
+            return
+        self.ended = time.monotonic()
+        if "error" in message:
+            module, name, text = message["error"]
+            self.error = getattr(import_module(module), name)(text)
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the child should have left by now."""
+        return self.ended is not None and time.monotonic() > self.ended + LEAVE_SECONDS
+
+
+def _shown(line: str) -> str:
+    """A line as a terminal would leave it: of a progress bar, the last state."""
+    return line.rstrip("\r").rpartition("\r")[2]
+
+
+class _Lines:
+    """Bytes to lines; the last one may lack its end."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell, self.rest = tell, b""
+
+    def take(self, data: bytes) -> None:
+        *whole, self.rest = (self.rest + data).split(b"\n")
+        for line in whole:
+            self.tell(line.decode(errors="replace"))
+
+
+def _listen(process: subprocess.Popen[bytes], pipes: dict[IO[bytes], _Lines], heard: _Heard) -> None:
+    """Hand on what the child tells and prints until it is gone. Wakes up often: a signal may be waiting."""
+    with selectors.DefaultSelector() as selector:
+        for pipe, lines in pipes.items():
+            selector.register(pipe, selectors.EVENT_READ, lines)
+        while selector.get_map() and not heard.overdue:
+            ready = selector.select(WAKE_SECONDS)
+            for key, _ in ready:
+                if data := os.read(key.fd, 1 << 16):
+                    key.data.take(data)
+                else:
+                    selector.unregister(key.fileobj)
+            if process.poll() is not None:
+                _signal(process, signal.SIGKILL)  # what it left behind holds the pipes open
+                if not ready:
+                    return
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(0 if heard.overdue else LEAVE_SECONDS)
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    what = "killed, perhaps out of memory" if code == -signal.SIGKILL else signal.strsignal(-code)
+    return f"was ended by signal {-code} ({what})"
+
+
+# ------------------------------------------------------------------------------------------------- the child
+
+
+def main() -> None:
+    """Do the step that the request on stdin names."""
+    channel, parent = int(sys.argv[1]), int(sys.argv[2])
+    os.set_inheritable(channel, False)
+    request = json.load(sys.stdin)
+    with guarded_group():
+        end_with(parent)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up, then leave
+        _serve(request, channel)
+
+
+def _serve(request: dict[str, Any], channel: int) -> None:
+    """The work, and word of how it went: an exception cannot cross to the parent by itself."""
+
+    def tell(**message: Any) -> None:
+        os.write(channel, json.dumps(message).encode() + b"\n")
+
+    spec = StepSpec.model_validate(request["spec"])
+    try:
+        _use_threads(request["threads"])
+        module, name = request["work"].split(":")
+        output = logging.StreamHandler()
+        output.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        with hear_libraries(output, TALKATIVE) if request["talkative"] else contextlib.nullcontext():
+            run_step(
+                open_store(request["store"]),
+                spec,
+                getattr(import_module(module), name),
+                ExecutionConfig.model_validate(request["execution"]),
+                lambda *report: tell(progress=report),
+            )
+        tell(done=True)
+    except SeraError as error:
+        tell(error=[type(error).__module__, type(error).__qualname__, str(error)])
+    except Exception as error:
+        traceback.print_exc()
+        message = f"step {spec.step}: {type(error).__name__}: {error} (its log shows where)"
+        tell(error=[SeraError.__module__, SeraError.__qualname__, message])
+
+
+def _use_threads(count: int | None) -> None:
+    if count is None:
+        return
+    import torch
+
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Runs driven from Prefect: triggers, names, the schedule's flow, reviews. A real server and worker."""
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import servers
+import tinyrun
+
+import sera_core
+
+pytestmark = pytest.mark.flow
+
+
+def trigger(place, deployment: str = "sera/sera", **parameters) -> str:
+    return servers.trigger(place.environment, deployment, parameters)
+
+
+def ended(place, flow_run: str) -> dict:
+    found = servers.wait_for_state(place.environment, flow_run, seconds=400)
+    assert found["state"]["type"] == "COMPLETED", found["state"]
+    return found
+
+
+def artifacts(place, run: str) -> dict[str, dict]:
+    every = servers.api(place.environment, "/artifacts/latest/filter", {"limit": 200})
+    return {a["key"]: a for a in every if (a["key"] or "").startswith(f"{run}-")}
+
+
+def attempts(store: Path) -> list[int]:
+    """How many attempts left files, for every step of a local store."""
+    return [
+        sum(1 for folder in key.iterdir() if folder.is_dir() and len(folder.name) == 16)
+        for key in store.glob("steps/*/*")
+    ]
+
+
+def test_a_run_from_the_form_names_itself_shows_its_rounds_and_is_not_done_twice(place, tmp_path):
+    store = str(tmp_path / "store")
+    form = tinyrun.form(tmp_path, limits={"rounds": 2})
+    first = ended(place, trigger(place, config=form, run="tiny-{date}-{data}", store=store))
+    run = first["name"]
+    assert run.startswith(f"tiny-{datetime.now(UTC):%Y}-") and "{" not in run
+    assert sera_core.open_run(store, run).stop_reason == "max_rounds"
+    rounds = servers.api(place.environment, "/flow_runs/filter", {"limit": 200})
+    names = [r["name"] for r in rounds if r["name"].startswith(f"{run}-round")]
+    assert sorted(names) == [f"{run}-round-0", f"{run}-round-1"]  # one bar a round
+    key = run.lower()
+    assert {f"{key}-index", f"{key}-round-0", f"{key}-round-1"} <= set(artifacts(place, key))
+
+    begun = time.monotonic()
+    again = ended(place, trigger(place, config=form, run="other-{date}-{data}", store=store))
+    assert f"nothing new: run {run} did exactly this" in again["state"]["message"]
+    same = ended(place, trigger(place, config=form, run=run, store=store))
+    assert "nothing new" in same["state"]["message"]
+    assert time.monotonic() - begun < 60  # two triggers, 30 s each
+    assert [path.name for path in (tmp_path / "store/runs").iterdir()] == [run]
+
+
+def test_a_dry_run_publishes_the_plan_and_does_nothing(place, tmp_path):
+    store = tmp_path / "store"
+    form = tinyrun.form(tmp_path)
+    ended(place, trigger(place, config=form, run="dry", store=str(store), dry_run=True))
+    assert "train" in artifacts(place, "dry")["dry-plan"]["data"]
+    assert not (store / "runs").exists()
+
+
+def test_the_schedules_flow_advances_two_open_runs_by_a_round_and_leaves_a_stopped_one_alone(place, tmp_path):
+    store = tmp_path / "store"
+    tinyrun.work(tinyrun.config(tmp_path, limits={"rounds": 1}), store, "stopped")
+    for run in ("left", "right"):
+        tinyrun.work(tinyrun.config(tmp_path, limits={"rounds": 1}), store, run)
+        more = tinyrun.config(tmp_path, limits={"rounds": 3})
+        tinyrun.opening.open_run(more, run, str(store))  # re-opened: two rounds more
+    told = ended(place, trigger(place, "sera-advance/sera-advance", store=str(store)))
+    assert "left: open" in told["state"]["message"] and "right: open" in told["state"]["message"]
+    counts = {run: len(sera_core.open_run(str(store), run)) for run in ("left", "right", "stopped")}
+    assert counts == {"left": 2, "right": 2, "stopped": 1}
+    ended(place, trigger(place, "sera-advance/sera-advance", store=str(store), run="left"))
+    assert sera_core.open_run(str(store), "left").stop_reason == "max_rounds"
+    assert len(sera_core.open_run(str(store), "right")) == 2
+
+
+def test_two_triggers_of_one_run_do_not_both_work_on_it(place, tmp_path):
+    store = tmp_path / "store"
+    form = tinyrun.form(tmp_path, limits={"rounds": 2})
+    both = [trigger(place, config=form, run="twice", store=str(store)) for _ in range(2)]
+    for flow_run in both:
+        ended(place, flow_run)
+    assert len(sera_core.open_run(str(store), "twice")) == 2
+    assert max(attempts(store)) == 1
+
+
+def test_a_review_suspends_the_run_without_a_process_and_the_answer_takes_it_on(place, tmp_path):
+    store = str(tmp_path / "store")
+    form = tinyrun.form(tmp_path, limits={"rounds": 2}, decide={"review": "always", "min_pairs": 4})
+    flow_run = trigger(place, config=form, run="asked", store=store)
+    found = servers.wait_for_state(place.environment, flow_run, ("Suspended", *servers.FINAL), 400)
+    assert found["state"]["name"] == "Suspended"
+    deadline = time.monotonic() + 30
+    while servers.processes_under(place.hands.pid):  # nothing waits with it
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    for number, decision in enumerate(("promote", "hold")):
+        assert found["state"]["name"] == "Suspended", found["state"]
+        assert f"review-{number}" in found["state"]["state_details"]["run_input_keyset"]["response"]
+        body = {"run_input": {"decision": decision, "note": f"seen {number}"}}
+        servers.api(place.environment, f"/flow_runs/{flow_run}/resume", body)
+        found = servers.wait_for_state(place.environment, flow_run, ("Suspended", *servers.FINAL), 400)
+    assert found["state"]["type"] == "COMPLETED"
+    run = sera_core.open_run(store, "asked")
+    assert list(run.rounds["decision"]) == ["promote", "hold"] and run.stop_reason == "max_rounds"
+
+
+def test_a_deadline_that_passed_is_answered_by_the_schedule(place, tmp_path):
+    store = tmp_path / "store"
+    config = tinyrun.config(
+        tmp_path,
+        limits={"rounds": 1},
+        decide={"review": "always", "review_hours": 1e-6, "review_default": "stop", "min_pairs": 4},
+    )
+    records = tinyrun.work(config, store, "late")
+    if records.history().next_round == 0:  # the question was still young when the work ended
+        time.sleep(1)
+        ended(place, trigger(place, "sera-advance/sera-advance", store=str(store)))
+    assert [r.decision for r in records.rounds()] == ["stop"]
+
+
+def test_an_unknown_setting_and_a_wrong_value_are_refused_by_name(place, tmp_path):
+    form = tinyrun.form(tmp_path)
+    refused = trigger(
+        place, config={**form, "overrides": {"train": {"betta": 1}}}, run="bad", store=str(tmp_path / "s")
+    )
+    found = servers.wait_for_state(place.environment, refused, seconds=200)
+    assert found["state"]["type"] == "FAILED" and "train.betta" in found["state"]["message"]
+    with pytest.raises(OSError, match=r"409|422"):
+        trigger(place, config={**form, "select": {"fraction": 2}}, run="bad", store=str(tmp_path / "s"))
+
+
+def test_the_collecting_deployment_lists_what_may_go_and_takes_nothing_unasked(place, tmp_path):
+    store = tmp_path / "store"
+    tinyrun.work(tinyrun.config(tmp_path, limits={"rounds": 1}), store, "kept")
+    before = sorted(path for path in store.rglob("*") if path.is_file())
+    told = ended(place, trigger(place, "sera-gc/sera-gc", store=str(store), older_than="0s"))
+    assert "may go: 0 items" in told["state"]["message"], told["state"]["message"]
+    assert sorted(path for path in store.rglob("*") if path.is_file()) == before

@@ -1,0 +1,303 @@
+"""Work in a child process group: the same result, every error by name, and nothing left running."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tinyrun
+
+from sera_core.artifacts.manifest import StepRecord, StepSpec
+from sera_core.config import ExecutionConfig, SeraConfig
+from sera_core.errors import BudgetReached, InputError, SeraError
+from tasks.work import WORK, do_work, in_child
+
+pytestmark = pytest.mark.slow
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+WHERE = {"child": "always", "here": "never"}
+
+PARENT = """
+import signal, sys
+import tasks.work as work
+from sera_core.artifacts.manifest import StepSpec
+from sera_core.config import ExecutionConfig
+
+class Terminated(BaseException):
+    pass
+
+def terminate(*_):
+    raise Terminated
+
+signal.signal(signal.SIGTERM, terminate)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+place, name, holds, deaf = sys.argv[1:]
+work.WORK["logps"] = f"childwork:{name}"
+fields = {"holds": holds == "True", "deaf": deaf == "True"}
+spec = StepSpec(step="logps", version=1, fields=fields, inputs={}, where={"place": place})
+work.do_work(place + "/store", spec, ExecutionConfig(device="cpu", child="always"))
+"""
+
+
+class Doing:
+    """A step that does one of the functions of childwork.py, in a store of its own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.monkeypatch = folder, monkeypatch
+        self.store = str(folder / "store")
+        self.told: list[tuple[int, int, str]] = []
+        self.log: list[str] = []
+
+    def __call__(self, name: str, child: str = "always", **fields: object) -> StepRecord:
+        self.monkeypatch.setitem(WORK, "logps", f"childwork:{name}")
+        spec = StepSpec(step="logps", version=1, fields=fields, inputs={}, where={"place": str(self.folder)})
+        execution = ExecutionConfig.model_validate({"device": "cpu", "child": child})
+        return do_work(self.store, spec, execution, lambda *report: self.told.append(report), self.log.append)
+
+
+@pytest.fixture
+def do(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    return Doing(tmp_path, monkeypatch)
+
+
+def members(group: int) -> list[str]:
+    """Living processes of a group."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            words = (entry / "cmdline").read_bytes().decode().split("\0")
+        except (OSError, IndexError):
+            continue
+        if state[0] not in "ZX" and int(state[2]) == group:
+            found.append(f"{entry.name} {' '.join(words)}")
+    return found
+
+
+def gone_within(seconds: float, group: int) -> None:
+    deadline = time.monotonic() + seconds
+    while left := members(group):
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.05)
+
+
+def group_in(folder: Path, parent: subprocess.Popen | None = None) -> int:
+    """The group of the work, once it has started its own process."""
+    deadline = time.monotonic() + 60
+    while not (folder / "group").exists():
+        assert time.monotonic() < deadline and (parent is None or parent.poll() is None)
+        time.sleep(0.05)
+    return int((folder / "group").read_text())
+
+
+def start_parent(folder: Path, name: str, holds: bool = False, deaf: bool = False) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(folder), name, str(holds), str(deaf)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the result
+
+
+def two_rounds(folder: Path, child: str) -> SeraConfig:
+    few = {"evaluate": {"prompts": 0}, "limits": {"rounds": 2}}  # a child takes seconds to import torch
+    return tinyrun.config(folder, execution={"child": child}, **few)
+
+
+@pytest.fixture(scope="module")
+def tiny_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("child")
+    return {child: tinyrun.work(two_rounds(folder, child), folder / child) for child in WHERE.values()}
+
+
+def test_a_child_gives_the_bytes_of_work_done_here(tiny_runs):
+    here, apart = tiny_runs["never"], tiny_runs["always"]
+    assert len(tinyrun.policy_shas(here)) == 2
+    assert tinyrun.policy_shas(apart) == tinyrun.policy_shas(here)
+    for one, other in zip(here.rounds(), apart.rounds(), strict=True):
+        assert one.artifacts == other.artifacts
+
+
+def test_steps_done_in_children_are_found_by_work_done_here(tiny_runs):
+    apart = tiny_runs["always"]
+    root = Path(apart.store.url)
+    before = {path: path.stat().st_mtime_ns for path in (root / "steps").rglob("done.json")}
+    for path in (root / "runs" / "tiny").glob("round-*.json"):
+        path.unlink()
+    again = tinyrun.work(two_rounds(root.parent, "never"), root)
+    assert tinyrun.policy_shas(again) == tinyrun.policy_shas(tiny_runs["never"])
+    assert {path: path.stat().st_mtime_ns for path in (root / "steps").rglob("done.json")} == before
+
+
+@pytest.mark.parametrize("child", WHERE.values(), ids=WHERE.keys())
+def test_progress_and_the_record_come_back(do, child):
+    fields = {"least": float("-inf"), "many": [1, 2.5], "none": None, "text": "π → ½"}
+    record = do("speak", child, **fields)
+    assert do.told == [(1, 3, "words"), (2, 3, "words"), (3, 3, "words")]
+    path = Path(do.store) / "steps" / "logps" / record.key / record.files["said.txt"].attempt / "said.txt"
+    assert path.read_text() == repr(fields)
+    assert do("break_down", child, **fields) == record  # found: no work, no child
+
+
+def test_output_comes_line_by_line_as_a_terminal_would_leave_it(do):
+    do("speak")
+    assert do.log == ["first line", "bar 3", "no end of line"]
+
+
+def test_a_child_uses_as_many_threads_as_this_process(do):
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 2)
+    try:
+        assert do("count_threads").metrics["threads"] == before + 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_cpu_works_here_unless_told_otherwise():
+    def choice(**settings: str) -> bool:
+        return in_child(ExecutionConfig.model_validate(settings))
+
+    assert not choice(device="cpu") and choice(device="cuda")
+    assert choice(device="cpu", child="always") and not choice(device="cuda", child="never")
+
+
+def test_a_folder_named_tasks_where_the_command_was_given_is_not_ours(do, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "__init__.py").write_text("raise SystemExit('shadowed')")
+    do.monkeypatch.chdir(tmp_path)
+    assert do("speak").step == "logps"
+
+
+# -------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("child", WHERE.values(), ids=WHERE.keys())
+@pytest.mark.parametrize(
+    ("name", "kind", "code", "message"),
+    [
+        ("refuse", InputError, 2, "row 17: chosen and rejected are the same text; drop it"),
+        ("reach_a_limit", BudgetReached, 0, "12 tokens: limits.tokens = 10"),
+    ],
+)
+def test_an_error_of_ours_comes_back_as_itself(do, child, name, kind, code, message):
+    with pytest.raises(SeraError) as raised:
+        do(name, child)
+    assert type(raised.value) is kind
+    assert (raised.value.exit_code, str(raised.value)) == (code, message)
+    assert do.log == []
+
+
+def test_a_bug_is_named_and_its_traceback_is_in_the_log(do):
+    with pytest.raises(SeraError, match="step logps: ZeroDivisionError: by nothing") as raised:
+        do("break_down")
+    assert type(raised.value) is SeraError
+    assert any("in break_down" in line for line in do.log)
+
+
+def test_a_killed_child_is_named_and_the_next_attempt_goes_on_from_its_parts(do):
+    with pytest.raises(SeraError, match=r"ended by signal 9 \(killed, perhaps out of memory\)") as raised:
+        do("die_after_a_part")
+    assert "goes on from the last finished part" in str(raised.value)
+    first = Path(next(Path(do.store).rglob("part-00000.json"))).read_text()
+    record = do("die_after_a_part")
+    assert record.parts == ["part-00000.json"]
+    assert record.files["whole.txt"].attempt not in first
+
+
+def test_a_child_that_leaves_without_a_word_is_named(do):
+    with pytest.raises(SeraError, match="ended with exit code 7"):
+        do("exit_early")
+
+
+def test_a_step_whose_record_is_written_is_done_however_its_process_ends(do):
+    assert do("die_when_done").step == "logps"
+
+
+# --------------------------------------------------------------------------------------- nothing left running
+
+
+@pytest.mark.parametrize("holds", [False, True], ids=["listening", "holding the interpreter"])
+def test_when_the_parent_is_killed_the_whole_group_goes(tmp_path, holds):
+    parent = start_parent(tmp_path, "wait_with_a_grandchild", holds=holds, deaf=True)
+    group = group_in(tmp_path, parent)
+    assert len(members(group)) == 3  # the work, its guard, the grandchild
+    parent.kill()
+    gone_within(5, group)
+    parent.communicate(timeout=10)
+
+
+def test_when_the_child_is_killed_what_it_had_started_goes_too(tmp_path):
+    parent = start_parent(tmp_path, "wait_with_a_grandchild", deaf=True)
+    group = group_in(tmp_path, parent)
+    os.kill(group, signal.SIGKILL)  # its leader alone
+    gone_within(5, group)
+    assert "ended by signal 9" in parent.communicate(timeout=10)[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "Terminated")]
+)
+def test_an_interrupted_parent_lets_the_work_clean_up_and_ends_the_group(tmp_path, number, said):
+    parent = start_parent(tmp_path, "wait_with_a_grandchild")
+    group = group_in(tmp_path, parent)
+    started = time.monotonic()
+    parent.send_signal(number)
+    assert said in parent.communicate(timeout=20)[1]
+    assert time.monotonic() - started < 4
+    assert not members(group)
+    assert (tmp_path / "cleaned").exists()
+
+
+def test_a_group_that_does_not_listen_is_killed_after_five_seconds(tmp_path):
+    parent = start_parent(tmp_path, "wait_with_a_grandchild", holds=True, deaf=True)
+    group = group_in(tmp_path, parent)
+    started = time.monotonic()
+    parent.send_signal(signal.SIGINT)
+    parent.communicate(timeout=20)
+    assert 4 < time.monotonic() - started < 9
+    assert not members(group)
+
+
+def test_what_a_finished_child_leaves_behind_is_ended(do):
+    started = time.monotonic()
+    assert do("leave_a_grandchild").step == "logps"
+    assert time.monotonic() - started < 15
+    gone_within(1, group_in(do.folder))
+
+
+def test_a_finished_child_that_does_not_leave_is_ended(do):
+    do.monkeypatch.setattr("tasks.engines.child.LEAVE_SECONDS", 1)
+    started = time.monotonic()
+    assert do("stay").step == "logps"
+    assert time.monotonic() - started < 15
+
+
+# ------------------------------------------------------------------------------------------------ heartbeats
+
+
+@pytest.mark.parametrize(("child", "stops"), [("never", True), ("always", False)], ids=["here", "child"])
+def test_only_work_done_here_can_stop_a_heartbeat(do, child, stops):
+    beats, over = [time.monotonic()], threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.05):
+            beats.append(time.monotonic())
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    do("hold_the_interpreter", child)
+    over.set()
+    heart.join()
+    longest = max(after - before for before, after in pairwise([*beats, time.monotonic()]))
+    assert longest > 2.5 if stops else longest < 1.5
