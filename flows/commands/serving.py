@@ -63,7 +63,7 @@ def _add_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
     )
-    sub.add_argument("--debug", action="store_true", help="show tracebacks and Prefect's log")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def deploy_command(args: argparse.Namespace) -> int:

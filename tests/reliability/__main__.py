@@ -4,8 +4,8 @@
 
 `crash`: a run killed at each commit point and resumed. `races`: eight processes commit the same step.
 `faults`: each operation of the store while the server answers 503 or 500, drops, cuts or stalls the
-connection, or stores without answering; `survived` says that it succeeded or ended in a clear error within two
-minutes with nothing wrong committed, and that it succeeded once the fault was over. Exit code 1 if anything
+connection, or stores without answering; `survived` says that it succeeded or ended in a clear error within
+two minutes with nothing wrong committed, and that it succeeded once the fault was over. Exit code 1 if anything
 did not hold.
 """
 
@@ -82,9 +82,8 @@ def main(wanted: list[str]) -> int:
     bad += [row for row in found["faults"] if not row["survived"]]
     for row in bad:
         say(f"DOES NOT HOLD: {row}")
-    say(
-        f"{LATEST}: {', '.join(f'{len(rows)} {kind}' for kind, rows in found.items())}; {len(bad)} do not hold"
-    )
+    counts = ", ".join(f"{len(rows)} {kind}" for kind, rows in found.items())
+    say(f"{LATEST}: {counts}; {len(bad)} do not hold")
     return 1 if bad else 0
 
 
