@@ -27,7 +27,7 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
 WANTED = os.environ.get("SERA_PICTURES")
-"""Whether pictures are kept: `1`, or `demo` for those of a real model's run."""
+"""Whether the README's pictures are renewed: `1`, or `demo` for those of a real model's run."""
 SECONDS = 1500 if WANTED == "demo" else 400
 """How long a run may take on a busy machine."""
 
@@ -73,8 +73,8 @@ def chromium() -> "Iterator[Browser]":
 class Person:
     """Somebody who uses Prefect's UI with mouse and keyboard, and whose browser's requests are noted."""
 
-    def __init__(self, context: "BrowserContext", url: str) -> None:
-        self.url = url
+    def __init__(self, context: "BrowserContext", url: str, album: Path) -> None:
+        self.url, self.album = url, album
         self.requests: list[str] = []
         context.on("request", lambda request: self.requests.append(request.url))
         context.on("page", self._follow)
@@ -123,9 +123,9 @@ class Person:
         self.page.get_by_text(name, exact=True).first.click()
 
     def picture(self, name: str) -> None:
-        """Keep a picture for the README; unless asked to, only draw it, and change no tracked file."""
+        """Keep what the window shows."""
         self.page.wait_for_load_state("networkidle")
-        self.page.screenshot(path=PICTURES / f"{name}.png" if WANTED else None)
+        self.page.screenshot(path=self.album / f"{name}.png")
 
 
 def _field(*titles: str) -> str:
@@ -149,14 +149,15 @@ def inputs(home) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def meet(chromium, place) -> Iterator[Callable[[], Person]]:
+def meet(chromium, place, tmp_path_factory) -> Iterator[Callable[[], Person]]:
     """Makes a new person, with a browser window of their own."""
+    album = PICTURES if WANTED else tmp_path_factory.mktemp("pictures")  # a test run changes no tracked file
     contexts: list[BrowserContext] = []
 
     def new() -> Person:
         context = chromium.new_context(viewport={"width": 1200, "height": 1000}, timezone_id="UTC")
         contexts.append(context)
-        return Person(context, place.server.url.removesuffix("/api"))
+        return Person(context, place.server.url.removesuffix("/api"), album)
 
     yield new
     for context in contexts:

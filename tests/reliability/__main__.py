@@ -5,8 +5,8 @@
 `crash`: a run killed at each commit point and resumed. `races`: eight processes commit the same step.
 `faults`: each operation of the store while the server answers 503 or 500, drops, cuts or stalls the
 connection, or stores without answering; `survived` says that it succeeded or ended in a clear error within
-two minutes with nothing wrong committed, and that it succeeded once the fault was over. Exit code 1 if anything
-did not hold.
+two minutes with nothing wrong committed, and that it succeeded once the fault was over. Exit code 1 if
+anything did not hold.
 """
 
 import json
