@@ -61,7 +61,8 @@ def _describe(run: str, number: int, question: dict) -> str:
             "",
             f"The evidence says **{evidence['decision']}**: {escape(str(evidence['reason']))}",
             "",
-            f"Convergence: {escape(str(evidence['verdict']))}. Alarm: {escape(str(evidence['alarm']))}. "
+            f"Convergence: {escape(str(evidence['verdict']))}. "
+            f"Alarm: {escape(str(evidence['alarm'] or 'none'))}. "
             f"Unanswered by {question['until']}, `{question['default']}` is taken.",
             "",
             "* promote: the round's policy becomes the head",

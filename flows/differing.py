@@ -57,12 +57,19 @@ def difference(left: Side, right: Side) -> dict[str, Any]:
 def _config(left: RunStore, right: RunStore) -> list[dict[str, Any]]:
     """Every setting, and the digests of what the data and the model hold."""
     records = [records.configs()[-1] for records in (left, right)]
-    both = [{**record.config, "digests": record.resolved["digests"]} for record in records]
-    decide = {key for record in records for key in flatten(record.resolved)}
+    both = [_by_number({**record.config, "digests": record.resolved["digests"]}) for record in records]
+    decide = {key for record in records for key in flatten(_by_number(record.resolved))}
     return [
         {"key": key, "left": was, "right": now, "changes_result": key in decide}
         for key, was, now in changes(*both)
     ]
+
+
+def _by_number(value: Any) -> Any:
+    """Lists of sections (data sources) as sections named by their number, so that each setting has a key."""
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        value = {str(number): item for number, item in enumerate(value)}
+    return {k: _by_number(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _steps(left: RoundManifest | None, right: RoundManifest | None) -> list[dict[str, Any]]:

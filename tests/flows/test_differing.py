@@ -62,7 +62,7 @@ def test_a_setting_that_changes_no_result_is_told_apart(diff, kept_store):
     path.write_text(json.dumps(record))
     changed = {row["key"]: row["changes_result"] for row in diff("first", "second")["config"]}
     assert changed["execution.micro_batch"] is False and changed["select.fraction"] is True
-    assert changed["data.train"] is True  # the list it stands in holds splits and weights too
+    assert changed["data.train.0.path"] is False
 
 
 def test_the_same_work_with_other_content_is_told_apart_from_other_work(diff, kept_store):
