@@ -69,7 +69,6 @@ def _describe(run: str, number: int, question: dict) -> str:
             "* hold: the head stays, the next round is tried from it",
             "* roll_back: the head goes back to the best round",
             "* stop: the run ends here",
-            "",
-            f"The rounds before it: artifact `{key_of(run, 'index')}`.",
+            *(["", f"[The rounds before it](/artifacts/key/{key_of(run, 'index')})"] if number else []),
         ]
     )

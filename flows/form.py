@@ -44,10 +44,18 @@ _BOUNDS = {
 }
 
 
+def _in_order(schema: dict[str, Any]) -> None:
+    """The form shows fields by position: Postgres keeps a JSON object's keys in an order of its own."""
+    for position, field in enumerate(schema.get("properties", {}).values()):
+        field["position"] = position
+
+
 class FormPart(BaseModel):
     """A section of the form: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, json_schema_extra=_in_order
+    )
 
 
 class TransformersEngine(FormPart):

@@ -7,9 +7,8 @@ AWS_ACCESS_KEY_ID, AWS_PROFILE and the like, and s3fs's own FSSPEC_S3_….
 import asyncio
 import os
 import re
-import tempfile
+import shutil
 import threading
-import uuid
 from collections.abc import Coroutine
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sera_core.artifacts.checks import Blob, Progress, check_blob, check_file, check_path, check_url, missing
 from sera_core.artifacts.folders import cache_folder
+from sera_core.artifacts.scratch import scratch_folder
 from sera_core.errors import InputError, StoreError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class S3Store:
 
     def workspace(self, path: str) -> Path:
         check_path(self.url, path)
-        return Path(tempfile.mkdtemp(prefix="sera-"))
+        return scratch_folder()
 
     def commit_file(
         self, workspace: Path, path: str, relative: str, progress: Progress | None = None
@@ -136,15 +136,15 @@ class S3Store:
     def _download(self, path: str, blob: Blob, local: Path, progress: Progress) -> None:
         from sera_core.artifacts.s3_transfer import download
 
-        local.parent.mkdir(parents=True, exist_ok=True)
-        temporary = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}")
+        scratch = scratch_folder()
         try:
-            self._do(download(self._requests(), self._key(path), temporary, blob, progress))
-            temporary.replace(local)
+            self._do(download(self._requests(), self._key(path), scratch / local.name, blob, progress))
+            local.parent.mkdir(parents=True, exist_ok=True)
+            (scratch / local.name).replace(local)
         except FileNotFoundError:
             raise missing(f"{self.url}/{path}") from None
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
         """Run on fsspec's loop. Interrupted here, it is cancelled there, and removes its remains."""

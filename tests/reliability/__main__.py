@@ -11,6 +11,7 @@ anything did not hold.
 
 import json
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import asdict
@@ -40,7 +41,7 @@ def crashes(name: str, every: int, folder: Path) -> list[dict[str, Any]]:
     with crashing.backend(name, folder) as place:
         for crash in crashing.matrix(place, folder, every):
             rows.append({**asdict(crash), "good": crash.is_good})
-            say(f"{name}: killed at point {crash.point} ({crash.at}): {'good' if crash.is_good else crash}")
+            say(f"{name}: killed at point {crash.point} ({crash.at}): {'good' if crash.is_good else 'BAD'}")
     return rows
 
 
@@ -67,6 +68,7 @@ def main(wanted: list[str]) -> int:
     if absent := objectstores.absent_programs():
         say(f"NOT TRIED: radosgw, for {', '.join(absent)} are missing: {objectstores.INSTALL}")
         stores = [(name, every) for name, every in stores if name != "radosgw"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are ended on the way out
     crashing.warm_up()
     with tempfile.TemporaryDirectory(prefix="sera-faults-") as scratch:
         folder = Path(scratch)

@@ -27,7 +27,7 @@ from sera_core.errors import StoreError
 
 LIMIT_SECONDS = 120.0
 TIMES = {"twice": 2, "for ever": FOR_EVER}
-AT_ONCE = 6
+AT_ONCE = 10
 ATTEMPT = "steps/train/key/0123456789abcdef"
 _ENVIRONMENT = threading.Lock()
 

@@ -192,6 +192,19 @@ def test_a_store_opened_before_a_fork_works_after_it(moto):
     assert store.read_bytes("runs/x/run-000.json") == b"first"
 
 
+def test_what_a_killed_process_left_on_the_local_disk_is_removed_by_the_next(moto, cache):
+    store = open_store(moto.bucket())
+    if (child := os.fork()) == 0:
+        (store.workspace("steps/train/key/attempt") / "model.safetensors").write_bytes(b"x" * 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(files_in(cache)) == 1
+    ours = store.workspace("steps/train/key/attempt")
+    (ours / "model.safetensors").write_bytes(b"y")
+    assert store.workspace("steps/train/key/attempt") != ours
+    assert files_in(cache) == [ours / "model.safetensors"]
+
+
 def test_a_bucket_that_is_not_there_is_named(server):
     store = open_store("s3://sera-nowhere/x")
     for act in (lambda: store.read_bytes("runs/x"), lambda: store.create("runs/x", b"")):
