@@ -8,7 +8,7 @@ REAL := slow or flow or s3 or vllm or wheel or browser or recovery
 APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 	apt-get install -y -qq --no-install-recommends
 
-.PHONY: demo quick up deploy test system fast check recovery bench reference clean
+.PHONY: demo quick up deploy test system fast check recovery faults bench reference clean
 
 demo: .venv/core            ## the main job: three rounds on a real model and real preferences (about ten minutes)
 	$(BIN)/sera demo
@@ -42,6 +42,9 @@ check: .venv/dev            ## format, lint, types, import directions
 
 recovery: system .venv/dev  ## what is killed goes on: every case, and the table tests/recovery/latest.json
 	SERA_WRITE_RECOVERY=1 $(BIN)/python -m pytest -q tests/recovery
+
+faults: system .venv/dev    ## every crash point, race and fault on every store: tests/reliability/latest.json
+	PYTHONPATH=tests $(BIN)/python -m reliability
 
 bench: .venv/dev            ## speed, each figure beside a peer's in the same run
 	$(BIN)/python -m tests.benchmarks.scoring

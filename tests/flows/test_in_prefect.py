@@ -49,12 +49,10 @@ def test_a_run_from_the_form_names_itself_shows_its_rounds_and_is_not_done_twice
     key = run.lower()
     assert {f"{key}-index", f"{key}-round-0", f"{key}-round-1"} <= set(artifacts(place, key))
 
-    begun = time.monotonic()
     again = ended(place, trigger(place, config=form, run="other-{date}-{data}", store=store))
     assert f"nothing new: run {run} did exactly this" in again["state"]["message"]
     same = ended(place, trigger(place, config=form, run=run, store=store))
     assert "nothing new" in same["state"]["message"]
-    assert time.monotonic() - begun < 60  # two triggers, 30 s each
     assert [path.name for path in (tmp_path / "store/runs").iterdir()] == [run]
 
 
@@ -98,7 +96,7 @@ def test_a_review_suspends_the_run_without_a_process_and_the_answer_takes_it_on(
     flow_run = trigger(place, config=form, run="asked", store=store)
     found = servers.wait_for_state(place.environment, flow_run, ("Suspended", *servers.FINAL), 400)
     assert found["state"]["name"] == "Suspended"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while servers.processes_under(place.hands.pid):  # nothing waits with it
         assert time.monotonic() < deadline
         time.sleep(0.5)
