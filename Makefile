@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-REAL := slow or flow or s3 or vllm or wheel or browser or recovery
+REAL := slow or flow or s3 or vllm or wheel or browser
+LONG := recovery or faults
 
 # Only root on Debian can install these; elsewhere the tests that need them are skipped and say so.
 APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
@@ -22,9 +23,9 @@ up: .venv/core              ## Prefect's server and UI, a worker and the deploym
 deploy: .venv/core          ## the same deployments on the Prefect server of PREFECT_API_URL
 	$(BIN)/sera deploy
 
-test: system .venv/dev      ## every test: the fast ones first, then those with real models and real servers
-	$(BIN)/python -m pytest -q -m "not ($(REAL) or gpu)"
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(REAL) or gpu"
+test: system .venv/dev      ## the fast tests first, then those with real models and real servers; see also recovery, faults
+	$(BIN)/python -m pytest -q -m "not ($(REAL) or $(LONG) or gpu)"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "($(REAL) or gpu) and not ($(LONG))"
 
 system:                     ## what the tests use that pip cannot bring: a browser, Postgres, Ceph
 	@command -v chromium >/dev/null || ($(APT) chromium) || echo "chromium cannot be installed here"
@@ -32,7 +33,7 @@ system:                     ## what the tests use that pip cannot bring: a brows
 	@command -v radosgw >/dev/null || ($(APT) ceph-mon ceph-osd ceph-common radosgw) || echo "Ceph cannot be installed here"
 
 fast: .venv/dev             ## the fast tests alone (under a minute)
-	$(BIN)/python -m pytest -q -m "not ($(REAL) or gpu)"
+	$(BIN)/python -m pytest -q -m "not ($(REAL) or $(LONG) or gpu)"
 
 check: .venv/dev            ## format, lint, types, import directions
 	$(BIN)/ruff format --check .

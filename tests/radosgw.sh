@@ -3,7 +3,7 @@
 #   apt-get install --no-install-recommends ceph-mon ceph-osd ceph-common radosgw
 #   radosgw.sh start DIR [S3_PORT [MON_PORT]]   # prints endpoint, access key, secret; ready in about 13 s, 0.5 GiB
 #   radosgw.sh stop DIR
-# DIR must have a short name: sockets lie in it.
+# DIR must have a short name, for sockets lie in it. The servers end with the process that called `start`.
 set -eu
 cmd=$1 dir=$2 port=${3:-9103} mon=${4:-9300}
 if [ "$cmd" = stop ]; then for f in "$dir"/*.pid; do kill "$(cat "$f")" 2>/dev/null || true; done; exit 0; fi
@@ -52,4 +52,6 @@ for _ in $(seq 100); do timeout 5 ceph -c "$conf" osd stat 2>/dev/null | grep -q
 radosgw -c "$conf" -n client.admin --rgw_frontends="beast endpoint=127.0.0.1:$port" --rgw_data="$dir/rgw" -f >"$dir/rgw.out" 2>&1 & echo $! >"$dir/rgw.pid"
 for _ in $(seq 100); do (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && break; sleep .2; done
 radosgw-admin -c "$conf" user create --uid=sera --display-name=sera --access-key=sera-access --secret-key=sera-secret >/dev/null
+owner=$PPID
+( while kill -0 "$owner" 2>/dev/null; do sleep 1; done; for f in "$dir"/*.pid; do kill -9 "$(cat "$f")" || true; done ) >/dev/null 2>&1 &
 echo "http://127.0.0.1:$port sera-access sera-secret"

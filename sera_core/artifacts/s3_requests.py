@@ -67,7 +67,7 @@ class Patience:
     """Seconds after which a request is given up. No operation needs more than two of them in a row."""
     tries: int = 8
     """Requests sent for it, at most."""
-    slowest: int = 192 * 1024
+    slowest: int = 384 * 1024
     """Bytes a second below which a transfer counts as stalled."""
 
     def one_request(self, size: int) -> float:

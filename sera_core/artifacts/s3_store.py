@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sera_core.artifacts.checks import Blob, Progress, check_blob, check_file, check_path, check_url, missing
 from sera_core.artifacts.folders import cache_folder
+from sera_core.artifacts.local_store import no_room
 from sera_core.artifacts.scratch import scratch_folder
 from sera_core.errors import InputError, StoreError
 
@@ -29,6 +30,15 @@ _LAST_SECONDS = 20.0
 """An interrupted transfer may take so long to remove its remains."""
 
 
+class _Environment(tuple[tuple[str, str], ...]):
+    """Names and values, the values for nobody's eyes: they hold credentials."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{', '.join(name for name, _ in self)}>"
+
+
 class S3Store:
     """A prefix of a bucket. Nothing here depends on a listing."""
 
@@ -40,15 +50,15 @@ class S3Store:
             raise InputError(f"store {url!r}: {self.bucket!r} is no bucket's name; give s3://bucket/prefix")
         if self._below:
             check_path(self.url, self._below)
-        if any("@" in os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")):
+        self._environment = _Environment(
+            sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT))
+        )
+        if any("ENDPOINT" in name and "@" in value for name, value in self._environment):
             raise InputError(
                 "AWS_ENDPOINT_URL holds a user or a password, which errors would show; put them into "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         self._patience = patience
-        self._environment = tuple(
-            sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT))
-        )
         self._verified: set[tuple[str, int, int]] = set()
         self._connected: dict[tuple[int, int], Any] = {}
         self._filesystem(tries=1)  # now, for the environment may change
@@ -143,6 +153,10 @@ class S3Store:
             (scratch / local.name).replace(local)
         except FileNotFoundError:
             raise missing(f"{self.url}/{path}") from None
+        except OSError as error:
+            if (trouble := no_room(error, local)) is not None:
+                raise trouble from error
+            raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -168,7 +182,7 @@ class S3Store:
 
 
 @lru_cache(maxsize=8)
-def _connect(process: int, environment: tuple[tuple[str, str], ...], tries: int) -> Any:
+def _connect(process: int, environment: _Environment, tries: int) -> Any:
     """One client, with its connections, for all stores of a process while its environment stays."""
     import s3fs
     from botocore.exceptions import BotoCoreError
@@ -190,7 +204,7 @@ def _connect(process: int, environment: tuple[tuple[str, str], ...], tries: int)
 
 
 @lru_cache(maxsize=4)
-def _session(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
+def _session(process: int, environment: _Environment) -> Any:
     """What botocore knows of S3 takes 0.1 s to read: once."""
     from aiobotocore.session import AioSession
 

@@ -16,11 +16,11 @@ from sera_core.errors import StoreError
 
 Start = Callable[[], Coroutine[Any, Any, Any]]
 
-PART_BYTES = 8 * 2**20
+PART_BYTES = 16 * 2**20
 """S3 takes parts of 5 MiB to 5 GiB."""
 MAX_PARTS = 10_000
-PARALLEL = 6
-"""Parts under way at once: so many are held in memory."""
+PARALLEL = 4
+"""Parts under way at once, while one more is read and hashed: so many are held in memory."""
 
 CLEANING = Patience(answer=5.0, total=15.0, tries=3)
 """An upload that failed keeps nobody waiting long for its remains to be removed."""
@@ -100,9 +100,9 @@ async def _in_order(starts: AsyncIterator[Start]) -> AsyncGenerator[Any, None]:
     running: deque[asyncio.Task[Any]] = deque()
     try:
         async for start in starts:
-            if len(running) == PARALLEL:
-                yield await running.popleft()
             running.append(asyncio.create_task(start()))
+            if len(running) > PARALLEL:  # what is taken off is worked on while so many are under way
+                yield await running.popleft()
         while running:
             yield await running.popleft()
     finally:

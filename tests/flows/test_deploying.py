@@ -158,7 +158,7 @@ def leader(pid: int, words: str) -> int | None:
     return next((p for p, line in servers.processes_under(pid).items() if words in line), None)
 
 
-def wait_until(true, seconds: float = 60):
+def wait_until(true, seconds: float = 120):
     deadline = time.monotonic() + seconds
     while not (found := true()):
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -222,4 +222,4 @@ def test_nothing_outlives_a_killed_sera_up(folder):
         assert len(everything) > 2
         up.kill()
         up.wait(10)
-        wait_until(lambda: not still_there(everything), seconds=10)
+        wait_until(lambda: not still_there(everything), seconds=30)

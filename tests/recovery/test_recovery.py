@@ -85,7 +85,7 @@ class Running:
         self.before, self.disturbed = self.records(), time.time()
         how()
 
-    def ended(self, seconds: float = 400) -> None:
+    def ended(self, seconds: float = 800) -> None:
         found = servers.wait_for_state(
             self.place.environment, self.flow_run, ("COMPLETED", "FAILED"), seconds
         )
@@ -240,7 +240,7 @@ def test_a_lost_machine_is_noticed_and_a_busy_healthy_one_is_not(own_place, tmp_
     run.disturb(own_place.hands.kill)
     with other:
         healthy = hold_the_interpreter(own_place, HOLD_SECONDS)
-        run.ended(600)
+        run.ended()
         found = servers.wait_for_state(own_place.environment, healthy, seconds=HOLD_SECONDS + 120)
         assert found["state"]["type"] == "COMPLETED" and found["run_count"] == 1, found["state"]
     own_place.hands.start()

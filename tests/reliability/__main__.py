@@ -40,7 +40,7 @@ def crashes(name: str, every: int, folder: Path) -> list[dict[str, Any]]:
     rows = []
     with crashing.backend(name, folder) as place:
         for crash in crashing.matrix(place, folder, every):
-            rows.append({**asdict(crash), "good": crash.is_good})
+            rows.append(asdict(crash) | {"good": crash.is_good})
             say(f"{name}: killed at point {crash.point} ({crash.at}): {'good' if crash.is_good else 'BAD'}")
     return rows
 

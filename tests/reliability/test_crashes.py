@@ -1,4 +1,4 @@
-"""The crash matrix, as far as ten minutes go: all points in a folder, every second on moto, some on Ceph.
+"""The crash matrix, as far as ten minutes go: all points in a folder, every third on moto, some on Ceph.
 
 `make faults` takes every point on all three.
 """
@@ -13,6 +13,7 @@ import objectstores
 import pytest
 from reliability.crashing import Crash
 
+pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]
 LEAST_POINTS = 150
 
@@ -36,7 +37,7 @@ def matrix(wanted: str) -> list[Crash]:
     ("store", "every"),
     [
         pytest.param("local", 1, marks=pytest.mark.slow),
-        pytest.param("moto", 2, marks=pytest.mark.s3),
+        pytest.param("moto", 3, marks=pytest.mark.s3),
         pytest.param("radosgw", 5, marks=pytest.mark.s3),
     ],
 )

@@ -232,6 +232,7 @@ def test_wrong_credentials_are_said_and_no_secret_is_told(radosgw_server):
             told = "".join(traceback.format_exception(refused.value))
             assert "wrong-secret-4711" not in told and "AKIAWRONGACCESS" not in told
             assert "AWS_ACCESS_KEY_ID" in str(refused.value)
+    assert "wrong-secret-4711" not in repr(vars(store)), "a debugger's page of variables is shown around too"
 
 
 def test_an_endpoint_with_a_password_is_refused_and_not_repeated(monkeypatch):
