@@ -7,7 +7,7 @@ LONG := recovery or faults
 
 # Only root on Debian can install these; elsewhere the tests that need them are skipped and say so.
 APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
-	apt-get install -y -qq --no-install-recommends
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 
 .PHONY: demo quick up deploy test system fast check recovery faults bench reference clean
 
