@@ -9,10 +9,12 @@ import subprocess
 import sys
 import urllib.request
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import servers
 import tinyrun
 from hypothesis import given
 from hypothesis import strategies as st
@@ -319,11 +321,20 @@ publish()
 
 
 @pytest.fixture(scope="module")
-def published(records, prefect_server):
-    """A flow run that takes itself for a deployed one publishes everything; returns a reader of the API."""
+def published(records, tmp_path_factory):
+    """A flow run that takes itself for a deployed one publishes everything; returns a reader of the API.
+
+    The server is one of its own: what other tests publish would be found too.
+    """
+    with servers.prefect_server(tmp_path_factory.mktemp("prefect")) as server:
+        publish(records, server)
+        yield partial(ask, server.url)
+
+
+def publish(records, server):
+    """One flow run in a process of its own."""
     environment = {
-        **os.environ,
-        "PREFECT_API_URL": prefect_server,
+        **server.environment,
         "PREFECT_LOGGING_LEVEL": "INFO",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "trl,transformers,vllm",  # as deployments/prefect.yaml has it
         "PREFECT__RUNTIME__DEPLOYMENT__ID": "11111111-2222-3333-4444-555555555555",
@@ -332,14 +343,14 @@ def published(records, prefect_server):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
-    def read(path, body):
-        request = urllib.request.Request(
-            f"{prefect_server}{path}", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
 
-    return read
+def ask(url, path, body):
+    """What the API answers."""
+    request = urllib.request.Request(
+        f"{url}{path}", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
 
 
 @pytest.mark.flow
