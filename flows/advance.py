@@ -8,9 +8,9 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows import opening
-from flows.holding import hold_run
-from flows.logs import run_log
 from flows.sera import default_store, finish, one_round
+from flows.serving.holding import hold_run
+from flows.showing.logs import run_log
 from sera_core.artifacts.lease import hold
 from sera_core.artifacts.runs import RunStore, list_runs
 from sera_core.artifacts.store import open_store

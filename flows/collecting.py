@@ -6,7 +6,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows.garbage import collect, collected_lines, seconds_of
+from flows.keeping.garbage import collect, collected_lines, seconds_of
 from flows.sera import default_store
 from sera_core.artifacts.store import open_store
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.logs import run_log
 from flows.round import Ref
 from flows.session import Session
+from flows.showing.logs import run_log
 from sera_core import steps
 from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.probing import check_shared

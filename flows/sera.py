@@ -14,15 +14,16 @@ from prefect.flows import Flow
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import cards, events, naming, opening
-from flows.asking import ask_person
-from flows.deployed import in_deployed_run
-from flows.form import FormConfig
-from flows.holding import hold_device, hold_run
-from flows.logs import library_logs, run_log
+from flows import naming, opening
 from flows.planning import plan
-from flows.progress import reporter
+from flows.serving.asking import ask_person
+from flows.serving.form import FormConfig
+from flows.serving.holding import hold_device, hold_run
 from flows.session import Runner, Session
+from flows.showing import cards, events
+from flows.showing.deployed import in_deployed_run
+from flows.showing.logs import library_logs, run_log
+from flows.showing.progress import reporter
 from flows.working import PAUSED, report_test_side, test_side_is_open, work_through
 from sera_core.artifacts.lease import hold
 from sera_core.artifacts.manifest import StepRecord, StepSpec

@@ -6,8 +6,8 @@ from pathlib import Path
 import tiny
 
 from flows import opening
-from flows.progress import reporter
 from flows.session import Session
+from flows.showing.progress import reporter
 from flows.working import PAUSED, report_test_side, work_through
 from sera_core.artifacts.lease import hold
 from sera_core.artifacts.runs import RunStore

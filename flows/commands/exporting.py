@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.answers import answer, say
-from flows.lineage import Lineage, lineage
-from flows.looking import run_records
-from flows.model_card import model_card
-from flows.pushing import check_target, push
+from flows.exporting.lineage import Lineage, lineage
+from flows.exporting.model_card import model_card
+from flows.exporting.pushing import check_target, push
+from flows.showing.looking import run_records
 from sera_core.artifacts.reading import Round
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.artifacts.store import open_store

@@ -6,8 +6,8 @@ from typing import Any
 
 from flows.commands.answers import answer
 from flows.commands.printing import print_table, print_text, shown
-from flows.differing import difference, side_of
-from flows.garbage import collect, collected_lines, seconds_of
+from flows.keeping.differing import difference, side_of
+from flows.keeping.garbage import collect, collected_lines, seconds_of
 from sera_core.artifacts.store import open_store
 
 

@@ -10,9 +10,9 @@ from flows.commands.answers import answer
 from flows.commands.exporting import round_of
 from flows.commands.printing import print_table, print_text, shown
 from flows.commands.summary import closing_lines, rounds_table
-from flows.looking import run_records, show
-from flows.progress import reporter
-from flows.verifying import verify
+from flows.keeping.verifying import verify
+from flows.showing.looking import run_records, show
+from flows.showing.progress import reporter
 from sera_core.artifacts.runs import RoundManifest, RunStore, list_runs
 from sera_core.artifacts.store import open_store
 
@@ -104,7 +104,7 @@ def verify_command(args: argparse.Namespace) -> int:
 
 def report_command(args: argparse.Namespace) -> int:
     """Write the pages."""
-    from flows.run_report import write_run_report
+    from flows.showing.run_report import write_run_report
 
     files = write_run_report(args.store, args.run, Path(args.out))
     if args.json:

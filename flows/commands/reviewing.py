@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from flows.commands.printing import print_text
-from flows.looking import run_records
+from flows.showing.looking import run_records
 from sera_core.artifacts.store import open_store
 from sera_core.errors import InputError
 

@@ -14,8 +14,8 @@ from flows.commands.answers import say
 from flows.commands.printing import print_table, print_text
 from flows.commands.summary import closing_lines, rounds_table
 from flows.experiments import load_experiment
-from flows.looking import run_records, show
 from flows.planning import plan
+from flows.showing.looking import run_records, show
 from flows.working import PAUSED, test_side_is_open
 from sera_core.artifacts.lease import wait_until_free
 from sera_core.artifacts.runs import RunStore, check_name
@@ -96,7 +96,7 @@ def advance_command(args: argparse.Namespace) -> int:
     records = run_records(open_store(args.store), args.run)
     if opening.state_of(records) == "open":
         wait_until_free(records.store, records.run, say)  # before Prefect takes its seconds to start
-        from flows.embedded_server import prefect_api
+        from flows.serving.embedded_server import prefect_api
 
         with prefect_api(args.debug), ended_by_signal():
             from flows.advance import sera_advance
@@ -162,7 +162,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _work(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
-    from flows.embedded_server import prefect_api
+    from flows.serving.embedded_server import prefect_api
 
     with prefect_api(args.debug), ended_by_signal():
         from flows.sera import sera

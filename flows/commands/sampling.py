@@ -33,7 +33,7 @@ from flows.commands.inputs import (
     read_prompts,
     render_prompts,
 )
-from flows.progress import reporter
+from flows.showing.progress import reporter
 from sera_core.errors import InputError
 from sera_core.preferences import Drop, Prompt
 from tasks.engines.sampler import Settings, open_sampler, position_limit

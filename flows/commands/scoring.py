@@ -36,7 +36,7 @@ from flows.commands.inputs import (
     read_pairs,
     render_pairs,
 )
-from flows.progress import reporter
+from flows.showing.progress import reporter
 from sera_core.diagnostics import reward_accuracy
 from sera_core.errors import InputError
 from sera_core.judging import judge_responses, scored_table

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.printing import print_table, print_text
-from flows.embedded_server import track_nothing
+from flows.serving.embedded_server import track_nothing
 
 
 def add_deploy(commands: Any, _: argparse.ArgumentParser) -> None:
-    """`sera deploy [--pool-type process] [--store URL] [--notify URL]`."""
+    """`sera deploy [--pool-type process] [--store URL] [--notify URL] [--keep-credentials]`."""
     sub = commands.add_parser(
         "deploy",
         help="make work pool, limit, variable, automations and deployments on the Prefect server",
@@ -21,6 +21,12 @@ def add_deploy(commands: Any, _: argparse.ArgumentParser) -> None:
     )
     _add_flags(sub)
     sub.add_argument("--pool-type", default="process", help="type of the work pool (default: process)")
+    sub.add_argument(
+        "--keep-credentials",
+        action="store_true",
+        help="put this shell's AWS_… and FSSPEC_S3_… variables into Prefect's Secret block sera-store, from "
+        "which every run of the pool takes them (default: a worker's own environment has them)",
+    )
     sub.set_defaults(command=deploy_command)
 
 
@@ -69,9 +75,9 @@ def _add_flags(sub: argparse.ArgumentParser) -> None:
 def deploy_command(args: argparse.Namespace) -> int:
     """Make everything; print what is there now."""
     track_nothing()
-    from flows.deploying import deploy
+    from flows.serving.deploying import deploy
 
-    made = deploy(args.pool_type, args.store, args.notify)
+    made = deploy(args.pool_type, args.store, args.notify, args.keep_credentials)
     if args.json:
         print(json.dumps(made))
         return 0
@@ -83,7 +89,7 @@ def deploy_command(args: argparse.Namespace) -> int:
 
 def up_command(args: argparse.Namespace) -> int:
     """Serve until interrupted."""
-    from flows.supervising import up
+    from flows.serving.supervising import up
 
     home = args.home.expanduser().absolute()
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from flows.commands.printing import print_table
-from flows.looking import against_round_0, verdict_words
 from flows.opening import test_record
-from flows.round_card import with_interval
+from flows.showing.looking import against_round_0, verdict_words
+from flows.showing.round_card import with_interval
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.reporting.examples import example_pairs
 

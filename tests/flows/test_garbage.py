@@ -11,10 +11,10 @@ import tiny
 import tinyrun
 from fixtures import make_store
 
-from flows import garbage
 from flows.cli import main
-from flows.garbage import collect
-from flows.verifying import verify
+from flows.keeping import garbage
+from flows.keeping.garbage import collect
+from flows.keeping.verifying import verify
 from sera_core.artifacts.lease import claim_path, hold, look, take
 from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.runs import RunStore

@@ -12,9 +12,9 @@ import tinyrun
 from fixtures import make_store
 
 from flows.cli import main
-from flows.garbage import collect
+from flows.keeping.garbage import collect
+from flows.keeping.verifying import verify
 from flows.planning import plan
-from flows.verifying import verify
 from sera_core.artifacts import lease
 from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.runs import RunStore

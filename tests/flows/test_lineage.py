@@ -10,9 +10,9 @@ import tinyrun
 from fixtures import make_store
 
 from flows.cli import main
-from flows.lineage import Lineage, display_name, lineage
-from flows.looking import run_records
-from flows.model_card import model_card
+from flows.exporting.lineage import Lineage, display_name, lineage
+from flows.exporting.model_card import model_card
+from flows.showing.looking import run_records
 from sera_core.artifacts.canonical import files_digest
 from sera_core.artifacts.manifest import StepSpec
 from sera_core.artifacts.step import code_digest
@@ -154,7 +154,7 @@ def card_with(kept_store, change: dict, **manifest) -> str:
     chain = lineage(records, records.rounds()[1])
     found = records.rounds()[1].model_copy(update=manifest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.model_card.since_round_0", lambda *_: Change(**change))
+        patch.setattr("flows.exporting.model_card.since_round_0", lambda *_: Change(**change))
         return model_card(records, found, chain)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-from flows.lost_runs import Seen
+from flows.serving.lost_runs import Seen
 
 LONG_AGO = datetime.now(UTC) - timedelta(hours=1)
 

@@ -12,7 +12,7 @@ import tiny
 import tinyrun
 
 from flows.cli import main
-from flows.verifying import verify
+from flows.keeping.verifying import verify
 from sera_core.artifacts.manifest import StepSpec, check_file_name
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.step import run_step

@@ -7,7 +7,7 @@ import pytest
 import tinyrun
 
 import sera_core
-from flows.verifying import verify
+from flows.keeping.verifying import verify
 
 pytestmark = pytest.mark.s3
 

@@ -3,7 +3,7 @@
 import time
 from itertools import pairwise
 
-from flows import progress
+from flows.showing import progress
 
 
 class Clock:

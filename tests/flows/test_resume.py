@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tinyrun
 
-from flows.verifying import verify
+from flows.keeping.verifying import verify
 
 pytestmark = pytest.mark.flow
 
@@ -101,7 +101,7 @@ def gone_within(seconds: float, pid: int) -> None:
     raise AssertionError(f"still running: {left}")
 
 
-OURS = {"flows.embedded_server", "tasks.engines.child"}
+OURS = {"flows.serving.embedded_server", "tasks.engines.child"}
 
 
 def children_of(pid: int) -> list[str]:

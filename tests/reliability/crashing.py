@@ -26,7 +26,7 @@ import objectstores
 import tiny
 import tinyrun
 
-from flows.verifying import verify
+from flows.keeping.verifying import verify
 from sera_core.artifacts import local_store, step
 from sera_core.artifacts.local_store import LocalStore
 from sera_core.artifacts.probing import PASSED

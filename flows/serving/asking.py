@@ -9,9 +9,9 @@ from prefect import get_run_logger
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 
-from flows.card_text import escape
-from flows.cards import key_of
-from flows.deployed import in_deployed_run
+from flows.showing.card_text import escape
+from flows.showing.cards import key_of
+from flows.showing.deployed import in_deployed_run
 from sera_core.artifacts.runs import RunStore
 
 Decision = Literal["promote", "hold", "roll_back", "stop"]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
-from flows.deployed import in_deployed_run
+from flows.showing.deployed import in_deployed_run
 from tasks.engines.child import to_stderr
 from tasks.engines.library_logs import hear_libraries
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.looking import against_round_0, verdict_words
 from flows.opening import test_record
+from flows.showing.looking import against_round_0, verdict_words
 from sera_core.artifacts.manifest import Artifact, find_record
 from sera_core.artifacts.records import read_record
 from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore, differences, flatten

@@ -3,7 +3,7 @@
 Prefect's own embedded server outlives a killed flow and keeps its output pipe open. This one is told by the
 kernel (Linux) or by a watching thread when its parent is gone, and writes to a file.
 
-    python -m flows.embedded_server PORT PARENT_PID
+    python -m flows.serving.embedded_server PORT PARENT_PID
 """
 
 import os
@@ -56,7 +56,7 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     log = home / "embedded-server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", "flows.embedded_server", str(port), str(os.getpid())],
+            [sys.executable, "-m", "flows.serving.embedded_server", str(port), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

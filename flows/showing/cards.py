@@ -8,8 +8,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
 
-from flows.card_text import escape, table, verbatim
-from flows.round_card import command, round_card, stop_words, with_interval
+from flows.showing.card_text import escape, table, verbatim
+from flows.showing.round_card import command, round_card, stop_words, with_interval
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.config import SeraConfig
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.roots import COLLECTED, Place, Roots, is_claimed
+from flows.keeping.roots import COLLECTED, Place, Roots, is_claimed
 from sera_core.artifacts.canonical import canonical_json
 from sera_core.artifacts.lease import lease_path, look
 from sera_core.artifacts.manifest import StepRecord, parse_part

@@ -3,9 +3,10 @@
 deploy(store="s3://bucket/runs")
 """
 
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from uuid import UUID
 
 import yaml
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.blocks.system import Secret
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import (
     GlobalConcurrencyLimitCreate,
@@ -29,17 +31,24 @@ from prefect.settings import get_current_settings
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
-from flows.holding import DEVICE_LIMIT
+from flows.serving.holding import DEVICE_LIMIT
 from sera_core.errors import InputError, SeraError
 from sera_core.sources import bundled_file
 
 POOL = "sera"
 STORE_VARIABLE = "sera_store"
 NOTIFY_BLOCK = "sera-notify"
+CREDENTIALS_BLOCK = "sera-store"
+"""A Secret block: environment variables of the object store, as one JSON object."""
+CREDENTIALS = ("AWS_", "FSSPEC_S3_")
+_REFERENCE = f"prefect.blocks.secret.{CREDENTIALS_BLOCK}."
 
 
 def deploy(
-    pool_type: str = "process", store: str | None = None, notify: str | None = None
+    pool_type: str = "process",
+    store: str | None = None,
+    notify: str | None = None,
+    keep_credentials: bool = False,
 ) -> dict[str, dict[str, str]]:
     """Make what is missing, change what differs, leave the rest; ids (of variables: values) by kind and name.
 
@@ -47,13 +56,16 @@ def deploy(
         pool_type: Type of a work pool made now; a pool that is there keeps its own.
         store: Folder or URL that flow runs use by default. None: the one the server has, else ./sera-store.
         notify: URL that is told when a run stops or its alarm is raised, by POST of a JSON `text`.
+        keep_credentials: Put this process's AWS_… and FSSPEC_S3_… variables into a Secret block, from which
+            every flow run of the pool takes them. Without it, what was put there before stays.
 
     Raises:
-        InputError: no server answers, or the pool's type is unknown.
+        InputError: no server answers, the pool's type is unknown, or there are no credentials to keep.
     """
     with _client() as client:
+        credentials = _credentials() if keep_credentials else None
         made = {
-            "work_pools": {POOL: str(_work_pool(client, pool_type))},
+            "work_pools": {POOL: str(_work_pool(client, pool_type, credentials))},
             "limits": {DEVICE_LIMIT: str(_device_limit(client))},
             "variables": {STORE_VARIABLE: _store_variable(client, store)},
             "automations": _automations(client, notify),
@@ -75,7 +87,20 @@ def _client() -> Iterator[SyncPrefectClient]:
         yield client
 
 
-def _work_pool(client: SyncPrefectClient, pool_type: str) -> UUID:
+def _credentials() -> list[str]:
+    """Save the credentials where Prefect keeps them encrypted; their names."""
+    found = {name: value for name, value in os.environ.items() if name.startswith(CREDENTIALS)}
+    if not found:
+        raise InputError(
+            "there are no credentials to keep: set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for another "
+            "server than AWS, AWS_ENDPOINT_URL"
+        )
+    block = Secret(value=found)  # pyright: ignore[reportArgumentType]
+    block.save(CREDENTIALS_BLOCK, overwrite=True)
+    return sorted(found)
+
+
+def _work_pool(client: SyncPrefectClient, pool_type: str, credentials: Sequence[str] | None) -> UUID:
     """The pool, whose jobs take the store from the server's variable each time one starts."""
     try:
         pool = client.read_work_pool(POOL)
@@ -86,18 +111,25 @@ def _work_pool(client: SyncPrefectClient, pool_type: str) -> UUID:
                 f"--pool-type {pool_type}: this installation of Prefect does not know it; `prefect work-pool "
                 "create --help` says more, and a pool named sera made by hand is used as it is"
             ) from None
-        new = WorkPoolCreate(name=POOL, type=pool_type, base_job_template=_with_defaults(template))
-        return client.create_work_pool(new).id
-    template = _with_defaults(pool.base_job_template)
+        template = _with_defaults(template, credentials)
+        return client.create_work_pool(
+            WorkPoolCreate(name=POOL, type=pool_type, base_job_template=template)
+        ).id
+    template = _with_defaults(pool.base_job_template, credentials)
     if template != pool.base_job_template:
         client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
     return pool.id
 
 
-def _with_defaults(template: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(template: dict[str, Any], credentials: Sequence[str] | None) -> dict[str, Any]:
     properties = template["variables"]["properties"]
-    default = properties["env"].get("default") or {}
-    env = {"SERA_STORE": f"{{{{ prefect.variables.{STORE_VARIABLE} }}}}", **default}
+    env = {
+        "SERA_STORE": f"{{{{ prefect.variables.{STORE_VARIABLE} }}}}",
+        **(properties["env"].get("default") or {}),
+    }
+    if credentials is not None:
+        env = {name: value for name, value in env.items() if _REFERENCE not in value}
+        env |= {name: f"{{{{ {_REFERENCE}{name} }}}}" for name in credentials}
     properties = {**properties, "env": {**properties["env"], "default": env}}
     if "working_dir" in properties and not properties["working_dir"].get("default"):
         # Without one each flow run gets a temporary folder, deleted under the feet of a run resumed at once.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flows.looking import run_records
+from flows.showing.looking import run_records
 from sera_core.artifacts.manifest import StepRef
 from sera_core.artifacts.runs import RoundManifest, RunStore, changes, flatten
 from sera_core.artifacts.store import Store

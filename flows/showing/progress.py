@@ -22,8 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from flows.deployed import in_deployed_run
-from flows.logs import run_log
+from flows.showing.deployed import in_deployed_run
+from flows.showing.logs import run_log
 from sera_core.artifacts.step import Progress as Report
 
 LINE_SECONDS = 30.0
@@ -155,6 +155,6 @@ def _key(title: str) -> str:
     """The artifact's key: of the round and the step, and its own task run, for a round scores many times."""
     from prefect.runtime import flow_run, task_run
 
-    from flows.cards import key_of
+    from flows.showing.cards import key_of
 
     return key_of(str(flow_run.name), f"{title}-{str(task_run.id or flow_run.id)[-8:]}")

@@ -5,7 +5,7 @@ import re
 
 from markupsafe import Markup
 
-from flows.card_text import escape
+from flows.showing.card_text import escape
 from sera_core.reporting.pages import render
 
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from prefect import get_client
 from prefect.concurrency.sync import concurrency
 
-from flows.deployed import in_deployed_run
+from flows.showing.deployed import in_deployed_run
 from sera_core.config import ExecutionConfig
 from sera_core.devices import device_of
 from sera_core.errors import BusyError

@@ -233,7 +233,7 @@ FormConfig = Annotated[SeraConfig, _Form()]
 """A SeraConfig that Prefect's form and API give as RunForm."""
 
 
-if __name__ == "__main__":  # python -m flows.form: the form's schema, as the snapshot test keeps it
+if __name__ == "__main__":  # python -m flows.serving.form: the form's schema, as the snapshot test keeps it
     import json
     import sys
 

@@ -3,7 +3,7 @@
 Each process has a group of its own, which ends with us, however we end, and is started again when it ends
 before us.
 
-    python -m flows.supervising PARENT_PID MODULE ARGS…      MODULE as the leader of such a group
+    python -m flows.serving.supervising PARENT_PID MODULE ARGS…      MODULE as the leader of such a group
 """
 
 import fcntl
@@ -20,8 +20,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flows.embedded_server import QUIET, wait_until_healthy
-from flows.lost_runs import Seen
+from flows.serving.embedded_server import QUIET, wait_until_healthy
+from flows.serving.lost_runs import Seen
 from sera_core.errors import BusyError, InputError, SeraError
 from sera_core.orphans import end_with, guarded_group
 
@@ -55,7 +55,7 @@ def up(
     """
     environment = environment_of(home, port)
     api = environment["PREFECT_API_URL"]
-    server = Kept("server", ["flows.embedded_server", str(port), str(os.getpid())], environment, home)
+    server = Kept("server", ["flows.serving.embedded_server", str(port), str(os.getpid())], environment, home)
     start_worker = ["prefect", "worker", "start", "--pool", "sera", "--name", "sera-up"]
     worker = Kept("worker", start_worker, environment, home)
     with _interrupted(), _held(home), ExitStack() as ending:
@@ -112,7 +112,7 @@ class Kept:
         self.name, self.environment, self.home = name, environment, home
         self.log = home / f"{name}.log"
         # -P: a folder `flows` where the command was given is not ours
-        self.command = [sys.executable, "-P", "-m", "flows.supervising", str(os.getpid()), *module]
+        self.command = [sys.executable, "-P", "-m", "flows.serving.supervising", str(os.getpid()), *module]
         self.starts: list[float] = []
 
     def start(self) -> None:

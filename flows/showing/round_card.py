@@ -4,10 +4,10 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from flows.card_plots import image
-from flows.card_text import escape, quote, table, verbatim
-from flows.looking import uri_of
-from flows.run_report import trends
+from flows.showing.card_plots import image
+from flows.showing.card_text import escape, quote, table, verbatim
+from flows.showing.looking import uri_of
+from flows.showing.run_report import trends
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.reporting import words

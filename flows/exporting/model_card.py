@@ -9,11 +9,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from flows.card_text import escape, table
-from flows.lineage import Lineage
-from flows.looking import since_round_0
+from flows.exporting.lineage import Lineage
 from flows.opening import test_record
-from flows.round_card import with_interval
+from flows.showing.card_text import escape, table
+from flows.showing.looking import since_round_0
+from flows.showing.round_card import with_interval
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.config import SeraConfig
 from sera_core.reporting import words

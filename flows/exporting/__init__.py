@@ -1,0 +1,1 @@
+"""Handing a policy on: where it comes from, its card, the hub."""

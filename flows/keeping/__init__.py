@@ -1,0 +1,1 @@
+"""Keeping a store: verified, compared, and rid of what nothing refers to."""
