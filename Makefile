@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 REAL := slow or flow or s3 or vllm or wheel or browser
-LONG := recovery or faults
+ALONE := recovery or faults
 
 # Only root on Debian can install these; elsewhere the tests that need them are skipped and say so.
 APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
@@ -23,9 +23,10 @@ up: .venv/core              ## Prefect's server and UI, a worker and the deploym
 deploy: .venv/core          ## the same deployments on the Prefect server of PREFECT_API_URL
 	$(BIN)/sera deploy
 
-test: system .venv/dev      ## the fast tests first, then those with real models and real servers; see also recovery, faults
-	$(BIN)/python -m pytest -q -m "not ($(REAL) or $(LONG) or gpu)"
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "($(REAL) or gpu) and not ($(LONG))"
+test: system .venv/dev      ## the fast tests first, then those with real models and servers, then those that need both cores
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ($(REAL) or $(ALONE) or gpu)"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "($(REAL) or gpu) and not ($(ALONE))"
+	$(BIN)/python -m pytest -q -m "$(ALONE)"
 
 system:                     ## what the tests use that pip cannot bring: a browser, Postgres, Ceph
 	@command -v chromium >/dev/null || ($(APT) chromium) || echo "chromium cannot be installed here"
@@ -33,7 +34,7 @@ system:                     ## what the tests use that pip cannot bring: a brows
 	@command -v radosgw >/dev/null || ($(APT) ceph-mon ceph-osd ceph-common radosgw) || echo "Ceph cannot be installed here"
 
 fast: .venv/dev             ## the fast tests alone (under a minute)
-	$(BIN)/python -m pytest -q -m "not ($(REAL) or $(LONG) or gpu)"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ($(REAL) or $(ALONE) or gpu)"
 
 check: .venv/dev            ## format, lint, types, import directions
 	$(BIN)/ruff format --check .
@@ -41,7 +42,7 @@ check: .venv/dev            ## format, lint, types, import directions
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-recovery: system .venv/dev  ## what is killed goes on: every case, and the table tests/recovery/latest.json
+recovery: system .venv/dev  ## what is killed goes on: the cases alone, and their table tests/recovery/latest.json
 	SERA_WRITE_RECOVERY=1 $(BIN)/python -m pytest -q tests/recovery
 
 faults: system .venv/dev    ## every crash point, race and fault on every store: tests/reliability/latest.json
@@ -50,6 +51,7 @@ faults: system .venv/dev    ## every crash point, race and fault on every store:
 bench: .venv/dev            ## speed, each figure beside a peer's in the same run
 	$(BIN)/python -m tests.benchmarks.scoring
 	$(BIN)/python -m tests.benchmarks.orchestration
+	$(BIN)/python -m tests.benchmarks.store
 
 reference: .venv/core       ## renew the README's table of settings from the configuration
 	$(BIN)/python -m sera_core.reference README.md

@@ -54,7 +54,7 @@ class Session:
     """One process working on one run."""
 
     def __init__(self, store_url: str, run: str, runner: Runner) -> None:
-        self.store: Store = open_store(store_url)
+        self.store: Store = open_store(store_url, remember=True)
         self.records = RunStore(self.store, run)
         configs = self.records.configs()
         if not configs:

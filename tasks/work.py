@@ -65,7 +65,7 @@ def do_work(
     Raises:
         SeraError: what the work raised, by the same class wherever it ran; or a child died, and how.
     """
-    store = open_store(store_url)
+    store = open_store(store_url, remember=True)
     if (record := find_record(store, spec.step, spec.key)) is not None:
         return record
     with claim(store, spec, log) if spec.step in CLAIMED_STEPS else NOTHING as record:

@@ -49,7 +49,7 @@ for _ in $(seq 50); do timeout 5 ceph -c "$conf" osd new "$osd" >>"$dir/ceph.out
 ceph-osd -c "$conf" -i 0 --mkfs --osd-uuid "$osd" >>"$dir/osd.out" 2>&1
 ceph-osd -c "$conf" -i 0 -f >>"$dir/osd.out" 2>&1 & echo $! >"$dir/osd.pid"
 for _ in $(seq 100); do timeout 5 ceph -c "$conf" osd stat 2>/dev/null | grep -q '1 up' && break; sleep .2; done
-radosgw -c "$conf" -n client.admin --rgw_frontends="beast endpoint=127.0.0.1:$port" --rgw_data="$dir/rgw" -f >"$dir/rgw.out" 2>&1 & echo $! >"$dir/rgw.pid"
+radosgw -c "$conf" -n client.admin --rgw_frontends="beast endpoint=127.0.0.1:$port tcp_nodelay=1" --rgw_data="$dir/rgw" -f >"$dir/rgw.out" 2>&1 & echo $! >"$dir/rgw.pid"
 for _ in $(seq 100); do (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && break; sleep .2; done
 radosgw-admin -c "$conf" user create --uid=sera --display-name=sera --access-key=sera-access --secret-key=sera-secret >/dev/null
 owner=$PPID

@@ -83,8 +83,10 @@ class Attempt:
         return found
 
     def part_path(self, part: dict[str, Any], relative: str) -> Path:
-        """Local path of one file of a part, its hash checked."""
+        """Local path of one file of a part, its hash checked unless this attempt wrote it."""
         file = FileRecord.model_validate(part["files"][relative])
+        if file.attempt == self.id:
+            return self.folder / relative
         path = f"{self.spec.path}/{file.attempt}/{relative}"
         return self.store.fetch(path, file.sha256, file.bytes, relative)
 
@@ -140,7 +142,10 @@ class Attempt:
         )
         data = record.model_dump(mode="json")
         path = f"{self.spec.path}/done.json"
-        winner, _ = create_json(self.store, path, data)
+        winner, ours = create_json(self.store, path, data)
+        if ours:
+            for relative, file in record.files.items():
+                self.store.keep(self.folder / relative, file.sha256, relative)
         return parse_record(winner, f"{self.store.url}/{path}")
 
 

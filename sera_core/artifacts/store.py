@@ -67,18 +67,28 @@ class Store(Protocol):
         """A local path that holds the file, its size and its hash checked."""
         ...
 
+    def keep(self, file: Path, sha256: str, name: str) -> None:
+        """A file that was just committed may serve later reads on this machine, its hash checked as ever."""
+        ...
+
     def names(self, path: str) -> list[str]:
         """Names directly below a folder (for people: no step finds its inputs by listing)."""
         ...
 
 
-def open_store(url: str) -> Store:
-    """Open a store: a local folder, or s3://bucket/prefix (endpoint and credentials from the environment)."""
+def open_store(url: str, remember: bool = False) -> Store:
+    """Open a store: a local folder, or s3://bucket/prefix (endpoint and credentials from the environment).
+
+    Args:
+        url: Where it is.
+        remember: For work on a run: a record that is created once is asked for once by this process. Checking
+            and clearing up ask each time.
+    """
     check_url(url)
     if "://" not in url or url.startswith("file://"):
         return LocalStore(Path(url.removeprefix("file://")))
     if url.startswith("s3://"):
-        return S3Store(url)
+        return S3Store(url, remember=remember)
     raise InputError(
         f"store {url!r}: only a local folder or s3://bucket/prefix can hold a store; give one of these"
     )

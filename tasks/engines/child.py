@@ -239,7 +239,7 @@ def _serve(request: dict[str, Any], channel: int) -> None:
         output.setFormatter(logging.Formatter("%(name)s: %(message)s"))
         with hear_libraries(output, TALKATIVE) if request["talkative"] else contextlib.nullcontext():
             run_step(
-                open_store(request["store"]),
+                open_store(request["store"], remember=True),
                 spec,
                 getattr(import_module(module), name),
                 ExecutionConfig.model_validate(request["execution"]),
