@@ -12,9 +12,12 @@ import pytest
 from faultproxy import FOR_EVER, FaultProxy
 
 from sera_core.artifacts import s3_transfer
+from sera_core.artifacts.manifest import StepSpec
 from sera_core.artifacts.s3_requests import Patience
 from sera_core.artifacts.s3_store import S3Store
+from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import open_store, remove_workspace
+from sera_core.config import ExecutionConfig
 from sera_core.errors import InputError, StoreError
 
 pytestmark = pytest.mark.s3
@@ -240,3 +243,39 @@ def test_an_endpoint_with_a_password_is_refused_and_not_repeated(monkeypatch):
     with pytest.raises(InputError, match="AWS_SECRET_ACCESS_KEY") as refused:
         open_store("s3://bucket/prefix")
     assert "hunter2" not in str(refused.value)
+
+
+def test_work_on_a_run_asks_once_for_a_record_that_is_created_once(moto):
+    url = moto.bucket()
+    working, checking = open_store(url, remember=True), open_store(url)
+    assert working.read_bytes("runs/x/round-000.json") is None  # what is not there is asked for again
+    checking.create("runs/x/round-000.json", b"first")
+    assert working.read_bytes("runs/x/round-000.json") == b"first"
+    working.create("steps/train/key/done.json", b"done")
+    working.create("runs/x/lease/000001.json", b"a lease")
+    for path in ("runs/x/round-000.json", "steps/train/key/done.json", "runs/x/lease/000001.json"):
+        checking.remove(path)
+        assert checking.read_bytes(path) is None
+    again = open_store(url, remember=True)
+    assert again.read_bytes("runs/x/round-000.json") == b"first"
+    assert again.read_bytes("steps/train/key/done.json") == b"done"
+    assert again.read_bytes("runs/x/lease/000001.json") is None
+
+
+def test_a_file_this_machine_committed_is_read_here_and_checked_all_the_same(moto):
+    store = open_store(moto.bucket())
+    spec = StepSpec(step="train", version=1, fields={}, inputs={})
+
+    def work(attempt):
+        attempt.write("model.safetensors").write_bytes(b"weights")
+        return ["model.safetensors"]
+
+    record = run_step(store, spec, work, ExecutionConfig())
+    file = record.files["model.safetensors"]
+    path = f"{spec.path}/{file.attempt}/model.safetensors"
+    store.remove(path)
+    kept = store.fetch(path, file.sha256, file.bytes, "model.safetensors")
+    assert kept.read_bytes() == b"weights"  # without asking the server
+    kept.write_bytes(b"altered")
+    with pytest.raises(StoreError, match="missing from the store"):
+        store.fetch(path, file.sha256, file.bytes, "model.safetensors")
