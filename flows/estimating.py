@@ -13,7 +13,7 @@ from sera_core.artifacts.manifest import Artifact, StepRecord, StepSpec, find_re
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import Store
 from sera_core.config import SeraConfig
-from sera_core.models import resolve_source
+from sera_core.model_sources import resolve_source
 
 CHARACTERS_A_TOKEN = 4.2
 COST = {"logps": 1.0, "sample": 2.5, "train": 3.0}

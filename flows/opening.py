@@ -18,8 +18,8 @@ from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import Store, create_json, open_store
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
-from sera_core.models import resolve_source
-from sera_core.models import source_digest as model_digest
+from sera_core.model_sources import resolve_source
+from sera_core.model_sources import source_digest as model_digest
 from sera_core.sources import source_digest
 
 Digests = dict[str, Any]

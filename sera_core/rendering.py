@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sera_core.errors import InputError
-from sera_core.models import TOKENIZER_FILES
+from sera_core.policies import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,7 +121,7 @@ class Renderer:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer."""
-        from sera_core.models import load_tokenizer
+        from sera_core.policies import load_tokenizer
 
         return load_tokenizer(self.folder)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sera_core.artifacts.step import Attempt
 from sera_core.errors import InputError
-from sera_core.models import materialise, resolve_source, source_digest
+from sera_core.model_sources import materialise, resolve_source, source_digest
 from sera_core.rendering import template_text
 
 

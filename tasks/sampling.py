@@ -19,7 +19,7 @@ from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.step import Attempt
 from sera_core.devices import device_of
 from sera_core.errors import SeraError
-from sera_core.models import shared_policy
+from sera_core.policies import shared_policy
 from sera_core.rendering import Renderer
 from sera_core.rewards import quantise
 from tasks.engines.sampler import Finished, Request, Sampler, Settings, open_sampler, position_limit, unheard

@@ -9,7 +9,7 @@ import pyarrow as pa
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
 from sera_core.devices import device_of
-from sera_core.models import shared_policy
+from sera_core.policies import shared_policy
 from sera_core.rewards import quantise
 
 SHARD_ROWS = 128

@@ -16,7 +16,7 @@ from sera_core.artifacts.step import Attempt
 from sera_core.config import TrainConfig
 from sera_core.devices import device_of
 from sera_core.errors import InputError, SeraError
-from sera_core.models import load_policy, load_tokenizer, save_policy, weights_digest
+from sera_core.policies import load_policy, load_tokenizer, save_policy, weights_digest
 from tasks.engines.library_logs import is_heard
 from tasks.engines.training_data import Mixture, training_order
 

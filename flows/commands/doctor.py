@@ -188,7 +188,7 @@ def _memory() -> tuple[float, float]:
 
 def check_model(source: str | None) -> Check:
     """The model source resolves; a hub id to a commit."""
-    from sera_core.models import resolve_source, source_digest
+    from sera_core.model_sources import resolve_source, source_digest
 
     text = source or _demo_model()
     try:
@@ -214,7 +214,7 @@ def _model_remedy(source: str | None) -> str:
 
 def check_template(source: str | None, model: Check) -> Check:
     """A conversation rendered to token ids reads back as itself, and its answer ends with an end of turn."""
-    from sera_core.models import resolve_source
+    from sera_core.model_sources import resolve_source
 
     if model.status != "ok":
         return Check("template", "warning", "not checked: there is no model", "see the check `model`")
@@ -225,7 +225,8 @@ def check_template(source: str | None, model: Check) -> Check:
 
 def _tokenizer_folder(source: Any, scratch: Path) -> Path:
     """A folder with at least the model's tokenizer files; of a remote source no weights are fetched."""
-    from sera_core.models import CONFIG_FILES, TOKENIZER_FILES, materialise
+    from sera_core.model_sources import materialise
+    from sera_core.policies import CONFIG_FILES, TOKENIZER_FILES
 
     names = (*CONFIG_FILES, *TOKENIZER_FILES)
     if source.kind == "folder":

@@ -143,7 +143,7 @@ def export_policy(records: RunStore, manifest: RoundManifest, target: Path) -> N
 
 
 def _merge_adapter(source: Path, folder: Path) -> None:
-    from sera_core.models import load_policy, save_policy
+    from sera_core.policies import load_policy, save_policy
 
     base = json.loads((source / "adapter_config.json").read_text())["base_model_name_or_path"]
     save_policy(load_policy(source, base=base), base, folder)

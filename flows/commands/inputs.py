@@ -12,7 +12,7 @@ import pyarrow as pa
 from flows.commands.answers import say
 from sera_core.artifacts import schema
 from sera_core.errors import InputError
-from sera_core.models import Source, materialise, resolve_source
+from sera_core.model_sources import Source, materialise, resolve_source
 from sera_core.preferences import (
     Drop,
     Pair,
@@ -137,7 +137,7 @@ def open_policy(flag: str, folder: Path, dtype: Any, device: str) -> Any:
     Raises:
         InputError: transformers cannot open the folder.
     """
-    from sera_core.models import load_policy
+    from sera_core.policies import load_policy
 
     try:
         return load_policy(folder, dtype, device)

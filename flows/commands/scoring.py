@@ -40,7 +40,7 @@ from flows.showing.progress import reporter
 from sera_core.diagnostics import reward_accuracy
 from sera_core.errors import InputError
 from sera_core.judging import judge_responses, scored_table
-from sera_core.models import Source
+from sera_core.model_sources import Source
 from sera_core.preferences import Drop
 from sera_core.rewards import quantise
 from tasks.engines.sampler import position_limit

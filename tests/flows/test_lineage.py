@@ -17,7 +17,7 @@ from sera_core.artifacts.canonical import files_digest
 from sera_core.artifacts.manifest import StepSpec
 from sera_core.artifacts.step import code_digest
 from sera_core.artifacts.store import open_store
-from sera_core.models import source_digest
+from sera_core.model_sources import source_digest
 
 
 @pytest.fixture

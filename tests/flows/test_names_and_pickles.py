@@ -19,7 +19,8 @@ from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import open_store
 from sera_core.config import ExecutionConfig
 from sera_core.errors import InputError, StoreError
-from sera_core.models import load_policy, load_tokenizer, materialise, resolve_source
+from sera_core.model_sources import materialise, resolve_source
+from sera_core.policies import load_policy, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FOREIGN = [

@@ -18,7 +18,7 @@ from sera_core.logprobs import (
     scoring_mode,
     sequence_logps,
 )
-from sera_core.models import load_policy
+from sera_core.policies import load_policy
 
 DEMO_PAIRS = Path(__file__).parents[2] / "deployments" / "data" / "ultrafeedback_short.jsonl"
 LIKE = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -197,7 +197,7 @@ def test_the_hash_changes_with_tokenizer_and_template_and_nothing_else(tmp_path,
 
 def test_hashing_a_renderer_imports_neither_torch_nor_transformers(folder):
     code = (
-        "import sys; from sera_core import models; from sera_core.rendering import Renderer; "
+        "import sys; from sera_core import model_sources; from sera_core.rendering import Renderer; "
         f"Renderer({str(folder)!r}).hash; print({{'torch', 'transformers'}} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

