@@ -272,9 +272,8 @@ class Renderer:
         if not whole.text.startswith(prompt.text):
             raise InputError(
                 f"the chat template of {self.folder} writes a conversation with its answer differently from "
-                "the prompt "
-                f"alone (it departs after {_shared(whole.text, prompt.text)!r}): set model.chat_template to "
-                "one that does not."
+                f"the prompt alone (it departs at character {_shared(whole.text, prompt.text)} of "
+                f"{len(prompt.text)}): set model.chat_template to one that does not."
             )
         return prompt, whole.after(len(prompt.text))
 
@@ -378,9 +377,7 @@ def _answer_text(answer: str | Sequence[Message]) -> str:
     return answer[0]["content"]
 
 
-def _shared(left: str, right: str) -> str:
-    """The last characters of the common beginning of two texts."""
-    length = next(
-        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
-    )
-    return left[max(0, length - 30) : length]
+def _shared(left: str, right: str) -> int:
+    """Characters of the common beginning of two texts."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

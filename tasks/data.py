@@ -286,10 +286,10 @@ def _unusable(attempt: Attempt, renderer: "Renderer", row: Row) -> str | None:
 def _refuse_equal(row: Row, on_equal: str, cut: bool) -> None:
     if on_equal == "refuse":
         after = " after the cut at data.max_response_tokens" if cut else ""
-        start = row["prompt"][-1]["content"][:60]
+        length = len(row["prompt"][-1]["content"])  # never a text: the message is shown in Prefect
         raise InputError(
-            f"pair {row['pair_id']} (prompt {start!r}): chosen and rejected are the same tokens{after}; "
-            'remove the row, or set data.on_equal = "drop"'
+            f"pair {row['pair_id']} (its prompt ends in a message of {length:,} characters): chosen and "
+            f'rejected are the same tokens{after}; remove the row, or set data.on_equal = "drop"'
         )
 
 

@@ -20,6 +20,7 @@ import pytest
 import servers
 
 SCRIPT = Path(__file__).with_name("radosgw.sh")
+MOTO = Path(__file__).with_name("moto_server.py")
 PROGRAMS = ("ceph-mon", "ceph-osd", "ceph-authtool", "radosgw", "radosgw-admin")
 INSTALL = "apt-get install -y --no-install-recommends ceph-mon ceph-osd ceph-common radosgw"
 START_SECONDS = 120
@@ -98,7 +99,7 @@ def moto() -> Iterator[ObjectStore]:
     folder = Path(tempfile.mkdtemp(prefix="sera-moto-"))
     endpoint = f"http://127.0.0.1:{port}"
     server = servers.Service(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        [sys.executable, str(MOTO), "-H", "127.0.0.1", "-p", str(port)],
         dict(os.environ),
         folder / "moto.log",
         ready=lambda: servers.answers(endpoint),

@@ -3,6 +3,7 @@
 A field left empty takes the preset's value; what the form does not show is given in `overrides`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -42,6 +43,9 @@ _BOUNDS = {
     "maximum": "at most {}",
     "exclusiveMaximum": "below {}",
 }
+
+_EMPTY = re.compile(r"[.;] [Ee]mpty: .*(?=\.$)")
+"""What an empty setting means in a file; in the form it means the preset's."""
 
 
 def _in_order(schema: dict[str, Any]) -> None:
@@ -101,7 +105,7 @@ def _optional(field: FieldInfo) -> tuple[Any, Any]:
     if "anyOf" in schema:
         schema = next(kind for kind in schema["anyOf"] if kind.get("type") != "null")
     words = [text.format(schema[bound]) for bound, text in _BOUNDS.items() if bound in schema]
-    text = " ".join((field.description or "").split())
+    text = _EMPTY.sub("", " ".join((field.description or "").split()))
     text += f" Range: {', '.join(words)}." if any(word not in text for word in words) else ""
     kind = Annotated[field.annotation | None, WithJsonSchema(schema)]
     return kind, Field(

@@ -137,7 +137,7 @@ class ProgressArtifact:
         assert self.state is not None
         state = done, total, unit = self.state
         percent = 100.0 if self._finished else min(100.0, 100.0 * done / max(1, total))
-        said = f"{self.title}: {done:,} of {total:,} {unit}"
+        said = f"{self.title}: {done:,} of {total:,} {unit}" if total else f"{self.title}: no {unit}"
         try:
             if self._id is None:
                 made = create_progress_artifact(percent, key=self._key, description=said)

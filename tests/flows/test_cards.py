@@ -369,7 +369,7 @@ def test_a_long_step_fills_a_progress_artifact_and_a_short_or_failed_one_does_no
     found = [a for a in published("/artifacts/filter", {}) if a["type"] == "progress"]
     states = {re.sub(r"-[0-9a-f]{8}$", "", a["key"]): (a["data"], a["description"]) for a in found}
     assert states == {
-        "tiny-round-1-train-policy": (100.0, "train policy: 0 of 0 pairs left over"),
+        "tiny-round-1-train-policy": (100.0, "train policy: no pairs left over"),
         "tiny-round-1-sample-responses": (30.0, "sample responses: 3 of 10 responses"),
     }
     assert all(a["task_run_id"] for a in found)

@@ -8,7 +8,7 @@ from sera_core.artifacts.s3_requests import Patience
 
 pytestmark = pytest.mark.s3
 
-LITTLE = Patience(answer=4.0, total=16.0, tries=4, slowest=4 * 2**20)
+LITTLE = Patience(answer=4.0, total=24.0, tries=4, slowest=4 * 2**20)
 
 
 def test_every_operation_survives_every_fault_or_says_clearly_that_it_does_not(server):

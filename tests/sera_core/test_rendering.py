@@ -133,7 +133,7 @@ def test_a_template_that_prints_the_date_gives_the_same_ids_every_day(tmp_path):
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):
     counting = "{{ messages | length }} messages\n" + CHATML
-    with pytest.raises(InputError, match="differently from the prompt"):
+    with pytest.raises(InputError, match=r"departs at character 0 of [0-9]+"):
         with_template(tmp_path, counting).response_ids(USER, "Paris.")
 
 

@@ -290,8 +290,9 @@ def test_long_answers_are_cut_on_request_and_equal_ones_then_dropped(lab):
     assert len(row["chosen_ids"]) == 8
     assert row["chosen_ids"][-1] != row["rejected_ids"][-1]  # no end of turn behind a cut
     assert (step.record.counts["equal"], step.record.metrics["cut"]) == (1, 1)
-    with pytest.raises(InputError, match=r"pair [0-9a-f]{16} .*same tokens after the cut"):
+    with pytest.raises(InputError, match=r"pair [0-9a-f]{16} .*same tokens after the cut") as refused:
         lab.render({**limits, "on_equal": "refuse"}, train=train)
+    assert LONG[:20] not in str(refused.value)  # Prefect shows it
 
 
 def test_prompts_to_sample_from_are_the_train_prompts_once_and_the_prompt_only_rows(lab):
