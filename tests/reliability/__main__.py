@@ -73,12 +73,13 @@ def main(wanted: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="sera-faults-") as scratch:
         folder = Path(scratch)
         os.environ["SERA_CACHE"] = str(folder / "cache")
-        found = {
-            "crash": [row for name, every in stores for row in crashes(name, every, folder)],
-            "races": [races(name, folder) for name, _ in stores],
-            "faults": [row for name, _ in stores if name != "local" for row in faults(name)],
-        }
-    LATEST.write_text(json.dumps(found, indent=1) + "\n")
+        found: dict[str, list[dict[str, Any]]] = {"crash": [], "races": [], "faults": []}
+        for name, every in stores:  # what is known so far is kept, should the rest be interrupted
+            found["races"].append(races(name, folder))
+            found["faults"] += faults(name) if name != "local" else []
+            LATEST.write_text(json.dumps(found, indent=1) + "\n")
+            found["crash"] += crashes(name, every, folder)
+            LATEST.write_text(json.dumps(found, indent=1) + "\n")
     bad = [row for row in found["crash"] if not row["good"]]
     bad += [row for row in found["races"] if row["double_commits"]]
     bad += [row for row in found["faults"] if not row["survived"]]
