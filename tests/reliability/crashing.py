@@ -83,6 +83,7 @@ class Backend:
             return str(self.folder / f"store-{case}")
         bucket, _, prefix = self._bucket.removeprefix("s3://").partition("/")
         self._client.put_object(Bucket=bucket, Key=f"{prefix}/{case}/{PASSED}", Body=b'{"format": 1}')
+        self._client.close()  # two forks that inherit an open connection would read each other's answers
         return f"{self._bucket}/{case}"
 
     def contents(self, url: str) -> dict[str, Any]:
