@@ -32,6 +32,7 @@ from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
 from flows.serving.holding import DEVICE_LIMIT
+from sera_core.artifacts.s3_store import ENVIRONMENT
 from sera_core.errors import InputError, SeraError
 from sera_core.sources import bundled_file
 
@@ -40,7 +41,6 @@ STORE_VARIABLE = "sera_store"
 NOTIFY_BLOCK = "sera-notify"
 CREDENTIALS_BLOCK = "sera-store"
 """A Secret block: environment variables of the object store, as one JSON object."""
-CREDENTIALS = ("AWS_", "FSSPEC_S3_")
 _REFERENCE = f"prefect.blocks.secret.{CREDENTIALS_BLOCK}."
 
 
@@ -89,7 +89,7 @@ def _client() -> Iterator[SyncPrefectClient]:
 
 def _credentials() -> list[str]:
     """Save the credentials where Prefect keeps them encrypted; their names."""
-    found = {name: value for name, value in os.environ.items() if name.startswith(CREDENTIALS)}
+    found = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT)}
     if not found:
         raise InputError(
             "there are no credentials to keep: set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for another "

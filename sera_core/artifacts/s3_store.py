@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
-_ENVIRONMENT = ("AWS_", "FSSPEC_S3_")
+ENVIRONMENT = ("AWS_", "FSSPEC_S3_")
+"""Variables that hold endpoint, region and credentials begin with one of these."""
 _CREATED_ONCE = re.compile(r"steps/[^/]+/[^/]+/(done|part-\d+)\.json|runs/[^/]+/(run|round)-\d+\.json")
 """Records that nobody replaces: half of the requests of a round would ask for one of them again."""
 _LAST_SECONDS = 20.0
@@ -54,7 +55,7 @@ class S3Store:
         if self._below:
             check_path(self.url, self._below)
         self._environment = _Environment(
-            sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT))
+            sorted((name, value) for name, value in os.environ.items() if name.startswith(ENVIRONMENT))
         )
         if any("ENDPOINT" in name and "@" in value for name, value in self._environment):
             raise InputError(
