@@ -60,7 +60,8 @@ def sera(
         return Completed(message="planned; nothing was done", data="planned")
     if "{date}" in run and (before := naming.done_before(open_store(store), config)) not in (None, name):
         return Completed(message=f"nothing new: run {before} did exactly this", data="nothing new")
-    records = opening.open_run(config, name, store)
+    with hold_run(name):  # opening reads the data: of two triggers at one moment one does
+        records = opening.open_run(config, name, store)
     if is_over(records):
         reason = opening.state_of(records)
         return Completed(message=f"nothing new: run {name} has stopped ({reason})", data=reason)

@@ -125,3 +125,11 @@ def work(config: SeraConfig, store: Path | str, run: str = "tiny") -> RunStore:
 def policy_shas(records: RunStore) -> list[str]:
     """The policy of every round."""
     return [r.artifacts["policy"]["sha256"] for r in records.rounds() if "policy" in r.artifacts]
+
+
+def attempts(store: Path) -> list[int]:
+    """How many attempts left files, for every step of a local store."""
+    return [
+        sum(1 for folder in key.iterdir() if folder.is_dir() and len(folder.name) == 16)
+        for key in store.glob("steps/*/*")
+    ]

@@ -4,10 +4,11 @@ Prefect's limits only save work. Correctness rests on the store's create-only re
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from prefect import get_client
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists
 
 from flows.showing.deployed import in_deployed_run
 from sera_core.config import ExecutionConfig
@@ -32,8 +33,7 @@ def hold_run(run: str, wait: float = WAIT_SECONDS) -> Iterator[None]:
         yield
         return
     limit = f"sera-run-{run}"
-    with get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(limit, 1)
+    make_limit(limit)
     with ExitStack() as stack:
         try:
             stack.enter_context(
@@ -51,6 +51,12 @@ def hold_run(run: str, wait: float = WAIT_SECONDS) -> Iterator[None]:
                 "it goes on by itself, or cancel it and trigger this one again"
             ) from error
         yield
+
+
+def make_limit(name: str) -> None:
+    """A limit of one slot. Two flow runs that make it in the same moment both find it made."""
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.upsert_global_concurrency_limit_by_name(name, 1)
 
 
 @contextmanager

@@ -105,17 +105,9 @@ class Running:
             "case": case,
             "continued": policies == undisturbed and run.stop_reason == "max_rounds" and bool(later),
             "lost": sum(after.get(name) != data for name, data in self.before.items()),
-            "steps_repeated": sum(count - 1 for count in attempts(self.store)),
+            "steps_repeated": sum(count - 1 for count in tinyrun.attempts(self.store)),
             "seconds": round(min(later), 1) if later else None,
         }
-
-
-def attempts(store: Path) -> list[int]:
-    """How many attempts left files, for every step of a local store."""
-    return [
-        sum(1 for folder in key.iterdir() if folder.is_dir() and len(folder.name) == 16)
-        for key in store.glob("steps/*/*")
-    ]
 
 
 def until(condition: Callable[[], bool], seconds: float, pause: float = 0.02) -> None:
