@@ -7,7 +7,6 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows import opening
 from flows.sera import default_store, finish, one_round
 from flows.serving.holding import hold_run
 from flows.showing.logs import run_log
@@ -59,9 +58,9 @@ def advance_one(records: RunStore, store: str) -> str:
     """
     if not records.configs():
         raise InputError(f"run {records.run!r}: not in the store {store}; `sera list` names the runs there")
-    if opening.state_of(records) == "open":
+    if records.state() == "open":
         with hold_run(records.run, wait=5), hold(records.store, records.run, run_log()):
-            if opening.state_of(records) == "open":
+            if records.state() == "open":
                 one_round(records, store)
                 finish(records, store)
-    return opening.state_of(records)
+    return records.state()

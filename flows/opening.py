@@ -55,7 +55,7 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
     Raises:
         InputError: a bad name, source or row, or a configuration that differs from the run's.
     """
-    store = open_store(store_url)
+    store = open_store(store_url, remember=True)
     if (warning := check_shared(store, config.execution.accept_racy_store)) is not None:
         run_log()(warning)
     records = RunStore(store, run)
@@ -104,13 +104,6 @@ def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> S
             "(every decision rests on pairs the policy was not trained on)"
         )
     return record
-
-
-def state_of(records: RunStore) -> str:
-    """`open`, `waiting`, or the stop reason."""
-    if (reason := records.stop_reason()) is not None:
-        return reason
-    return "waiting" if records.waiting() is not None else "open"
 
 
 def ask(session: Session, round: int, decision: Ref) -> dict[str, Any] | None:

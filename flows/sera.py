@@ -63,7 +63,7 @@ def sera(
     with hold_run(name):  # opening reads the data: of two triggers at one moment one does
         records = opening.open_run(config, name, store)
     if is_over(records):
-        reason = opening.state_of(records)
+        reason = records.state()
         return Completed(message=f"nothing new: run {name} has stopped ({reason})", data=reason)
     check_restarts(records)
     cards.publish_missing(records)
@@ -78,7 +78,7 @@ def default_store() -> str:
 
 def is_over(records: RunStore) -> bool:
     """Whether the run has stopped and its last word is said."""
-    state = opening.state_of(records)
+    state = records.state()
     return state == "budget" or (state not in ("open", "waiting") and not test_side_is_open(records))
 
 
@@ -101,12 +101,12 @@ def until_it_stops(records: RunStore, store: str) -> str:
     """All rounds, asking a person where the run is to; the stop reason, or `waiting`."""
     while True:
         with hold_run(records.run), hold(records.store, records.run, run_log()):
-            while opening.state_of(records) == "open":
+            while records.state() == "open":
                 one_round(records, store)
             finish(records, store)
         if not ask_person(records):
             return "waiting"
-        if (state := opening.state_of(records)) != "open":
+        if (state := records.state()) != "open":
             return state
 
 
@@ -119,9 +119,9 @@ def one_round(records: RunStore, store: str) -> None:
 
 def finish(records: RunStore, store: str) -> None:
     """The run's last word, once it has stopped: the test side, the event, what a later trigger may find."""
-    if opening.state_of(records) in ("open", "waiting"):
+    if records.state() in ("open", "waiting"):
         return
-    if opening.state_of(records) not in PAUSED:
+    if records.state() not in PAUSED:
         report_test_side(Session(store, records.run, runner(records)))
     naming.remember(records)
     events.run_stopped(records)

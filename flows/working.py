@@ -45,7 +45,7 @@ def _steps_of(session: Session, number: int) -> str:
         steps.report(number, {role: ref for role, ref in made.items() if role not in ("data", "model")})
     )
     session.records.commit_round(completing.manifest_of(session, number, made))
-    return opening.state_of(session.records)
+    return session.records.state()
 
 
 def report_test_side(session: Session) -> None:

@@ -4,8 +4,8 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 
 from sera_core.artifacts.lease import claim
-from sera_core.artifacts.manifest import StepRecord, StepSpec, find_record
-from sera_core.artifacts.step import Progress, Work, quiet, run_step
+from sera_core.artifacts.manifest import StepRecord, StepSpec
+from sera_core.artifacts.step import Progress, Work, make_step, quiet
 from sera_core.artifacts.store import open_store
 from sera_core.config import ExecutionConfig
 from sera_core.devices import device_of
@@ -52,11 +52,11 @@ def do_work(
     log: Log = to_stderr,
     device: AbstractContextManager[None] = NOTHING,
 ) -> StepRecord:
-    """The record of a step: found, or made now, in this process or in a child.
+    """The record of a step that has none yet: made now, in this process or in a child.
 
     Args:
         store_url: folder or URL of the store.
-        spec: the step.
+        spec: the step. Whoever asks has looked for its record (`Session.do`).
         execution: how it is done; `child` and `device` say where.
         progress: told how the work goes.
         log: told every line that a child prints, and what is waited for.
@@ -66,15 +66,13 @@ def do_work(
         SeraError: what the work raised, by the same class wherever it ran; or a child died, and how.
     """
     store = open_store(store_url, remember=True)
-    if (record := find_record(store, spec.step, spec.key)) is not None:
-        return record
     with claim(store, spec, log) if spec.step in CLAIMED_STEPS else NOTHING as record:
         if record is not None:
             return record
         with device:
             if spec.step in CHILD_STEPS and in_child(execution):
                 return run_in_child(WORK[spec.step], store_url, spec, execution, progress, log)
-            return run_step(store, spec, work_of(spec.step), execution, progress)
+            return make_step(store, spec, work_of(spec.step), execution, progress)
 
 
 def in_child(execution: ExecutionConfig) -> bool:

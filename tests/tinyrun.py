@@ -113,7 +113,7 @@ def work(config: SeraConfig, store: Path | str, run: str = "tiny") -> RunStore:
             return do_work(records.store.url, spec, config.execution, progress)
 
     with hold(records.store, run, print):
-        while (state := opening.state_of(records)) == "open":
+        while (state := records.state()) == "open":
             state = work_through(Session(str(store), run, runner), records.history().next_round)
             if state in PAUSED:
                 return records

@@ -94,7 +94,7 @@ def demo_command(args: argparse.Namespace) -> int:
 def advance_command(args: argparse.Namespace) -> int:
     """One round of a run that is open; then, as always, how the run stands."""
     records = run_records(open_store(args.store), args.run)
-    if opening.state_of(records) == "open":
+    if records.state() == "open":
         wait_until_free(records.store, records.run, say)  # before Prefect takes its seconds to start
         from flows.serving.embedded_server import prefect_api
 
@@ -131,7 +131,7 @@ def _run(config: SeraConfig, name: str, args: argparse.Namespace) -> int:
     begun = time.monotonic()
     wait_until_free(open_store(args.store), name, say)  # before anything is recorded of a changed setting
     records = opening.open_run(config, name, args.store)
-    state = opening.state_of(records)
+    state = records.state()
     if state == "open" or (state not in PAUSED and test_side_is_open(records)):
         _announce(config, name, args)
         _work(config, name, args)

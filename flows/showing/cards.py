@@ -9,6 +9,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
 
 from flows.showing.card_text import escape, table, verbatim
+from flows.showing.looking import against_round_0, verdict_words
 from flows.showing.round_card import command, round_card, stop_words, with_interval
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.config import SeraConfig
@@ -85,6 +86,7 @@ def index_card(records: RunStore) -> str:
     parts = [
         f"# run {escape(records.run)}",
         f"**{_state(records, stop)}**",
+        escape(verdict_words(against_round_0(records)) or ""),
         f"head: {_round(history.head)} · best round: {_round(history.best)} · store: "
         + escape(records.store.url),
         "## Rounds",

@@ -262,6 +262,8 @@ def claim_path(step: str, key: str) -> str:
 def claim(store: Store, spec: StepSpec, tell: Tell) -> Iterator[StepRecord | None]:
     """Be the only one that does a step while the block runs, or get the record that another one made.
 
+    Whoever asks has looked for the record: it is looked for again only where somebody else claimed the step.
+
     Whoever comes second waits: for the record, or for a claim that is given up or runs out.
 
     Args:
@@ -274,7 +276,7 @@ def claim(store: Store, spec: StepSpec, tell: Tell) -> Iterator[StepRecord | Non
     while True:
         seen = look(store, path)
         # After looking: who was seen to be done has left its record before it let go.
-        if (record := find_record(store, spec.step, spec.key)) is not None:
+        if seen is not None and (record := find_record(store, spec.step, spec.key)) is not None:
             yield record
             return
         if (seen is None or seen.is_over) and (lease := take(store, path, seen)) is not None:

@@ -247,18 +247,23 @@ class RunStore:
 
     def stop_reason(self) -> str | None:
         """Why the run stopped, None while it is open. Limits that were raised re-open it."""
+        state = self.state()
+        return None if state in ("open", "waiting") else state
+
+    def state(self) -> str:
+        """`open`, `waiting` for a person, or why the run stopped."""
         records, history = self.configs(), self.history()
-        if not records:
-            return None
         if history.rounds and history.rounds[-1].stop_reason:
             return history.rounds[-1].stop_reason
-        if self.waiting() is not None:
-            return None
+        if self._asks(history.next_round) is not None:
+            return "waiting"
+        if not records:
+            return "open"
         limits = SeraConfig.model_validate(records[-1].config).limits
         if history.next_round >= limits.rounds:
             return "max_rounds"
         stop = read_record(self.store, f"{self.path}/stop-{len(records) - 1:03d}.json")
-        return None if stop is None else stop["reason"]
+        return "open" if stop is None else stop["reason"]
 
     def ask(self, round: int, evidence: Mapping[str, Any], hours: float, default: str) -> dict[str, Any]:
         """Record the question whether to promote a round; its deadline counts from the first asking."""
@@ -297,7 +302,9 @@ class RunStore:
 
     def waiting(self) -> dict[str, Any] | None:
         """The unanswered question of the open round: {"round", "until"}, or None."""
-        number = self.history().next_round
+        return self._asks(self.history().next_round)
+
+    def _asks(self, number: int) -> dict[str, Any] | None:
         question = self.question(number)
         if question is None or self.answer_of(number) is not None:
             return None

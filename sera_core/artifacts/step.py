@@ -157,8 +157,13 @@ def run_step(
     store: Store, spec: StepSpec, work: Work, execution: ExecutionConfig, progress: Progress = quiet
 ) -> StepRecord:
     """The record of a step: found, or made now (DESIGN, laws 1 to 3)."""
-    if (record := find_record(store, spec.step, spec.key)) is not None:
-        return record
+    return find_record(store, spec.step, spec.key) or make_step(store, spec, work, execution, progress)
+
+
+def make_step(
+    store: Store, spec: StepSpec, work: Work, execution: ExecutionConfig, progress: Progress = quiet
+) -> StepRecord:
+    """The record of a step that was not found a moment ago: made now, or another one's that was faster."""
     started, clock = datetime.now(UTC), time.monotonic()
     attempt = Attempt(store, spec, execution, progress)
     try:

@@ -45,9 +45,13 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
+NO_SPAN = 1e-300
+"""Below this a step has no power of ten."""
+
+
 def nice_step(span: float, pieces: int) -> float:
     """A round step (1, 2, 2.5 or 5 times a power of ten) that cuts `span` into about `pieces`."""
-    raw = span / pieces if span > 0 else 1.0
+    raw = span / pieces if span > NO_SPAN else 1.0
     power = 10.0 ** math.floor(math.log10(raw))
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= raw * (1 - 1e-9))
 

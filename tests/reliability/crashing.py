@@ -27,7 +27,7 @@ import tiny
 import tinyrun
 
 from flows.keeping.verifying import verify
-from sera_core.artifacts import local_store, step
+from sera_core.artifacts import local_store, s3_store, step
 from sera_core.artifacts.local_store import LocalStore
 from sera_core.artifacts.probing import PASSED
 from sera_core.artifacts.s3_requests import Requests
@@ -271,7 +271,7 @@ def _start(
 
 
 def warm_up() -> None:
-    """Import what a run imports, and keep the garbage collector from walking through it in every fork."""
+    """Import and read what a run does, and keep the garbage collector from walking it in every fork."""
     import datasets  # noqa: F401
     import s3fs  # noqa: F401
     import torch
@@ -281,6 +281,10 @@ def warm_up() -> None:
     from tasks.engines import dpo_trainer, hf_sampler  # noqa: F401
 
     torch.set_num_threads(1)
+    definitions = s3_store._definitions()
+    definitions.load_data_with_path("endpoints")
+    for kind in ("service-2", "endpoint-rule-set-1"):
+        definitions.load_service_model("s3", kind)
     for name in tasks.work.WORK:
         tasks.work.work_of(name)
     gc.collect()

@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sera_core.artifacts import schema
@@ -100,6 +100,8 @@ def test_each_part_of_the_alarm_says_whether_it_holds():
 
 
 @given(st.floats(-1e4, 1e4), st.floats(0, 1e4))
+@example(0.0, 5e-324)
+@example(0.0, 1e-299)
 def test_ticks_cover_their_range_in_equal_round_steps(low, span):
     found = plots.ticks(low, low + span)
     step = plots.nice_step(span, 5)
