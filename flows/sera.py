@@ -119,9 +119,10 @@ def one_round(records: RunStore, store: str) -> None:
 
 def finish(records: RunStore, store: str) -> None:
     """The run's last word, once it has stopped: the test side, the event, what a later trigger may find."""
-    if records.state() in ("open", "waiting"):
+    state = records.state()
+    if state in ("open", "waiting"):
         return
-    if records.state() not in PAUSED:
+    if state not in PAUSED:
         report_test_side(Session(store, records.run, runner(records)))
     naming.remember(records)
     events.run_stopped(records)

@@ -76,7 +76,7 @@ def _index(records: RunStore, store_url: str) -> str:
         "run.html.j2",
         run=records.run,
         stop_reason=stop_reason,
-        state=stop_reason or ("waiting" if records.waiting() else "open"),
+        state=records.state(),
         state_words=_state_words(records, config, stop_reason),
         verdict=verdict_words(against_round_0(records)),
         best=None if best is None else best.round,
