@@ -1,7 +1,6 @@
 """One round of alignment: start policy and mixture in, policy and log out; resumes from checkpoints."""
 
 import contextlib
-import importlib.util
 import json
 import logging
 import math
@@ -18,6 +17,7 @@ from sera_core.devices import device_of
 from sera_core.errors import InputError, SeraError
 from sera_core.policies import load_policy, load_tokenizer, save_policy, weights_digest
 from tasks.engines.library_logs import is_heard
+from tasks.engines.tracking import PROJECT, ended, refuse_missing, report_to, trackers
 from tasks.engines.training_data import Mixture, training_order
 
 LOG = logging.getLogger("sera.train")
@@ -38,7 +38,8 @@ def train_policy(attempt: Attempt) -> list[str]:
     run.refuse_unusable()
     with tempfile.TemporaryDirectory(prefix="sera-train-") as scratch, quiet():
         trainer = run.build(Path(scratch))
-        trainer.train()
+        with ended(attempt.execution.tracking):
+            trainer.train()
         files = run.write_policy(trainer.model)
     attempt.write("log.jsonl").write_text(
         "".join(json.dumps(line, sort_keys=True) + "\n" for line in run.lines)
@@ -95,11 +96,7 @@ class TrainingRun:
         """Everything that can be refused before a model is loaded."""
         if not self.order:
             raise InputError("the mixture has no pairs; select or sample more")
-        tracking = self.attempt.execution.tracking
-        if tracking != "none" and importlib.util.find_spec(tracking) is None:
-            raise InputError(
-                f"execution.tracking = {tracking!r}: the package is missing; run `pip install {tracking}`"
-            )
+        refuse_missing(self.attempt.execution.tracking)
         if self.train.method == "full" and self.starts_from_adapter:
             raise SeraError("the start policy is an adapter but train.method is full; a run has one method")
         if self.train.method == "lora":
@@ -139,7 +136,8 @@ class TrainingRun:
         text_config = transformer.config.get_text_config()
         self.mixture.refuse_lengths(getattr(text_config, "max_position_embeddings", None))
         self.optimizer = self._make_optimizer(checkpoint)
-        first = len(self.lines)
+        first, tracking = len(self.lines), self.attempt.execution.tracking
+        logs = self.attempt.spec.where.get("logs") or str(scratch)
         rows = Dataset(InMemoryTable(self.mixture.table.combine_chunks()))
         hooks = StepHooks(first, lambda: self._begin(checkpoint), self._check, self._done)
         self.trainer = ReviewedDPOTrainer(
@@ -149,7 +147,7 @@ class TrainingRun:
             rows=rows.select(self.order[first * self.train.batch :]),
             tokenizer=load_tokenizer(self.start),
             optimizers=(self.optimizer, self._schedule(self.optimizer, first)),
-            callbacks=[hooks, *self._tracker(scratch)],
+            callbacks=[hooks, *trackers(tracking, logs)],
             micro_batch=self.attempt.execution.micro_batch,
             share=can_share_prompt(transformer, self.mixture.longest),
         )
@@ -197,7 +195,6 @@ class TrainingRun:
         from tasks.engines.dpo_trainer import trl_losses
 
         losses, weights = trl_losses(self.train)
-        where, tracking = self.attempt.spec.where, self.attempt.execution.tracking
         arguments = DPOConfig(
             output_dir=str(scratch),
             per_device_train_batch_size=self.train.batch,
@@ -220,8 +217,9 @@ class TrainingRun:
             logging_steps=1,
             logging_nan_inf_filter=False,
             save_strategy="no",
-            report_to=[] if tracking in ("none", "tensorboard") else [tracking],
-            run_name=f"{where.get('run', 'sera')}-round-{self.attempt.fields['round']}",
+            report_to=report_to(self.attempt.execution.tracking),
+            project=PROJECT,
+            run_name=f"{self.attempt.spec.where.get('run', 'sera')}-round-{self.attempt.fields['round']}",
             disable_tqdm=True,
             log_level="error",
         )
@@ -237,15 +235,6 @@ class TrainingRun:
             group["initial_lr"] = group["lr"]
         warmup = math.ceil(self.train.warmup * self.steps)
         return LambdaLR(optimizer, lambda step: warmed_up(step, warmup), last_epoch=first - 1)
-
-    def _tracker(self, scratch: Path) -> list[Any]:
-        """TensorBoard's callback takes its folder from nowhere else than a writer."""
-        if self.attempt.execution.tracking != "tensorboard":
-            return []
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations.integration_utils import TensorBoardCallback
-
-        return [TensorBoardCallback(SummaryWriter(self.attempt.spec.where.get("logs") or str(scratch)))]
 
     # ----------------------------------------------------------------------------------------- each step
 

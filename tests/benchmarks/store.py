@@ -3,7 +3,9 @@
     python -m tests.benchmarks.store [MIB]
 
 The peer is plain s3fs with large parallel parts, on the same server in the same run, by turns with ours.
-It hashes nothing, ours hashes every byte both ways. Medians of five; of the peer's two settings the faster.
+It hashes nothing, ours hashes every byte both ways. After a turn that is not counted (whoever goes first pays
+for fresh memory) nine, each beginning with another rival. A ratio is the median of the turns' own ratios to
+the peer's faster setting, beside it their quartiles: a machine may be twice as slow in the next turn.
 """
 
 import json
@@ -30,7 +32,7 @@ from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import Store, open_store
 from sera_core.config import ExecutionConfig
 
-REPEATS = 5
+REPEATS = 9
 STEPS = 50
 PLAIN_SETTINGS = ((50 * 2**20, 10), (32 * 2**20, 4))
 """Bytes a part and parts at once: s3fs's own, and what was faster on two cores."""
@@ -79,22 +81,33 @@ def transfers(mib: int, scratch: Path) -> dict[str, Any]:
             lambda: ours(store, scratch, file.name),
             *(partial(plain, fs, file, f"{store.prefix}/plain", *setting) for setting in PLAIN_SETTINGS),
         ]
-        times: list[list[tuple[float, float]]] = [[] for _ in rivals]
-        for _ in range(REPEATS):
-            for rival, taken in zip(rivals, times, strict=True):
-                taken.append(rival())
-                time.sleep(3)  # the server frees what was removed
-    medians = [[statistics.median(way) for way in zip(*taken, strict=True)] for taken in times]
-    (up, down), *peers = medians
-    plain_up, plain_down = (min(way) for way in zip(*peers, strict=True))
+        turns = [turn(rivals, number) for number in range(REPEATS + 1)][1:]
+    found: dict[str, Any] = {"mib": mib}
+    for way, name in enumerate(("up", "down")):
+        seconds = [[taken[way] for taken in rival] for rival in zip(*turns, strict=True)]
+        found |= compared(mib, name, seconds[0], min(seconds[1:], key=statistics.median))
+    return found
+
+
+def turn(rivals: list[Callable[[], tuple[float, float]]], first: int) -> list[tuple[float, float]]:
+    """Seconds up and down of each rival, in their order, whoever begins."""
+    taken: dict[int, tuple[float, float]] = {}
+    for place in range(len(rivals)):
+        number = (first + place) % len(rivals)
+        taken[number] = rivals[number]()
+        time.sleep(3)  # the server frees what was removed
+    return [taken[number] for number in range(len(rivals))]
+
+
+def compared(mib: int, way: str, ours: list[float], peers: list[float]) -> dict[str, Any]:
+    """Speeds, and how many times as fast as the peer, from the seconds of each turn."""
+    ratios = [peer / own for own, peer in zip(ours, peers, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
     return {
-        "mib": mib,
-        "plain_up_mib_per_second": round(mib / plain_up),
-        "up_mib_per_second": round(mib / up),
-        "up_ratio": round(plain_up / up, 2),
-        "plain_down_mib_per_second": round(mib / plain_down),
-        "down_mib_per_second": round(mib / down),
-        "down_ratio": round(plain_down / down, 2),
+        f"plain_{way}_mib_per_second": round(mib / statistics.median(peers)),
+        f"{way}_mib_per_second": round(mib / statistics.median(ours)),
+        f"{way}_ratio": round(middle, 2),
+        f"{way}_ratio_quartiles": [round(low, 2), round(high, 2)],
     }
 
 

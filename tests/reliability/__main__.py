@@ -35,13 +35,12 @@ def say(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def crashes(name: str, every: int, folder: Path) -> list[dict[str, Any]]:
+def crashes(name: str, every: int) -> list[dict[str, Any]]:
     """The crash matrix of one store."""
     rows = []
-    with crashing.backend(name, folder) as place:
-        for crash in crashing.matrix(place, folder, every):
-            rows.append(asdict(crash) | {"good": crash.is_good})
-            say(f"{name}: killed at point {crash.point} ({crash.at}): {'good' if crash.is_good else 'BAD'}")
+    for crash in crashing.in_own_process(f"{name}:{every}"):
+        rows.append(asdict(crash) | {"good": crash.is_good})
+        say(f"{name}: killed at point {crash.point} ({crash.at}): {'good' if crash.is_good else 'BAD'}")
     return rows
 
 
@@ -78,7 +77,7 @@ def main(wanted: list[str]) -> int:
             found["races"].append(races(name, folder))
             found["faults"] += faults(name) if name != "local" else []
             LATEST.write_text(json.dumps(found, indent=1) + "\n")
-            found["crash"] += crashes(name, every, folder)
+            found["crash"] += crashes(name, every)
             LATEST.write_text(json.dumps(found, indent=1) + "\n")
     bad = [row for row in found["crash"] if not row["good"]]
     bad += [row for row in found["races"] if row["double_commits"]]

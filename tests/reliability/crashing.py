@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +34,7 @@ from sera_core.artifacts.probing import PASSED
 from sera_core.artifacts.s3_requests import Requests
 from sera_core.config import SeraConfig
 
+TESTS = Path(__file__).parents[1]
 WORKERS = 2
 CASE_SECONDS = 120.0
 OFTEN_REWRITTEN = "-beat.json"
@@ -287,12 +289,39 @@ def warm_up() -> None:
         definitions.load_service_model("s3", kind)
     for name in tasks.work.WORK:
         tasks.work.work_of(name)
+    with tempfile.TemporaryDirectory(prefix="sera-warm-") as folder:  # what is made at the first use
+        os.environ["SERA_CACHE"] = f"{folder}/cache"
+        tinyrun.work(smallest_run(Path(folder)), f"{folder}/store")
     gc.collect()
     gc.freeze()
 
 
+def in_own_process(wanted: str) -> Iterator[Crash]:
+    """The program's cases for `store:every`: a case is a fork, slowed by all that was done before it."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "reliability.crashing", wanted]
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(
+            command, env=environment, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=said, text=True
+        ) as program,
+    ):
+        assert program.stdout is not None
+        try:
+            for line in program.stdout:
+                if line.startswith("{"):
+                    yield Crash(**json.loads(line))
+        except BaseException:
+            program.terminate()
+            raise
+        if program.wait() != 0:
+            said.seek(0)
+            raise AssertionError(said.read()[-5000:])
+
+
 def main(wanted: list[str]) -> None:
     """Print the matrix of the stores that are named, each with `:n` for every n-th point only."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are ended on the way out
     warm_up()
     with tempfile.TemporaryDirectory(prefix="sera-crash-") as folder, ExitStack() as stack:
         for name, _, every in (text.partition(":") for text in wanted):
