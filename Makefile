@@ -33,7 +33,7 @@ system:                     ## what the tests use that pip cannot bring: a brows
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || ($(APT) postgresql) || echo "Postgres cannot be installed here"
 	@command -v radosgw >/dev/null || ($(APT) ceph-mon ceph-osd ceph-common radosgw) || echo "Ceph cannot be installed here"
 
-fast: .venv/dev             ## the fast tests alone (two minutes)
+fast: .venv/dev             ## the fast tests alone (a minute)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ($(REAL) or $(ALONE) or gpu)"
 
 check: .venv/dev            ## format, lint, types, import directions

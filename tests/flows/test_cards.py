@@ -29,6 +29,8 @@ from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import Artifact
 from sera_core.reporting.examples import example_pairs
 
+pytestmark = pytest.mark.slow
+
 ATTACK = (
     "</pre><script>alert(1)</script> [here](javascript:alert(2)) ![x](http://evil.example/x.png)\n\n"
     "# big `code` | a | b |\n|---|---|\n- item\n> said\n```\n<img src=x onerror=alert(3)>\n"

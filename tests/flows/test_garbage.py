@@ -21,6 +21,8 @@ from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import create_json, open_store
 from sera_core.errors import BusyError, InputError, StoreError
 
+pytestmark = pytest.mark.slow
+
 DAY = 86400.0
 
 

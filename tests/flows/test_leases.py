@@ -64,6 +64,7 @@ def test_the_flow_itself_does_no_work_on_a_run_that_another_process_holds(tmp_pa
     assert not (tmp_path / "store" / "steps" / "logps").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_at_the_same_time_do_each_long_step_once(tmp_path):
     store = tmp_path / "store"
     tinyrun.config(tmp_path)  # the policy and the pairs, before two make them at once

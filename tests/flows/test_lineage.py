@@ -19,6 +19,8 @@ from sera_core.artifacts.step import code_digest
 from sera_core.artifacts.store import open_store
 from sera_core.model_sources import source_digest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def exported(kept_store, tmp_path, capsys):

@@ -13,6 +13,8 @@ import pytest
 
 from flows.cli import main
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "hf_secretsecretsecret"
 
 
