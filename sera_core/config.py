@@ -275,9 +275,9 @@ class ExecutionConfig(Part):
     checkpoint_steps: Annotated[int, Field(ge=0)] = 50
     """Optimizer steps between training checkpoints (0: none)."""
     tracking: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
-    """Where TRL reports training curves, a run named <run>-round-<n> for each round; nothing is sent unasked.
-    tensorboard writes to ./sera-logs/<run>/round-<n>, the others where their own settings say (WANDB_PROJECT,
-    MLFLOW_TRACKING_URI, TRACKIO_DIR)."""
+    """Where TRL reports training curves, a run named `<run>-round-<n>` for each round; nothing is sent
+    unasked. tensorboard writes to `./sera-logs/<run>/round-<n>`, the others where their own settings say
+    (WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_DIR)."""
 
 
 class SeraConfig(Part):
