@@ -81,6 +81,9 @@ def _metrics(session: Session, records: dict[str, StepRecord]) -> dict[str, Any]
     for role in ("evidence", "policy", "mixture"):
         metrics |= records[role].metrics if role in records else {}
     metrics |= records["mixture"].counts  # <origin>/<reason> of every pair and prompt, from the whole ledger
+    for role in ("scored", "responses"):
+        if role in records:
+            metrics |= {n: v for n, v in records[role].metrics.items() if n.startswith("margin_noise")}
     if "responses" in records:
         metrics |= {
             name: v for name, v in records["responses"].metrics.items() if name.startswith("responses")

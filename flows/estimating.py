@@ -103,6 +103,9 @@ class Estimator:
         size, config = self.size, self.config
         pair = size.prompt + 2 * size.answer
         if spec.step == "logps":
+            if "probe" in spec.fields:
+                responses = 2 if spec.fields["file"] == "train.parquet" else 1
+                return spec.fields["probe"] * responses * (size.prompt + size.answer)
             counts = {"train.parquet": size.train, "heldout.parquet": size.heldout, "test.parquet": size.test}
             if spec.fields["file"] in counts:
                 return counts[spec.fields["file"]] * pair

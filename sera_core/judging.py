@@ -3,7 +3,7 @@
 The one place where policies, references and ensembles meet.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from sera_core.artifacts import schema
+from sera_core.errors import SeraError
+from sera_core.noise import Noise, response_noise
 from sera_core.rewards import (
     ensemble_reward,
     fit_length_penalty,
@@ -21,6 +23,8 @@ from sera_core.rewards import (
 from sera_core.selection import Selection
 
 Nats = np.ndarray
+NOISE = "margin_noise_nats"
+"""Metric of a review: what a human pair's margin stays below by noise alone; `…_generated` of a pairing."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,56 @@ def _fit_penalty(rewards: Nats, tokens: np.ndarray, groups: np.ndarray) -> tuple
     alphas = penalty_grid(rewards, tokens)
     alpha, sweep = fit_length_penalty(rewards, tokens, groups, alphas)
     return {"alpha": alpha, "alphas": alphas.tolist(), "length_differences": sweep.tolist()}, alpha
+
+
+def probed_noise(
+    score: str,
+    beta: float,
+    weights: Sequence[float],
+    ids: Sequence[str],
+    policies: Sequence[Nats],
+    references: Sequence[Nats],
+    probes: Mapping[str, pa.Table],
+) -> Noise:
+    """The noise in a response's ensemble reward, in nats without β.
+
+    Args:
+        score, beta, weights: as in `judge_responses`.
+        ids: key of each response.
+        policies: log π_k(y|x) as the ensemble reads them, newest first.
+        references: log π_ref,k(y|x) likewise; empty for simpo.
+        probes: the same of a few responses in float32, tables of id, logps and tokens by name:
+            `exact-policy-000`, … and `exact-ref-000`, …; empty where nothing was probed.
+
+    Raises:
+        SeraError: a probe is of other responses.
+    """
+    if not probes:
+        return Noise(0.0, 0)
+    first = next(iter(probes.values()))
+    probed = first["id"].to_pylist()
+    places = dict.fromkeys(probed)
+    places |= {id: row for row, id in enumerate(ids) if id in places}
+    if None in places.values() or any(table["id"] != first["id"] for table in probes.values()):
+        raise SeraError("the noise probe is of other responses than those reviewed; delete that step")
+    tokens = first["tokens"].to_numpy().astype(np.int64)
+    rows = np.array([places[id] for id in probed], dtype=np.int64)
+
+    def ensemble(policy_logps: Sequence[Nats], reference_logps: Sequence[Nats]) -> Nats:
+        refs: Sequence[Nats | None] = reference_logps or [None] * len(policy_logps)
+        rewards = [
+            score_responses(score, policy, ref, tokens, beta)
+            for policy, ref in zip(policy_logps, refs, strict=True)
+        ]
+        return ensemble_reward(rewards, np.asarray(weights))
+
+    exact = {name: table["logps"].to_numpy() for name, table in sorted(probes.items())}
+    used = ensemble([values[rows] for values in policies], [values[rows] for values in references])
+    again = ensemble(
+        [values for name, values in exact.items() if "policy" in name],
+        [values for name, values in exact.items() if "ref" in name],
+    )
+    return response_noise(used / beta, again / beta)
 
 
 def interleaved(table: pa.Table) -> tuple[Nats, Nats]:

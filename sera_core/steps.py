@@ -16,10 +16,10 @@ VERSIONS = {
     "model": 1,
     "render": 1,
     "logps": 1,
-    "review": 1,
-    "select": 1,
-    "sample": 1,
-    "pair": 1,
+    "review": 2,
+    "select": 2,
+    "sample": 2,
+    "pair": 2,
     "mix": 1,
     "train": 1,
     "evaluate": 1,
@@ -29,6 +29,8 @@ VERSIONS = {
 }
 PARITY_NATS = {"float32": 0.01, "bfloat16": 4.0}
 """Default bound of the sampler's parity probe: rounding alone stays below it."""
+PROBED_ROWS = {"train.parquet": 6, "responses.parquet": 12}
+"""Rows of a file that its noise is measured on: twelve responses either way, for a pair has two."""
 SIDES = ("train", "heldout", "test", "prompts")
 
 
@@ -74,13 +76,19 @@ def logps(
     file: str,
     rendered: Ref = None,
     side: str = "train",
+    probe: bool = False,
 ) -> StepSpec:
     """Log-probabilities of every response in one file of `texts` under one policy.
+
+    As a `probe` only of a few, each computed by itself in float32: what the noise of the others is measured
+    against.
 
     Samples name their prompts by id only: `rendered` holds the prompts' token ids. `side` says whose prompts
     they answer, for a plan's estimate.
     """
-    fields = {"file": file, "dtype": config.model.dtype}
+    fields: dict[str, Any] = {"file": file, "dtype": config.model.dtype}
+    if probe:
+        fields |= {"dtype": "float32", "probe": PROBED_ROWS[file]}
     inputs = {"policy": policy, "model": model, "texts": texts}
     return _spec(
         "logps", fields, inputs | ({"rendered": rendered} if file == "responses.parquet" else {}), side=side
@@ -94,10 +102,11 @@ def review(
     weights: Sequence[float],
     policies: Sequence[Ref],
     references: Sequence[Ref],
+    probes: Mapping[str, Ref],
 ) -> StepSpec:
     """Rewards and margins of human pairs from stored log-probabilities, newest policy first."""
     fields = {**_score_fields(config, weights), "file": file}
-    return _spec("review", fields, {"pairs": pairs, **_numbered(policies, references)})
+    return _spec("review", fields, {"pairs": pairs, **_numbered(policies, references), **probes})
 
 
 def select(
@@ -145,6 +154,7 @@ def pair(
     weights: Sequence[float],
     policies: Sequence[Ref],
     references: Sequence[Ref],
+    probes: Mapping[str, Ref],
     round: int,
 ) -> StepSpec:
     """Rewards of the samples, and pairs of each prompt's responses."""
@@ -152,12 +162,15 @@ def pair(
         **_score_fields(config, weights),
         "rule": config.pairing.rule,
         "allow_cut": config.pairing.allow_cut,
+        "responses": config.sampling.responses,
         "round": round,
     }
     if config.pairing.rule == "best-random":
         fields["seed"] = config.seed
     return _spec(
-        "pair", fields, {"samples": samples, "rendered": rendered, **_numbered(policies, references)}
+        "pair",
+        fields,
+        {"samples": samples, "rendered": rendered, **_numbered(policies, references), **probes},
     )
 
 
@@ -257,6 +270,7 @@ def _sampling_fields(config: SeraConfig, round: int) -> dict[str, Any]:
     return {
         "engine": part.engine,
         "dtype": part.dtype or config.model.dtype,
+        "scored_again": config.scores_samples_again,
         "model_dtype": config.model.dtype,
         "max_parity_nats": part.max_parity_nats or PARITY_NATS[config.model.dtype],
         "seed": config.seed,

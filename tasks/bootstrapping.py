@@ -10,7 +10,8 @@ import pyarrow as pa
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed, pair_id
 from sera_core.artifacts.step import Attempt
-from sera_core.judging import Judgement, judge_responses, scored_table
+from sera_core.judging import NOISE, Judgement, judge_responses, probed_noise, scored_table
+from sera_core.noise import noise_floor
 from sera_core.pairing import pair_responses
 
 FILES = ["responses.parquet", "pairs.parquet", "pair_samples.parquet", "scored.parquet", "ledger.parquet"]
@@ -69,6 +70,19 @@ def _judge(attempt: Attempt, responses: pa.Table) -> tuple[pa.Table, Judgement]:
         groups,
         fields["length_penalty"],
     )
+    noise = probed_noise(
+        fields["score"],
+        fields["beta"],
+        fields["weights"],
+        [
+            f"{p}/{s}"
+            for p, s in zip(responses["prompt_id"].to_pylist(), responses["sample"].to_pylist(), strict=True)
+        ],
+        policies,
+        references,
+        {name: _logps(attempt, name) for name in inputs if name.startswith("exact-")},
+    )
+    attempt.metrics[f"{NOISE}_generated"] = round(noise_floor(noise, fields["responses"]), 6)
     filled: dict[str, Any] = {name: responses[name].to_pylist() for name in responses.column_names[:7]}
     filled |= {
         "policy_logps": policies[0],
@@ -87,7 +101,11 @@ def _judge(attempt: Attempt, responses: pa.Table) -> tuple[pa.Table, Judgement]:
 
 
 def _values(attempt: Attempt, name: str) -> np.ndarray:
-    return schema.read_table(attempt.input(name).path("logps.parquet"), schema.LOGPS)["logps"].to_numpy()
+    return _logps(attempt, name)["logps"].to_numpy()
+
+
+def _logps(attempt: Attempt, name: str) -> pa.Table:
+    return schema.read_table(attempt.input(name).path("logps.parquet"), schema.LOGPS)
 
 
 def _valid(attempt: Attempt, responses: pa.Table, judged: Judgement) -> np.ndarray:

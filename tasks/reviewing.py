@@ -8,9 +8,11 @@ import pyarrow as pa
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
+from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.step import Attempt
 from sera_core.errors import SeraError
-from sera_core.judging import interleaved, judge_responses, scored_table, selection_table
+from sera_core.judging import NOISE, interleaved, judge_responses, probed_noise, scored_table, selection_table
+from sera_core.noise import noise_floor
 from sera_core.selection import select
 
 _SETTINGS = ("fraction", "k", "threshold", "min_margin", "direction")
@@ -21,7 +23,9 @@ def review_pairs(attempt: Attempt) -> list[str]:
     fields = attempt.fields
     pairs = schema.read_table(attempt.input("pairs").path(fields["file"]), schema.PAIRS)
     policies = [_logps(attempt, f"policy-{n:03d}", pairs) for n in range(len(fields["weights"]))]
-    references = [_logps(attempt, name, pairs) for name in sorted(attempt.spec.inputs) if "reference" in name]
+    references = [
+        _logps(attempt, name, pairs) for name in sorted(attempt.spec.inputs) if name.startswith("reference-")
+    ]
     tokens = policies[0]["tokens"].to_numpy()
     judged = judge_responses(
         fields["score"],
@@ -33,6 +37,16 @@ def review_pairs(attempt: Attempt) -> list[str]:
         np.repeat(np.arange(pairs.num_rows), 2),
         fields["length_penalty"],
     )
+    noise = probed_noise(
+        fields["score"],
+        fields["beta"],
+        fields["weights"],
+        policies[0]["id"].to_pylist(),
+        [table["logps"].to_numpy() for table in policies],
+        [table["logps"].to_numpy() for table in references],
+        _probes(attempt),
+    )
+    attempt.metrics[NOISE] = round(noise_floor(noise, 2), 6)
     scored = scored_table(
         pairs["pair_id"].to_pylist(),
         interleaved(policies[0]),
@@ -61,6 +75,9 @@ def select_pairs(attempt: Attempt) -> list[str]:
     settings: dict[str, Any] = {name: fields[name] for name in _SETTINGS if name in fields}
     if "seed" in fields:
         settings["seed"] = derived_seed(fields["seed"], fields["round"], fields["origin"], "random")
+    noise = _noise(attempt.input("review").record)
+    if settings.get("min_margin", -np.inf) > -np.inf:
+        settings["min_margin"] = attempt.metrics["floor_nats"] = max(settings["min_margin"], noise)
     selection = select(margins, ids, rule=fields["rule"], **settings)
     ledger = selection_table(
         ids, [prompts[pair] for pair in ids], margins, selection, fields["origin"], fields["round"]
@@ -75,6 +92,19 @@ def _prompt_ids(attempt: Attempt) -> dict[str, str]:
     name = "train.parquet" if "train.parquet" in pairs.record.files else "pairs.parquet"
     table = schema.read_table(pairs.path(name)).select(["pair_id", "prompt_id"])
     return dict(zip(table["pair_id"].to_pylist(), table["prompt_id"].to_pylist(), strict=True))
+
+
+def _noise(record: StepRecord) -> float:
+    """The noise floor of the margins a review or pairing step wrote, in nats; 0 where none was measured."""
+    return max([0.0, *(value for name, value in record.metrics.items() if name.startswith(NOISE))])
+
+
+def _probes(attempt: Attempt) -> dict[str, pa.Table]:
+    return {
+        name: schema.read_table(attempt.input(name).path("logps.parquet"), schema.LOGPS)
+        for name in attempt.spec.inputs
+        if name.startswith("exact-")
+    }
 
 
 def _logps(attempt: Attempt, name: str, pairs: pa.Table) -> pa.Table:

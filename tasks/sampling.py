@@ -167,7 +167,7 @@ def _merge(attempt: Attempt, parts: list[dict[str, Any]]) -> None:
     attempt.use_parts(parts)
     tables = [_read_part(attempt, part) for part in parts]
     merged = pa.concat_tables([schema.table(schema.RESPONSES, {"prompt_id": []}), *tables]).combine_chunks()
-    if attempt.fields["dtype"] != attempt.fields["model_dtype"]:
+    if attempt.fields["scored_again"]:
         place = merged.schema.get_field_index("policy_logps")
         merged = merged.set_column(place, merged.schema.field(place), pa.nulls(len(merged), pa.float64()))
     schema.write_table(merged, attempt.write("responses.parquet"))

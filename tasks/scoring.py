@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from sera_core.artifacts import schema
@@ -29,8 +30,10 @@ def score_texts(attempt: Attempt) -> list[str]:
     """Write logps.parquet: log π(y|x) of every response in a file of pairs or samples, in the file's order.
 
     The key of a pair's response is `<pair_id>/chosen` or `<pair_id>/rejected`, of a sample
-    `<prompt_id>/<sample>`.
+    `<prompt_id>/<sample>`. A probe does so for a few rows alone, see `_score_probe`.
     """
+    if "probe" in attempt.fields:
+        return _score_probe(attempt)
     shards = _shards(attempt)
     parts = attempt.parts()
     policy = None
@@ -42,28 +45,48 @@ def score_texts(attempt: Attempt) -> list[str]:
     return ["logps.parquet"]
 
 
+def _score_probe(attempt: Attempt) -> list[str]:
+    """A few rows spread over the file, each response by the plain loop: what the others' noise is held to."""
+    from sera_core.logprobs import plain_sequence_logps, score_tokens
+
+    rows = _rows(attempt)
+    picked = np.unique(np.linspace(0, len(rows) - 1, attempt.fields["probe"]).astype(int)) if rows else []
+    texts = [text for row in picked for text in rows[row]]
+    items = [(text.prompt_ids, text.response_ids) for text in texts]
+    columns = {
+        "id": [text.id for text in texts],
+        "logps": quantise(plain_sequence_logps(_load(attempt), items)) if items else [],
+        "tokens": [len(text.response_ids) for text in texts],
+    }
+    schema.write_table(schema.table(schema.LOGPS, columns), attempt.write("logps.parquet"))
+    attempt.counts["responses"] = len(texts)
+    attempt.metrics["tokens/probe"] = score_tokens(items)
+    return ["logps.parquet"]
+
+
 def _shards(attempt: Attempt) -> list[list[Text]]:
     """The responses in pieces of a fixed number of rows, in the file's (prompt_id) order."""
+    rows = _rows(attempt)
+    pieces = [rows[start : start + SHARD_ROWS] for start in range(0, len(rows), SHARD_ROWS)]
+    return [[text for row in piece for text in row] for piece in pieces]
+
+
+def _rows(attempt: Attempt) -> list[list[Text]]:
+    """The responses of each row of the file: two of a pair, one of a sample."""
     name = attempt.fields["file"]
     path = attempt.input("texts").path(name)
     if name == "responses.parquet":
         rows = list(schema.iter_rows(path, ["prompt_id", "sample", "response_ids"]))
         prompts = _prompts(attempt)
-        texts = [
+        return [
             [Text(f"{r['prompt_id']}/{r['sample']}", prompts[r["prompt_id"]], r["response_ids"])]
             for r in rows
         ]
-    else:
-        rows = schema.iter_rows(path, ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"])
-        texts = [
-            [
-                Text(f"{r['pair_id']}/{side}", r["prompt_ids"], r[f"{side}_ids"])
-                for side in ("chosen", "rejected")
-            ]
-            for r in rows
-        ]
-    pieces = [texts[start : start + SHARD_ROWS] for start in range(0, len(texts), SHARD_ROWS)]
-    return [[text for row in piece for text in row] for piece in pieces]
+    rows = schema.iter_rows(path, ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"])
+    return [
+        [Text(f"{r['pair_id']}/{side}", r["prompt_ids"], r[f"{side}_ids"]) for side in ("chosen", "rejected")]
+        for r in rows
+    ]
 
 
 def _prompts(attempt: Attempt) -> dict[str, list[int]]:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from sera_core.artifacts.manifest import Artifact
 from sera_core.diagnostics import MIN_PAIRS_A_SIDE
+from sera_core.judging import NOISE
 from sera_core.reporting import evidence as evidences
 from sera_core.reporting import flow, length, plots, words
 from sera_core.reporting.examples import examples
@@ -32,6 +33,7 @@ def round_page(number: int, artifacts: Mapping[str, Artifact]) -> str:
         "round.html.j2",
         number=number,
         sentence=_sentence(number, files, blocks),
+        noise=noise_sentence(artifacts),
         decision=decision,
         decided=words.DECISIONS,
         verdicts=words.VERDICTS,
@@ -99,6 +101,21 @@ def _sentence(number: int, files: RoundFiles, blocks: Sequence[flow.Block]) -> s
         return f"{did}, and trained the policy on {total:,}."
     mix = f"{human.kept:,} human and {blocks[2].kept:,} generated pairs"
     return f"{did}, and trained the policy on {mix} ({words.percent(blocks[2].kept / total)} generated)."
+
+
+def noise_sentence(artifacts: Mapping[str, Artifact]) -> str | None:
+    """The margin that noise of the arithmetic alone stays below, where it was measured."""
+    measured = [
+        (kind, value)
+        for role, kind in (("scored", "human"), ("responses", "generated"))
+        if role in artifacts
+        for name, value in artifacts[role].record.metrics.items()
+        if name.startswith(NOISE) and "exact-policy-000" in artifacts[role].record.inputs
+    ]
+    if not measured:
+        return None
+    floors = " and ".join(f"{value:.2g} nats for {kind} pairs" for kind, value in measured)
+    return f"Noise of the arithmetic alone stays below a margin of {floors} (in 95 % of pairs)."
 
 
 def _judged_by_increment(files: RoundFiles) -> bool:
