@@ -11,7 +11,7 @@ from typing import Any
 
 from sera_core import steps
 from sera_core.artifacts.manifest import StepRef, StepSpec
-from sera_core.config import SelectConfig, SeraConfig
+from sera_core.config import SeraConfig
 from sera_core.mixing import share_for_round
 from sera_core.rewards import ensemble_weights
 
@@ -64,7 +64,7 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
     """
     judges = judges_of(config, sides.model, past)
     share = generated_share(config, round)
-    rules = SelectConfig(rule="none") if round == 0 else config.select
+    rules = steps.human_rules(config, round)
 
     def logps(policy: Ref, texts: Ref, file: str) -> Ref:
         return do(steps.logps(config, policy, sides.model, texts, file, sides.pairs))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from sera_core.selection import round_half_up
 
@@ -14,7 +14,7 @@ ON_SHORT = ("keep-share", "fill")
 
 @dataclass(frozen=True)
 class Mixture:
-    """The pairs of a mix, as indices into what was given, the largest margin first."""
+    """The pairs of a mix, as indices into what was given, each side in its selection's own order."""
 
     human: Int[np.ndarray, " human_kept"]
     generated: Int[np.ndarray, " generated_kept"]
@@ -67,9 +67,9 @@ def share_for_round(
 
 
 def mix(
-    human: Float[np.ndarray, " human"],
+    human: Int[np.ndarray, " human"],
     human_ids: Sequence[str] | np.ndarray,
-    generated: Float[np.ndarray, " generated"],
+    generated: Int[np.ndarray, " generated"],
     generated_ids: Sequence[str] | np.ndarray,
     *,
     share: float | int,
@@ -84,30 +84,30 @@ def mix(
         keep-share   n = ⌊min(N, H/(1−s), G/s)⌋,  n_g = round(s·n),  n_h = n − n_g
         fill         n = min(N, H + G),           n_g = round(s·n),  what one side lacks comes from the other
 
-    Halves are rounded up. On each side the largest margins are taken first; ties go by a seeded hash of the
-    id. The formula is ours.
+    Halves are rounded up. Each side is taken in its selection's own order, so that a control stays one: the
+    preferred pairs first where the rule prefers, a draw where it does not. Equal places (all of them, for a
+    rule without an order) go by a seeded hash of the id. The formula is ours.
 
     Args:
-        human: margins of the kept human pairs, in nats, finite.
+        human: place of each kept human pair in its selection's order, the smallest first.
         human_ids: their ids.
-        generated: margins of the kept generated pairs.
+        generated: places of the kept generated pairs.
         generated_ids: their ids.
         share: target share s of generated pairs, in [0, 1].
         size: pairs in the mix; None for as many as there are human pairs.
         on_short: what to do when a side has too few pairs.
-        seed: of the order among equal margins.
+        seed: of the order among equal places.
 
     Raises:
-        ValueError: a share outside [0, 1], a size below 1, an unknown on_short, ids that do not fit, a margin
-            that is not finite.
+        ValueError: a share outside [0, 1], a size below 1, an unknown on_short, ids that do not fit.
     """
     _check(human, human_ids, generated, generated_ids, share, size, on_short)
     n_human, n_generated = _counts(human.size, generated.size, float(share), size, on_short)
     no_pairs = (share > 0 and generated.size == 0) or n_human + n_generated == 0
     if no_pairs:
         n_human = n_generated = 0
-    human_kept = _largest_first(human, human_ids, seed)[:n_human]
-    generated_kept = _largest_first(generated, generated_ids, seed)[:n_generated]
+    human_kept = _in_order(human, human_ids, seed)[:n_human]
+    generated_kept = _in_order(generated, generated_ids, seed)[:n_generated]
     return Mixture(
         human=human_kept,
         generated=generated_kept,
@@ -149,10 +149,10 @@ def _counts(h: int, g: int, s: float, size: int | None, on_short: str) -> tuple[
     return n - n_generated, n_generated
 
 
-def _largest_first(
-    margins: Float[np.ndarray, " pair"], ids: Sequence[str] | np.ndarray, seed: int
+def _in_order(
+    places: Int[np.ndarray, " pair"], ids: Sequence[str] | np.ndarray, seed: int
 ) -> Int[np.ndarray, " pair"]:
-    return np.lexsort((_hashes("tie", ids, seed), -margins)).astype(np.int64)
+    return np.lexsort((_hashes("tie", ids, seed), places)).astype(np.int64)
 
 
 def _hashes(purpose: str, ids: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
@@ -161,9 +161,9 @@ def _hashes(purpose: str, ids: Sequence[str] | np.ndarray, seed: int) -> np.ndar
 
 
 def _check(
-    human: Float[np.ndarray, " human"],
+    human: Int[np.ndarray, " human"],
     human_ids: Sequence[str] | np.ndarray,
-    generated: Float[np.ndarray, " generated"],
+    generated: Int[np.ndarray, " generated"],
     generated_ids: Sequence[str] | np.ndarray,
     share: float | int,
     size: int | None,
@@ -179,12 +179,6 @@ def _check(
         )
     if on_short not in ON_SHORT:
         raise ValueError(f"on_short = {on_short!r} is unknown; choose 'keep-share' or 'fill'.")
-    for name, margins, ids in (("human", human, human_ids), ("generated", generated, generated_ids)):
-        if margins.size != len(ids):
-            raise ValueError(
-                f"There are {margins.size} {name} margins but {len(ids)} ids; give one id a pair."
-            )
-        if not np.isfinite(margins).all():
-            raise ValueError(
-                f"Some {name} margins are not finite; selection drops such pairs, so mix what it kept."
-            )
+    for name, places, ids in (("human", human, human_ids), ("generated", generated, generated_ids)):
+        if places.size != len(ids):
+            raise ValueError(f"There are {places.size} {name} places but {len(ids)} ids; give one id a pair.")

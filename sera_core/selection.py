@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 SELECTION_RULES = ("top-fraction", "top-k", "threshold", "random", "bottom", "relabel", "none")
+UNORDERED_RULES = ("relabel", "none")
+"""Rules that prefer no pair to another: what takes a part of theirs has to draw."""
 DIRECTIONS = ("large", "small")
 
 

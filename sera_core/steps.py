@@ -9,6 +9,7 @@ from typing import Any
 
 from sera_core.artifacts.manifest import StepRef, StepSpec
 from sera_core.config import SelectConfig, SeraConfig
+from sera_core.selection import UNORDERED_RULES
 
 Ref = StepRef | None
 VERSIONS = {
@@ -20,7 +21,7 @@ VERSIONS = {
     "select": 2,
     "sample": 2,
     "pair": 2,
-    "mix": 1,
+    "mix": 2,
     "train": 1,
     "evaluate": 1,
     "test": 1,
@@ -178,6 +179,7 @@ def mix(
     config: SeraConfig, round: int, share: float, generated_reference: str, inputs: Mapping[str, Ref]
 ) -> StepSpec:
     """The pairs trained on, in order, and the round's whole ledger."""
+    sides = {"human": human_rules(config, round), "generated": config.select_generated}
     fields = {
         "round": round,
         "seed": config.seed,
@@ -185,8 +187,14 @@ def mix(
         "generated_reference": generated_reference,
         "size": None if round == 0 else config.mix.size,
         "on_short": config.mix.on_short,
+        "by_rank": [origin for origin, rules in sides.items() if rules.rule not in UNORDERED_RULES],
     }
     return _spec("mix", fields, inputs)
+
+
+def human_rules(config: SeraConfig, round: int) -> SelectConfig:
+    """How human pairs are selected: round 0 has nothing to select by and keeps them all."""
+    return SelectConfig(rule="none") if round == 0 else config.select
 
 
 def train(

@@ -24,9 +24,9 @@ def mix_pairs(attempt: Attempt) -> list[str]:
     human = _Side(attempt, "human")
     generated = _Side(attempt, "generated")
     mixture = mix(
-        human.margins,
+        human.places,
         human.ids,
-        generated.margins,
+        generated.places,
         generated.ids,
         share=fields["share"],
         size=fields["size"],
@@ -67,10 +67,9 @@ class _Side:
             self.rows = list(schema.iter_rows(ledger))
         self._kept = [row for row in self.rows if row["kept"]]
         self.ids = [row["pair_id"] for row in self._kept]
-        # A relabelled pair is turned, and its margin (negative till then) with it.
-        turned = np.array([row["reason"] == "relabelled" for row in self._kept], dtype=bool)
-        margins = np.array([row["ensemble_margin"] for row in self._kept], dtype=np.float64)
-        self.margins = np.where(turned, -margins, margins)
+        ranks = np.array([row["rank"] for row in self._kept], dtype=np.int64)
+        # Without an order of its own the rule's kept pairs are drawn from: equal places, a seeded order.
+        self.places = ranks if origin in attempt.fields["by_rank"] else np.zeros_like(ranks)
         self._pairs = {row["pair_id"]: row for row in self._read_pairs()} if self._kept else {}
         self._references = self._read_references() if self._kept else {}
 
