@@ -182,8 +182,10 @@ def judge(
     do: Do,
 ) -> Ref:
     """Promote, hold, roll back or stop: with the evidence of this round and of the head's."""
-    inputs = {"evidence": made["evidence"], "scored": made["scored"], "human": made["human"]}
+    inputs = {role: made[role] for role in ("evidence", "scored", "human")}
     if past.heads:
+        inputs["rendered"] = made["pairs"]
+        inputs |= {f"past-{number:03d}": head["evidence"] for number, head in enumerate(past.heads)}
         head = past.heads[-1]
         inputs |= {f"head_{role}": head[role] for role in ("evidence", "scored", "human")}
     return do(steps.decide(config, round, history, head_accuracy, answer, inputs))

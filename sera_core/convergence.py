@@ -4,12 +4,12 @@ SeRA's article says that convergence should be monitored and publishes no rule; 
 are ours.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import isnan
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from sera_core.winrate import Rate, bootstrap_difference, bootstrap_interval
 
@@ -26,6 +26,9 @@ class Signals:
     """Reward accuracy on held-out human pairs."""
     accuracy_change: Rate | None = None
     """Its paired difference to the last head's."""
+    falls: dict[str, Rate] = field(default_factory=dict)
+    """Its paired differences to earlier rounds by name (the last head, the best round, round 0), with
+    simultaneous intervals; empty: `accuracy_change` alone is asked about."""
     win_rate: Rate | None = None
     """Win rate over the last head on held-out prompts, by an independent judge."""
     overlap: float | None = None
@@ -59,26 +62,54 @@ class Decision:
     stop_reason: str | None = None
 
 
+def accuracy_falls(
+    correct_now: Float[np.ndarray, " heldout"],
+    correct_before: Mapping[str, Float[np.ndarray, " heldout"]],
+    groups: Int[np.ndarray, " heldout"] | None,
+    *,
+    seed: int,
+    level: float = 0.95,
+) -> dict[str, Rate]:
+    """Paired change of held-out reward accuracy against each earlier round, with simultaneous intervals.
+
+    With k comparisons each interval has the level 1 − (1 − level)/k (Bonferroni), so that one of them is
+    wrong in at most 1 − level of all rounds.
+
+    Args:
+        correct_now: `diagnostics.correctness` of the held-out margins under the policy.
+        correct_before: likewise under the policies of earlier rounds, by name, the same pairs in the same
+            order.
+        groups: number of each pair's prompt; None: each pair stands for itself.
+    """
+    each = 1 - (1 - level) / max(1, len(correct_before))
+    return {
+        name: bootstrap_difference(correct_now, before, seed=seed, level=each, groups=groups)
+        for name, before in correct_before.items()
+    }
+
+
 def accuracy_signals(
     correct_now: Float[np.ndarray, " heldout"],
     correct_before: Float[np.ndarray, " heldout"] | None,
     *,
     seed: int,
     level: float = 0.95,
+    groups: Int[np.ndarray, " heldout"] | None = None,
 ) -> tuple[Rate, Rate | None]:
     """Held-out reward accuracy and its paired change against the last head, with bootstrap intervals.
 
     Args:
         correct_now: `diagnostics.correctness` of the held-out margins under the policy.
         correct_before: likewise under the last head, the same pairs in the same order; None in round 0.
+        groups: number of each pair's prompt; None: each pair stands for itself.
 
     Raises:
         ValueError: different numbers of pairs, or a value that is not finite.
     """
-    accuracy = bootstrap_interval(correct_now, seed=seed, level=level)
+    accuracy = bootstrap_interval(correct_now, seed=seed, level=level, groups=groups)
     if correct_before is None:
         return accuracy, None
-    return accuracy, bootstrap_difference(correct_now, correct_before, seed=seed, level=level)
+    return accuracy, bootstrap_difference(correct_now, correct_before, seed=seed, level=level, groups=groups)
 
 
 def verdict(
@@ -89,20 +120,23 @@ def verdict(
     min_overlap: float = 0.8,
     max_ks: float = 0.1,
 ) -> Verdict:
-    """Judge a round against the last head. The first line that holds decides.
+    """Judge a round against the last head, and for a fall against the best round and round 0 too.
+
+    A decline too slow to be seen from one head to the next is seen against where the run stood at its best.
+    The first line that holds decides.
 
     | name                  | when                                                                     |
     |-----------------------|--------------------------------------------------------------------------|
     | `not_enough_evidence` | there is no last head, or no held-out pair                               |
-    | `degrading`           | the accuracy change's interval is below 0, or the win rate's below 0.5   |
+    | `degrading`           | one of the falls' intervals is below 0, or the win rate's below 0.5      |
     | `improving`           | the accuracy change's interval is above 0, or the win rate's above 0.5   |
     | `not_enough_evidence` | one of them is not inside ±min_effect, or 0.5 ± win_effect               |
     | `still_moving`        | no effect, but the selection (overlap) or the margins (KS) changed       |
     | `converged`           | no effect, shown with enough power, and nothing moves                    |
 
     A win rate, an overlap or a KS distance that was not measured is not asked about; the accuracy always is.
-    The interval of the accuracy change is never taken narrower than ±3/n (the rule of three: what did not
-    happen in n pairs may still happen to 3 in n), so few pairs that all stayed as they were prove nothing.
+    The interval of an accuracy change is never taken narrower than ±3/n (the rule of three: what did not
+    happen in n prompts may still happen to 3 in n), so few pairs that all stayed as they were prove nothing.
 
     Args:
         min_effect: the smallest change of accuracy that matters.
@@ -143,7 +177,12 @@ def _judge(
         else f"; win rate {win.value:.3f} [{win.low:.3f}, {win.high:.3f}] on {win.n} prompts"
     )
     said += won
-    if high < 0 or (win is not None and win.high < 0.5):
+    fallen = [
+        _said(name, fall) for name, fall in signals.falls.items() if _at_least_rule_of_three(fall)[1] < 0
+    ]
+    if fallen:
+        return "degrading", f"held-out accuracy fell {'; '.join(fallen)}{won}"
+    if (high < 0 and not signals.falls) or (win is not None and win.high < 0.5):
         return "degrading", said
     if low > 0 or (win is not None and win.low > 0.5):
         return "improving", said
@@ -156,6 +195,11 @@ def _judge(
     if signals.ks is not None and not signals.ks <= max_ks:
         return "still_moving", f"{said}; but the margins moved by a KS distance of {signals.ks:.2f}"
     return "converged", said
+
+
+def _said(name: str, fall: Rate) -> str:
+    low, high = _at_least_rule_of_three(fall)
+    return f"against {name} by {fall.value:+.3f} [{low:+.3f}, {high:+.3f}] on {fall.n} pairs"
 
 
 def decide(
@@ -237,20 +281,20 @@ def decide(
 
 
 def best_round(rounds: Sequence[tuple[int, bool, float]]) -> int | None:
-    """The promoted round with the largest held-out reward accuracy, ties to the earlier; else None.
+    """The promoted round with the largest held-out reward accuracy, ties to the later; else None.
 
     Args:
         rounds: (round, promoted, accuracy) of each; an accuracy of nan is below all others.
     """
     promoted = [
-        (-np.inf if isnan(accuracy) else accuracy, -number) for number, is_in, accuracy in rounds if is_in
+        (-np.inf if isnan(accuracy) else accuracy, number) for number, is_in, accuracy in rounds if is_in
     ]
-    return -max(promoted)[1] if promoted else None
+    return max(promoted)[1] if promoted else None
 
 
 def _at_least_rule_of_three(change: Rate) -> tuple[float, float]:
     """The change's interval, at least ±3/n wide; a single pair has no interval, and 3/n is all there is."""
-    least = 3 / change.n
+    least = 3 / change.independent
     low, high = (change.value if isnan(end) else end for end in (change.low, change.high))
     return min(low, change.value - least), max(high, change.value + least)
 

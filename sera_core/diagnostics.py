@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sera_core.winrate import NO_RATE, Rate, bootstrap_difference, bootstrap_excess, wilson_interval
+from sera_core.winrate import NO_RATE, Rate, bootstrap_difference, bootstrap_excess, win_rate
 
 MIN_PAIRS_A_SIDE = 30  # ours: below it a bootstrap interval of a share is too narrow to be trusted
 
@@ -133,11 +133,16 @@ def self_overlap(groups: Sequence[Sequence[Iterable[int | np.integer]]], n: int 
 
 
 def longer_share(
-    chosen_tokens: Int[np.ndarray, " pair"], rejected_tokens: Int[np.ndarray, " pair"], level: float = 0.95
+    chosen_tokens: Int[np.ndarray, " pair"],
+    rejected_tokens: Int[np.ndarray, " pair"],
+    level: float = 0.95,
+    groups: Int[np.ndarray, " pair"] | None = None,
 ) -> Rate:
-    """Share of pairs whose chosen response is the longer one (equal: a half), with Wilson's interval."""
-    wins = (1 + np.sign(chosen_tokens - rejected_tokens)) / 2
-    return wilson_interval(float(wins.sum()), wins.size, level)
+    """Share of pairs whose chosen response is the longer one (equal: a half), with Wilson's interval.
+
+    `groups` numbers the prompts, whose pairs move together.
+    """
+    return win_rate((1 + np.sign(chosen_tokens - rejected_tokens)) / 2, level, groups)
 
 
 def length_margin_correlation(
@@ -180,6 +185,8 @@ def amplification_alarm(
     seed: int,
     level: float = 0.95,
     min_pairs: int = MIN_PAIRS_A_SIDE,
+    heldout_groups: Int[np.ndarray, " heldout"] | None = None,
+    train_groups: Int[np.ndarray, " pair"] | None = None,
 ) -> Alarm:
     """Say whether training on the kept pairs made the policy rely on a feature, such as length. Rule: ours.
 
@@ -200,14 +207,24 @@ def amplification_alarm(
         kept: which of those were kept.
         comparison: name of the comparison policy: the same round trained on a random selection where there is
             one, else the last head.
+        heldout_groups: number of each held-out pair's prompt: prompts are resampled, not pairs.
+        train_groups: likewise of the pairs selected from.
     """
-    counter, aligned = heldout_feature < 0, heldout_feature > 0
-    fell = bootstrap_difference(correct_now[counter], correct_before[counter], seed=seed, level=level)
-    rose = bootstrap_difference(correct_now[aligned], correct_before[aligned], seed=seed, level=level)
-    more = train_feature > 0
-    excess = bootstrap_excess(kept, more, seed=seed, level=level) if kept.size else NO_RATE
 
-    if min(fell.n, rose.n, excess.n) < min_pairs:
+    def change(side: Bool[np.ndarray, " heldout"]) -> Rate:
+        groups = None if heldout_groups is None else heldout_groups[side]
+        return bootstrap_difference(
+            correct_now[side], correct_before[side], seed=seed, level=level, groups=groups
+        )
+
+    counter, aligned = heldout_feature < 0, heldout_feature > 0
+    fell, rose = change(counter), change(aligned)
+    more = train_feature > 0
+    excess = NO_RATE
+    if kept.size:
+        excess = bootstrap_excess(kept, more, seed=seed, level=level, groups=train_groups)
+
+    if min(fell.independent, rose.independent, excess.n) < min_pairs:
         reason = "not_enough_evidence"
     elif not fell.high < 0:
         reason = "counter_side_holds"

@@ -3,8 +3,9 @@
 The one place where policies, references and ensembles meet.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,18 @@ from sera_core.errors import SeraError
 from sera_core.noise import Noise, response_noise
 from sera_core.rewards import (
     ensemble_reward,
-    fit_length_penalty,
+    length_penalty_sweep,
+    nearest_zero,
     penalty_grid,
     quantise,
     score_responses,
 )
-from sera_core.selection import Selection
+from sera_core.selection import Selection, select
+from sera_core.splitting import group_key
 
 Nats = np.ndarray
+Sweep = Callable[[Nats], float]
+"""Mean length difference, in tokens, of the pairs that these rewards would make; nan without any."""
 NOISE = "margin_noise_nats"
 """Metric of a review: what a human pair's margin stays below by noise alone; `…_generated` of a pairing."""
 
@@ -44,10 +49,12 @@ def judge_responses(
     policies: Sequence[Nats],
     references: Sequence[Nats],
     tokens: np.ndarray,
-    groups: np.ndarray,
-    length_penalty: str,
+    sweep: Sweep | None = None,
 ) -> Judgement:
-    """Rewards β·s of every response, rounded to 1e-6 nats, newest policy first (METHOD, quantities 1 to 5).
+    """Rewards β·s of every response, newest policy first.
+
+    Scores are rounded without β (1e-6 nats, an average a token 1e-9), so that neither ties nor margins hang
+    on the last bits or on β.
 
     Args:
         score: one of `rewards.SCORES`.
@@ -56,8 +63,8 @@ def judge_responses(
         policies: log π_k(y|x) for each policy, in nats.
         references: log π_ref,k(y|x) likewise; empty for simpo.
         tokens: length of each response in tokens.
-        groups: responses that compete (a prompt, or a human pair) share a number.
-        length_penalty: `none`, or `dice` (fitted on the ensemble's rewards).
+        sweep: with DICE's length penalty, what it is fitted by (`sweep_of_responses`, `sweep_of_pairs`); None
+            for no penalty.
     """
     refs: Sequence[Nats | None] = references or [None] * len(policies)
     rewards = [
@@ -65,18 +72,72 @@ def judge_responses(
     ]
     ensemble = ensemble_reward(rewards, np.asarray(weights))
     penalty = None
-    if length_penalty == "dice":
-        penalty, slope = _fit_penalty(ensemble, tokens, groups)
+    if sweep is not None:
+        penalty = _fit_penalty(ensemble, tokens, sweep)
+        slope = penalty["alpha"]
         rewards[0], ensemble = rewards[0] - slope * tokens, ensemble - slope * tokens
-    return Judgement(quantise(rewards[0]), quantise(ensemble), penalty)
+    step = rounding(score)
+    return Judgement(
+        beta * quantise(rewards[0] / beta, step), beta * quantise(ensemble / beta, step), penalty
+    )
 
 
-def _fit_penalty(rewards: Nats, tokens: np.ndarray, groups: np.ndarray) -> tuple[dict[str, Any], float]:
-    if len(rewards) == 0:
-        return {"alpha": 0.0, "alphas": [], "length_differences": []}, 0.0
-    alphas = penalty_grid(rewards, tokens)
-    alpha, sweep = fit_length_penalty(rewards, tokens, groups, alphas)
-    return {"alpha": alpha, "alphas": alphas.tolist(), "length_differences": sweep.tolist()}, alpha
+def rounding(score: str) -> float:
+    """What a score without β is rounded to, in nats: a sum over tokens, or an average a token."""
+    return 1e-6 if score == "implicit" else 1e-9
+
+
+def _fit_penalty(rewards: Nats, tokens: np.ndarray, sweep: Sweep) -> dict[str, Any]:
+    """DICE's penalty α (arXiv 2406.09760): the one with the mean length difference nearest zero."""
+    finite = np.isfinite(rewards)
+    alphas = penalty_grid(rewards[finite], tokens[finite]) if finite.any() else np.zeros(1)
+    differences = np.array([sweep(rewards - alpha * tokens) for alpha in alphas], dtype=np.float64)
+    told = [None if np.isnan(value) else value for value in differences.tolist()]
+    return {
+        "alpha": nearest_zero(alphas, differences),
+        "alphas": alphas.tolist(),
+        "length_differences": told,
+    }
+
+
+def sweep_of_responses(tokens: np.ndarray, prompts: np.ndarray, usable: np.ndarray) -> Sweep:
+    """Mean of |best| − |worst| in tokens over prompts, of the responses that may be paired.
+
+    Args:
+        tokens: length of each response.
+        prompts: number of each response's prompt.
+        usable: which may be paired; what has no finite reward is left out too.
+    """
+
+    def difference(rewards: Nats) -> float:
+        rows = usable & np.isfinite(rewards)
+        if not rows.any() or np.unique(prompts[rows], return_counts=True)[1].max() < 2:
+            return float("nan")
+        return float(length_penalty_sweep(rewards[rows], tokens[rows], prompts[rows], np.zeros(1))[0])
+
+    return difference
+
+
+def sweep_of_pairs(
+    tokens: np.ndarray, pair_ids: Sequence[str], beta: float, rules: Mapping[str, Any], seed: int
+) -> Sweep:
+    """Mean of |y_w| − |y_l| in tokens over the human pairs that the selection would keep.
+
+    The labels are given, so what a penalty can balance is which pairs stay.
+
+    Args:
+        tokens: length of each response, chosen and rejected in turn.
+        rules: arguments of `select`, its rule included.
+        seed: of the selection.
+    """
+
+    def difference(rewards: Nats) -> float:
+        margins = quantise((rewards[0::2] - rewards[1::2]) / beta)
+        kept = select(margins, pair_ids, seed=seed, **rules).kept
+        lengths = (tokens[0::2] - tokens[1::2])[kept]
+        return float(lengths.mean()) if lengths.size else float("nan")
+
+    return difference
 
 
 def probed_noise(
@@ -129,6 +190,21 @@ def probed_noise(
     return response_noise(used / beta, again / beta)
 
 
+def prompt_groups(pairs: Path, pair_ids: Sequence[str]) -> np.ndarray:
+    """Number of each pair's prompt group (as the split has them): pairs of one group move together.
+
+    Args:
+        pairs: a file with the columns `pair_id` and `prompt` that holds all the pairs.
+        pair_ids: the pairs, in the order wanted.
+    """
+    keys = {
+        row["pair_id"]: group_key(row["prompt"]) for row in schema.iter_rows(pairs, ["pair_id", "prompt"])
+    }
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(keys[id], len(numbers)) for id in pair_ids]
+    return np.array(groups, dtype=np.int64)
+
+
 def interleaved(table: pa.Table) -> tuple[Nats, Nats]:
     """(chosen, rejected) log-probabilities of a logps table of pairs, whose rows alternate."""
     values = table["logps"].to_numpy()
@@ -143,8 +219,10 @@ def scored_table(
     reward: tuple[Nats, Nats],
     ensemble: tuple[Nats, Nats],
     beta: float,
+    step: float = 1e-6,
 ) -> pa.Table:
-    """The columns of scored.parquet; margins are in nats without β. Each tuple is (chosen, rejected)."""
+    """The columns of scored.parquet; margins are in nats without β, rounded to step. Each tuple is (chosen,
+    rejected)."""
     columns = {
         "pair_id": list(pair_ids),
         "policy_chosen_logps": policy[0],
@@ -153,8 +231,8 @@ def scored_table(
         "rejected_tokens": tokens[1],
         "chosen_reward": reward[0],
         "rejected_reward": reward[1],
-        "margin": quantise((reward[0] - reward[1]) / beta),
-        "ensemble_margin": quantise((ensemble[0] - ensemble[1]) / beta),
+        "margin": quantise((reward[0] - reward[1]) / beta, step),
+        "ensemble_margin": quantise((ensemble[0] - ensemble[1]) / beta, step),
     }
     if reference is not None:
         columns |= {"ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}

@@ -234,26 +234,13 @@ def length_penalty_sweep(
     return np.array([mean_difference(alpha) for alpha in alphas], dtype=np.float64)
 
 
-def fit_length_penalty(
-    rewards: Float[np.ndarray, " response"],
-    tokens: Int[np.ndarray, " response"],
-    groups: Int[np.ndarray, " response"],
-    alphas: Float[np.ndarray, " alpha"],
-) -> tuple[float, Float[np.ndarray, " alpha"]]:
-    """The penalty α with the mean length difference nearest zero, and the sweep (DICE, arXiv 2406.09760).
+def nearest_zero(alphas: Float[np.ndarray, " alpha"], sweep: Float[np.ndarray, " alpha"]) -> float:
+    """The penalty whose mean length difference is nearest zero; ties to the smallest |α|, then the larger α.
 
-    Ties go to the smallest |α|, then to the larger α. α is in reward a token, the sweep in tokens.
-
-    Raises:
-        ValueError: no alphas to choose from, or no group of two responses.
+    A penalty under which no pair is left has the difference nan and is taken last.
     """
-    if alphas.size == 0:
-        raise ValueError(
-            "There are no penalties to choose from; give at least one alpha, such as penalty_grid's."
-        )
-    sweep = length_penalty_sweep(rewards, tokens, groups, alphas)
     choice = np.lexsort((-alphas, np.abs(alphas), np.abs(sweep)))[0]
-    return float(alphas[choice]), sweep
+    return float(alphas[choice])
 
 
 def _mean_length_at(

@@ -23,9 +23,9 @@ VERSIONS = {
     "pair": 2,
     "mix": 2,
     "train": 1,
-    "evaluate": 1,
-    "test": 1,
-    "decide": 1,
+    "evaluate": 2,
+    "test": 2,
+    "decide": 2,
     "report": 1,
 }
 PARITY_NATS = {"float32": 0.01, "bfloat16": 4.0}
@@ -107,6 +107,8 @@ def review(
 ) -> StepSpec:
     """Rewards and margins of human pairs from stored log-probabilities, newest policy first."""
     fields = {**_score_fields(config, weights), "file": file}
+    if config.review.length_penalty == "dice":
+        fields["rules"] = _rule_fields(config.select)
     return _spec("review", fields, {"pairs": pairs, **_numbered(policies, references), **probes})
 
 

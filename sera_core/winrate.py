@@ -10,6 +10,10 @@ _CELLS = 4_000_000  # random indices drawn at a time, so that memory does not gr
 _RIDGE = 1e-2  # keeps the logistic fit finite where one policy wins every comparison; ours
 
 
+Groups = Int[np.ndarray, " value"]
+"""Number of the group (the prompt) that each value belongs to; equal numbers belong together."""
+
+
 @dataclass(frozen=True)
 class Rate:
     """A mean with its interval, and the number of observations behind it; nan where there are too few."""
@@ -18,6 +22,13 @@ class Rate:
     low: float
     high: float
     n: int
+    groups: int | None = None
+    """Independent groups (prompts) that the observations belong to; None: each stands for itself."""
+
+    @property
+    def independent(self) -> int:
+        """Number of observations that say something of their own."""
+        return self.n if self.groups is None else self.groups
 
 
 NO_RATE = Rate(float("nan"), float("nan"), float("nan"), 0)
@@ -38,22 +49,45 @@ def wilson_interval(successes: float | int, n: int, level: float = 0.95) -> Rate
         raise ValueError(f"{successes} successes out of {n} cannot be; count each observation once.")
     if n == 0:
         return NO_RATE
-    p, z2 = successes / n, NormalDist().inv_cdf((1 + level) / 2) ** 2
+    return Rate(successes / n, *_wilson(float(successes / n), float(n), level), n)
+
+
+def _wilson(p: float, n: float, level: float) -> tuple[float, float]:
+    """Ends of Wilson's interval; n may be an effective number."""
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
     centre = p + z2 / (2 * n)
     half = (z2 * (p * (1 - p) / n + z2 / (4 * n * n))) ** 0.5
     low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
     # At p = 0 and p = 1 the ends are exactly 0 and 1; float64 may miss them by a bit.
-    return Rate(p, max(0.0, low) if p > 0 else 0.0, min(1.0, high) if p < 1 else 1.0, n)
+    return max(0.0, low) if p > 0 else 0.0, min(1.0, high) if p < 1 else 1.0
 
 
-def win_rate(outcomes: Float[np.ndarray, " comparison"], level: float = 0.95) -> Rate:
+def win_rate(
+    outcomes: Float[np.ndarray, " comparison"], level: float = 0.95, groups: Groups | None = None
+) -> Rate:
     """Mean of wins (1), ties (0.5) and losses (0), with Wilson's interval; 0.5 is a draw between policies.
+
+    Outcomes of one group (a prompt) move together. Wilson's n is then the number of independent outcomes that
+    would vary as much as the groups do (Kish 1965: n over the design effect); that of the groups where all
+    outcomes are the same.
+
+    Args:
+        outcomes: 0, 0.5 or 1 each.
+        groups: number of each outcome's group; None: each stands for itself.
 
     Raises:
         ValueError: an outcome that is not 0, 0.5 or 1.
     """
     _check_outcomes(outcomes)
-    return wilson_interval(float(outcomes.sum()), outcomes.size, level)
+    found = _grouped(outcomes, groups)
+    if found is None or not outcomes.size:
+        return wilson_interval(float(outcomes.sum()), outcomes.size, level)
+    sums, sizes = found
+    p, count = float(outcomes.mean()), len(sums)
+    spread = float(((sums - p * sizes) ** 2).sum()) * count / max(1, count - 1) / outcomes.size**2
+    effective = p * (1 - p) / spread if spread > 0 else count
+    ends = _wilson(p, float(min(outcomes.size, max(1.0, effective))), level)
+    return Rate(p, *ends, outcomes.size, count)
 
 
 def order_swap_agreement(
@@ -77,11 +111,21 @@ def order_swap_agreement(
 
 
 def bootstrap_interval(
-    values: Float[np.ndarray, " value"], *, seed: int, resamples: int = 2000, level: float = 0.95
+    values: Float[np.ndarray, " value"],
+    *,
+    seed: int,
+    resamples: int = 2000,
+    level: float = 0.95,
+    groups: Groups | None = None,
 ) -> Rate:
     """Mean with its percentile bootstrap interval (Efron 1979).
 
-    No values give a rate of nan; a single one has a mean but no interval.
+    Values of one group (pairs of one prompt) move together, so whole groups are resampled: the cluster
+    bootstrap (Davison and Hinkley 1997, section 3.8). No values give a rate of nan; a single one, or a single
+    group, has a mean but no interval.
+
+    Args:
+        groups: number of each value's group; None: each stands for itself.
 
     Raises:
         ValueError: a value that is not finite, fewer than one resample, a level outside (0, 1).
@@ -89,8 +133,15 @@ def bootstrap_interval(
     _check_bootstrap(values, resamples, level)
     if values.size < 2:
         return _without_interval(values)
-    means = _resampled_means(values, np.random.default_rng(seed), resamples)
-    return Rate(float(values.mean()), *_percentiles(means, level), values.size)
+    rng, found = np.random.default_rng(seed), _grouped(values, groups)
+    if found is None:
+        means = _resampled_means(values, rng, resamples)
+        return Rate(float(values.mean()), *_percentiles(means, level), values.size)
+    sums, sizes = found
+    if len(sums) == 1:
+        return Rate(float(values.mean()), float("nan"), float("nan"), values.size, 1)
+    means = _resampled_ratios(sums, sizes, rng, resamples)
+    return Rate(float(values.mean()), *_percentiles(means, level), values.size, len(sums))
 
 
 def bootstrap_difference(
@@ -101,11 +152,12 @@ def bootstrap_difference(
     paired: bool = True,
     resamples: int = 2000,
     level: float = 0.95,
+    groups: Groups | None = None,
 ) -> Rate:
     """mean(a) − mean(b) with its percentile bootstrap interval.
 
-    Paired: a and b are of the same items in the same order, and items are resampled. Not paired: each side is
-    resampled by itself, and n is the smaller side.
+    Paired: a and b are of the same items in the same order, and items, or whole groups of them, are
+    resampled. Not paired: each side is resampled by itself, without groups, and n is the smaller side.
 
     Raises:
         ValueError: paired sides of different length, a value that is not finite, a bad number of resamples or
@@ -117,7 +169,7 @@ def bootstrap_difference(
                 f"A paired difference needs the same items on both sides, but there are {a.size} and "
                 f"{b.size}; align them by id, or pass paired=False."
             )
-        return bootstrap_interval(a - b, seed=seed, resamples=resamples, level=level)
+        return bootstrap_interval(a - b, seed=seed, resamples=resamples, level=level, groups=groups)
     _check_bootstrap(a, resamples, level)
     _check_bootstrap(b, resamples, level)
     n = min(a.size, b.size)
@@ -138,19 +190,21 @@ def bootstrap_excess(
     seed: int,
     resamples: int = 2000,
     level: float = 0.95,
+    groups: Groups | None = None,
 ) -> Rate:
     """Share of hits in a part less the share of hits in the whole, with its percentile bootstrap interval.
 
         mean(hit | part) − mean(hit)
 
-    Rows are resampled. The quantity hangs on four counts only, so the resamples are multinomial draws of
-    those. n is the size of the part.
+    Rows, or whole groups of rows, are resampled. The quantity hangs on four counts only, so the resamples are
+    multinomial draws of groups with the same four. n is the size of the part.
 
     Raises:
         ValueError: different numbers of rows, a bad number of resamples or level.
     """
     _check_bootstrap(np.zeros(0), resamples, level)
-    counts = np.array([[(part & hit).sum(), (part & ~hit).sum(), (~part & hit).sum(), (~part & ~hit).sum()]])
+    cells = np.stack([part & hit, part & ~hit, ~part & hit, ~part & ~hit], axis=1).astype(np.int64)
+    counts = cells.sum(axis=0, keepdims=True)
     inside = int(part.sum())
     if inside == 0:
         return NO_RATE
@@ -159,9 +213,15 @@ def bootstrap_excess(
         part_hit, part_miss, rest_hit, _ = cells.T
         return part_hit / (part_hit + part_miss) - (part_hit + rest_hit) / cells.sum(axis=1)
 
-    draws = np.random.default_rng(seed).multinomial(part.size, counts[0] / part.size, size=resamples)
+    found = None if groups is None else _numbered(groups)
+    if found is not None:
+        cells = np.stack([np.bincount(found, column).astype(np.int64) for column in cells.T], axis=1)
+    kinds, number = np.unique(cells, axis=0, return_counts=True)
+    times = np.random.default_rng(seed).multinomial(len(cells), number / len(cells), size=resamples)
+    draws = times @ kinds
     draws = draws[draws[:, :2].sum(axis=1) > 0]  # without the part there is nothing to compare
-    return Rate(float(excess(counts)[0]), *_percentiles(excess(draws), level), inside)
+    ends = _percentiles(excess(draws), level)
+    return Rate(float(excess(counts)[0]), *ends, inside, None if found is None else len(cells))
 
 
 def length_controlled_win_rate(
@@ -243,6 +303,36 @@ def _resampled_means(
     return np.concatenate(
         [values[rng.integers(0, values.size, (k, values.size))].mean(axis=1) for k in sizes]
     )
+
+
+def _resampled_ratios(
+    sums: Float[np.ndarray, " group"],
+    sizes: Float[np.ndarray, " group"],
+    rng: np.random.Generator,
+    resamples: int,
+) -> Float[np.ndarray, " resample"]:
+    """Mean over all values of the groups drawn: sum of sums over sum of sizes."""
+    chunk, found = max(1, _CELLS // sums.size), []
+    for start in range(0, resamples, chunk):
+        drawn = rng.integers(0, sums.size, (min(chunk, resamples - start), sums.size))
+        found.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    return np.concatenate(found)
+
+
+def _grouped(
+    values: Float[np.ndarray, " value"], groups: Groups | None
+) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]] | None:
+    """Sum and size of each group; None where every value stands for itself."""
+    numbers = None if groups is None else _numbered(groups)
+    if numbers is None:
+        return None
+    return np.bincount(numbers, values), np.bincount(numbers).astype(np.float64)
+
+
+def _numbered(groups: Groups) -> Int[np.ndarray, " value"] | None:
+    """Groups numbered from 0; None where each value is a group of its own."""
+    kinds, numbers = np.unique(groups, return_inverse=True)
+    return None if len(kinds) == groups.size else numbers.astype(np.int64)
 
 
 def _percentiles(resampled: Float[np.ndarray, " resample"], level: float) -> tuple[float, float]:

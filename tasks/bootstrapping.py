@@ -10,7 +10,15 @@ import pyarrow as pa
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed, pair_id
 from sera_core.artifacts.step import Attempt
-from sera_core.judging import NOISE, Judgement, judge_responses, probed_noise, scored_table
+from sera_core.judging import (
+    NOISE,
+    Judgement,
+    judge_responses,
+    probed_noise,
+    rounding,
+    scored_table,
+    sweep_of_responses,
+)
 from sera_core.noise import noise_floor
 from sera_core.pairing import pair_responses
 
@@ -59,16 +67,18 @@ def _judge(attempt: Attempt, responses: pa.Table) -> tuple[pa.Table, Judgement]:
     policies = scored
     if len(scored) < len(fields["weights"]):
         policies = [responses["policy_logps"].to_numpy(), *scored]
-    _, groups = np.unique(responses["prompt_id"].to_numpy(zero_copy_only=False), return_inverse=True)
+    sweep, tokens = None, responses["tokens"].to_numpy().astype(np.int64)
+    if fields["length_penalty"] == "dice":
+        _, prompts = np.unique(responses["prompt_id"].to_numpy(zero_copy_only=False), return_inverse=True)
+        sweep = sweep_of_responses(tokens, prompts, _usable(attempt, responses))
     judged = judge_responses(
         fields["score"],
         fields["beta"],
         fields["weights"],
         policies,
         references,
-        responses["tokens"].to_numpy().astype(np.int64),
-        groups,
-        fields["length_penalty"],
+        tokens,
+        sweep,
     )
     noise = probed_noise(
         fields["score"],
@@ -111,8 +121,7 @@ def _logps(attempt: Attempt, name: str) -> pa.Table:
 def _valid(attempt: Attempt, responses: pa.Table, judged: Judgement) -> np.ndarray:
     """A response may be paired when it has text, ended by itself (or may be cut), and has a finite reward."""
     finite = np.isfinite(judged.ensemble)
-    empty = np.array([not text.strip() for text in responses["response"].to_pylist()], dtype=bool)
-    cut = np.array([reason == "length" for reason in responses["finish_reason"].to_pylist()], dtype=bool)
+    empty, cut = _empty(responses), _cut(responses)
     attempt.metrics |= {
         "responses": responses.num_rows,
         "responses/empty": int(empty.sum()),
@@ -122,8 +131,21 @@ def _valid(attempt: Attempt, responses: pa.Table, judged: Judgement) -> np.ndarr
         if responses.num_rows
         else None,
     }
-    usable = np.ones_like(cut) if attempt.fields["allow_cut"] else ~cut
-    return finite & ~empty & usable
+    return finite & _usable(attempt, responses)
+
+
+def _usable(attempt: Attempt, responses: pa.Table) -> np.ndarray:
+    """Whether a response has text, and ended by itself where that is asked for."""
+    may_be_cut = attempt.fields["allow_cut"]
+    return ~_empty(responses) if may_be_cut else ~_empty(responses) & ~_cut(responses)
+
+
+def _empty(responses: pa.Table) -> np.ndarray:
+    return np.array([not text.strip() for text in responses["response"].to_pylist()], dtype=bool)
+
+
+def _cut(responses: pa.Table) -> np.ndarray:
+    return np.array([reason == "length" for reason in responses["finish_reason"].to_pylist()], dtype=bool)
 
 
 def _distinct(responses: pa.Table) -> np.ndarray:
@@ -176,6 +198,7 @@ def _write_pairs(
         (judged.reward[won], judged.reward[lost]),
         (judged.ensemble[won], judged.ensemble[lost]),
         attempt.fields["beta"],
+        rounding(attempt.fields["score"]),
     )
     schema.write_table(scored, attempt.write("scored.parquet"))
     attempt.counts["pairs"] = len(rows)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import pyarrow as pa
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import finite
 from sera_core.artifacts.step import Attempt
-from sera_core.convergence import Decision, Signals, Verdict, decide, verdict
+from sera_core.convergence import Decision, Signals, Verdict, accuracy_falls, decide, verdict
 from sera_core.diagnostics import Alarm, amplification_alarm, correctness, jaccard, ks_distance, sign_changes
+from sera_core.judging import prompt_groups
 from sera_core.winrate import Rate
 
 UNLIMITED = 10**9
@@ -110,7 +112,7 @@ def _verdict(attempt: Attempt, signals: Signals) -> Verdict:
 def _signals(attempt: Attempt) -> Signals:
     metrics = attempt.input("evidence").record.metrics
     accuracy = _rate(metrics["heldout/rewards/accuracies"])
-    kl = {
+    kl: dict[str, Any] = {
         name: (metrics.get(f"samples/{name}") or {}).get("value") for name in ("kl_reference", "kl_previous")
     }
     if "head_evidence" not in attempt.spec.inputs:
@@ -119,6 +121,7 @@ def _signals(attempt: Attempt) -> Signals:
     return Signals(
         accuracy,
         accuracy_change=_rate(metrics["heldout/accuracy_change"]),
+        falls=_falls(attempt),
         overlap=jaccard(_kept(attempt, "human"), _kept(attempt, "head_human")),
         ks=ks_distance(now, before) if len(now) and len(before) else None,
         sign_changes=sign_changes(before, now) if len(now) == len(before) else None,
@@ -127,8 +130,34 @@ def _signals(attempt: Attempt) -> Signals:
 
 
 def _rate(value: dict[str, Any]) -> Rate:
-    filled: dict[str, Any] = {name: float("nan") if v is None else v for name, v in value.items()}
+    filled: dict[str, Any] = {
+        name: float("nan") if v is None and name != "groups" else v for name, v in value.items()
+    }
     return Rate(**filled)
+
+
+def _falls(attempt: Attempt) -> dict[str, Rate]:
+    """Change of held-out accuracy against round 0, the best head and the last head."""
+    names = sorted(name for name in attempt.spec.inputs if name.startswith("past-"))
+    margins = {name: _heldout(attempt, name)["margin"].to_numpy() for name in names}
+    now = _heldout(attempt, "evidence")
+    usable = np.isfinite(now["margin"].to_numpy())
+    for values in margins.values():
+        usable &= np.isfinite(values)
+    correct = {name: correctness(values[usable]) for name, values in margins.items()}
+    best = max(names, key=lambda name: (correct[name].mean() if usable.any() else 0.0, name))
+    compared = {names[0]: "round 0", best: "the best round", names[-1]: "the last head"}
+    groups = prompt_groups(_rendered(attempt, "heldout"), now["pair_id"].to_pylist())
+    return accuracy_falls(
+        correctness(now["margin"].to_numpy()[usable]),
+        {said: correct[name] for name, said in compared.items()},
+        groups[usable],
+        seed=attempt.fields["seed"],
+    )
+
+
+def _rendered(attempt: Attempt, side: str) -> Path:
+    return attempt.input("rendered").path(f"{side}.parquet")
 
 
 def _margins(attempt: Attempt, name: str) -> np.ndarray:
@@ -160,6 +189,10 @@ def _alarm(attempt: Attempt) -> Alarm | None:
         correct_before=correctness(before[usable]),
         train_feature=_longer(scored),
         kept=np.array([id in kept for id in scored["pair_id"].to_pylist()], dtype=bool),
+        heldout_groups=prompt_groups(
+            _rendered(attempt, "heldout"), heldout["evidence"]["pair_id"].to_pylist()
+        )[usable],
+        train_groups=prompt_groups(_rendered(attempt, "train"), scored["pair_id"].to_pylist()),
         comparison="the last head",
         seed=attempt.fields["seed"],
     )

@@ -10,8 +10,8 @@ import pyarrow as pa
 from sera_core import diagnostics
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
-from sera_core.judging import interleaved, judge_responses, scored_table
-from sera_core.winrate import Rate, bootstrap_interval, wilson_interval
+from sera_core.judging import interleaved, judge_responses, prompt_groups, rounding, scored_table
+from sera_core.winrate import Rate, bootstrap_interval, win_rate
 
 Metrics = dict[str, Any]
 
@@ -79,63 +79,87 @@ def _scored(attempt: Attempt, side: str, policy: str = "policy") -> pa.Table:
         [table["logps"].to_numpy()],
         [] if fields["score"] == "simpo" else [reference],
         tokens,
-        np.repeat(np.arange(len(tokens) // 2), 2),
-        "none",
     )
     ids = [id.removesuffix("/chosen") for id in table["id"].to_pylist()[0::2]]
     reward = (judged.reward[0::2], judged.reward[1::2])
     refs = (reference[0::2], reference[1::2])
     return scored_table(
-        ids, interleaved(table), refs, (tokens[0::2], tokens[1::2]), reward, reward, fields["beta"]
+        ids,
+        interleaved(table),
+        refs,
+        (tokens[0::2], tokens[1::2]),
+        reward,
+        reward,
+        fields["beta"],
+        rounding(fields["score"]),
     )
 
 
 def _margins(attempt: Attempt, scored: pa.Table, side: str) -> Metrics:
     margins = scored["margin"].to_numpy()
     finite = np.isfinite(margins)
-    margins = margins[finite]
+    margins, groups = margins[finite], _groups(attempt, scored, side)[finite]
     chosen, rejected = (
         scored[f"{s}_tokens"].to_numpy()[finite].astype(np.int64) for s in ("chosen", "rejected")
     )
     correct = diagnostics.correctness(margins)
     return {
-        f"{side}/rewards/accuracies": rate(_interval(attempt, correct)),
-        f"{side}/margin": rate(_interval(attempt, margins)),
+        f"{side}/rewards/accuracies": rate(_interval(attempt, correct, groups)),
+        f"{side}/margin": rate(_interval(attempt, margins, groups)),
         f"{side}/rewards/margins": float(margins.mean() * attempt.fields["beta"]) if margins.size else None,
         f"{side}/margin_quantiles": [round(float(q), 6) for q in diagnostics.quantiles(margins)]
         if margins.size
         else [],
-        f"{side}/chosen_longer": rate(diagnostics.longer_share(chosen, rejected)),
-        f"{side}/preferred_longer": rate(_preferred_longer(chosen, rejected, margins)),
+        f"{side}/chosen_longer": rate(diagnostics.longer_share(chosen, rejected, groups=groups)),
+        f"{side}/preferred_longer": rate(_preferred_longer(chosen, rejected, margins, groups)),
         f"{side}/length_margin_correlation": _number(
             diagnostics.length_margin_correlation(chosen, rejected, margins) if margins.size else None
         ),
         f"{side}/non_finite": int((~finite).sum()),
-        f"{side}/accuracy_by_length": _by_length(attempt, chosen - rejected, correct),
+        f"{side}/accuracy_by_length": _by_length(attempt, chosen - rejected, correct, groups),
     }
 
 
-def _preferred_longer(chosen: np.ndarray, rejected: np.ndarray, margins: np.ndarray) -> Rate:
+def _groups(attempt: Attempt, scored: pa.Table, side: str) -> np.ndarray:
+    """Number of each pair's prompt: intervals resample prompts, whose pairs move together."""
+    path = attempt.input("rendered").path(f"{side}.parquet")
+    return prompt_groups(path, scored["pair_id"].to_pylist())
+
+
+def _preferred_longer(
+    chosen: np.ndarray, rejected: np.ndarray, margins: np.ndarray, groups: np.ndarray
+) -> Rate:
     """Share of pairs in which the policy's preferred answer is the longer one: is length what it learnt?"""
     turned = margins < 0
-    return diagnostics.longer_share(np.where(turned, rejected, chosen), np.where(turned, chosen, rejected))
+    preferred, other = np.where(turned, rejected, chosen), np.where(turned, chosen, rejected)
+    return diagnostics.longer_share(preferred, other, groups=groups)
 
 
-def _by_length(attempt: Attempt, difference: np.ndarray, correct: np.ndarray) -> Metrics:
+def _by_length(attempt: Attempt, difference: np.ndarray, correct: np.ndarray, groups: np.ndarray) -> Metrics:
     sides = {"chosen_longer": difference > 0, "chosen_shorter": difference < 0}
-    return {name: rate(_interval(attempt, correct[mask])) for name, mask in sides.items()}
+    return {name: rate(_interval(attempt, correct[mask], groups[mask])) for name, mask in sides.items()}
 
 
 def _trained_margins(attempt: Attempt, train: pa.Table) -> Metrics:
-    """Margins of the human pairs just trained on, beside the held-out ones: they are partly memorised."""
-    mixture = attempt.input("mixture").path("mixture.parquet")
-    trained = {row["pair_id"] for row in schema.iter_rows(mixture, ["pair_id", "origin"])}
-    mask = np.array([id in trained for id in train["pair_id"].to_pylist()], dtype=bool)
-    margins = train["margin"].to_numpy()[mask]
-    margins = margins[np.isfinite(margins)]
+    """Margins of the human pairs just trained on, beside the held-out ones: they are partly memorised.
+
+    A relabelled pair was trained on turned, so its margin counts the other way round.
+    """
+    ledger = attempt.input("mixture").path("ledger.parquet")
+    columns = ["pair_id", "origin", "kept", "reason"]
+    trained = {
+        row["pair_id"]: -1.0 if row["reason"] == "relabelled" else 1.0
+        for row in schema.iter_rows(ledger, columns)
+        if row["kept"] and row["origin"] == "human"
+    }
+    direction = np.array([trained.get(id, np.nan) for id in train["pair_id"].to_pylist()], dtype=np.float64)
+    margins = direction * train["margin"].to_numpy()
+    finite = np.isfinite(margins)
+    margins, groups = margins[finite], _groups(attempt, train, "train")[finite]
+    correct = diagnostics.correctness(margins)
     return {
-        "trained/margin": rate(_interval(attempt, margins)),
-        "trained/rewards/accuracies": rate(_interval(attempt, diagnostics.correctness(margins))),
+        "trained/margin": rate(_interval(attempt, margins, groups)),
+        "trained/rewards/accuracies": rate(_interval(attempt, correct, groups)),
     }
 
 
@@ -145,9 +169,10 @@ def _change(attempt: Attempt, heldout: pa.Table) -> Metrics:
     now, then = heldout["margin"].to_numpy(), before["margin"].to_numpy()
     both = np.isfinite(now) & np.isfinite(then)
     change = diagnostics.correctness(now[both]) - diagnostics.correctness(then[both])
+    groups = _groups(attempt, heldout, "heldout")[both]
     return {
-        "heldout/accuracy_change": rate(_interval(attempt, change)),
-        "heldout/margin_change": rate(_interval(attempt, now[both] - then[both])),
+        "heldout/accuracy_change": rate(_interval(attempt, change, groups)),
+        "heldout/margin_change": rate(_interval(attempt, now[both] - then[both], groups)),
         "heldout/sign_changes": _number(diagnostics.sign_changes(then[both], now[both])),
         "heldout/previous_accuracy": _number(diagnostics.reward_accuracy(then[both])),
     }
@@ -166,31 +191,33 @@ def _samples(attempt: Attempt) -> Metrics:
     groups: dict[str, list[list[int]]] = {}
     for prompt, response in zip(table["prompt_id"].to_pylist(), ids, strict=True):
         groups.setdefault(prompt, []).append(response)
-    cut = [reason == "length" for reason in table["finish_reason"].to_pylist()]
+    cut = np.array([reason == "length" for reason in table["finish_reason"].to_pylist()], dtype=np.float64)
+    _, prompts = np.unique(np.array(table["prompt_id"].to_pylist(), dtype=str), return_inverse=True)
     return {
-        "samples/tokens": rate(_interval(attempt, tokens)),
-        "samples/cut_by_limit": rate(wilson_interval(sum(cut), len(cut))),
-        "samples/kl_reference": _kl(attempt, policy, _logps(attempt, "reference_samples")),
-        "samples/kl_previous": _kl(attempt, policy, _logps(attempt, "previous_samples")),
+        "samples/tokens": rate(_interval(attempt, tokens, prompts)),
+        "samples/cut_by_limit": rate(win_rate(cut, groups=prompts)),
+        "samples/kl_reference": _kl(attempt, policy, _logps(attempt, "reference_samples"), prompts),
+        "samples/kl_previous": _kl(attempt, policy, _logps(attempt, "previous_samples"), prompts),
         "samples/distinct_2": _number(diagnostics.distinct_n(ids, 2)),
         "samples/self_overlap": _number(diagnostics.self_overlap(list(groups.values()))),
     }
 
 
-def _kl(attempt: Attempt, policy: np.ndarray, reference: np.ndarray) -> Metrics:
+def _kl(attempt: Attempt, policy: np.ndarray, reference: np.ndarray, prompts: np.ndarray) -> Metrics:
     """KL in nats a response: the plain estimate with its interval, and the non-negative one."""
     finite = np.isfinite(policy) & np.isfinite(reference)
     estimate = diagnostics.kl_estimate(policy[finite], reference[finite])
-    return rate(_interval(attempt, policy[finite] - reference[finite])) | {
+    return rate(_interval(attempt, policy[finite] - reference[finite], prompts[finite])) | {
         "non_negative": _number(estimate.non_negative)
     }
 
 
-def _interval(attempt: Attempt, values: np.ndarray) -> Rate:
+def _interval(attempt: Attempt, values: np.ndarray, groups: np.ndarray) -> Rate:
     return bootstrap_interval(
         np.asarray(values, dtype=np.float64),
         seed=attempt.fields["seed"],
         resamples=attempt.fields["resamples"],
+        groups=groups,
     )
 
 

@@ -11,7 +11,17 @@ from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.step import Attempt
 from sera_core.errors import SeraError
-from sera_core.judging import NOISE, interleaved, judge_responses, probed_noise, scored_table, selection_table
+from sera_core.judging import (
+    NOISE,
+    Sweep,
+    interleaved,
+    judge_responses,
+    probed_noise,
+    rounding,
+    scored_table,
+    selection_table,
+    sweep_of_pairs,
+)
 from sera_core.noise import noise_floor
 from sera_core.selection import select
 
@@ -34,8 +44,7 @@ def review_pairs(attempt: Attempt) -> list[str]:
         [table["logps"].to_numpy() for table in policies],
         [table["logps"].to_numpy() for table in references],
         tokens,
-        np.repeat(np.arange(pairs.num_rows), 2),
-        fields["length_penalty"],
+        _sweep(attempt, pairs["pair_id"].to_pylist(), tokens),
     )
     noise = probed_noise(
         fields["score"],
@@ -55,6 +64,7 @@ def review_pairs(attempt: Attempt) -> list[str]:
         (judged.reward[0::2], judged.reward[1::2]),
         (judged.ensemble[0::2], judged.ensemble[1::2]),
         fields["beta"],
+        rounding(fields["score"]),
     )
     schema.write_table(scored, attempt.write("scored.parquet"))
     attempt.counts["pairs"] = scored.num_rows
@@ -92,6 +102,14 @@ def _prompt_ids(attempt: Attempt) -> dict[str, str]:
     name = "train.parquet" if "train.parquet" in pairs.record.files else "pairs.parquet"
     table = schema.read_table(pairs.path(name)).select(["pair_id", "prompt_id"])
     return dict(zip(table["pair_id"].to_pylist(), table["prompt_id"].to_pylist(), strict=True))
+
+
+def _sweep(attempt: Attempt, pair_ids: list[str], tokens: np.ndarray) -> Sweep | None:
+    """What DICE's penalty is fitted by: the lengths of the pairs that this round's selection would keep."""
+    if attempt.fields["length_penalty"] != "dice":
+        return None
+    tokens = tokens.astype(np.int64)
+    return sweep_of_pairs(tokens, pair_ids, attempt.fields["beta"], attempt.fields["rules"], seed=0)
 
 
 def _noise(record: StepRecord) -> float:

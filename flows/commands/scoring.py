@@ -39,7 +39,7 @@ from flows.commands.inputs import (
 from flows.showing.progress import reporter
 from sera_core.diagnostics import reward_accuracy
 from sera_core.errors import InputError
-from sera_core.judging import judge_responses, scored_table
+from sera_core.judging import judge_responses, rounding, scored_table
 from sera_core.model_sources import Source
 from sera_core.preferences import Drop
 from sera_core.rewards import quantise
@@ -132,8 +132,7 @@ def _judge(args: argparse.Namespace, pairs: Sequence[RenderedPair], scores: Sequ
     """scored.parquet; with no past round the ensemble is the policy itself."""
     policy, *reference = [quantise(found.logps) for found in scores]
     tokens = np.array([len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
-    groups = np.repeat(np.arange(len(pairs)), 2)
-    judged = judge_responses(args.score, args.beta, [1.0], [policy], reference, tokens, groups, "none")
+    judged = judge_responses(args.score, args.beta, [1.0], [policy], reference, tokens)
     return scored_table(
         [pair.pair.pair_id for pair in pairs],
         (policy[0::2], policy[1::2]),
@@ -142,6 +141,7 @@ def _judge(args: argparse.Namespace, pairs: Sequence[RenderedPair], scores: Sequ
         (judged.reward[0::2], judged.reward[1::2]),
         (judged.ensemble[0::2], judged.ensemble[1::2]),
         args.beta,
+        rounding(args.score),
     )
 
 

@@ -10,6 +10,7 @@ from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.artifacts.store import Store
 from sera_core.diagnostics import correctness
 from sera_core.errors import InputError
+from sera_core.judging import prompt_groups
 from sera_core.winrate import Rate, bootstrap_difference
 
 
@@ -78,7 +79,8 @@ def since_round_0(records: RunStore, manifest: RoundManifest) -> Rate | None:
         return None
     now, then = (_margins(records.store, r) for r in (manifest, records.rounds()[0]))
     both = np.isfinite(now) & np.isfinite(then)
-    return bootstrap_difference(correctness(now[both]), correctness(then[both]), seed=0)
+    groups = _heldout_groups(records.store, manifest)[both]
+    return bootstrap_difference(correctness(now[both]), correctness(then[both]), seed=0, groups=groups)
 
 
 def verdict_words(change: Rate | None) -> str | None:
@@ -91,6 +93,12 @@ def verdict_words(change: Rate | None) -> str | None:
     if change.high < 0:
         return f"The reviewed rounds did harm: accuracy of the head against round 0 {said}."
     return f"No evidence that the reviewed rounds helped: accuracy of the head against round 0 {said}."
+
+
+def _heldout_groups(store: Store, manifest: RoundManifest) -> np.ndarray:
+    evidence, pairs = (Artifact(store, manifest.steps[role]) for role in ("evidence", "pairs"))
+    ids = pq.read_table(evidence.path("heldout.parquet"), columns=["pair_id"])["pair_id"].to_pylist()
+    return prompt_groups(pairs.path("heldout.parquet"), ids)
 
 
 def _margins(store: Store, manifest: RoundManifest) -> np.ndarray:

@@ -94,10 +94,10 @@ class History:
 
     @property
     def best(self) -> RoundManifest | None:
-        """The promoted round with the largest held-out reward accuracy, ties to the earlier."""
+        """The promoted round with the largest held-out reward accuracy, ties to the later."""
         return max(
             self.promoted,
-            key=lambda r: (r.accuracy if r.accuracy is not None else -1.0, -r.round),
+            key=lambda r: (r.accuracy if r.accuracy is not None else -1.0, r.round),
             default=None,
         )
 
