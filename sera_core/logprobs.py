@@ -32,6 +32,7 @@ from sera_core.errors import InputError
 from sera_core.response_batches import Item, Mode, batch_logps, response_batches
 
 __all__ = [
+    "CANNOT",
     "Item",
     "Mode",
     "check_items",
@@ -47,7 +48,7 @@ Progress = Callable[[int, int], None]
 
 TOKENS_PER_BATCH = 2048
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-_CANNOT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+CANNOT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What transformers raises when it is asked for what an architecture does not have."""
 
 # ------------------------------------------------------------------------------------------------- public
@@ -237,8 +238,7 @@ def _probe(model: Any, length: int, packable: bool) -> Mode:
     if found is None:
         raise unsupported(
             model,
-            "batches of it give other log-probabilities than one response at a time (it computes with more than "
-            "a response's own tokens)",
+            "batches of it give other log-probabilities than one response at a time",
         )
     return found
 
@@ -286,7 +286,7 @@ def _plain_probe(model: Any, items: Sequence[Item]) -> np.ndarray:
         logps = [_plain_token_logps(model, prompt, [*response, *tail])[:5] for tail in (other, other[::-1])]
     except torch.OutOfMemoryError:
         raise
-    except _CANNOT as error:
+    except CANNOT as error:
         said = str(error).strip().split("\n")[0]
         raise unsupported(
             model, f"its forward pass over plain text fails ({type(error).__name__}: {said})"
@@ -308,7 +308,7 @@ def _agrees(model: Any, mode: Mode, items: Sequence[Item], budget: int, expected
             sums[indices] = [values.sum() for values in logps]
     except torch.OutOfMemoryError:
         raise
-    except _CANNOT:
+    except CANNOT:
         return False
     tolerance = _tolerance(model)
     return np.allclose(sums, expected, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -15,7 +15,7 @@ VERSIONS = {
     "data": 1,
     "model": 1,
     "render": 1,
-    "logps": 1,
+    "logps": 2,
     "review": 1,
     "select": 1,
     "sample": 1,
