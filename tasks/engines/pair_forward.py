@@ -144,8 +144,8 @@ def add_pair_forward(model: PreTrainedModel) -> None:
     if compute is None:
         raise unsupported(
             model,
-            "in training mode it gives other log-probabilities than in evaluation (dropout or a router's jitter "
-            "that is on, or rows that are not independent); set such rates to 0 in its config.json",
+            "in training mode it gives other log-probabilities than in evaluation (dropout or a router's "
+            "jitter that is on, or rows that are not independent); set such rates to 0 in its config.json",
         )
 
     def pair_forward(
