@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sera_core.errors import InputError
-from sera_core.policies import TOKENIZER_FILES
+from sera_core.policies import TOKENIZER_FILES, read_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -169,9 +169,21 @@ class Renderer:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a sampled response: end of turn first, then end of text."""
-        eos: Any = self.tokenizer.eos_token_id
-        return tuple(dict.fromkeys(token for token in (self.end_of_turn_id, eos) if token is not None))
+        """Ids that end a sampled response: end of turn, end of text, and every end the model's settings list.
+
+        `eos_token_id` may be a list (Qwen2.5 and Llama 3 Instruct name several): a model may end its turn
+        with any of them.
+        """
+        ends: list[Any] = [self.end_of_turn_id, self.tokenizer.eos_token_id]
+        config = read_settings(self.folder / "config.json")
+        for part in (
+            read_settings(self.folder / "generation_config.json"),
+            config,
+            config.get("text_config"),
+        ):
+            listed = (part or {}).get("eos_token_id")
+            ends += listed if isinstance(listed, list) else [listed]
+        return tuple(dict.fromkeys(token for token in ends if token is not None))
 
     @cached_property
     def _specials(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ VERSIONS = {
     "data": 1,
     "model": 1,
     "render": 1,
-    "logps": 1,
+    "logps": 2,
     "review": 2,
     "select": 2,
     "sample": 2,

@@ -6,15 +6,18 @@ responses apart, and positions start again for the second one.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+
+from sera_core.architecture import keeps_state, rope_boundary, text_config, unsupported, window
+from sera_core.logprobs import CANNOT, plain_sequence_logps, probe_items, scoring_mode
 
 Row = dict[str, Any]
 UNNEEDED = ("entropy", "mean_logits", "is_top1")
@@ -83,7 +86,8 @@ class PairCollator:
         }
 
     def _apart(self, answers: Sequence[tuple[Row, list[int]]]) -> dict[str, Tensor]:
-        ids = [row["prompt_ids"] + answer[:-1] for row, answer in answers]
+        # Whole sequences, so that rotary settings that depend on the length are those of scoring.
+        ids = [row["prompt_ids"] + answer for row, answer in answers]
         width = max(map(len, ids))
         take = [
             number * width + len(row["prompt_ids"]) - 1 + token
@@ -92,7 +96,7 @@ class PairCollator:
         ]
         return {
             "packed_ids": _pad(ids),
-            "segments": _pad([[1] * len(entry) for entry in ids]),
+            "segments": _pad([[1] * len(entry) for entry in ids], -1),
             "take": torch.tensor(take),
         }
 
@@ -111,19 +115,38 @@ def pair_mask(segments: Tensor) -> Tensor:
     return (((key == 0) | (key == query)) & earlier)[:, None]
 
 
+class Forward(NamedTuple):
+    """What a pass over rows gives: nats [response token], and the experts' balancing loss."""
+
+    log_probs: Tensor
+    aux_loss: Tensor | None
+
+
+Compute = Callable[..., Forward]
+"""(ids [row, token], take [response token], targets [response token], and what is seen by name)."""
+
+
 def add_pair_forward(model: PreTrainedModel) -> None:
     """Let `model(labels=…, fused_lm_head=True)` compute a micro-batch of `PairCollator`.
 
     TRL's own fused head (chunked vocabulary, soft-capping, scales) does the projection; a hook hands it only
-    the hidden states that predict a response token.
-    """
-    add_fused_lm_head(model)  # over TRL's: log-probabilities only
-    fused, state = model.forward, {}
+    the hidden states that predict a response token. A model whose logits are made otherwise computes them
+    itself, everywhere.
 
-    def keep_predicting(module: Any, args: Any, output: Any) -> Any:
-        if "take" in state:
-            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[state["take"]][None]
-        return output
+    Args:
+        model: a causal language model without dropout.
+
+    Raises:
+        InputError: in training mode neither gives what the plain loop gives.
+    """
+    expected, boundary = _plain_pairs(model), rope_boundary(model)
+    compute = next((way for way in _ways(model) if _trains_alike(model, way, boundary, expected)), None)
+    if compute is None:
+        raise unsupported(
+            model,
+            "in training mode it gives other log-probabilities than in evaluation (dropout or a router's "
+            "jitter that is on, or rows that are not independent); set such rates to 0 in its config.json",
+        )
 
     def pair_forward(
         self: PreTrainedModel,
@@ -134,44 +157,188 @@ def add_pair_forward(model: PreTrainedModel) -> None:
         positions: Tensor | None = None,
         **_: Any,
     ) -> FusedCausalLMOutput:
-        seen = {"attention_mask": segments}
-        if positions is not None:
-            seen = {"attention_mask": pair_mask(segments), "position_ids": positions}
-        answered = labels[:, 1:] != -100
+        log_probs, aux_loss = _micro_logps(compute, boundary, labels, packed_ids, segments, take, positions)
+        zeros = {name: torch.zeros_like(labels[:, 1:]) for name in UNNEEDED}
+        return FusedCausalLMOutput(log_probs=log_probs, aux_loss=aux_loss, **zeros)
+
+    model.forward = MethodType(pair_forward, model)
+
+
+def _micro_logps(
+    compute: Compute,
+    boundary: int | None,
+    labels: Tensor,
+    packed_ids: Tensor,
+    segments: Tensor,
+    take: Tensor,
+    positions: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of a micro-batch, float64 [response, token], zero where there is none."""
+    targets, answered = labels[:, 1:], labels[:, 1:] != -100
+    # Summed in float64: over a thousand tokens float32 would lose 1e-4 nats.
+    log_probs = torch.zeros(answered.shape, dtype=torch.float64, device=answered.device)
+    if positions is not None:
+        found = compute(
+            packed_ids, take, targets[answered], attention_mask=pair_mask(segments), position_ids=positions
+        )
+        return log_probs.masked_scatter(answered, found.log_probs.double()), found.aux_loss
+    aux_losses = []
+    for rows in _alike(segments, boundary):
+        width = int((segments[rows] >= 0).sum(1).max())
+        visible, ours = (segments[rows, :width] >= 0).long(), answered[rows]
+        found = compute(
+            packed_ids[rows, :width],
+            _places(take, rows, packed_ids.shape[1], width),
+            targets[rows][ours],
+            attention_mask=visible,
+        )
+        part = torch.zeros(ours.shape, dtype=torch.float64, device=ours.device)
+        log_probs = log_probs.index_copy(0, rows, part.masked_scatter(ours, found.log_probs.double()))
+        aux_losses.append((len(rows), found.aux_loss))
+    total = sum(count for count, _ in aux_losses)
+    weighed = [loss * (count / total) for count, loss in aux_losses if loss is not None]
+    return log_probs, torch.stack(weighed).sum() if weighed else None
+
+
+def _alike(segments: Tensor, boundary: int | None) -> list[Tensor]:
+    """Rows that may be computed together: all, or those on either side of a rotary boundary."""
+    every = torch.arange(len(segments), device=segments.device)
+    if boundary is None:
+        return [every]
+    beyond = (segments >= 0).sum(1) > boundary
+    return [side for side in (every[~beyond], every[beyond]) if len(side)]
+
+
+def _places(take: Tensor, rows: Tensor, width: int, narrower: int) -> Tensor:
+    """The part of `take` (flat places in rows of `width`) in these rows, once they are narrower."""
+    row, column = take // width, take % width
+    number = torch.full((int(row.max()) + 1,), -1, device=take.device)
+    number[rows] = torch.arange(len(rows), device=take.device)
+    ours = number[row] >= 0
+    return number[row[ours]] * narrower + column[ours]
+
+
+# -------------------------------------------------------------------------------------------- projections
+
+
+def _ways(model: PreTrainedModel) -> Iterator[Compute]:
+    """TRL's fused head, then the model's own logits; what the first put into the model is taken out again."""
+    plain, backbone = model.forward, model.base_model
+    if backbone is not model:
+        state: dict[str, Tensor] = {}
+
+        def keep_predicting(module: Any, args: Any, output: Any) -> Any:
+            if "take" in state:
+                output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[state["take"]][None]
+            return output
+
+        add_fused_lm_head(model)  # over TRL's: log-probabilities only
+        hook = backbone.register_forward_hook(keep_predicting)
+        yield _by_fused_head(model.forward, state)
+        hook.remove()
+        model.forward = plain
+    yield _by_own_logits(plain)
+
+
+def _by_fused_head(fused: Callable[..., Any], state: dict[str, Tensor]) -> Compute:
+    def compute(ids: Tensor, take: Tensor, targets: Tensor, **seen: Any) -> Forward:
         state["take"] = take
         try:
-            output = fused(
-                input_ids=packed_ids, shift_labels=labels[:, 1:][answered][None], fused_lm_head=True, **seen
-            )
+            output = fused(input_ids=ids, shift_labels=targets[None], fused_lm_head=True, **seen)
         finally:
             state.clear()
-        # Summed in float64: over a thousand tokens float32 would lose 1e-4 nats.
-        empty = output.log_probs.new_zeros(answered.shape, dtype=torch.float64)
-        log_probs = empty.masked_scatter(answered, output.log_probs.double())
-        zeros = {name: torch.zeros_like(answered) for name in UNNEEDED}
-        return FusedCausalLMOutput(log_probs=log_probs, aux_loss=output.aux_loss, **zeros)
+        return Forward(output.log_probs[0], output.aux_loss)
 
-    model.base_model.register_forward_hook(keep_predicting)
-    model.forward = MethodType(pair_forward, model)
+    return compute
+
+
+def _by_own_logits(forward: Callable[..., Any]) -> Compute:
+    def compute(ids: Tensor, take: Tensor, targets: Tensor, **seen: Any) -> Forward:
+        output = forward(input_ids=ids, use_cache=False, **seen)
+        logits = output.logits.flatten(0, 1)[take].float()
+        chosen = logits.gather(1, targets[:, None])[:, 0]
+        return Forward(chosen - logits.logsumexp(-1), getattr(output, "aux_loss", None))
+
+    return compute
+
+
+# -------------------------------------------------------------------------------------------------- probe
+
+
+def _probe_rows(model: PreTrainedModel) -> list[Row]:
+    """Two pairs of a few tokens."""
+    items = probe_items(model)
+    return [
+        {
+            "row": number,
+            "prompt_ids": list(chosen.prompt_ids),
+            "chosen_ids": list(chosen.response_ids),
+            "rejected_ids": list(rejected.response_ids),
+            "ref_chosen_logps": 0.0,
+            "ref_rejected_logps": 0.0,
+        }
+        for number, (chosen, rejected) in enumerate([items[:2], items[2:]])
+    ]
+
+
+def _plain_pairs(model: PreTrainedModel) -> Tensor:
+    """log π of the probe's responses by the plain loop, chosen ones first, float64 [response]."""
+    items = probe_items(model)
+    training = model.training
+    model.eval()
+    try:
+        scoring_mode(model)  # refuses what cannot be scored either
+        return torch.from_numpy(plain_sequence_logps(model, [items[0], items[2], items[1], items[3]]))
+    finally:
+        model.train(training)
+
+
+def _probe_micro(model: PreTrainedModel, share: bool) -> dict[str, Tensor]:
+    micro = PairCollator(2, share).micro(_probe_rows(model))
+    labels = torch.where(micro["completion_mask"].bool(), micro["input_ids"], -100)
+    return {name: value.to(model.device) for name, value in {**micro, "labels": labels}.items()}
+
+
+def _trains_alike(
+    model: PreTrainedModel, compute: Compute, boundary: int | None, expected: Tensor, share: bool = False
+) -> bool:
+    """Whether a pass in training mode gives the plain loop's values, to what the dtype can hold."""
+    micro, training = _probe_micro(model, share), model.training
+    model.train()
+    try:
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            log_probs, _ = _micro_logps(compute, boundary, **micro)
+    except torch.OutOfMemoryError:
+        raise
+    except CANNOT:
+        return False
+    finally:
+        model.train(training)
+    tolerance = 1e-5 if model.dtype == torch.float32 else 1e-2
+    return torch.allclose(log_probs.sum(1).cpu(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def can_share_prompt(model: PreTrainedModel, longest: int) -> bool:
     """Whether the prompt may be computed once for both responses: full attention by sdpa, with positions.
 
-    Sliding windows that the longest pair outgrows, recurrent layers and other attention code are not masked
-    by segment, so there every response is computed behind a prompt of its own.
+    Windows and rotary boundaries that the longest pair outgrows, recurrent layers and other attention code
+    are not masked by segment, so there every response is computed behind a prompt of its own. What the
+    configuration allows is tried on a probe.
 
     Args:
-        model: a causal language model.
+        model: a causal language model without dropout.
         longest: tokens of the longest pair.
+
+    Raises:
+        InputError: the model cannot be scored at all.
     """
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    bounds = [bound for bound in (window(model), rope_boundary(model)) if bound is not None]
     return (
-        config._attn_implementation == "sdpa"
-        and kinds <= {"full_attention", "sliding_attention"}
-        and (window is None or longest <= window)
-        and not getattr(model, "_is_stateful", False)
+        text_config(model)._attn_implementation == "sdpa"
+        and not keeps_state(model)
+        and longest <= min(bounds, default=longest)
         and "position_ids" in inspect.signature(model.base_model.forward).parameters
+        and _trains_alike(model, _by_own_logits(model.forward), None, _plain_pairs(model), share=True)
     )

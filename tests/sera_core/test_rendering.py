@@ -1,5 +1,6 @@
 """The renderer: what counts as prompt and response, and what data cannot do to it."""
 
+import json
 import subprocess
 import sys
 
@@ -202,3 +203,10 @@ def test_hashing_a_renderer_imports_neither_torch_nor_transformers(folder):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_every_end_that_the_models_settings_list_ends_a_response(tmp_path):
+    folder = tiny_policy(tmp_path / "policy")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [END, 77, 78]}))
+    assert Renderer(folder).stop_ids == (END, 77, 78)
