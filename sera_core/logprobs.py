@@ -232,9 +232,9 @@ def _probe(model: Any, length: int, packable: bool) -> Mode:
     modes: list[Mode] = ["full"]
     text = text_config(model)
     if all(getattr(text, name, None) in (None, 1, 1.0) for name in _LOGIT_CHANGES):
-        modes = ["packed", "padded", "full"] if packable else ["padded", "full"]
+        modes = [*(("packed",) if packable else ()), "padded", "full"]
     budget = max(1024, 2 * length)
-    found = next((mode for mode in modes if _agrees(model, mode, items, budget, expected)), None)
+    found: Mode | None = next((mode for mode in modes if _agrees(model, mode, items, budget, expected)), None)
     if found is None:
         raise unsupported(
             model,

@@ -7,6 +7,7 @@ Resolving and hashing a source stays cheap: neither torch nor transformers is im
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import shutil
 import tempfile
@@ -28,7 +29,9 @@ from sera_core.policies import (
     read_settings,
     write_settings,
 )
+from sera_core.weights import strip_wrapper
 
+LOG = logging.getLogger("sera.model")
 SourceKind = Literal["hub", "folder", "url", "package"]
 
 # Keys that say where a file came from, or which library wrote it for whom; none changes what the model
@@ -252,8 +255,9 @@ def _cached_commit(repo_id: str, revision: str) -> str | None:
 def materialise(source: Source | str, folder: Path | str) -> Path:
     """Write a source out as a plain policy folder; the same source gives the same bytes.
 
-    Safetensors are copied as they are (their dtype kept); a GGUF file is dequantised to float32. Paths and
-    the names of other machines are removed from the configs.
+    Safetensors are copied as they are (their dtype kept), but for a wrapper's prefix before every tensor's
+    name; a GGUF file is dequantised to float32. Paths and the names of other machines are removed from the
+    configs.
 
     Raises:
         InputError: the source cannot be used (remote code, quantised safetensors, no tokenizer, hub
@@ -276,6 +280,8 @@ def materialise(source: Source | str, folder: Path | str) -> Path:
             for name, path in paths.items():
                 filesystem.get_file(path, str(Path(download) / name))
             _copy_policy(Path(download), folder, source.text)
+    if prefix := strip_wrapper(folder):
+        LOG.warning("model %s: %r stood before every tensor's name and was stripped", source.text, prefix)
     return folder
 
 

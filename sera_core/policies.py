@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sera_core.artifacts.canonical import files_digest, sha256_file
 from sera_core.errors import InputError
+from sera_core.weights import refuse_misfit, refuse_other_tensors, wrapper_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +58,7 @@ def load_policy(
         base: the policy folder an adapter belongs to; the adapter is merged into it in float32.
 
     Raises:
-        InputError: no policy folder, or an adapter without its base.
+        InputError: no policy folder, an adapter without its base, or weights that do not fit config.json.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -75,18 +76,29 @@ def load_policy(
         )
     _refuse_code(weights)
     _refuse_code(folder)
+    if prefix := wrapper_of(weights):
+        raise InputError(
+            f"policy folder {weights}: every tensor's name begins with {prefix!r}, which is not the model's: "
+            "save the unwrapped model, or give the folder as a run's model.source, which strips it"
+        )
     with _quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             weights,
             dtype=torch.float32 if adapter else getattr(torch, dtype),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, with the shapes
+            output_loading_info=True,
         )
+        model, loading = loaded
+        refuse_misfit(weights, loading)
         if adapter:
-            from peft import PeftModel
+            from peft import PeftModel, get_peft_model_state_dict
 
-            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+            model = PeftModel.from_pretrained(model, str(folder))
+            refuse_other_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model))
+            model = model.merge_and_unload()
     return model.to(device=device, dtype=getattr(torch, dtype)).eval()
 
 

@@ -14,7 +14,7 @@ from sera_core.selection import UNORDERED_RULES
 Ref = StepRef | None
 VERSIONS = {
     "data": 1,
-    "model": 1,
+    "model": 2,
     "render": 1,
     "logps": 2,
     "review": 2,

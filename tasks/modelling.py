@@ -6,6 +6,7 @@ from pathlib import Path
 from sera_core.artifacts.step import Attempt
 from sera_core.errors import InputError
 from sera_core.model_sources import materialise, resolve_source, source_digest
+from sera_core.policies import load_policy
 from sera_core.rendering import template_text
 
 
@@ -13,7 +14,8 @@ def import_model(attempt: Attempt) -> list[str]:
     """Write policy/ (config, safetensors, tokenizer, chat template) from the model source.
 
     Raises:
-        InputError: the source cannot be used, or changed since the run was planned.
+        InputError: the source cannot be used, its weights do not fit its configuration, or it changed since
+            the run was planned.
     """
     where, folder = attempt.spec.where, attempt.write("policy/config.json").parent
     source = resolve_source(where["source"], where["revision"])
@@ -23,6 +25,7 @@ def import_model(attempt: Attempt) -> list[str]:
     if (template := attempt.fields["chat_template"]) is not None:
         _set_template(folder, template)
     files = [f"policy/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()]
+    load_policy(folder, "bfloat16")  # opens, and every tensor is there
     attempt.counts["files"] = len(files)
     return files
 

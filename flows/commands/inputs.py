@@ -23,6 +23,7 @@ from sera_core.preferences import (
     parse_prompt,
 )
 from sera_core.sources import Row, read_rows
+from sera_core.weights import wrapper_of
 
 if TYPE_CHECKING:
     from sera_core.rendering import Renderer
@@ -89,9 +90,12 @@ def find_policy(flag: str, source: str) -> Source:
 
 def policy_folder(flag: str, source: Source, scratch: Path) -> Path:
     """The policy as a plain folder: a local one where it lies, any other source written out to `scratch`."""
-    if source.kind == "folder":
-        return Path(source.location)
     with refusing(flag):
+        prefix = wrapper_of(Path(source.location)) if source.kind == "folder" else ""
+        if source.kind == "folder" and not prefix:
+            return Path(source.location)
+        if prefix:
+            say(f"{flag}: {prefix!r} stands before every tensor's name and is stripped")
         return materialise(source, scratch)
 
 

@@ -1,6 +1,6 @@
-"""Every causal architecture of transformers, tiny and random: scorer and trainer forward against a plain loop.
+"""Every causal architecture of transformers, tiny and random: scorer and trainer against a plain loop.
 
-    python -m tests.sweep_architectures [NAME …]      # prints a table and counts, exit 1 if any value is wrong
+    python -m tests.benchmarks.architectures [NAME …]   # a table and counts; exit 1 if any value is wrong
 
 A model is built from its configuration class with sizes cut down, dropout off and a window of 16 tokens, and
 computes items on both sides of the window. A value is right within 1e-4 nats of one forward pass an item.
@@ -170,9 +170,8 @@ def tiny_model(name: str) -> Any:
     model = AutoModelForCausalLM.from_config(tiny_config(name))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim >= 2 and not parameter.std() > 0.05:
-                parameter.normal_(0, 0.15)
-            elif not bool(torch.isfinite(parameter).all()):
+            flat = parameter.ndim >= 2 and not parameter.std() > 0.05
+            if flat or not bool(torch.isfinite(parameter).all()):
                 parameter.normal_(0, 0.15)
     return model.float().eval()
 
@@ -215,7 +214,7 @@ def plain(model: Any, prompt: list[int], response: list[int]) -> float:
 
 
 def answer(name: str) -> dict[str, Any]:
-    """What became of one architecture: `built`, and of `scorer` and `trainer` how they ran and how far off."""
+    """What became of one architecture: `built`, and how scorer and trainer ran and how far off."""
     try:
         model = tiny_model(name)
     except Exception as error:
