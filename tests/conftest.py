@@ -46,6 +46,27 @@ def kept_store(tmp_path):
     return Path(shutil.copytree(Path(__file__).parent / "fixtures" / "store-format-1", tmp_path / "store"))
 
 
+@pytest.fixture(scope="session")
+def _present_store(tmp_path_factory):
+    """Run `first` of the kept store, made by this version."""
+    import tiny
+    import tinyrun
+    from fixtures import make_store
+
+    folder = tmp_path_factory.mktemp("present")
+    tiny.tiny_policy(folder / "policy", layers=1, hidden=32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SERA_CACHE", str(folder / "cache"))
+        tinyrun.work(tinyrun.config(folder, **make_store.SMALL), folder / "store", "first")
+    return folder / "store"
+
+
+@pytest.fixture
+def present_store(_present_store, tmp_path):
+    """A copy of a store whose steps are of the present versions: a resumed run reuses them."""
+    return Path(shutil.copytree(_present_store, tmp_path / "store"))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     """Folders put together from the store live in the test's own place."""

@@ -28,7 +28,7 @@ DAY = 86400.0
 
 @pytest.fixture
 def sources(tmp_path):
-    """What the kept store was made from."""
+    """What the stores were made from."""
     tiny.tiny_policy(tmp_path / "sources" / "policy", layers=1, hidden=32)
     return tinyrun.config(tmp_path / "sources", **make_store.SMALL)
 
@@ -151,14 +151,13 @@ def test_nothing_younger_is_touched(kept_store):
 
 
 @pytest.mark.parametrize("killed", ["before the manifest", "in sampling", "in the middle of the round"])
-def test_a_killed_unfinished_run_loses_nothing(kept_store, sources, killed):
+def test_a_killed_unfinished_run_loses_nothing(present_store, sources, killed):
     """Resumed after two passes of gc, it ends with the policy it would have had, and repeats no step."""
-    records = RunStore(open_store(str(kept_store)), "first")
+    records = RunStore(open_store(str(present_store)), "first")
     policies, used = tinyrun.policy_shas(records), records.rounds()[1].used
     expected = {ref.key for ref in used}
     for name in ("round-001.json", "final-001.json", "final-000.json"):
-        (kept_store / "runs" / "first" / name).unlink(missing_ok=True)
-    shutil.rmtree(kept_store / "runs" / "second")
+        (present_store / "runs" / "first" / name).unlink(missing_ok=True)
     sampled = next(ref for ref in used if ref.step == "sample")
     lost = {
         "before the manifest": [],
@@ -168,29 +167,29 @@ def test_a_killed_unfinished_run_loses_nothing(kept_store, sources, killed):
     shared = {ref.key for ref in records.rounds()[0].used}
     for ref in lost:
         if ref.key not in shared:
-            (kept_store / "steps" / ref.step / ref.key / "done.json").unlink()
-    half = kept_store / "steps" / "sample" / sampled.key / ("f" * 16) / "part-00000.parquet"
+            (present_store / "steps" / ref.step / ref.key / "done.json").unlink()
+    half = present_store / "steps" / "sample" / sampled.key / ("f" * 16) / "part-00000.parquet"
     half.parent.mkdir()
     half.write_bytes(b"half a file")
-    before = files(aged(kept_store))
-    gc(kept_store)
-    gc(aged(kept_store))
+    before = files(aged(present_store))
+    gc(present_store)
+    gc(aged(present_store))
     assert not half.exists()
-    left = files(kept_store)
+    left = files(present_store)
     needed = {path for path in before if path.split("/")[2] in expected and "/claim/" not in path}
     done = {ref.key for ref in used if ref.key in shared or ref not in lost}
     assert not [
         path for path in needed if path.split("/")[2] in done and path not in left and "f" * 16 not in path
     ]
-    made = set(kept_store.glob("steps/*/*/done.json"))
-    again = tinyrun.work(sources, kept_store, "first")
+    made = set(present_store.glob("steps/*/*/done.json"))
+    again = tinyrun.work(sources, present_store, "first")
     assert tinyrun.policy_shas(again) == policies
-    redone = {path.parent.name for path in kept_store.glob("steps/*/*/done.json")} - {
+    redone = {path.parent.name for path in present_store.glob("steps/*/*/done.json")} - {
         p.parent.name for p in made
     }
     assert redone & expected == {ref.key for ref in lost} - shared
     if killed == "in sampling":  # the shard that was finished before the kill was not sampled again
-        step = kept_store / "steps" / "sample" / sampled.key
+        step = present_store / "steps" / "sample" / sampled.key
         part = json.loads((step / "part-00000.json").read_text())
         assert (
             before[f"steps/sample/{sampled.key}/part-00000.json"] == (step / "part-00000.json").read_bytes()

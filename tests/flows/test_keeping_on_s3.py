@@ -34,12 +34,17 @@ def server(request):
 @pytest.fixture
 def url(server, kept_store):
     """A bucket that holds what the kept store does."""
+    return upload(server, kept_store)
+
+
+def upload(server, store: Path) -> str:
+    """URL of a new bucket that holds what a local store does."""
     url = server.bucket()
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     client = server.client()
-    for path in kept_store.rglob("*"):
+    for path in store.rglob("*"):
         if path.is_file():
-            key = f"{prefix}/{path.relative_to(kept_store).as_posix()}"
+            key = f"{prefix}/{path.relative_to(store).as_posix()}"
             client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
     return url
 
@@ -80,7 +85,8 @@ def test_diff_show_lineage_and_export_read_the_bucket(url, tmp_path, capsys):
     assert chain == answer("lineage", "first", "--round", "1")
 
 
-def test_plan_finds_what_the_bucket_holds(url, tmp_path):
+def test_plan_finds_what_the_bucket_holds(server, present_store, tmp_path):
+    url = upload(server, present_store)
     tiny.tiny_policy(tmp_path / "policy", layers=1, hidden=32)
     found = plan(tinyrun.config(tmp_path, **{**make_store.SMALL, "limits": {"rounds": 3}}), "first", url)
     assert found["reuse"] >= 30 and found["run_now"] >= 1
