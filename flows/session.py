@@ -61,7 +61,7 @@ class Session:
             raise InputError(f"run {run!r}: not in the store {store_url}; `sera list` names the runs there")
         self.run, self.runner = run, runner
         self.record = configs[-1]
-        self.config = SeraConfig.model_validate(self.record.config)
+        self.config = SeraConfig.stored(self.record.config)
         self.history: History = self.records.history()
         self.used: dict[str, StepRecord] = {}
         self.meter = Meter(self.config.limits)

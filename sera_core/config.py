@@ -3,12 +3,13 @@
 The defaults are METHOD's table. None is the paper's value unless its help text names the source.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
-Loss = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "simpo"]
+Loss = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sppo_hard", "simpo"]
 Reference = Literal["initial", "previous"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -176,7 +177,8 @@ class TrainConfig(Part):
     """Direct alignment of one round, by TRL's DPOTrainer."""
 
     losses: tuple[Loss, ...] = Field(default=("sigmoid",), min_length=1)
-    """sigmoid is DPO, hinge SLiC-HF, sigmoid_norm length-normalised DPO; several are summed."""
+    """sigmoid is DPO, hinge SLiC-HF, sigmoid_norm length-normalised DPO, sppo_hard SPPO with hard labels;
+    several are summed."""
     loss_weights: tuple[float, ...] = ()
     """Weight of each loss; empty: 1 each."""
     beta: Annotated[float, Field(gt=0)] = 0.1
@@ -238,7 +240,8 @@ class DecideConfig(Part):
     review_hours: Annotated[float, Field(gt=0)] = 24.0
     """Deadline of a question; then the default is written."""
     review_default: Literal["promote", "hold", "roll_back", "stop"] = "promote"
-    """The answer written when nobody answered in time."""
+    """The answer written when nobody answered in time. hold and roll_back need a head: `review = "always"`,
+    which asks about round 0 too, refuses them."""
 
 
 class LimitsConfig(Part):
@@ -301,6 +304,27 @@ class SeraConfig(Part):
     execution: ExecutionConfig = ExecutionConfig()
     seed: int = 0
     """Seed of everything but the split."""
+
+    @classmethod
+    def stored(cls, data: Mapping[str, Any]) -> "SeraConfig":
+        """A configuration as a run's record has it.
+
+        It was checked when the run was started: what is refused only since then does not close an old run.
+        """
+        return cls.model_validate(data, context={"stored": True})
+
+    @model_validator(mode="after")
+    def _has_effect(self, info: ValidationInfo) -> "SeraConfig":
+        if (info.context or {}).get("stored"):
+            return self
+        decide = self.decide
+        if decide.review == "always" and decide.review_default in ("hold", "roll_back"):
+            raise ValueError(
+                f'decide.review_default = "{decide.review_default}" cannot answer for round 0, which '
+                'decide.review = "always" asks about: the run would be left without a head. Choose '
+                '"promote" or "stop", or ask with decide.review = "alarm"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "SeraConfig":

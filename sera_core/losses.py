@@ -143,23 +143,6 @@ def simpo_loss(
     return -F.logsigmoid(beta * (chosen - rejected) - target_margin)
 
 
-def r_dpo_loss(
-    policy_chosen_logps: Float[Tensor, " pair"],
-    policy_rejected_logps: Float[Tensor, " pair"],
-    reference_chosen_logps: Float[Tensor, " pair"],
-    reference_rejected_logps: Float[Tensor, " pair"],
-    chosen_tokens: Int[Tensor, " pair"],
-    rejected_tokens: Int[Tensor, " pair"],
-    beta: float,
-    alpha: float,
-) -> Float[Tensor, " pair"]:
-    """−log σ(βD + α|y_w| − α|y_l|)          R-DPO, arXiv 2403.19159, length penalty α a token."""
-    d = log_ratio_margin(
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
-    )
-    return -F.logsigmoid(beta * d + alpha * (chosen_tokens - rejected_tokens))
-
-
 def sppo_hard_loss(
     policy_chosen_logps: Float[Tensor, " pair"],
     policy_rejected_logps: Float[Tensor, " pair"],
@@ -182,6 +165,5 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "sppo_hard": sppo_hard_loss,
     "simpo": simpo_loss,
     "cdpo": cdpo_loss,
-    "r_dpo": r_dpo_loss,
 }
-"""By TRL's `loss_type`; `simpo`, `cdpo` and `r_dpo`, which its DPOTrainer lacks, by the field's name."""
+"""By TRL's `loss_type`; `simpo` and `cdpo`, which its DPOTrainer lacks, by the field's name."""

@@ -178,12 +178,17 @@ def _merge(attempt: Attempt, parts: list[dict[str, Any]]) -> None:
 
 
 def _choose_prompts(attempt: Attempt) -> list[Prompt]:
-    """The side's distinct prompts in prompt_id order: all that fit, or a seeded `prompts` of them."""
+    """The side's distinct prompts in prompt_id order: all that fit, or a seeded `prompts` of them.
+
+    Train prompts are drawn anew each round; held-out ones are the same in all rounds, whose figures are
+    compared.
+    """
     fields = attempt.fields
+    drawn_in = fields["round"] if fields["side"] == "train" else "all rounds"
     fitting, too_long = _distinct_prompts(attempt)
 
     def place(prompt: Prompt) -> int:
-        return derived_seed(fields["seed"], fields["round"], prompt.prompt_id, "prompts")
+        return derived_seed(fields["seed"], drawn_in, prompt.prompt_id, "prompts")
 
     limit = len(fitting) if fields["prompts"] is None else fields["prompts"]
     drawn = {prompt.prompt_id for prompt in sorted(fitting, key=place)[:limit]}

@@ -35,7 +35,8 @@ def review_command(args: argparse.Namespace) -> int:
     if args.decision is None:
         lines = [f"round {waiting['round']} waits for a decision until {waiting['until']}"]
         lines += [f"  {name}: {value}" for name, value in question["evidence"].items()]
-        lines.append(f"answer with: sera review {args.run} --decision promote|hold|roll_back|stop --note …")
+        offered = "|".join(records.decisions())
+        lines.append(f"answer with: sera review {args.run} --decision {offered} --note …")
         _print(args, {"run": args.run, "waiting": waiting, "question": question}, "\n".join(lines))
         return 0
     answer = records.answer(waiting["round"], args.decision, args.note, getpass.getuser())

@@ -152,14 +152,14 @@ def start_of(records: RunStore) -> Source:
     """The start policy."""
     config = records.configs()[0]
     digest = config.resolved["digests"]["model"]
-    name = display_name(SeraConfig.model_validate(config.config).model.source, digest)
+    name = display_name(SeraConfig.stored(config.config).model.source, digest)
     return Source(name=name, digest=digest)
 
 
 def data_of(records: RunStore) -> list[DataSource]:
     """The sources of pairs and prompts."""
     config = records.configs()[0]
-    data = SeraConfig.model_validate(config.config).data
+    data = SeraConfig.stored(config.config).data
     found = []
     for side in SIDES:
         digests = config.resolved["digests"]["data"][side]

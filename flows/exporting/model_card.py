@@ -118,7 +118,7 @@ def _sources(chain: Lineage) -> Iterator[str]:
 
 
 def _settings(records: RunStore) -> list[list[str]]:
-    config = SeraConfig.model_validate(records.configs()[0].config)
+    config = SeraConfig.stored(records.configs()[0].config)
     train = config.train
     rows = [
         ("losses", ", ".join(train.losses)),

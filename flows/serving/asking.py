@@ -3,6 +3,7 @@
 Question and answer are records in the store; the form is one way to write the answer, `sera review` another.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from prefect import get_run_logger
@@ -12,16 +13,30 @@ from prefect.input import RunInput
 from flows.showing.card_text import escape
 from flows.showing.cards import key_of
 from flows.showing.deployed import in_deployed_run
-from sera_core.artifacts.runs import RunStore
-
-Decision = Literal["promote", "hold", "roll_back", "stop"]
+from sera_core.artifacts.runs import DecisionName, RunStore
 
 
 class Review(RunInput):
     """The form a person fills in."""
 
-    decision: Decision
+    decision: DecisionName
     note: str = ""
+
+
+class FirstReview(RunInput):
+    """The form as long as no round is promoted: hold or roll_back would leave the run without a head."""
+
+    decision: Literal["promote", "stop"]
+    note: str = ""
+
+
+MEANINGS = {
+    "promote": "the round's policy becomes the head",
+    "hold": "the head stays, the next round is tried from it",
+    "roll_back": "the head goes back to the best round",
+    "stop": "the run ends here",
+}
+"""What each answer does."""
 
 
 def ask_person(records: RunStore) -> bool:
@@ -37,8 +52,9 @@ def ask_person(records: RunStore) -> bool:
         return False
     number = waiting["round"]
     question = records.question(number) or {}
-    form = Review.with_initial_data(
-        description=_describe(records.run, number, question),
+    offered = records.decisions()
+    form = (Review if "hold" in offered else FirstReview).with_initial_data(
+        description=_describe(records.run, number, question, offered),
         decision=question["evidence"]["decision"],
         note="",
     )
@@ -53,7 +69,7 @@ def ask_person(records: RunStore) -> bool:
     return True
 
 
-def _describe(run: str, number: int, question: dict) -> str:
+def _describe(run: str, number: int, question: dict, offered: Sequence[str]) -> str:
     evidence = question["evidence"]
     return "\n".join(
         [
@@ -65,10 +81,7 @@ def _describe(run: str, number: int, question: dict) -> str:
             f"Alarm: {escape(str(evidence['alarm'] or 'none'))}. "
             f"Unanswered by {question['until']}, `{question['default']}` is taken.",
             "",
-            "* promote: the round's policy becomes the head",
-            "* hold: the head stays, the next round is tried from it",
-            "* roll_back: the head goes back to the best round",
-            "* stop: the run ends here",
+            *(f"* {decision}: {MEANINGS[decision]}" for decision in offered),
             *(["", f"[The rounds before it](/artifacts/key/{key_of(run, 'index')})"] if number else []),
         ]
     )

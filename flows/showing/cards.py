@@ -65,7 +65,7 @@ def publish_missing(records: RunStore) -> None:
     missing = [m for key, m in rounds.items() if (key, _description(records, m)) not in seen]
     if not missing:
         return
-    show_text = SeraConfig.model_validate(records.configs()[-1].config).review.show_text
+    show_text = SeraConfig.stored(records.configs()[-1].config).review.show_text
     for manifest in missing:
         publish_round(records, manifest, show_text)
     publish_index(records)

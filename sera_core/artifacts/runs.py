@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sera_core.artifacts import lease
 from sera_core.artifacts.canonical import sha256_json
@@ -24,6 +24,8 @@ from sera_core.errors import InputError, StoreError
 
 DecisionName = Literal["promote", "hold", "roll_back", "stop"]
 STOP_REASONS = ("converged", "max_rounds", "degraded", "no_pairs", "budget", "reviewer")
+HEADLESS_DECISIONS: tuple[DecisionName, ...] = ("promote", "stop")
+"""Answers while no round is promoted: without a head there is no policy to hold, or to go back to."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -259,14 +261,31 @@ class RunStore:
             return "waiting"
         if not records:
             return "open"
-        limits = SeraConfig.model_validate(records[-1].config).limits
+        limits = SeraConfig.stored(records[-1].config).limits
         if history.next_round >= limits.rounds:
             return "max_rounds"
         stop = read_record(self.store, f"{self.path}/stop-{len(records) - 1:03d}.json")
         return "open" if stop is None else stop["reason"]
 
+    def decisions(self) -> tuple[DecisionName, ...]:
+        """The answers the open round may get: those that leave the run with a head, or end it."""
+        return HEADLESS_DECISIONS if self.history().head is None else get_args(DecisionName)
+
+    def _check_decision(self, round: int, decision: str) -> None:
+        offered = self.decisions()
+        if decision not in offered:
+            raise InputError(
+                f"run {self.run!r}, round {round}: {decision!r} is refused, for no round is promoted yet and "
+                f"the run would be left without a head; answer {' or '.join(offered)}"
+            )
+
     def ask(self, round: int, evidence: Mapping[str, Any], hours: float, default: str) -> dict[str, Any]:
-        """Record the question whether to promote a round; its deadline counts from the first asking."""
+        """Record the question whether to promote a round; its deadline counts from the first asking.
+
+        Raises:
+            InputError: a default that would leave the run without a head.
+        """
+        self._check_decision(round, default)
         until = (datetime.now(UTC) + timedelta(hours=hours)).isoformat(timespec="seconds")
         question = {
             "format": FORMAT,
@@ -279,7 +298,12 @@ class RunStore:
         return record
 
     def answer(self, round: int, decision: str, note: str, who: str) -> dict[str, Any]:
-        """Record the answer to a question; the first answer stands."""
+        """Record the answer to a question; the first answer stands.
+
+        Raises:
+            InputError: an answer that would leave the run without a head.
+        """
+        self._check_decision(round, decision)
         answer = {"format": FORMAT, "decision": decision, "note": note, "who": who, "when": now()}
         record, _ = create_json(self.store, f"{self.path}/review-{round:03d}-answer.json", answer)
         return record
@@ -297,7 +321,10 @@ class RunStore:
         found = self.given_answer(round)
         question = self.question(round)
         if found is None and question and datetime.fromisoformat(question["until"]) < datetime.now(UTC):
-            return self.answer(round, question["default"], "no answer before the deadline", "deadline")
+            default, note = question["default"], "no answer before the deadline"
+            if default not in self.decisions():  # a question of an older version; METHOD's rule for round 0
+                default, note = "promote", f"{note}; the default {default} would leave the run without a head"
+            return self.answer(round, default, note, "deadline")
         return found
 
     def waiting(self) -> dict[str, Any] | None:

@@ -212,7 +212,7 @@ def test_the_answered_round_of_a_waiting_run_is_kept(tmp_path, sources, monkeypa
     assert {p: d for p, d in files(store).items() if "/claim/" not in p} == {
         p: d for p, d in before.items() if "/claim/" not in p
     }
-    records.answer(0, "hold", "not yet", "ada")
+    records.answer(0, "stop", "not yet", "ada")
     monkeypatch.setattr(RunStore, "commit_round", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):  # killed when the decision was made and the manifest was not
         tinyrun.work(tiny_review, store, "asked")

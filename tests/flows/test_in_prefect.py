@@ -1,5 +1,6 @@
 """Runs driven from Prefect: triggers, names, the schedule's flow, reviews. A real server and worker."""
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -109,7 +110,10 @@ def test_a_review_suspends_the_run_without_a_process_and_the_answer_takes_it_on(
         time.sleep(0.5)
     for number, decision in enumerate(("promote", "hold")):
         assert found["state"]["name"] == "Suspended", found["state"]
-        assert f"review-{number}" in found["state"]["state_details"]["run_input_keyset"]["response"]
+        keys = found["state"]["state_details"]["run_input_keyset"]
+        assert f"review-{number}" in keys["response"]
+        asked = json.dumps(servers.api(place.environment, f"/flow_runs/{flow_run}/input/{keys['schema']}"))
+        assert ("hold" in asked, "roll_back" in asked) == ((False, False) if number == 0 else (True, True))
         body = {"run_input": {"decision": decision, "note": f"seen {number}"}}
         servers.api(place.environment, f"/flow_runs/{flow_run}/resume", body)
         found = servers.wait_for_state(place.environment, flow_run, ("Suspended", *servers.FINAL), 400)

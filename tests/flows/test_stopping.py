@@ -70,6 +70,12 @@ def test_a_review_waits_and_the_answer_decides(shared, prefect_server, capsys):
     capsys.readouterr()
     assert main(["review", "review", "--store", store, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["question"]["evidence"]["decision"] == "promote"
+    for refused in ("hold", "roll_back"):  # they would leave the run without a head
+        assert main(["review", "review", "--decision", refused, "--store", store]) == 2
+        told = capsys.readouterr().err
+        assert refused in told and "without a head; answer promote or stop" in told
+    assert main(["review", "review", "--store", store]) == 0
+    assert "--decision promote|stop --note" in capsys.readouterr().out
     answers = ["promote", "hold", "roll_back", "stop"]
     for number, answer in enumerate(answers):
         assert main(["review", "review", "--decision", answer, "--note", "seen", "--store", store]) == 0

@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sera_core import losses
+from sera_core.config import Loss
 
 light = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -46,8 +48,6 @@ def log_sigmoid(x):
         (losses.sigmoid_norm_loss(*LOGPS, *TOKENS, beta=0.5), -log_sigmoid(0.75)),
         # 2 · (−8/2 − (−9/4)) − 0.5 = −4
         (losses.simpo_loss(*LOGPS[:2], *TOKENS, beta=2.0, target_margin=0.5), -log_sigmoid(-4)),
-        # 1 + 0.25 · 2 − 0.25 · 4 = 0.5
-        (losses.r_dpo_loss(*LOGPS, *TOKENS, beta=0.5, alpha=0.25), -log_sigmoid(0.5)),
         # (4 − 1)² + (2 + 1)² = 18
         (losses.sppo_hard_loss(*LOGPS, beta=0.5), 18.0),
     ],
@@ -69,7 +69,6 @@ def test_the_variants_reduce_to_dpo_where_their_extra_term_is_nought(rows, beta)
         losses.cdpo_loss(*logps, beta=beta, label_smoothing=0.0),
         losses.robust_dpo_loss(*logps, beta=beta, label_smoothing=0.0),
         losses.sigmoid_norm_loss(*logps, ones, ones, beta=beta),
-        losses.r_dpo_loss(*logps, ones * 7, ones * 7, beta=beta, alpha=0.3),
     ):
         torch.testing.assert_close(other, dpo)
 
@@ -84,6 +83,11 @@ def test_robust_dpo_is_unbiased_for_flipped_labels(d, beta):
     torch.testing.assert_close(
         0.8 * clean + 0.2 * flipped, losses.dpo_loss(tensor(d), zero, zero, zero, beta=beta)
     )
+
+
+def test_every_loss_can_be_chosen_and_every_choice_has_its_reference_form():
+    """`cdpo` is chosen as the loss sigmoid with label smoothing."""
+    assert set(get_args(Loss)) | {"cdpo"} == set(losses.LOSSES)
 
 
 def test_labels_that_say_nothing_are_refused():

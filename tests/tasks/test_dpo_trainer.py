@@ -20,6 +20,7 @@ LOSSES = [
     TrainConfig(losses=("hinge",), beta=BETA),
     TrainConfig(losses=("robust",), beta=BETA, label_smoothing=0.2),
     TrainConfig(losses=("sigmoid_norm",), beta=BETA),
+    TrainConfig(losses=("sppo_hard",), beta=BETA),
     MIXED,
 ]
 

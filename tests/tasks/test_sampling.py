@@ -133,6 +133,17 @@ def test_a_killed_run_goes_on_after_its_last_shard_and_gives_the_same_bytes(tmp_
     assert min(seen) > 4
 
 
+def test_heldout_prompts_are_the_same_in_every_round_and_their_responses_are_not(world):
+    """Three held-out prompts, one or two of them drawn: by chance alone five rounds would not agree."""
+    for seed in range(4):
+        rounds = [
+            world.rows(world.sample(side="heldout", prompts=1 + seed % 2, round=n, seed=seed))
+            for n in range(5)
+        ]
+        assert len({tuple(row["prompt_id"] for row in rows) for rows in rounds}) == 1
+        assert len({row["seed"] for rows in rounds for row in rows}) == sum(map(len, rounds))
+
+
 def test_a_subset_is_drawn_anew_each_round_whatever_the_order_of_the_file(tmp_path):
     lengths = (5,) * 12
     first, turned = World(tmp_path / "a", lengths), World(tmp_path / "b", lengths, order=-1)
