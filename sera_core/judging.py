@@ -3,7 +3,7 @@
 The one place where policies, references and ensembles meet.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def probed_noise(
     score: str,
     beta: float,
     weights: Sequence[float],
-    ids: Sequence[str],
+    ids: Iterable[str],
     policies: Sequence[Nats],
     references: Sequence[Nats],
     probes: Mapping[str, pa.Table],
@@ -212,7 +212,7 @@ def interleaved(table: pa.Table) -> tuple[Nats, Nats]:
 
 
 def scored_table(
-    pair_ids: Sequence[str],
+    pair_ids: Sequence[str] | np.ndarray,
     policy: tuple[Nats, Nats],
     reference: tuple[Nats, Nats] | None,
     tokens: tuple[np.ndarray, np.ndarray],

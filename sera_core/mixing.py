@@ -127,7 +127,7 @@ def training_order(ids: Sequence[str] | np.ndarray, seed: int) -> Int[np.ndarray
     Raises:
         ValueError: ids repeat.
     """
-    if len(set(ids)) != len(ids):
+    if np.unique(np.asarray(ids)).size != len(ids):
         raise ValueError(
             "Some ids repeat, so their order would hang on the input's; drop duplicate pairs first."
         )
@@ -157,7 +157,8 @@ def _in_order(
 
 def _hashes(purpose: str, ids: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
     """A hash for each id that depends on nothing but the id, the seed and what it is for."""
-    return np.array([hashlib.sha256(f"{purpose}:{seed}:{i}".encode()).hexdigest() for i in ids], dtype="U64")
+    digests = (hashlib.sha256(f"{purpose}:{seed}:{i}".encode()).digest() for i in ids)
+    return np.fromiter(digests, dtype="S32", count=len(ids))
 
 
 def _check(

@@ -1,17 +1,21 @@
 """Mix human and generated pairs at the round's share, and account for every pair and prompt in one ledger."""
 
 import json
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.step import Attempt
+from sera_core.artifacts.streaming import Lookup, Scatter, Writer, numbers, row_groups, strings, texts
+from sera_core.errors import SeraError
 from sera_core.mixing import mix, training_order
-
-Row = dict[str, Any]
 
 
 def mix_pairs(attempt: Attempt) -> list[str]:
@@ -35,23 +39,16 @@ def mix_pairs(attempt: Attempt) -> list[str]:
     )
     human.drop(mixture.over_share_human)
     generated.drop(mixture.over_share_generated)
-    rows = [human.pair(int(i)) for i in mixture.human] + [generated.pair(int(i)) for i in mixture.generated]
-    order = training_order(
-        [row["pair_id"] for row in rows], derived_seed(fields["seed"], fields["round"], "order")
-    )
-    mixed = schema.from_rows(schema.MIXTURE, [rows[int(i)] for i in order])
-    schema.write_table(mixed, attempt.write("mixture.parquet"))
-    ledger = _ledger(attempt, human, generated)
-    schema.write_table(schema.from_rows(schema.LEDGER, ledger), attempt.write("ledger.parquet"))
-    reason = mixture.reason or (None if rows else "no_pairs")
-    attempt.counts.update(f"{row['origin']}/{row['reason']}" for row in ledger)
+    total = mixture.human.size + mixture.generated.size
+    _write_mixture(attempt, {human: mixture.human, generated: mixture.generated}, total)
+    reason = mixture.reason or (None if total else "no_pairs")
     attempt.metrics |= {
         "pairs/human": len(mixture.human),
         "pairs/generated": len(mixture.generated),
         "target_share": mixture.target_share,
         "generated_share": mixture.share,
         "reason": reason,
-        **_flips(attempt, ledger),
+        **_write_ledger(attempt, human, generated),
     }
     return ["mixture.parquet", "ledger.parquet"]
 
@@ -60,92 +57,203 @@ class _Side:
     """The pairs of one origin: their selection, and what the mix takes."""
 
     def __init__(self, attempt: Attempt, origin: str) -> None:
-        self.rows: list[Row] = []
         self._attempt, self._origin = attempt, origin
+        self._ledger: Path | None = None
+        self._kept = np.empty(0, dtype=np.int64)
+        self.ids, self._turned = np.empty(0, dtype="U16"), np.empty(0, dtype=bool)
+        ranks = np.empty(0, dtype=np.int64)
         if f"{origin}_ledger" in attempt.spec.inputs:
-            ledger = attempt.input(f"{origin}_ledger").path("ledger.parquet")
-            self.rows = list(schema.iter_rows(ledger))
-        self._kept = [row for row in self.rows if row["kept"]]
-        self.ids = [row["pair_id"] for row in self._kept]
-        ranks = np.array([row["rank"] for row in self._kept], dtype=np.int64)
+            path = self._ledger = attempt.input(f"{origin}_ledger").path("ledger.parquet")
+            kept = numbers(path, schema.LEDGER, "kept").astype(bool)
+            self._kept = np.flatnonzero(kept)
+            self.ids = strings(path, schema.LEDGER, "pair_id")[kept]
+            self._turned = (strings(path, schema.LEDGER, "reason") == "relabelled")[kept]
+            ranks = numbers(path, schema.LEDGER, "rank")[kept].astype(np.int64)
         # Without an order of its own the rule's kept pairs are drawn from: equal places, a seeded order.
         self.places = ranks if origin in attempt.fields["by_rank"] else np.zeros_like(ranks)
-        self._pairs = {row["pair_id"]: row for row in self._read_pairs()} if self._kept else {}
-        self._references = self._read_references() if self._kept else {}
-
-    def pair(self, index: int) -> Row:
-        """A kept pair as it is trained on: relabelled ones turned, reference log-probabilities beside it."""
-        kept = self._kept[index]
-        row = dict(self._pairs[kept["pair_id"]])
-        chosen, rejected = self._references.get(kept["pair_id"], (None, None))
-        if kept["reason"] == "relabelled":
-            row |= {"chosen": row["rejected"], "rejected": row["chosen"]}
-            row |= {"chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]}
-            chosen, rejected = rejected, chosen
-        return row | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        self._over = np.empty(0, dtype=np.int64)
 
     def drop(self, over_share: np.ndarray) -> None:
         """Mark the kept pairs the share had no room for."""
-        for row, over in zip(self._kept, over_share.tolist(), strict=True):
-            if over:
-                row |= {"kept": False, "reason": "over_share", "stage": "mix"}
+        self._over = self._kept[over_share]
 
-    def _read_pairs(self) -> list[Row]:
+    def ledger(self) -> Iterator[pa.Table]:
+        """The selection's ledger, with what the mix dropped of it."""
+        first = 0
+        for table in row_groups(self._ledger, schema.LEDGER) if self._ledger else ():
+            over = np.zeros(table.num_rows, dtype=bool)
+            low, high = np.searchsorted(self._over, [first, first + table.num_rows])
+            over[self._over[low:high] - first] = True
+            first += table.num_rows
+            told = {"kept": False, "reason": "over_share", "stage": "mix"}
+            for name, value in told.items() if over.any() else ():
+                column = [value if o else v for o, v in zip(over, table[name].to_pylist(), strict=True)]
+                table = _with(table, name, column)
+            yield table
+
+    def pairs(self, taken: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """The taken pairs as they are trained on, in the file's order: (number within taken, rows).
+
+        Relabelled ones are turned; reference log-probabilities stand beside each.
+
+        Args:
+            taken: indices into `ids`.
+        """
+        if not taken.size:
+            return
+        lookup, turned = Lookup(self.ids[taken]), self._turned[taken]
+        references = _References(self._attempt, self._origin, lookup, taken.size, self._pairs_path())
+        found = 0
+        for table in row_groups(self._pairs_path(), schema.PAIRS):
+            places = lookup.places(texts(table["pair_id"]))
+            for turn in (False, True):
+                rows = np.flatnonzero((places >= 0) & (turned[places] == turn))
+                found += rows.size
+                if rows.size:
+                    yield places[rows], references.beside(table.take(rows), places[rows], turn)
+        if found != taken.size:
+            raise SeraError(
+                f"{self._pairs_path()}: holds {found} of the {taken.size} {self._origin} pairs that the "
+                "selection kept; delete that step and run again"
+            )
+
+    def _pairs_path(self) -> Path:
         if self._origin == "human":
-            return list(schema.iter_rows(self._attempt.input("rendered").path("train.parquet")))
-        return list(schema.iter_rows(self._attempt.input("responses").path("pairs.parquet")))
+            return self._attempt.input("rendered").path("train.parquet")
+        return self._attempt.input("responses").path("pairs.parquet")
 
-    def _read_references(self) -> dict[str, tuple[float, float]]:
-        source = self._attempt.fields["generated_reference"]
-        if self._origin == "generated" and source in ("ref_logps", "policy_logps"):
-            return self._references_of_samples(source)
-        name = f"{self._origin}_reference"
-        if name not in self._attempt.spec.inputs:
-            return {}
-        table = schema.read_table(self._attempt.input(name).path("logps.parquet"), schema.LOGPS)
-        ids, values = table["id"].to_pylist()[0::2], table["logps"].to_pylist()
-        return {
-            id.removesuffix("/chosen"): (chosen, rejected)
-            for id, chosen, rejected in zip(ids, values[0::2], values[1::2], strict=True)
-        }
 
-    def _references_of_samples(self, column: str) -> dict[str, tuple[float, float]]:
+class _References:
+    """Reference log-probabilities of the taken pairs by side, in nats; absent without a source."""
+
+    def __init__(self, attempt: Attempt, origin: str, lookup: Lookup, count: int, pairs: Path) -> None:
+        self._attempt, self._lookup, self._pairs = attempt, lookup, pairs
+        self._values = np.zeros((2, count))
+        self._known = np.zeros((2, count), dtype=bool)
+        source, name = attempt.fields["generated_reference"], f"{origin}_reference"
+        if origin == "generated" and source in ("ref_logps", "policy_logps"):
+            self._read_samples(source)
+        elif name in attempt.spec.inputs:
+            self._read_logps(attempt.input(name).path("logps.parquet"))
+
+    def beside(self, pairs: pa.Table, places: np.ndarray, turn: bool) -> pa.Table:
+        """Rows of the mixture: the pairs at these places, with the sides exchanged if they turn."""
+        sides = ("rejected", "chosen") if turn else ("chosen", "rejected")
+        source = {"chosen": sides[0], "rejected": sides[1]}
+        source |= {f"{side}_ids": f"{source[side]}_ids" for side in ("chosen", "rejected")}
+        columns = [pairs[source.get(name, name)] for name in schema.PAIRS.names]
+        columns += [
+            pa.array(self._values[side, places], mask=~self._known[side, places])
+            for side in ((1, 0) if turn else (0, 1))
+        ]
+        return pa.Table.from_arrays(columns, schema=schema.MIXTURE)
+
+    def _read_logps(self, path: Path) -> None:
+        """Of a file whose rows are the chosen and the rejected response of each pair in turn."""
+        for table in row_groups(path, schema.LOGPS):
+            ids = [id.removesuffix("/chosen") for id in table["id"].to_pylist()[0::2]]
+            places = self._lookup.places(np.array(ids, dtype=np.str_))
+            rows = np.flatnonzero(places >= 0)
+            values, known = table["logps"].to_numpy(), table["logps"].is_valid().to_numpy()
+            for side in (0, 1):
+                self._values[side, places[rows]] = values[side::2][rows]
+                self._known[side, places[rows]] = known[side::2][rows]
+
+    def _read_samples(self, column: str) -> None:
         """Values that stand in responses.parquet already: no policy runs twice on a response."""
         made = self._attempt.input("responses")
-        values = {
-            (row["prompt_id"], row["sample"]): row[column]
-            for row in schema.iter_rows(made.path("responses.parquet"), ["prompt_id", "sample", column])
-        }
-        prompts = {id: row["prompt_id"] for id, row in self._pairs.items()}
-        return {
-            row["pair_id"]: (
-                values[prompts[row["pair_id"]], row["chosen_sample"]],
-                values[prompts[row["pair_id"]], row["rejected_sample"]],
+        keys, where = np.unique(self._sample_keys(), return_inverse=True)
+        samples, values = Lookup(keys), np.zeros(keys.size)
+        known, seen = np.zeros(keys.size, dtype=bool), np.zeros(keys.size, dtype=bool)
+        names = ["prompt_id", "sample", column]
+        for table in row_groups(made.path("responses.parquet"), schema.RESPONSES, names):
+            places = samples.places(_keys(table["prompt_id"].to_pylist(), table["sample"].to_pylist()))
+            rows = np.flatnonzero(places >= 0)
+            values[places[rows]] = table[column].to_numpy()[rows]
+            known[places[rows]] = table[column].is_valid().to_numpy()[rows]
+            seen[places[rows]] = True
+        if not seen.all():
+            raise SeraError(f"sample {keys[~seen][0]}: in a pair, but not in responses.parquet")
+        self._values, self._known = values[where], known[where]
+
+    def _sample_keys(self) -> np.ndarray:
+        """`<prompt_id>/<sample>` of both sides of each taken pair, [side, pair]."""
+        prompts = np.zeros(self._values.shape[1], dtype="U16")
+        samples = np.zeros(self._values.shape, dtype=np.int64)
+        for table in row_groups(self._pairs, schema.PAIRS, ["pair_id", "prompt_id"]):
+            places = self._lookup.places(texts(table["pair_id"]))
+            prompts[places[places >= 0]] = texts(table["prompt_id"])[places >= 0]
+        path = self._attempt.input("responses").path("pair_samples.parquet")
+        for table in row_groups(path, schema.PAIR_SAMPLES):
+            places = self._lookup.places(texts(table["pair_id"]))
+            for side, name in enumerate(("chosen_sample", "rejected_sample")):
+                samples[side, places[places >= 0]] = table[name].to_numpy()[places >= 0]
+        return np.stack([_keys(prompts, side) for side in samples])
+
+
+def _keys(prompts: Any, samples: Any) -> np.ndarray:
+    return np.array([f"{p}/{s}" for p, s in zip(prompts, samples, strict=True)], dtype=np.str_)
+
+
+def _write_mixture(attempt: Attempt, taken: dict[_Side, np.ndarray], total: int) -> None:
+    ids = np.concatenate([side.ids[chosen] for side, chosen in taken.items()])
+    order = training_order(ids, derived_seed(attempt.fields["seed"], attempt.fields["round"], "order"))
+    places = np.empty(total, dtype=np.int64)
+    places[order] = np.arange(total)
+    with (
+        tempfile.TemporaryDirectory(prefix="sera-mix-") as scratch,
+        Writer(attempt.write("mixture.parquet"), schema.MIXTURE) as out,
+    ):
+        scatter, first = Scatter(Path(scratch), schema.MIXTURE, total), 0
+        for side, chosen in taken.items():
+            for found, table in side.pairs(chosen):
+                scatter.add(places[first + found], table)
+            first += chosen.size
+        for table in scatter.tables():
+            out.write(table)
+
+
+def _write_ledger(attempt: Attempt, human: _Side, generated: _Side) -> dict[str, Any]:
+    """Every input pair, generated pair and prompt without one: kept or dropped, where and why.
+
+    Returns how many of the dropped human pairs had a turned label, and how many chance would have dropped.
+    """
+    flipped = set(json.loads(attempt.input("rendered").path("flipped.json").read_text()))
+    counts: Counter[tuple[bool, bool]] = Counter()
+    with Writer(attempt.write("ledger.parquet"), schema.LEDGER) as out:
+        for table in _ledger(attempt, human, generated):
+            out.write(table)
+            rows = table.select(["pair_id", "origin", "stage", "kept", "reason"]).to_pylist()
+            attempt.counts.update(f"{row['origin']}/{row['reason']}" for row in rows)
+            counts.update(
+                (row["pair_id"] in flipped, row["kept"])
+                for row in rows
+                if row["origin"] == "human" and row["stage"] in ("select", "mix")
             )
-            for row in schema.iter_rows(made.path("pair_samples.parquet"))
-        }
+    return _flips(counts) if flipped else {}
 
 
-def _ledger(attempt: Attempt, human: _Side, generated: _Side) -> list[Row]:
-    """Every input pair, generated pair and prompt without one: kept or dropped, where and why."""
-    rendered = list(schema.iter_rows(attempt.input("rendered").path("dropped.parquet")))
-    dropped = [row | {"round": attempt.fields["round"]} for row in rendered]
+def _ledger(attempt: Attempt, human: _Side, generated: _Side) -> Iterator[pa.Table]:
+    yield from human.ledger()
+    yield from generated.ledger()
+    for table in row_groups(attempt.input("rendered").path("dropped.parquet"), schema.LEDGER):
+        yield _with(table, "round", [attempt.fields["round"]] * table.num_rows)
     for name, file in (("samples", "dropped.parquet"), ("responses", "ledger.parquet")):
         if name in attempt.spec.inputs:
-            dropped += list(schema.iter_rows(attempt.input(name).path(file)))
-    return [*human.rows, *generated.rows, *dropped]
+            yield from row_groups(attempt.input(name).path(file), schema.LEDGER)
 
 
-def _flips(attempt: Attempt, ledger: list[Row]) -> dict[str, Any]:
-    """How many of the dropped human pairs had a turned label, and how many chance would have dropped."""
-    path = attempt.input("rendered").path("flipped.json")
-    flipped = set(json.loads(path.read_text()))
-    if not flipped:
-        return {}
-    judged = [row for row in ledger if row["origin"] == "human" and row["stage"] in ("select", "mix")]
-    counts = Counter((row["pair_id"] in flipped, row["kept"]) for row in judged)
+def _with(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
+    """The table with another column in the place of one."""
+    place = table.schema.get_field_index(name)
+    field = table.schema.field(place)
+    return table.set_column(place, field, pa.array(values, type=field.type))
+
+
+def _flips(counts: Counter[tuple[bool, bool]]) -> dict[str, Any]:
+    """Args: counts: of judged human pairs by (turned label, kept)."""
     dropped = counts[True, False] + counts[False, False]
-    share = (counts[True, True] + counts[True, False]) / max(1, len(judged))
+    share = (counts[True, True] + counts[True, False]) / max(1, counts.total())
     return {
         "flipped": counts[True, True] + counts[True, False],
         "flipped/dropped": counts[True, False],

@@ -1,15 +1,16 @@
 """Log-probabilities of responses under one policy: each computed once, kept by shard, read by later steps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
+from sera_core.artifacts.streaming import Lookup, Rows, Writer, strings
 from sera_core.devices import device_of
+from sera_core.errors import SeraError
 from sera_core.policies import shared_policy
 from sera_core.rewards import quantise
 
@@ -34,13 +35,15 @@ def score_texts(attempt: Attempt) -> list[str]:
     """
     if "probe" in attempt.fields:
         return _score_probe(attempt)
-    shards = _shards(attempt)
+    texts = _Texts(attempt)
     parts = attempt.parts()
     policy = None
-    for number, shard in list(enumerate(shards))[len(parts) :]:
+    for number in range(len(parts), -(-texts.rows // SHARD_ROWS)):
         policy = policy or _load(attempt)
-        done = sum(len(earlier) for earlier in shards[:number])
-        parts.append(_score_shard(attempt, policy, number, shard, done, sum(map(len, shards))))
+        first = number * SHARD_ROWS
+        shard = texts.read(range(first, min(first + SHARD_ROWS, texts.rows)))
+        done, total = first * texts.per_row, texts.rows * texts.per_row
+        parts.append(_score_shard(attempt, policy, number, shard, done, total))
     _merge(attempt, parts)
     return ["logps.parquet"]
 
@@ -49,9 +52,9 @@ def _score_probe(attempt: Attempt) -> list[str]:
     """A few rows spread over the file, each response by the plain loop: what the others' noise is held to."""
     from sera_core.logprobs import plain_sequence_logps, score_tokens
 
-    rows = _rows(attempt)
-    picked = np.unique(np.linspace(0, len(rows) - 1, attempt.fields["probe"]).astype(int)) if rows else []
-    texts = [text for row in picked for text in rows[row]]
+    file = _Texts(attempt)
+    picked = np.unique(np.linspace(0, file.rows - 1, attempt.fields["probe"]).astype(int))
+    texts = file.read(picked.tolist()) if file.rows else []
     items = [(text.prompt_ids, text.response_ids) for text in texts]
     columns = {
         "id": [text.id for text in texts],
@@ -64,38 +67,62 @@ def _score_probe(attempt: Attempt) -> list[str]:
     return ["logps.parquet"]
 
 
-def _shards(attempt: Attempt) -> list[list[Text]]:
-    """The responses in pieces of a fixed number of rows, in the file's (prompt_id) order."""
-    rows = _rows(attempt)
-    pieces = [rows[start : start + SHARD_ROWS] for start in range(0, len(rows), SHARD_ROWS)]
-    return [[text for row in piece for text in row] for piece in pieces]
+class _Texts:
+    """The responses of a file of pairs or samples, read a few rows at a time."""
 
+    def __init__(self, attempt: Attempt) -> None:
+        name = attempt.fields["file"]
+        path = attempt.input("texts").path(name)
+        if name == "responses.parquet":
+            self.per_row, self._prompts = 1, _PromptIds(attempt)
+            self._file = Rows(path, ["prompt_id", "sample", "response_ids"])
+        else:
+            self.per_row, self._prompts = 2, None
+            self._file = Rows(path, ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"])
+        self.rows = len(self._file)
 
-def _rows(attempt: Attempt) -> list[list[Text]]:
-    """The responses of each row of the file: two of a pair, one of a sample."""
-    name = attempt.fields["file"]
-    path = attempt.input("texts").path(name)
-    if name == "responses.parquet":
-        rows = list(schema.iter_rows(path, ["prompt_id", "sample", "response_ids"]))
-        prompts = _prompts(attempt)
+    def read(self, numbers: Sequence[int]) -> list[Text]:
+        """The responses of these rows: two of a pair, one of a sample."""
+        rows = self._file.take(numbers)
+        if self._prompts is None:
+            return [
+                Text(f"{r['pair_id']}/{side}", r["prompt_ids"], r[f"{side}_ids"])
+                for r in rows
+                for side in ("chosen", "rejected")
+            ]
+        prompts = self._prompts.of([r["prompt_id"] for r in rows])
         return [
-            [Text(f"{r['prompt_id']}/{r['sample']}", prompts[r["prompt_id"]], r["response_ids"])]
-            for r in rows
+            Text(f"{r['prompt_id']}/{r['sample']}", ids, r["response_ids"])
+            for r, ids in zip(rows, prompts, strict=True)
         ]
-    rows = schema.iter_rows(path, ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"])
-    return [
-        [Text(f"{r['pair_id']}/{side}", r["prompt_ids"], r[f"{side}_ids"]) for side in ("chosen", "rejected")]
-        for r in rows
-    ]
 
 
-def _prompts(attempt: Attempt) -> dict[str, list[int]]:
-    rendered = attempt.input("rendered")
-    files = ("prompts.parquet", "heldout.parquet")
-    rows: Iterator[dict[str, Any]] = (
-        row for name in files for row in schema.iter_rows(rendered.path(name), ["prompt_id", "prompt_ids"])
-    )
-    return {row["prompt_id"]: row["prompt_ids"] for row in rows}
+class _PromptIds:
+    """Token ids of prompts by prompt_id, from the rendered files of both sides."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        rendered = attempt.input("rendered")
+        paths = [rendered.path(name) for name in ("prompts.parquet", "heldout.parquet")]
+        self._files = [Rows(path, ["prompt_ids"]) for path in paths]
+        found = [strings(path, schema.PROMPTS, "prompt_id") for path in paths]
+        distinct, self._rows = np.unique(np.concatenate(found), return_index=True)
+        self._lookup = Lookup(distinct)
+
+    def of(self, prompt_ids: Sequence[str]) -> list[list[int]]:
+        """The token ids of each."""
+        places = self._lookup.places(np.array(prompt_ids, dtype=np.str_))
+        if (places < 0).any():
+            missing = prompt_ids[int(np.argmin(places))]
+            raise SeraError(
+                f"prompt {missing}: its samples are to be scored, but it is not among the rendered"
+            )
+        rows, first = self._rows[places], len(self._files[0])
+        early, late = (
+            file.take(some)
+            for file, some in zip(self._files, (rows[rows < first], rows[rows >= first] - first), strict=True)
+        )
+        sides = (iter(early), iter(late))
+        return [next(sides[int(row >= first)])["prompt_ids"] for row in rows]
 
 
 def _load(attempt: Attempt) -> Any:
@@ -129,9 +156,9 @@ def _score_shard(
 
 def _merge(attempt: Attempt, parts: Sequence[dict[str, Any]]) -> None:
     attempt.use_parts(list(parts))
-    paths = [attempt.part_path(part, next(iter(part["files"]))) for part in parts]
-    tables = [schema.read_table(path, schema.LOGPS) for path in paths]
-    merged = pa.concat_tables(tables) if tables else schema.table(schema.LOGPS, {"id": []})
-    schema.write_table(merged.combine_chunks(), attempt.write("logps.parquet"))
-    attempt.counts["responses"] = merged.num_rows
+    with Writer(attempt.write("logps.parquet"), schema.LOGPS) as out:
+        for part in parts:
+            path = attempt.part_path(part, next(iter(part["files"])))
+            out.write(schema.read_table(path, schema.LOGPS))
+    attempt.counts["responses"] = out.rows
     attempt.metrics["tokens/scored"] = sum(part["info"]["tokens"] for part in parts)

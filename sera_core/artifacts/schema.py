@@ -48,6 +48,10 @@ RESPONSES = pa.schema(
         ("ensemble_reward", NATS),
     ]
 )
+PAIR_SAMPLES = pa.schema(
+    [("pair_id", pa.string()), ("chosen_sample", pa.int32()), ("rejected_sample", pa.int32())]
+)
+"""Which samples of its prompt a generated pair consists of."""
 SCORED = pa.schema(
     [
         ("pair_id", pa.string()),

@@ -1,0 +1,17 @@
+"""The steps that read every row hold no more memory for four times the rows."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from memory import measure
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize(("step", "rows"), [("logps", 2000), ("pair", 4000), ("mix", 4000)])
+def test_four_times_the_rows_take_no_more_memory(tmp_path, step, rows):
+    once, four = (measure(step, rows * times, tmp_path)["peak_mib"] for times in (1, 4))
+    assert four <= 1.2 * once
