@@ -1,4 +1,4 @@
-"""Peak memory of the steps that read every row: score, pair and mix on synthetic files, each in its own process.
+"""Peak memory of the steps that read every row (score, pair, mix) on synthetic files, each in a process.
 
     python tests/benchmarks/memory.py                      all steps at 4,000 and 16,000 rows
     python tests/benchmarks/memory.py pair 64000 --at DIR  one step; DIR holds the store between calls
