@@ -10,7 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from sera_core.artifacts.runs import flatten
 from sera_core.config import SeraConfig
+from sera_core.effects import idle
 from sera_core.errors import InputError
 from sera_core.sources import bundled_file
 
@@ -31,7 +33,36 @@ def load_experiment(path: str, sets: Sequence[str] = ()) -> SeraConfig:
         _set(changes, change)
     _anchor(changes, Path.cwd())
     where = f"{file} with --set" if sets else str(file)
-    return parse_config(merged(data, changes), where)
+    whole = merged(data, changes)
+    if sets and _is_valid(data):
+        whole = without_idle(whole, changes)
+    return parse_config(whole, where)
+
+
+def without_idle(settings: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings less those that the changes `said` rob of their effect and do not name themselves.
+
+    A control such as `--set mix.shares=[0.0]` need not take the sampling out of its file; what the changes
+    themselves say and what the file says in vain without them is refused all the same.
+    """
+    try:
+        config = SeraConfig.stored(settings)
+    except ValidationError:
+        return settings  # all of it is explained when it is checked
+    named, result = flatten(said), settings
+    for field, *_ in idle(config):
+        section, _, name = field.partition(".")
+        if field not in named and name in result.get(section, {}):
+            result = {**result, section: {k: v for k, v in result[section].items() if k != name}}
+    return result
+
+
+def _is_valid(settings: dict[str, Any]) -> bool:
+    try:
+        SeraConfig.model_validate(settings)
+    except ValidationError:
+        return False
+    return True
 
 
 def load_settings(path: str) -> dict[str, Any]:
@@ -65,7 +96,8 @@ def parse_config(data: dict[str, Any], where: str) -> SeraConfig:
         return SeraConfig.model_validate(data)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
-        raise InputError("\n".join(f"{where}: {line}" for line in lines)) from None
+        single = [line for found in lines for line in found.splitlines()]
+        raise InputError("\n".join(f"{where}: {line}" for line in single)) from None
 
 
 def _explain(problem: Any) -> str:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
+from sera_core.effects import refuse_idle
+
 Dtype = Literal["float32", "bfloat16"]
 Loss = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sppo_hard", "simpo"]
 Reference = Literal["initial", "previous"]
@@ -317,6 +319,7 @@ class SeraConfig(Part):
     def _has_effect(self, info: ValidationInfo) -> "SeraConfig":
         if (info.context or {}).get("stored"):
             return self
+        refuse_idle(self)
         decide = self.decide
         if decide.review == "always" and decide.review_default in ("hold", "roll_back"):
             raise ValueError(
@@ -338,8 +341,6 @@ class SeraConfig(Part):
             raise ValueError("train.losses names a loss twice; give it once, with a larger weight")
         if "robust" in train.losses and train.label_smoothing == 0:
             raise ValueError("the loss robust needs train.label_smoothing above 0 (with 0 it is DPO)")
-        if train.target_margin and "simpo" not in train.losses:
-            raise ValueError('train.target_margin belongs to the loss "simpo"; remove it, or add the loss')
         if (
             "simpo" in train.losses
             and len(train.losses) > 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import tiny
 
 from flows import opening
+from flows.experiments import without_idle
 from flows.session import Session
 from flows.showing.progress import reporter
 from flows.working import PAUSED, report_test_side, work_through
@@ -65,7 +66,7 @@ def settings(folder: Path, **sections: dict) -> dict:
     }
     for name, section in sections.items():
         base[name] = {**base.get(name, {}), **section} if isinstance(section, dict) else section
-    return base
+    return without_idle(base, sections)
 
 
 def config(folder: Path, **sections: dict) -> SeraConfig:

@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
-from flows.experiments import load_settings, merged, parse_config
+from flows.experiments import load_settings, merged, parse_config, without_idle
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 
@@ -200,15 +200,16 @@ def config_of(given: Mapping[str, Any]) -> SeraConfig:
     base = load_settings(_PRESETS[preset]) if preset in _PRESETS else {}
     base.pop("model", None)
     base.get("data", {}).pop("train", None)
+    asked: dict[str, Any] = {}
     for more in (form.sampling.engine.settings(), said, form.overrides):  # type: ignore[attr-defined]
-        base = merged(base, more)
+        base, asked = merged(base, more), merged(asked, more)
     for side in ("train", "heldout", "test", "prompts"):
         given_side = base["data"].get(side)
         if isinstance(given_side, str):
             base["data"][side] = [{"path": given_side}]
         for source in base["data"].get(side, ()):
             _check_absolute(source["path"] if isinstance(source, dict) else source, f"data.{side}")
-    return parse_config(base, "form")
+    return parse_config(without_idle(base, asked), "form")
 
 
 def _check_absolute(path: str, field: str) -> None:

@@ -4,9 +4,11 @@ import typing
 from pathlib import Path
 
 import pytest
+import tiny
 import tinyrun
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from flows.experiments import without_idle
 from flows.opening import resolved, source_digests
 from flows.planning import walk_rounds
 from sera_core.artifacts.manifest import StepRef
@@ -49,7 +51,11 @@ OTHER = {
 }
 """A second value, where no other value of the type is sure to be valid."""
 
+HUB_ONLY = {"data.train.split"}
+"""Fields that files ignore, and that are refused with one (test_effects.py)."""
+
 NEEDS = {
+    "data.on_overlap": {"data": {"test": "side"}},
     "review.ensemble": {"limits": {"rounds": 4}},  # the forms differ from the third head on
     "select.k": {"select": {"rule": "top-k"}},
     "select.threshold": {"select": {"rule": "threshold"}},
@@ -80,6 +86,17 @@ def leaves(model: type[BaseModel] = SeraConfig, prefix: str = "") -> list[str]:
 FIELDS = [*leaves(), "data.heldout", "data.test", "data.prompts"]
 
 
+DIGESTS: dict[str, dict] = {}
+
+
+def digests_of(config: SeraConfig) -> dict:
+    """Digests of the sources; hashed once, since nothing rewrites them."""
+    named = f"{config.model.source} {config.data.model_dump_json()}"
+    if named not in DIGESTS:
+        DIGESTS[named] = source_digests(config)
+    return DIGESTS[named]
+
+
 def keys_of(config: SeraConfig) -> set[str]:
     """Keys of all steps, each taken to produce content that depends on its key alone."""
     keys: set[str] = set()
@@ -92,7 +109,7 @@ def keys_of(config: SeraConfig) -> set[str]:
             keys.add(spec.key)
             return StepRef(step=spec.step, key=spec.key, digest=spec.key)
 
-    walk_rounds(config, source_digests(config), History([]), Pretend())
+    walk_rounds(config, digests_of(config), History([]), Pretend())
     return keys
 
 
@@ -117,34 +134,42 @@ def other_value(field: str, old: object) -> object:
     raise AssertionError(f"no second value known for {field} = {old!r}; add it to OTHER")
 
 
-def changed(folder: Path, field: str) -> tuple[SeraConfig, SeraConfig]:
-    needs = NEEDS.get(field, {})
-    base = tinyrun.settings(folder, **needs)
-    config = SeraConfig.model_validate(base)
-    if field.startswith("data.") and field.split(".")[1] in ("heldout", "test", "prompts"):
-        side = tinyrun.write_rows(
-            folder / "side.jsonl", [{**row, "prompt": f"side {n}"} for n, row in enumerate(plain())]
-        )
-        value = [{"path": str(side)}]
+def changed(folder: Path, field: str, together: dict | None = None) -> tuple[dict, dict]:
+    """Settings that use the field, with `together` laid over them; and the same with another value of it."""
+    before = settings_of(folder, NEEDS.get(field, {}) if together is None else together)
+    if field in ("data.heldout", "data.test", "data.prompts"):
+        value = side_of(folder, field)
     elif field == "data.train.path":
         value = [{"path": str(tinyrun.write_rows(folder / "other.jsonl", tinyrun.pairs(20, seed=5)))}]
         field = "data.train"
     elif field.startswith("data.train."):
-        value = [{"path": base["data"]["train"][0]["path"], field.split(".")[2]: OTHER[field]}]
+        value = [{"path": before["data"]["train"][0]["path"], field.split(".")[2]: OTHER[field]}]
         field = "data.train"
     elif field == "model.source":
-        import tiny
-
-        value = str(tiny.tiny_policy(folder / "other", seed=1))
+        value = str(folder / "other")
+        if not (folder / "other").exists():
+            tiny.tiny_policy(folder / "other", seed=1)
     else:
-        old = config
+        old = SeraConfig.stored(before)
         for part in field.split("."):
             old = getattr(old, part)
         value = other_value(field, old)
-    data = tinyrun.settings(folder, **needs)
     section, _, name = field.partition(".")
-    data[section] = {**data.get(section, {}), name: value} if name else value
-    return config, SeraConfig.model_validate(data)
+    after = {**before, section: {**before.get(section, {}), name: value} if name else value}
+    return before, without_idle(after, {"data": {"heldout": value}}) if field == "data.heldout" else after
+
+
+def settings_of(folder: Path, sections: dict) -> dict:
+    filled = {
+        name: {key: side_of(folder, key) if value == "side" else value for key, value in section.items()}
+        for name, section in sections.items()
+    }
+    return tinyrun.settings(folder, **filled)
+
+
+def side_of(folder: Path, name: str) -> list[dict]:
+    rows = [{**row, "prompt": f"{name} {n}"} for n, row in enumerate(plain())]
+    return [{"path": str(tinyrun.write_rows(folder / f"{name}.jsonl", rows))}]
 
 
 def plain() -> list[dict]:
@@ -158,12 +183,75 @@ def shared(tmp_path_factory):
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_field_changes_the_plan_or_is_known_not_to(field, shared):
-    if field in MAY_NOT_CHANGE_A_STEP:
-        section, name = field.split(".")
-        assert name in SeraConfig.model_fields[section].annotation.model_fields
+    if field in MAY_NOT_CHANGE_A_STEP | HUB_ONLY:
         return
-    before, after = changed(shared, field)
+    before, after = map(SeraConfig.model_validate, changed(shared, field))
     assert keys_of(before) != keys_of(after), f"{field} changes nothing"
+
+
+TOGETHER = [
+    {"data": {"heldout": "side"}},
+    {"data": {"heldout": "side", "test": "side"}},
+    {"data": {"prompts": "side"}},
+    {"review": {"score": "simpo"}},
+    {"review": {"gamma": 0.0}},
+    {"review": {"reference": "previous"}},
+    {"review": {"length_penalty": "dice"}},
+    *({section: {"rule": rule}} for section in ("select", "select_generated")
+      for rule in ("top-k", "threshold", "random", "bottom", "relabel", "none")),
+    {"sampling": {"dtype": "bfloat16"}},
+    {"model": {"dtype": "bfloat16"}},
+    {"pairing": {"rule": "best-random"}},
+    {"mix": {"shares": []}},
+    {"mix": {"shares": [], "ramp_rounds": 1}},
+    {"mix": {"shares": [0.0]}},
+    {"mix": {"shares": [0.0]}, "evaluate": {"prompts": 0}},
+    {"mix": {"shares": [1.0]}},
+    {"mix": {"on_short": "fill"}},
+    {"train": {"losses": ["ipo"]}},
+    {"train": {"losses": ["robust"], "label_smoothing": 0.2}},
+    {"train": {"losses": ["sppo_hard"]}},
+    {"train": {"losses": ["simpo"]}},
+    {"train": {"losses": ["sigmoid", "hinge"]}},
+    {"train": {"method": "lora"}},
+    {"train": {"start": "reference"}},
+    {"train": {"reference": "previous"}},
+    {"evaluate": {"prompts": 0}},
+    {"decide": {"review": "always"}},
+]  # fmt: skip
+"""Combinations that may rob other fields of their effect."""
+
+
+SPELLED_OUT = [
+    ("review.score", {"train": {"losses": ["simpo"]}}),
+    ("sampling.dtype", {"model": {"dtype": "bfloat16"}}),
+]
+"""Their second value is what the default means there: said twice, not in vain."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(TOGETHER)))
+def test_a_field_without_effect_in_a_combination_is_refused(number, shared):
+    """Whatever the combination accepts changes a step's key there too; `keys_of` knows no other judge."""
+    together, idle_pairs = TOGETHER[number], []
+    combined = {f"{section}.{name}" for section, part in together.items() for name in part}
+    for field in FIELDS:
+        if (field, together) in SPELLED_OUT:
+            continue
+        if field in MAY_NOT_CHANGE_A_STEP | HUB_ONLY | combined or field.startswith("data.train."):
+            continue
+        both = {
+            name: {**NEEDS.get(field, {}).get(name, {}), **together.get(name, {})}
+            for name in NEEDS.get(field, {}).keys() | together.keys()
+        }
+        before, after = changed(shared, field, both)
+        try:
+            accepted = SeraConfig.model_validate(after)
+        except ValidationError:
+            continue
+        if keys_of(SeraConfig.stored(before)) == keys_of(accepted):
+            idle_pairs.append(field)
+    assert not idle_pairs, f"{together} leaves them without effect"
 
 
 def test_what_changes_no_result_is_not_in_the_configuration_hash(tmp_path):

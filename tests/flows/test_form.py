@@ -80,7 +80,7 @@ def test_every_field_of_the_form_reaches_the_configuration():
             "model": {"source": "/m", "dtype": "bfloat16"},
             "data": {"train": "/a.jsonl", "heldout": "/b.jsonl"},
             "review": {"gamma": 0.1, "show_text": False},
-            "select": {"rule": "threshold", "fraction": 0.5},
+            "select": {"rule": "bottom", "fraction": 0.5},
             "sampling": {
                 "engine": {"engine": "vllm", "dtype": "float32"},
                 "responses": 5,
@@ -96,7 +96,7 @@ def test_every_field_of_the_form_reaches_the_configuration():
     )
     assert (config.model.dtype, config.data.heldout[0].path) == ("bfloat16", "/b.jsonl")
     assert (config.review.gamma, config.review.show_text) == (0.1, False)
-    assert (config.select.rule, config.select.fraction) == ("threshold", 0.5)
+    assert (config.select.rule, config.select.fraction) == ("bottom", 0.5)
     sampling = config.sampling
     assert (sampling.engine, sampling.dtype, sampling.responses) == ("vllm", "float32", 5)
     assert (sampling.temperature, sampling.max_tokens, config.mix.shares) == (0.6, 99, (0.2,))

@@ -44,7 +44,7 @@ class Lab:
             path = self.folder / f"{side}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in data))
             sources[side] = [{"path": str(path)} | (settings or {}).pop(f"{side}_source", {})]
-        return SeraConfig.model_validate({"model": {"source": "tiny"}, "data": sources | (settings or {})})
+        return SeraConfig.stored({"model": {"source": "tiny"}, "data": sources | (settings or {})})
 
     def data_spec(self, config: SeraConfig) -> StepSpec:
         digests = {

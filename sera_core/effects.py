@@ -1,0 +1,178 @@
+"""Which settings have an effect together with the others: one table, a row for each field that may have none.
+
+A setting that would change nothing is refused: whoever wrote it expects something of it. Only values other
+than the default are asked about. Limits rob nothing of its effect: a run of one round may be given more.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sera_core.config import SelectConfig, SeraConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """A field (dotted), when it has an effect, and that in words."""
+
+    field: str
+    when: "Callable[[SeraConfig], bool]"
+    words: str
+
+
+def _generates(config: "SeraConfig") -> bool:
+    """Whether any round has generated pairs."""
+    mix = config.mix
+    return any(share > 0 for share in mix.shares or (mix.ramp_start, mix.ramp_end))
+
+
+def _samples(config: "SeraConfig") -> bool:
+    return _generates(config) or config.evaluate.prompts > 0
+
+
+def _draws(config: "SeraConfig") -> bool:
+    """Whether the split, a subset or flipped labels are drawn."""
+    data = config.data
+    splits = (not data.heldout and data.heldout_fraction > 0) or (not data.test and data.test_fraction > 0)
+    limits = data.train_pairs is not None or data.heldout_pairs is not None or data.flip_fraction > 0
+    return (
+        splits
+        or limits
+        or any(s.weight < 1 for side in (data.train, data.heldout, data.test, data.prompts) for s in side)
+    )
+
+
+GENERATED = "only where generated pairs are mixed in (a share above 0 in `mix`)"
+SAMPLED = "only where something is sampled (a share above 0 in `mix`, or evaluate.prompts above 0)"
+
+
+def _selecting(section: str, name: str, rules: tuple[str, ...]) -> Row:
+    def when(config: "SeraConfig") -> bool:
+        part: SelectConfig = getattr(config, section)
+        return part.rule in rules and (section == "select" or _generates(config))
+
+    more = " and generated pairs are mixed in" if section == "select_generated" else ""
+    return Row(f"{section}.{name}", when, f"only where {section}.rule is {' or '.join(rules)}{more}")
+
+
+def _selection_rows(section: str) -> list[Row]:
+    preferring = ("top-fraction", "top-k", "threshold")
+    return [
+        _selecting(section, "fraction", ("top-fraction", "random", "bottom")),
+        _selecting(section, "k", ("top-k",)),
+        _selecting(section, "threshold", ("threshold",)),
+        _selecting(section, "min_margin", (*preferring, "random", "bottom")),
+        _selecting(section, "direction", (*preferring, "bottom")),
+    ]
+
+
+EFFECTS: tuple[Row, ...] = (
+    Row(
+        "data.heldout_fraction",
+        lambda c: not (c.data.heldout and c.data.heldout_fraction),
+        "only where data.heldout is not given",
+    ),
+    Row("data.test_fraction", lambda c: not c.data.test, "only where data.test is not given"),
+    Row("data.prompts", _generates, GENERATED),
+    Row("data.split_seed", _draws, "only where a split, a subset or flipped labels are drawn"),
+    Row(
+        "data.on_overlap",
+        lambda c: bool(c.data.heldout or c.data.test or c.data.prompts),
+        "only where data.heldout, data.test or data.prompts is given",
+    ),
+    Row(
+        "review.reference",
+        lambda c: c.score != "simpo",
+        "except with the score simpo, which has no reference",
+    ),
+    Row("review.ensemble", lambda c: c.review.gamma > 0, "only where review.gamma is above 0"),
+    *_selection_rows("select"),
+    Row("select_generated.rule", _generates, GENERATED),
+    *_selection_rows("select_generated"),
+    *(
+        Row(f"sampling.{name}", _generates, GENERATED)
+        for name in ("responses", "temperature", "top_p", "max_tokens", "prompts")
+    ),
+    Row("sampling.engine", _samples, SAMPLED),
+    Row("sampling.dtype", _samples, SAMPLED),
+    Row(
+        "sampling.max_parity_nats",
+        lambda c: _samples(c) and c.sampling.dtype in (None, c.model.dtype),
+        f"{SAMPLED}, in the model's own dtype (sampling.dtype = model.dtype)",
+    ),
+    Row("pairing.rule", _generates, GENERATED),
+    Row("pairing.allow_cut", _generates, GENERATED),
+    Row(
+        "mix.ramp_start",
+        lambda c: not c.mix.shares and c.mix.ramp_rounds > 1,
+        "only where mix.shares is empty and the ramp takes more than one round",
+    ),
+    Row("mix.ramp_end", lambda c: not c.mix.shares, "only where mix.shares is empty"),
+    Row("mix.ramp_rounds", lambda c: not c.mix.shares, "only where mix.shares is empty"),
+    Row("mix.on_short", _generates, GENERATED),
+    Row(
+        "train.label_smoothing",
+        lambda c: bool({"sigmoid", "robust"} & set(c.train.losses)),
+        "only with the losses sigmoid (conservative DPO) and robust",
+    ),
+    Row("train.target_margin", lambda c: "simpo" in c.train.losses, 'only with the loss "simpo"'),
+    Row("train.lora_rank", lambda c: c.train.method == "lora", 'only with train.method = "lora"'),
+    Row("train.lora_alpha", lambda c: c.train.method == "lora", 'only with train.method = "lora"'),
+    Row(
+        "train.reference",
+        lambda c: set(c.train.losses) != {"simpo"},
+        "except with the loss simpo alone, which has no reference",
+    ),
+    Row("evaluate.responses", lambda c: c.evaluate.prompts > 0, "only where evaluate.prompts is above 0"),
+    Row("evaluate.max_tokens", lambda c: c.evaluate.prompts > 0, "only where evaluate.prompts is above 0"),
+    Row(
+        "decide.review_hours", lambda c: c.decide.review != "never", "only where decide.review asks a person"
+    ),
+    Row(
+        "decide.review_default",
+        lambda c: c.decide.review != "never",
+        "only where decide.review asks a person",
+    ),
+    Row(
+        "execution.sampling_batch",
+        lambda c: c.sampling.engine == "transformers" and _samples(c),
+        f'with sampling.engine = "transformers", and {SAMPLED}',
+    ),
+)
+"""Fields that a combination can rob of their effect. A field without a row always has one."""
+
+
+def idle(config: "SeraConfig") -> list[tuple[str, Any, str]]:
+    """(field, value, when it has an effect) of every setting that was changed and would change nothing."""
+    found = []
+    for row in EFFECTS:
+        section, name = row.field.split(".")
+        part = getattr(config, section)
+        value = getattr(part, name)
+        if value != type(part).model_fields[name].default and not row.when(config):
+            found.append((row.field, value, row.words))
+    for side in ("train", "heldout", "test", "prompts"):
+        for number, source in enumerate(getattr(config.data, side)):
+            if source.split != "train" and not source.path.startswith("hub:"):
+                words = "only for a hub data set (hub:<id>); files have no splits"
+                found.append((f"data.{side}.{number}.split", source.split, words))
+    return found
+
+
+def refuse_idle(config: "SeraConfig") -> None:
+    """Refuse settings without effect.
+
+    Raises:
+        ValueError: names each of them, and when it would have an effect.
+    """
+    lines = [
+        f"{field} = {_said(value)} changes nothing here: it has an effect {words}; remove it, or change that"
+        for field, value, words in idle(config)
+    ]
+    if lines:
+        raise ValueError("\n".join(lines))
+
+
+def _said(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
