@@ -22,9 +22,19 @@ from tasks.engines.training_data import Mixture, training_order
 
 LOG = logging.getLogger("sera.train")
 MARGIN_BOUND = 1e-3
-"""Largest margin, in nats, that two float32 computations of the same values may leave at step 0."""
+"""In bfloat16, the least bound of a margin at step 0, in nats."""
+TOKEN_BOUND = 1e-5
+"""In float32 the least bound, in nats a response token of the longest pair of the first batch."""
 PROBE_PAIRS = 8
-"""Pairs (the longest of the first batch) that scorer and trainer are compared on in bfloat16."""
+"""Pairs (the longest of the first batch) that scorer and trainer are compared on."""
+
+
+class StartDiffersError(SeraError):
+    """Policy and reference differ at step 0 where they are the same; `margin` in nats."""
+
+    def __init__(self, message: str, margin: float) -> None:
+        super().__init__(message)
+        self.margin = margin
 
 
 def train_policy(attempt: Attempt) -> list[str]:
@@ -36,16 +46,25 @@ def train_policy(attempt: Attempt) -> list[str]:
     """
     run = TrainingRun(attempt)
     run.refuse_unusable()
-    with tempfile.TemporaryDirectory(prefix="sera-train-") as scratch, quiet():
-        trainer = run.build(Path(scratch))
-        with ended(attempt.execution.tracking):
-            trainer.train()
-        files = run.write_policy(trainer.model)
+    try:
+        files = _train(run)
+    except StartDiffersError as error:
+        LOG.warning("%s; computed once more", error)
+        run = TrainingRun(attempt, first_margin=error.margin)
+        files = _train(run)
     attempt.write("log.jsonl").write_text(
         "".join(json.dumps(line, sort_keys=True) + "\n" for line in run.lines)
     )
     run.report()
     return [*files, "log.jsonl"]
+
+
+def _train(run: "TrainingRun") -> list[str]:
+    with tempfile.TemporaryDirectory(prefix="sera-train-") as scratch, quiet():
+        trainer = run.build(Path(scratch))
+        with ended(run.attempt.execution.tracking):
+            trainer.train()
+        return run.write_policy(trainer.model)
 
 
 def warmed_up(step: int, warmup_steps: int) -> float:
@@ -56,8 +75,10 @@ def warmed_up(step: int, warmup_steps: int) -> float:
 class TrainingRun:
     """State of one attempt at training: what is to be done, what was logged, where it goes on from."""
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, first_margin: float | None = None) -> None:
+        """`first_margin`: the margin at step 0, in nats, for which an earlier computation was refused."""
         fields = attempt.fields
+        self.first_margin = first_margin
         self.attempt, self.train = attempt, TrainConfig.model_validate(fields["train"])
         self.bf16 = fields["dtype"] == "bfloat16"
         self.needs_reference = set(self.train.losses) != {"simpo"}
@@ -267,27 +288,36 @@ class TrainingRun:
         }
         if not self.must_start_at_zero:
             return
-        bound = MARGIN_BOUND
-        if self.bf16:
-            self.step0["step0/probe"] = self._probe_difference(pairs)
-            bound = max(MARGIN_BOUND, 4 * self.step0["step0/probe"])
+        self.step0["step0/probe"] = self._probe_difference(pairs)
+        bound = max(self._least_bound(), 4 * self.step0["step0/probe"])
         self.step0["step0/bound"] = bound
         if abs(margins[worst]) > bound:
-            raise SeraError(
-                f"pair {self.pair_id(pairs[worst])}: margin {margins[worst]:.4g} nats at step 0, where start "
-                f"policy and reference are the same (at most {bound:.2g}): the reference log-probabilities "
-                "in the mixture are of another policy, dtype or text; score the reference again"
+            first = "" if self.first_margin is None else f", and {self.first_margin:.4g} when first computed"
+            raise StartDiffersError(
+                f"pair {self.pair_id(pairs[worst])}: margin {margins[worst]:.4g} nats at step 0{first}, "
+                f"where start policy and reference are the same (at most {bound:.2g}; scorer and trainer "
+                f"differ by {self.step0['step0/probe']:.2g}): the reference log-probabilities "
+                "in the mixture are of another policy, dtype or text; score the reference again",
+                margins[worst],
             )
 
+    def _least_bound(self) -> float:
+        """What a margin at step 0 may be, in nats, however well scorer and trainer agree."""
+        if self.bf16:
+            return MARGIN_BOUND
+        longest = max(self.rows_of(0), key=lambda row: self.mixture.tokens[row])
+        pair = self.mixture.table.slice(longest, 1).to_pylist()[0]
+        return TOKEN_BOUND * (len(pair["chosen_ids"]) + len(pair["rejected_ids"]))
+
     def _score_probe(self) -> dict[int, tuple[float, float]]:
-        """The scorer's log π(y|x) in bfloat16, start policy, of the longest pairs of the first batch."""
-        if not (self.bf16 and self.must_start_at_zero):
+        """The scorer's log π(y|x) under the start policy of the longest pairs of the first batch."""
+        if not self.must_start_at_zero:
             return {}
         from sera_core.logprobs import sequence_logps
 
         rows = sorted(self.rows_of(0), key=lambda row: -self.mixture.tokens[row])[:PROBE_PAIRS]
         base = self.attempt.input("model").folder("policy")
-        policy = load_policy(self.start, "bfloat16", self.device, base=base)
+        policy = load_policy(self.start, self.attempt.fields["dtype"], self.device, base=base)
         pairs = self.mixture.table.take(rows).to_pylist()
         items = [
             (pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")

@@ -206,7 +206,9 @@ def test_no_pickle_reaches_the_store(bench: Bench) -> None:
 def test_a_wrong_reference_is_refused_at_step_0_and_the_pair_named(bench: Bench) -> None:
     third = bench.rows[2]["pair_id"]
     wrong = bench.mixture(**{third: {"ref_chosen_logps": -20.0}})
-    with pytest.raises(SeraError, match=rf"pair {third}: margin .* nats at step 0"):
+    with pytest.raises(
+        SeraError, match=rf"pair {third}: margin .* nats at step 0, and .* when first computed"
+    ):
         bench.run(bench.spec(wrong, FULL))
 
 
