@@ -1,6 +1,8 @@
 """Every knob of the configuration changes what a run would do, or is listed as one that may not."""
 
+import json
 import typing
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,12 @@ def keys_of(config: SeraConfig) -> set[str]:
 
     walk_rounds(config, digests_of(config), History([]), Pretend())
     return keys
+
+
+@cache
+def keys_before(settings: str) -> set[str]:
+    """`keys_of` of settings as JSON: most fields of a combination start from the same."""
+    return keys_of(SeraConfig.stored(json.loads(settings)))
 
 
 def other_value(field: str, old: object) -> object:
@@ -249,7 +257,7 @@ def test_a_field_without_effect_in_a_combination_is_refused(number, shared):
             accepted = SeraConfig.model_validate(after)
         except ValidationError:
             continue
-        if keys_of(SeraConfig.stored(before)) == keys_of(accepted):
+        if keys_before(json.dumps(before, default=str)) == keys_of(accepted):
             idle_pairs.append(field)
     assert not idle_pairs, f"{together} leaves them without effect"
 

@@ -212,9 +212,9 @@ def test_an_answer_changed_after_the_decision_is_found(tmp_path):
     asked = {**make_store.SMALL, "limits": {"rounds": 1}, "decide": {"min_pairs": 4, "review": "always"}}
     config = tinyrun.config(tmp_path / "sources", **asked)
     records = tinyrun.work(config, tmp_path / "store", "first")
-    records.answer(0, "hold", "not yet", "ada")
+    records.answer(0, "stop", "enough", "ada")
     records = tinyrun.work(config, tmp_path / "store", "first")
-    assert records.rounds()[0].decision == "hold"
+    assert records.rounds()[0].decision == "stop"
     assert verify(records).rounds == 1
     path = tmp_path / "store" / "runs" / "first" / "review-000-answer.json"
     change(path, who="eve")
