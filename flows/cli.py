@@ -37,12 +37,18 @@ ADDERS = (
 )
 
 
+def default_store() -> str:
+    """The store when none is named; an empty SERA_STORE names none."""
+    return os.environ.get("SERA_STORE") or "./sera-store"
+
+
 def parser() -> argparse.ArgumentParser:
     """Every command with its flags."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--store",
-        default=os.environ.get("SERA_STORE", "./sera-store"),
+        default=default_store(),
+        type=lambda given: given or default_store(),  # --store "" is no store: as if it were not given
         help="folder or s3://bucket/prefix that holds the artifacts "
         "(default: $SERA_STORE, else ./sera-store)",
     )

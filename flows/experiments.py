@@ -73,7 +73,7 @@ def load_settings(path: str) -> dict[str, Any]:
     """
     file = experiment_file(path)
     try:
-        data = tomllib.loads(file.read_text())
+        data = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid TOML: {error}") from error
     _anchor(data, file.parent)

@@ -73,7 +73,7 @@ def sera(
 
 def default_store() -> str:
     """Where artifacts go when nothing is said."""
-    return os.environ.get("SERA_STORE", "./sera-store")
+    return os.environ.get("SERA_STORE") or "./sera-store"
 
 
 def is_over(records: RunStore) -> bool:

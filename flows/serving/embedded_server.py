@@ -37,6 +37,14 @@ def track_nothing() -> None:
         os.environ.setdefault(name, QUIET[name])
 
 
+def never_proxy_loopback() -> None:
+    """Keep proxies of the environment away from this machine's own servers, here and in child processes."""
+    for name in ("NO_PROXY", "no_proxy"):
+        hosts = [host for host in os.environ.get(name, "").split(",") if host.strip()]
+        if "*" not in hosts:
+            os.environ[name] = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))
+
+
 @contextmanager
 def prefect_api(debug: bool = False) -> Iterator[str]:
     """Use the configured Prefect server (PREFECT_API_URL), else one of our own while the block runs.
@@ -46,6 +54,7 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
     os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
     track_nothing()
+    never_proxy_loopback()
     if configured := os.environ.get("PREFECT_API_URL"):
         yield configured
         return
@@ -56,7 +65,7 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     log = home / "embedded-server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", "flows.serving.embedded_server", str(port), str(os.getpid())],
+            [sys.executable, "-P", "-m", "flows.serving.embedded_server", str(port), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
