@@ -1,4 +1,4 @@
-"""Where people start the commands: behind proxies, beside packages of their own, with an empty store setting."""
+"""Where people start the commands: behind proxies, beside packages of their own, with no store named."""
 
 import os
 import subprocess
