@@ -11,7 +11,9 @@ import warnings
 from collections.abc import Sequence
 
 from flows.commands import alone, doctor, exporting, keeping, looking, reviewing, running, serving
+from flows.serving.embedded_server import never_proxy_loopback
 from sera_core import __version__
+from sera_core.artifacts.store import default_store
 from sera_core.errors import SeraError
 
 ADDERS = (
@@ -35,11 +37,6 @@ ADDERS = (
     serving.add_up,
     serving.add_deploy,
 )
-
-
-def default_store() -> str:
-    """The store when none is named; an empty SERA_STORE names none."""
-    return os.environ.get("SERA_STORE") or "./sera-store"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.debug:  # libraries' notes to their developers are not for the user
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+    never_proxy_loopback()
     try:
         return args.command(args)
     except SeraError as error:

@@ -7,8 +7,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows.keeping.garbage import collect, collected_lines, seconds_of
-from flows.sera import default_store
-from sera_core.artifacts.store import open_store
+from sera_core.artifacts.store import default_store, open_store
 
 
 @flow(name="sera-gc", persist_result=False)

@@ -12,7 +12,7 @@ from flows.showing.logs import run_log
 from sera_core import steps
 from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.probing import check_shared
-from sera_core.artifacts.records import FORMAT, read_record
+from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.runs import RunStore, now
 from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import Store, create_json, open_store
@@ -133,6 +133,4 @@ def commit_test(session: Session, round: int, ref: Ref) -> None:
 def test_record(records: RunStore) -> dict[str, Any] | None:
     """The evidence on the test side under the best round's policy, once it was made."""
     best = records.history().best
-    if best is None:
-        return None
-    return read_record(records.store, f"{records.path}/final-{best.round:03d}.json")
+    return None if best is None else records.test_evidence(best.round)

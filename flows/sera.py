@@ -4,7 +4,6 @@ from flows.sera import sera
 sera(config, run="my-run", store="./sera-store")
 """
 
-import os
 from functools import wraps
 
 from prefect import flow, task
@@ -28,7 +27,7 @@ from flows.working import PAUSED, report_test_side, test_side_is_open, work_thro
 from sera_core.artifacts.lease import hold
 from sera_core.artifacts.manifest import StepRecord, StepSpec
 from sera_core.artifacts.runs import RunStore
-from sera_core.artifacts.store import open_store
+from sera_core.artifacts.store import default_store, open_store
 from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
 from tasks.work import do_work
@@ -69,11 +68,6 @@ def sera(
     cards.publish_missing(records)
     state = until_it_stops(records, store)
     return Completed(message=f"run {name}: {state}", data=state)
-
-
-def default_store() -> str:
-    """Where artifacts go when nothing is said."""
-    return os.environ.get("SERA_STORE") or "./sera-store"
 
 
 def is_over(records: RunStore) -> bool:

@@ -90,6 +90,7 @@ def load_policy(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # refused below, with the shapes
             output_loading_info=True,
+            device_map="meta" if device == "meta" else None,
         )
         model, loading = loaded
         refuse_misfit(weights, loading)

@@ -22,7 +22,7 @@ VERSIONS = {
     "sample": 2,
     "pair": 2,
     "mix": 2,
-    "train": 1,
+    "train": 2,
     "evaluate": 2,
     "test": 2,
     "decide": 2,

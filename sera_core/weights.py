@@ -44,11 +44,11 @@ def wrapper_of(folder: Path) -> str:
 
 def strip_wrapper(folder: Path) -> str:
     """Rewrite a folder's safetensors and their index with the model's own names; what was stripped, or ""."""
-    from safetensors.torch import load_file, save_file
-
     prefix = wrapper_of(folder)
     if not prefix:
         return ""
+    from safetensors.torch import load_file, save_file
+
     for file in sorted(folder.glob("*.safetensors")):
         metadata = _header(file).get("__metadata__")
         tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(file).items()}

@@ -25,7 +25,7 @@ def import_model(attempt: Attempt) -> list[str]:
     if (template := attempt.fields["chat_template"]) is not None:
         _set_template(folder, template)
     files = [f"policy/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()]
-    load_policy(folder, "bfloat16")  # opens, and every tensor is there
+    load_policy(folder, device="meta")  # every tensor is there and has its shape; no weights are read
     attempt.counts["files"] = len(files)
     return files
 

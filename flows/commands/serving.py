@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.printing import print_table, print_text
-from flows.serving.embedded_server import never_proxy_loopback, track_nothing
+from flows.serving.embedded_server import track_nothing
 
 
 def add_deploy(commands: Any, _: argparse.ArgumentParser) -> None:
@@ -75,7 +75,6 @@ def _add_flags(sub: argparse.ArgumentParser) -> None:
 def deploy_command(args: argparse.Namespace) -> int:
     """Make everything; print what is there now."""
     track_nothing()
-    never_proxy_loopback()
     from flows.serving.deploying import deploy
 
     made = deploy(args.pool_type, args.store, args.notify, args.keep_credentials)

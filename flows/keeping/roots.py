@@ -68,8 +68,7 @@ def of_run(records: RunStore) -> Iterator[Place]:
     for manifest in records.rounds():
         yield from _places([*manifest.used, *manifest.steps.values()])
         # Every round's, not only the best one's: another version may have called another round the best.
-        final = read_record(records.store, f"{records.path}/final-{manifest.round:03d}.json")
-        if final is not None:
+        if (final := records.test_evidence(manifest.round)) is not None:
             yield from _places([StepRef.model_validate(final["step"])])
     if records.stop_reason() in (None, "budget"):  # a budget that is raised lets the open round go on
         yield from _of_open_round(records)

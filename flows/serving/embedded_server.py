@@ -54,7 +54,6 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
     os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
     track_nothing()
-    never_proxy_loopback()
     if configured := os.environ.get("PREFECT_API_URL"):
         yield configured
         return

@@ -178,6 +178,10 @@ class RunStore:
         data = self.store.read_bytes(f"{self.path}/round-{number:03d}.json")
         return None if data is None else hashlib.sha256(data).hexdigest()
 
+    def test_evidence(self, round: int) -> dict[str, Any] | None:
+        """The evidence on the test side under a round's policy, if it was recorded."""
+        return read_record(self.store, f"{self.path}/final-{round:03d}.json")
+
     def history(self) -> History:
         """The run's history."""
         return History(self.rounds())

@@ -9,6 +9,7 @@ Correctness rests on `create_json` alone: of two writers one wins, and both go o
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,11 +26,17 @@ __all__ = [
     "S3Store",
     "Store",
     "create_json",
+    "default_store",
     "numbered",
     "open_store",
     "read_json",
     "remove_workspace",
 ]
+
+
+def default_store() -> str:
+    """The store when none is named; an empty SERA_STORE names none."""
+    return os.environ.get("SERA_STORE") or "./sera-store"
 
 
 class Store(Protocol):

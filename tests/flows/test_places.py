@@ -1,43 +1,39 @@
 """Where people start the commands: behind proxies, beside packages of their own, with no store named."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tinyrun
 
 from flows.cli import parser
 from flows.experiments import load_settings
-from flows.sera import default_store
 from flows.serving.embedded_server import never_proxy_loopback
 
 REPOSITORY = Path(__file__).parents[2]
-SERVE = """
-from flows.serving.embedded_server import prefect_api
-with prefect_api():
-    from prefect.client.orchestration import get_client
-    with get_client(sync_client=True) as client:
-        print(client.read_flows())
-"""
 
 
 @pytest.mark.flow
 def test_proxies_and_packages_of_the_working_directory_do_not_reach_our_server(tmp_path):
+    experiment = tinyrun.experiment(tmp_path / "inputs", limits={"rounds": 1})
     (tmp_path / "flows").mkdir()
     (tmp_path / "flows" / "__init__.py").write_text("raise ImportError('not ours')")
     (tmp_path / "logging.py").write_text("raise ImportError('not ours')")
     nobody = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"), "http://127.0.0.1:9")
     kept = {k: v for k, v in os.environ.items() if k.lower() not in ("no_proxy", "prefect_api_url")}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SERVE],
+        [sys.executable, "-P", "-m", "flows.cli", "run", str(experiment), "--json"],
         cwd=tmp_path,
         env={**kept, **nobody, "PYTHONPATH": str(REPOSITORY), "PREFECT_HOME": str(tmp_path / "prefect")},
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0 and done.stdout == "[]\n", done.stderr
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["rounds"]) == 1
 
 
 @pytest.mark.parametrize(("given", "expected"), [
@@ -54,7 +50,7 @@ def test_a_persons_own_exceptions_from_the_proxy_stay(monkeypatch, given, expect
 
 def test_an_empty_store_names_none(monkeypatch):
     monkeypatch.setenv("SERA_STORE", "")
-    assert parser().parse_args(["list"]).store == "./sera-store" == default_store()
+    assert parser().parse_args(["list"]).store == "./sera-store"
     assert parser().parse_args(["list", "--store", ""]).store == "./sera-store"
     monkeypatch.setenv("SERA_STORE", "elsewhere")
     assert parser().parse_args(["list", "--store", ""]).store == "elsewhere"

@@ -1,12 +1,9 @@
 """The steps that read every row hold no more memory for four times the rows."""
 
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from memory import measure
+from benchmarks.memory import measure
 
 
 @pytest.mark.slow

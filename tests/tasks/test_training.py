@@ -15,7 +15,7 @@ from sera_core.config import TrainConfig
 from sera_core.errors import InputError, SeraError
 from sera_core.policies import load_policy, weights_digest
 from tasks.engines.training_data import training_order
-from tasks.training import warmed_up
+from tasks.training import TrainingRun, warmed_up
 
 slow = pytest.mark.slow
 FULL = TrainConfig(batch=4, epochs=2, beta=0.2)
@@ -210,6 +210,24 @@ def test_a_wrong_reference_is_refused_at_step_0_and_the_pair_named(bench: Bench)
         SeraError, match=rf"pair {third}: margin .* nats at step 0, and .* when first computed"
     ):
         bench.run(bench.spec(wrong, FULL))
+
+
+@slow
+def test_a_margin_at_step_0_that_does_not_come_again_is_said_and_changes_nothing(
+    bench: Bench, trained: StepRecord, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, asked = TrainingRun._check_start, []
+
+    def off_at_first(run: TrainingRun, pairs: list[dict[str, Any]]) -> None:
+        asked.append(run.first_margin)
+        shifted = [pair | {"chosen_score": pair["chosen_score"] + 0.2} for pair in pairs]
+        real(run, shifted if len(asked) == 1 else pairs)
+
+    monkeypatch.setattr(TrainingRun, "_check_start", off_at_first)
+    again = bench.again(bench.spec(bench.mixture(), FULL), name="off-at-first")
+    assert asked == [None, pytest.approx(0.2, abs=1e-4)]
+    assert "computed once more" in caplog.text
+    assert again.digest == trained.digest
 
 
 @slow
