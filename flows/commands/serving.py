@@ -56,6 +56,7 @@ def _add_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--store",
         default=os.environ.get("SERA_STORE") or None,
+        type=lambda given: given or os.environ.get("SERA_STORE") or None,
         help="folder or s3://bucket/prefix that runs triggered from Prefect use "
         "(default: $SERA_STORE, else what the server has, else ./sera-store)",
     )

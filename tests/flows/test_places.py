@@ -54,6 +54,9 @@ def test_an_empty_store_names_none(monkeypatch):
     assert parser().parse_args(["list", "--store", ""]).store == "./sera-store"
     monkeypatch.setenv("SERA_STORE", "elsewhere")
     assert parser().parse_args(["list", "--store", ""]).store == "elsewhere"
+    assert parser().parse_args(["deploy", "--store", ""]).store == "elsewhere"
+    monkeypatch.delenv("SERA_STORE")
+    assert parser().parse_args(["deploy", "--store", ""]).store is None
 
 
 def test_an_experiment_with_a_byte_order_mark_is_read(tmp_path):
