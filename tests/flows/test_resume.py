@@ -15,11 +15,14 @@ from flows.keeping.verifying import verify
 
 pytestmark = pytest.mark.flow
 
+TESTS = Path(__file__).parents[1]
 KILLER = """
 import os, signal, sys
 from sera_core.artifacts import step
 from tasks import work
 point, round, args = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+if point == "train:2":
+    work.WORK["train"] = "childwork:train_and_wait"  # a child must not finish before its parent is killed
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 if point == "commit":
@@ -67,7 +70,10 @@ def test_a_killed_run_resumes_to_the_policy_of_one_never_killed(never_killed, tm
     experiment = tinyrun.experiment(folder, limits={"rounds": 2}, **sections)
     command = ["run", str(experiment), "--store", str(store), "--json"]
     killed = subprocess.Popen(
-        [sys.executable, "-c", KILLER, point, "1", *command], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", KILLER, point, "1", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
     )
     _, said = killed.communicate(timeout=600)
     assert killed.returncode == -signal.SIGKILL, said
