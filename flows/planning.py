@@ -71,7 +71,8 @@ def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
     records = RunStore(open_store(store_url), run)
     history, note = _history(config, records, digests)
     with tempfile.TemporaryDirectory(prefix="sera-plan-") as scratch:
-        size = workload(config, load_data(open_store(scratch), config, digests), open_store(scratch))
+        data = load_data(open_store(scratch), config, digests)
+        size = workload(config, data, open_store(scratch))
     estimator = Estimator(config, records.store, records, size)
     walk = Walk(store_url, estimator)
     walk_rounds(config, digests, history, walk, records.given_answer)
@@ -80,6 +81,7 @@ def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
     return {
         "run": run,
         "note": note,
+        "formats": data.metrics["formats"],
         "steps": walk.rows,
         "reuse": len(walk.rows) - len(todo),
         "run_now": sum(row["status"] == "run" for row in todo),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from sera_core.effects import refuse_idle
+from sera_core.formats import FormatName, Reading
 
 Dtype = Literal["float32", "bfloat16"]
 Loss = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sppo_hard", "simpo"]
@@ -69,6 +70,19 @@ class DataConfig(Part):
     """At most so many train pairs, a seeded subset; empty: all."""
     heldout_pairs: Positive | None = None
     """At most so many held-out pairs, a seeded subset; empty: all."""
+    format: Literal["auto"] | FormatName = "auto"
+    """How rows are written: preference (TRL's), hh (transcripts of Anthropic HH-RLHF), orca (question),
+    alpaca (instruction, input), sharegpt (conversations), ultrafeedback (completions with ratings). auto:
+    each row says by its fields; `sera plan` tells how many rows were read as what."""
+    columns: dict[Literal["prompt", "system", "chosen", "rejected"], str] = {}
+    """What the sources call our columns where they name them otherwise: `{ prompt = "query" }`. A source that
+    lacks the name is read by ours."""
+    completions: Literal["worst", "random"] = "worst"
+    """Of UltraFeedback's rated completions the best is chosen; rejected is the worst, or a random one that is
+    rated lower. Without any rated lower the row is dropped (`tied_ratings`)."""
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    """Rows with an empty answer or turn, without a user's turn, with roles out of order, a system message
+    that is not the first, or diverging conversations: refuse the file, naming them, or drop and count."""
     split_seed: int = 0
     """Seed of the split, of subsets and of flipped labels; apart from the run's seed."""
     max_prompt_tokens: Positive = 1024
@@ -87,6 +101,18 @@ class DataConfig(Part):
     flip_fraction: Fraction = 0.0
     """Experiments only: this share of train labels is turned round, and the ledger reports how many
     were dropped."""
+
+    @property
+    def reading(self) -> Reading:
+        """How the sources' rows are read."""
+        return Reading(
+            format=self.format,
+            columns=dict(self.columns),
+            completions=self.completions,
+            seed=self.split_seed,
+            on_diverge=self.on_diverge,
+            on_bad_row=self.on_bad_row,
+        )
 
 
 class ReviewConfig(Part):

@@ -32,13 +32,14 @@ def _samples(config: "SeraConfig") -> bool:
 
 
 def _draws(config: "SeraConfig") -> bool:
-    """Whether the split, a subset or flipped labels are drawn."""
+    """Whether the split, a subset, a rejected completion or flipped labels are drawn."""
     data = config.data
     splits = (not data.heldout and data.heldout_fraction > 0) or (not data.test and data.test_fraction > 0)
     limits = data.train_pairs is not None or data.heldout_pairs is not None or data.flip_fraction > 0
     return (
         splits
         or limits
+        or data.completions == "random"
         or any(s.weight < 1 for side in (data.train, data.heldout, data.test, data.prompts) for s in side)
     )
 
@@ -75,7 +76,16 @@ EFFECTS: tuple[Row, ...] = (
     ),
     Row("data.test_fraction", lambda c: not c.data.test, "only where data.test is not given"),
     Row("data.prompts", _generates, GENERATED),
-    Row("data.split_seed", _draws, "only where a split, a subset or flipped labels are drawn"),
+    Row(
+        "data.completions",
+        lambda c: c.data.format in ("auto", "ultrafeedback"),
+        'only where data.format is "auto" or "ultrafeedback"',
+    ),
+    Row(
+        "data.split_seed",
+        _draws,
+        "only where a split, a subset, a rejected completion or flipped labels are drawn",
+    ),
     Row(
         "data.on_overlap",
         lambda c: bool(c.data.heldout or c.data.test or c.data.prompts),

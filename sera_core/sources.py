@@ -12,6 +12,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,10 +20,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sera_core.errors import InputError
+from sera_core.stand_ins import stand_in
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 """What can be read; `.ndjson` is jsonl, and `.gz` may follow any of them but parquet."""
-_MESSAGE_LIST = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
+_MESSAGES = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
+_HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 _HERE = Path(__file__).parent
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -38,6 +41,11 @@ class Row:
 
     where: str
     data: dict[str, Any]
+
+
+def is_message_text(text: str) -> bool:
+    """Whether text begins as a message or a list of messages does when it is written out."""
+    return _MESSAGES.match(text) is not None
 
 
 def read_rows(path: str, split: str = "train") -> list[Row]:
@@ -66,6 +74,8 @@ def read_source(path: str, split: str = "train") -> tuple[str, list[Row]]:
         return _read_hub(path, split)
     data = _read_bytes(path)
     name = _display_name(path)
+    if what := stand_in(data):
+        raise InputError(f"{path}: {what}")
     rows = list(_parser(name, path)(name, _unzipped(name, data)))
     if not rows:
         raise InputError(
@@ -144,6 +154,9 @@ def _missing(path: Path) -> str:
     names = [entry.name for entry in known.parent.iterdir()]
     what = "no such file" if known == path else f"there is no {known}, so no such file"
     nearest = _nearest(known.name, names, known.parent)
+    name = f"{path.parent.name}/{path.name}"
+    if known == path.parent and _HUB_NAME.fullmatch(name) and _suffix(path.name) not in FORMATS:
+        nearest = f"; did you mean the hub's data set, hub:{name}?"
     return f"{path}: {what}{nearest}; correct the path (relative paths start at {Path.cwd()})"
 
 
@@ -209,19 +222,38 @@ def _jsonl(name: str, data: bytes) -> Iterator[Row]:
         if line.strip():
             where = f"{name} line {number}"
             try:
-                value = json.loads(line)
+                value = _json_value(line)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
             except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{where}: not JSON ({error}); write one object a line, or remove the line"
                 ) from error
+            if isinstance(value, list):
+                raise InputError(
+                    f"{where}: a list of rows, where one object a line was expected; name the file .json"
+                )
             yield _row(where, value)
+
+
+def _json_value(text: str) -> Any:
+    """JSON in which no object names a key twice: which value was meant could only be guessed."""
+    return json.loads(text, object_pairs_hook=_once_each)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise InputError(f"an object has the key {repeated!r} twice; remove one")
+    return found
 
 
 def _json(name: str, data: bytes) -> Iterator[Row]:
     if not data.strip():
         return
     try:
-        value = json.loads(_text(name, data))
+        value = _json_value(_text(name, data))
     except json.JSONDecodeError as error:
         hint = (
             "one object a line is jsonl, so name it .jsonl"
@@ -229,6 +261,10 @@ def _json(name: str, data: bytes) -> Iterator[Row]:
             else "correct it there"
         )
         raise InputError(f"{name} line {error.lineno}: not JSON ({error}); {hint}") from error
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    except ValueError as error:  # a number with more digits than Python reads
+        raise InputError(f"{name}: cannot be read as JSON ({error}); correct it there") from error
     except RecursionError as error:
         raise InputError(f"{name}: JSON nested too deeply to hold rows; give a list of objects") from error
     rows = value.get("data") if isinstance(value, dict) else value
@@ -245,6 +281,7 @@ def _csv(name: str, data: bytes) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(_text(name, data), newline=""), strict=True)
     number = 0
     try:
+        _refuse_repeated(name, reader.fieldnames or ())
         for number, cells in enumerate(reader, 1):
             where = f"{name} row {number}"
             if None in cells or None in cells.values():
@@ -256,9 +293,15 @@ def _csv(name: str, data: bytes) -> Iterator[Row]:
         raise InputError(f"{name} row {number + 1}: not CSV ({error}); correct the quotes") from error
 
 
+def _refuse_repeated(name: str, columns: Sequence[str]) -> None:
+    repeated = [column for column, count in Counter(columns).items() if count > 1]
+    if repeated:
+        raise InputError(f"{name}: two columns are named {repeated[0]!r}; rename or remove one")
+
+
 def _cell(where: str, column: str, text: str) -> Any:
-    """A cell that holds a JSON list of messages is that list; any other is text, even `[1, 2]`."""
-    if not _MESSAGE_LIST.match(text):
+    """A cell that holds messages as JSON is those messages; any other is text, even `[1, 2]`."""
+    if not is_message_text(text):
         return text
     try:
         return json.loads(text)
@@ -275,6 +318,7 @@ def _parquet(name: str, data: bytes) -> Iterator[Row]:
 
     try:
         file = pq.ParquetFile(io.BytesIO(data))
+        _refuse_repeated(name, file.schema_arrow.names)
         groups = (file.read_row_group(number).to_pylist() for number in range(file.num_row_groups))
         rows = [row for group in groups for row in group]
     except (pa.ArrowException, OSError) as error:

@@ -13,9 +13,9 @@ from sera_core.selection import UNORDERED_RULES
 
 Ref = StepRef | None
 VERSIONS = {
-    "data": 1,
+    "data": 2,
     "model": 2,
-    "render": 1,
+    "render": 2,
     "logps": 2,
     "review": 2,
     "select": 2,
@@ -50,7 +50,8 @@ def data(config: SeraConfig, digests: Mapping[str, Sequence[str]]) -> StepSpec:
         for side in SIDES
     }
     names = ("heldout_fraction", "test_fraction", "train_pairs", "heldout_pairs", "split_seed")
-    names += ("on_equal", "on_diverge", "on_overlap", "flip_fraction")
+    names += ("on_equal", "on_diverge", "on_overlap", "on_bad_row", "flip_fraction")
+    names += ("format", "columns", "completions")
     paths = {side: [source["path"] for source in part[side]] for side in SIDES}
     return _spec("data", {**fields, **{name: part[name] for name in names}}, {}, sources=paths)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sera_core.errors import InputError
+from sera_core.stand_ins import stand_in
 
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 """What torch.compile, DataParallel and peft put before a tensor's name."""
@@ -102,13 +103,8 @@ def _header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         start = stream.read(8)
         rest = stream.read(56)
-        begins = (start + rest).lstrip().lower()
-        if begins.startswith(b"version https://git-lfs"):
-            raise InputError(
-                f"{file}: this is a Git-LFS pointer, not the weights: run `git lfs pull` in that folder"
-            )
-        if begins.startswith((b"<!doctype", b"<html")):
-            raise InputError(f"{file}: this is a web page, not the weights: download the file itself")
+        if what := stand_in(start + rest):
+            raise InputError(f"{file}: {what}")
         try:
             (length,) = struct.unpack("<Q", start)
             if length > file.stat().st_size - 8:

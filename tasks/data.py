@@ -9,6 +9,7 @@ Files are sorted by (prompt_id, pair_id): what the sources hold decides the byte
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,15 +19,23 @@ import numpy as np
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
 from sera_core.errors import InputError
+from sera_core.formats import Reading
 from sera_core.preferences import (
     Drop,
+    Message,
     Pair,
     drop_degenerate,
     drop_repeated_prompts,
     order,
-    parse_pair,
-    parse_prompt,
     under_both_labels,
+)
+from sera_core.reading import (
+    Read,
+    read_pairs,
+    read_prompts,
+    refuse_unmapped,
+    repeated_prompts_warning,
+    special_tokens_warning,
 )
 from sera_core.sources import read_source
 from sera_core.splitting import flip_labels, groups_of, remove_overlap, share, split_groups, subset
@@ -34,6 +43,7 @@ from sera_core.splitting import flip_labels, groups_of, remove_overlap, share, s
 if TYPE_CHECKING:
     from sera_core.rendering import Renderer
 
+LOG = logging.getLogger("sera.data")
 PAIR_SIDES = ("train", "heldout", "test")
 FILES = [
     "train.parquet",
@@ -55,9 +65,14 @@ def load_pairs(attempt: Attempt) -> list[str]:
     """Read the sources, refuse what is malformed, drop what is degenerate, and divide the rest into sides."""
     fields = attempt.fields
     dropped: list[Drop] = []
+    attempt.metrics |= {"formats": {}, "repeated_prompts": 0}
+    unmapped: list[set[str]] = []
     given: dict[str, list[Any]] = {
-        side: _read_side(attempt, side, dropped) for side in (*PAIR_SIDES, "prompts")
+        side: _read_side(attempt, side, dropped, unmapped) for side in (*PAIR_SIDES, "prompts")
     }
+    refuse_unmapped("data.columns", _reading(fields).columns, set.intersection(*unmapped))
+    if count := attempt.metrics["repeated_prompts"]:
+        LOG.warning(repeated_prompts_warning(count))
     sides = _divide(_apart(given, fields["on_overlap"], dropped), fields)
     _limit(sides, fields, dropped)
     _refuse_empty(sides, fields, dropped)
@@ -78,15 +93,22 @@ def load_pairs(attempt: Attempt) -> list[str]:
     return FILES
 
 
-def _read_side(attempt: Attempt, side: str, dropped: list[Drop]) -> list[Any]:
+def _read_side(attempt: Attempt, side: str, dropped: list[Drop], unmapped: list[set[str]]) -> list[Any]:
     """The pairs (or prompts) of one side's sources, without repetitions; adds to the count of rows read."""
     items: list[Any] = []
+    formats = Counter[str]()
     sources = attempt.spec.where["sources"][side]
     for path, source in zip(sources, attempt.fields[side], strict=True):
-        rows = _read_source(attempt, side, path, source)
-        taken, rest = share(rows, source["weight"], attempt.fields["split_seed"])
+        read = _read_source(attempt, side, path, source)
+        formats += read.formats
+        unmapped.append(read.unmapped)
+        attempt.metrics["repeated_prompts"] += read.repeated_prompts
+        dropped += read.dropped
+        taken, rest = share(read.items, source["weight"], attempt.fields["split_seed"])
         dropped += [Drop(side, item, "not_drawn") for item in rest]
         items += taken
+    if formats:
+        attempt.metrics["formats"][side] = dict(sorted(formats.items()))
     if side == "prompts":
         kept, repeated = drop_repeated_prompts(items)
     else:
@@ -95,7 +117,7 @@ def _read_side(attempt: Attempt, side: str, dropped: list[Drop]) -> list[Any]:
     return kept
 
 
-def _read_source(attempt: Attempt, side: str, path: str, source: Mapping[str, Any]) -> list[Any]:
+def _read_source(attempt: Attempt, side: str, path: str, source: Mapping[str, Any]) -> Read:
     digest, rows = read_source(path, source["split"])
     if digest != source["digest"]:
         raise InputError(
@@ -103,9 +125,13 @@ def _read_source(attempt: Attempt, side: str, path: str, source: Mapping[str, An
             f"{source['digest'][:12]}… was read at the start); leave the file alone and run again"
         )
     attempt.counts["read"] += len(rows)
-    if side == "prompts":
-        return [parse_prompt(row) for row in rows]
-    return [parse_pair(row, attempt.fields["on_diverge"]) for row in rows]
+    read = read_prompts if side == "prompts" else read_pairs
+    return read(path, rows, _reading(attempt.fields), side)
+
+
+def _reading(fields: Mapping[str, Any]) -> Reading:
+    names = ("format", "columns", "completions", "on_diverge", "on_bad_row")
+    return Reading(seed=fields["split_seed"], **{name: fields[name] for name in names})
 
 
 def _apart(given: dict[str, list[Any]], on_overlap: str, dropped: list[Drop]) -> dict[str, list[Any]]:
@@ -200,7 +226,7 @@ def render_pairs(attempt: Attempt) -> list[str]:
 
     data = attempt.input("data")
     renderer = Renderer(attempt.input("model").folder("policy"))
-    attempt.metrics |= {"cut": 0, "sides": {}}
+    attempt.metrics |= {"cut": 0, "sides": {}, "special_tokens": 0}
     dropped: list[Row] = []
     sides: dict[str, list[Row]] = {}
     for side in (*PAIR_SIDES, "prompts"):
@@ -216,6 +242,8 @@ def render_pairs(attempt: Attempt) -> list[str]:
     attempt.write("flipped.json").write_bytes(data.path("flipped.json").read_bytes())
     _count(attempt, sides, [row["reason"] for row in dropped])
     attempt.metrics["sampled_from"] = len(prompts)
+    if count := attempt.metrics["special_tokens"]:
+        LOG.warning(special_tokens_warning(count))
     return FILES
 
 
@@ -227,6 +255,7 @@ def _render_side(
     for start in range(0, len(rows), ROWS_AT_ONCE):
         attempt.progress(start, len(rows), f"{side} rows")
         for row in _with_ids(renderer, rows[start : start + ROWS_AT_ONCE]):
+            attempt.metrics["special_tokens"] += renderer.spells_special_tokens(_texts(row))
             reason = _unusable(attempt, renderer, row)
             if reason is None:
                 kept.append(
@@ -238,6 +267,10 @@ def _render_side(
     attempt.progress(len(rows), len(rows), f"{side} rows")
     attempt.metrics["sides"][side] = {"read": len(rows), "kept": len(kept), **reasons}
     return kept
+
+
+def _texts(row: Row) -> list[Message]:
+    return [message for name in ("prompt", "chosen", "rejected") for message in row.get(name) or ()]
 
 
 def _with_ids(renderer: "Renderer", rows: Sequence[Row]) -> list[Row]:

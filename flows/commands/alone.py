@@ -11,6 +11,7 @@ from flows.commands.sampling import sample
 from flows.commands.scoring import score
 from flows.commands.selecting import select
 from sera_core.config import ExecutionConfig, SamplingConfig, SelectConfig
+from sera_core.formats import FORMATS
 from sera_core.rewards import SCORES
 from sera_core.selection import DIRECTIONS, SELECTION_RULES
 
@@ -44,6 +45,7 @@ def add_score(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--beta", type=float, default=0.1, help="inverse strength of the KL constraint (default: 0.1)"
     )
     _add_model_flags(sub)
+    _add_reading_flags(sub)
     sub.add_argument(
         "--max-prompt-tokens", type=int, default=1024, help="a longer prompt is dropped (default: 1024)"
     )
@@ -154,6 +156,7 @@ def add_sample(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="the same seed gives the same responses (default: 0)"
     )
     _add_model_flags(sub)
+    _add_reading_flags(sub)
     sub.set_defaults(command=sample)
 
 
@@ -173,6 +176,42 @@ def _add_model_flags(sub: argparse.ArgumentParser) -> None:
         help="default: an accelerator if there is one",
     )
     _add_force(sub)
+
+
+def _add_reading_flags(sub: argparse.ArgumentParser) -> None:
+    """How rows are read: what `[data]` says in an experiment."""
+    sub.add_argument(
+        "--format",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="how rows are written (default: auto: each row says by its fields)",
+    )
+    sub.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="the file's name of prompt, system, chosen or rejected; may be repeated",
+    )
+    sub.add_argument(
+        "--completions",
+        choices=("worst", "random"),
+        default="worst",
+        help="UltraFeedback's rejected completion: the worst, or a random one rated lower than the best "
+        "(default: worst)",
+    )
+    sub.add_argument(
+        "--on-diverge",
+        choices=("refuse", "split"),
+        default="refuse",
+        help="conversations that differ before the last turn (default: refuse)",
+    )
+    sub.add_argument(
+        "--on-bad-row",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="rows with an empty answer, no user turn, roles out of order, … (default: refuse)",
+    )
 
 
 def _add_force(sub: argparse.ArgumentParser) -> None:

@@ -1,7 +1,9 @@
 """What the stand-alone commands are given: policies, and pairs and prompts as token ids."""
 
+import argparse
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from flows.commands.answers import say
+from sera_core import reading as reading_module
 from sera_core.artifacts import schema
 from sera_core.errors import InputError
+from sera_core.formats import COLUMNS, Reading
 from sera_core.model_sources import Source, materialise, resolve_source
 from sera_core.preferences import (
     Drop,
+    Message,
     Pair,
     Prompt,
     drop_degenerate,
     drop_repeated_prompts,
-    parse_pair,
-    parse_prompt,
 )
 from sera_core.sources import Row, read_rows
 from sera_core.weights import wrapper_of
@@ -29,9 +32,12 @@ if TYPE_CHECKING:
     from sera_core.rendering import Renderer
 
 _ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-Ids = tuple[int, ...]
+Ids = Sequence[int]
+"""Token ids, packed at four bytes each: a list of Python integers takes nine times that."""
 PairIds = tuple[Ids, Ids, Ids]
 """Prompt, chosen, rejected."""
+ROWS_AT_ONCE = 256
+"""Pairs rendered at a time: what the tokenizer makes of them is large until it is packed."""
 
 
 @dataclass(frozen=True)
@@ -169,22 +175,56 @@ def check_device(device: str) -> str:
 # ---------------------------------------------------------------------------------------------------- pairs
 
 
-def read_pairs(path: str) -> tuple[list[GivenPair], list[Drop]]:
-    """Every valid pair of a file in the file's order, and what was dropped (`equal`, `duplicate`).
+def reading_of(args: argparse.Namespace) -> Reading:
+    """The flags that say how rows are read.
+
+    Raises:
+        InputError: --columns is not of the form ours=theirs.
+    """
+    columns: dict[str, str] = {}
+    for entry in args.columns:
+        ours, equals, theirs = entry.partition("=")
+        if not (equals and theirs) or ours not in COLUMNS:
+            raise InputError(
+                f"--columns {entry}: write {' or '.join(COLUMNS)}, then = and the file's own name for it"
+            )
+        columns[ours] = theirs
+    return Reading(
+        format=args.format,
+        columns=columns,
+        completions=args.completions,
+        on_diverge=args.on_diverge,
+        on_bad_row=args.on_bad_row,
+    )
+
+
+def read_pairs(path: str, reading: Reading) -> tuple[list[GivenPair], list[Drop]]:
+    """Every valid pair of a file in the file's order, and what was dropped (`equal`, `duplicate`, …).
 
     Raises:
         InputError: no such file, a malformed row (named), or no pair left.
     """
     rows = read_rows(path)
-    pairs = [parse_pair(row) for row in rows]
-    kept, dropped = drop_degenerate("train", pairs)
+    read = reading_module.read_pairs(path, rows, reading)
+    _tell(read, reading)
+    kept, dropped = drop_degenerate("train", read.items)
     wanted = {id(pair) for pair in kept}
-    refuse_empty(path, kept, dropped)
-    return [
-        GivenPair(pair, _own_ids(row, pair))
-        for row, pair in zip(rows, pairs, strict=True)
-        if id(pair) in wanted
-    ], dropped
+    refuse_empty(path, kept, [*read.dropped, *dropped])
+    by_place = {row.where: row for row in rows}
+    pairs = [pair for pair in read.items if id(pair) in wanted]
+    return [GivenPair(pair, _own_ids(by_place[pair.where], pair)) for pair in pairs], [
+        *read.dropped,
+        *dropped,
+    ]
+
+
+def _tell(read: reading_module.Read, reading: Reading) -> None:
+    """Say what the rows were read as, unless it is the plain form, and what is probably not meant."""
+    reading_module.refuse_unmapped("--columns", reading.columns, read.unmapped)
+    if set(read.formats) - {"preference"}:
+        say(f"read {reading_module.told_formats(read.formats)}")
+    if read.repeated_prompts:
+        say(reading_module.repeated_prompts_warning(read.repeated_prompts))
 
 
 def _own_ids(row: Row, pair: Pair) -> PairIds | None:
@@ -192,7 +232,7 @@ def _own_ids(row: Row, pair: Pair) -> PairIds | None:
     held = [row.data.get(name) for name in _ID_COLUMNS]
     if row.data.get("pair_id") != pair.pair_id or not all(held):
         return None
-    prompt, chosen, rejected = (tuple(ids) for ids in held if ids)
+    prompt, chosen, rejected = (_packed(ids) for ids in held if ids)
     return prompt, chosen, rejected
 
 
@@ -206,6 +246,7 @@ def render_pairs(
     """
     with refusing("--pairs"):
         ids = _token_ids(renderer, given)
+    tell_special_tokens(renderer, [[*g.pair.prompt, *g.pair.chosen, *g.pair.rejected] for g in given])
     rendered, dropped = [], []
     for pair, (prompt, chosen, rejected) in zip((g.pair for g in given), ids, strict=True):
         room = limits.room(len(prompt))
@@ -231,8 +272,22 @@ def _token_ids(renderer: "Renderer", given: Sequence[GivenPair]) -> list[PairIds
 def text_ids(renderer: "Renderer", given: Sequence[GivenPair]) -> list[PairIds]:
     """Token ids of the pairs' texts: prompt, chosen, rejected."""
     rows = [{name: getattr(g.pair, name) for name in ("prompt", "chosen", "rejected")} for g in given]
-    columns = renderer.render_pairs(rows)
-    return [(tuple(x), tuple(w), tuple(z)) for x, w, z in zip(*columns, strict=True)]
+    ids: list[PairIds] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        columns = renderer.render_pairs(rows[start : start + ROWS_AT_ONCE])
+        ids += [(_packed(x), _packed(w), _packed(z)) for x, w, z in zip(*columns, strict=True)]
+    return ids
+
+
+def tell_special_tokens(renderer: "Renderer", conversations: Iterable[Sequence[Message]]) -> None:
+    """Say how many rows spell special tokens: probably the chat template was applied to them already."""
+    count = sum(map(renderer.spells_special_tokens, conversations))
+    if count:
+        say(reading_module.special_tokens_warning(count))
+
+
+def _packed(ids: Sequence[int]) -> Ids:
+    return array("i", ids)
 
 
 def _unfit(prompt: Ids, chosen: Ids, rejected: Ids, fitted: RenderedPair, limits: Limits) -> str | None:
@@ -250,22 +305,17 @@ def _unfit(prompt: Ids, chosen: Ids, rejected: Ids, fitted: RenderedPair, limits
 # -------------------------------------------------------------------------------------------------- prompts
 
 
-def read_prompts(path: str) -> tuple[list[Prompt], list[Drop]]:
+def read_prompts(path: str, reading: Reading) -> tuple[list[Prompt], list[Drop]]:
     """The prompts of a file in the file's order, each once: of prompt-only rows, or of preference pairs.
 
     Raises:
         InputError: no such file, or a malformed row (named).
     """
-    prompts = [_prompt_of(row) for row in read_rows(path)]
-    kept, dropped = drop_repeated_prompts(prompts)
+    read = reading_module.read_prompts(path, read_rows(path), reading)
+    _tell(read, reading)
+    kept, dropped = drop_repeated_prompts(read.items)
     wanted = {id(prompt) for prompt in kept}
-    return [prompt for prompt in prompts if id(prompt) in wanted], dropped
-
-
-def _prompt_of(row: Row) -> Prompt:
-    if row.data.get("chosen") is None or row.data.get("rejected") is None:
-        return parse_prompt(row)
-    return Prompt(parse_pair(row).prompt, row.where)
+    return [prompt for prompt in read.items if id(prompt) in wanted], [*read.dropped, *dropped]
 
 
 def render_prompts(
@@ -277,7 +327,8 @@ def render_prompts(
         InputError: the policy has no chat template, or no prompt is left.
     """
     with refusing("--prompts"):
-        rendered = [(prompt, tuple(renderer.prompt_ids(prompt.prompt))) for prompt in prompts]
+        rendered = [(prompt, _packed(renderer.prompt_ids(prompt.prompt))) for prompt in prompts]
+    tell_special_tokens(renderer, [prompt.prompt for prompt in prompts])
     fits = [len(ids) <= limits.prompt and limits.room(len(ids)) == limits.response for _, ids in rendered]
     kept = [pair for pair, fit in zip(rendered, fits, strict=True) if fit]
     dropped = [

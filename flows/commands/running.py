@@ -21,6 +21,7 @@ from sera_core.artifacts.lease import wait_until_free
 from sera_core.artifacts.runs import RunStore, check_name
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
+from sera_core.reading import told_formats
 
 DEMO = "bundled:demo"
 
@@ -114,6 +115,8 @@ def plan_command(args: argparse.Namespace) -> int:
         return 0
     if found["note"]:
         print_text(found["note"])
+    for side, formats in found["formats"].items():
+        print_text(f"data.{side}: read {told_formats(formats)}")
     columns = ["round", "step", "status", "why", "tokens", "seconds", "bytes"]
     print_table(
         f"plan of {found['run']}", columns, [[row[name] for name in columns] for row in found["steps"]]

@@ -31,6 +31,7 @@ from flows.commands.inputs import (
     open_renderer,
     policy_folder,
     read_prompts,
+    reading_of,
     render_prompts,
 )
 from flows.showing.progress import reporter
@@ -47,7 +48,7 @@ def sample(args: argparse.Namespace) -> int:
     _check_sample(args)
     check_output(args.out, args.force)
     source = find_policy("--policy", args.policy)
-    prompts, repeated = read_prompts(args.prompts)
+    prompts, repeated = read_prompts(args.prompts, reading_of(args))
     with quiet_stdout(), tempfile.TemporaryDirectory(prefix="sera-") as scratch:
         folder = policy_folder("--policy", source, Path(scratch) / "policy")
         renderer = open_renderer("--policy", folder, args.chat_template)
@@ -93,7 +94,7 @@ def _sample(
     from tasks.sampling import Prompt as ToSample
     from tasks.sampling import sample_prompts
 
-    prompts = [ToSample(prompt.prompt_id, ids) for prompt, ids in rendered]
+    prompts = [ToSample(prompt.prompt_id, tuple(ids)) for prompt, ids in rendered]
     settings = Settings(args.temperature, args.top_p, args.max_tokens, renderer.stop_ids)
     longest = max(len(prompt.ids) for prompt in prompts) + args.max_tokens
     device = check_device(args.device)

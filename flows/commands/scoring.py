@@ -34,6 +34,7 @@ from flows.commands.inputs import (
     open_renderer,
     policy_folder,
     read_pairs,
+    reading_of,
     render_pairs,
 )
 from flows.showing.progress import reporter
@@ -54,7 +55,7 @@ def score(args: argparse.Namespace) -> int:
         check_output(path, args.force)
     named = {"--policy": args.policy} | ({"--reference": args.reference} if args.reference else {})
     sources = {flag: find_policy(flag, source) for flag, source in named.items()}
-    given, degenerate = read_pairs(args.pairs)
+    given, degenerate = read_pairs(args.pairs, reading_of(args))
     with quiet_stdout(), tempfile.TemporaryDirectory(prefix="sera-") as scratch:
         folders = _policy_folders(sources, Path(scratch))
         pairs, unfit = _render(args, folders, given)

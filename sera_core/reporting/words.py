@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sera_core.parsing import KINDS
+
 Rate = Mapping[str, Any]
 """A rate as it stands in records: value, low, high, n."""
 
@@ -57,6 +59,8 @@ REASONS = {
     "equal": "chosen and rejected are the same",
     "overlap": "its prompt is on a side kept apart from training",
     "over_limit": "over the asked number of pairs",
+    "tied_ratings": "no completion is rated lower than another",
+    **KINDS,
     "empty": "an empty answer",
     "too_long": "an answer over the limit",
     "prompt_too_long": "a prompt over the limit",

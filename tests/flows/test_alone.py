@@ -170,7 +170,7 @@ def test_dropped_pairs_are_counted_and_written_beside(
 def test_token_ids_of_our_own_files_are_kept(
     models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from sera_core.preferences import parse_pair
+    from sera_core.parsing import parse_pair
     from sera_core.rendering import Renderer
     from sera_core.sources import Row
 

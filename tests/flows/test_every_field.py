@@ -36,6 +36,7 @@ OTHER = {
     "data.test_fraction": 0.25,
     "data.train_pairs": 7,
     "data.heldout_pairs": 3,
+    "data.columns": {"prompt": "question"},
     "review.score": "simpo",
     "select.fraction": 0.5,
     "select_generated.fraction": 0.5,

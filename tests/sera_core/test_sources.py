@@ -12,7 +12,7 @@ import pytest
 
 from sera_core import sources
 from sera_core.errors import InputError
-from sera_core.preferences import parse_pair
+from sera_core.parsing import parse_pair
 from sera_core.sources import bundled_file, read_rows, read_source, source_digest
 
 ROWS = [
@@ -151,7 +151,20 @@ def test_a_missing_shipped_file_names_the_nearest_one():
     ("name", "content", "message"),
     [
         ("p.jsonl", b'{"a": 1}\n{"a": \n', r"p\.jsonl line 2: not JSON"),
-        ("p.jsonl", b'{"a": 1}\n[1]\n', r"p\.jsonl line 2: a list where an object"),
+        ("p.jsonl", b'{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}', r"line 2: an object has the key 'c' twice"),
+        ("p.json", b'[{"a": 1, "a": 2}]', r"p\.json: an object has the key 'a' twice"),
+        ("p.csv", b"prompt,chosen,chosen\na,b,c\n", r"p\.csv: two columns are named 'chosen'"),
+        ("p.json", b'[{"a": ' + b"9" * 5000 + b"}]", r"p\.json: cannot be read as JSON .*5000 digits"),
+        ("p.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"p\.jsonl line 1: not JSON .*5000 digits"),
+        *(
+            (name, start, what)
+            for name in ("p.jsonl", "p.json", "p.csv", "p.parquet")
+            for start, what in (
+                (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+                (b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "this is a web page"),
+            )
+        ),
+        ("p.jsonl", b'{"a": 1}\n[1]\n', r"p\.jsonl line 2: a list of rows, .* name the file \.json"),
         ("p.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"p\.jsonl line 2: not UTF-8"),
         ("p.jsonl", b"", r"p\.jsonl: the file holds no rows"),
         ("p.json", b"\n", r"p\.json: the file holds no rows"),
@@ -191,3 +204,18 @@ def test_an_unreachable_url_does_not_show_its_signature():
         read_rows("nowhere://bucket/p.jsonl?signature=secret")
     assert "nowhere://bucket/p.jsonl: cannot be read" in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["chosen", "chosen"])
+    pq.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(InputError, match="two columns are named 'chosen'"):
+        read_rows(str(tmp_path / "p.parquet"))
+
+
+def test_a_hub_id_without_hub_is_recognised(tmp_path):
+    with pytest.raises(InputError, match="did you mean the hub's data set, hub:owner/some_pairs"):
+        read_rows(str(tmp_path / "owner/some_pairs"))

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sera_core.errors import InputError
-from sera_core.preferences import Pair, parse_pair, parse_prompt
+from sera_core.parsing import parse_pair, parse_prompt
+from sera_core.preferences import Pair
 from sera_core.sources import Row
 from sera_core.splitting import (
     flip_labels,

@@ -16,7 +16,7 @@ from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import LocalStore
 from sera_core.config import ExecutionConfig, SeraConfig
 from sera_core.errors import InputError
-from sera_core.preferences import parse_pair
+from sera_core.parsing import parse_pair
 from sera_core.sources import Row, source_digest
 from sera_core.splitting import group_key
 from tasks.data import load_pairs, render_pairs
