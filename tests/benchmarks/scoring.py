@@ -19,8 +19,8 @@ import torch
 
 from sera_core.logprobs import sequence_logps
 from sera_core.model_sources import materialise
-from sera_core.policies import load_policy
 from sera_core.parsing import parse_pair
+from sera_core.policies import load_policy
 from sera_core.rendering import Renderer
 from sera_core.sources import read_rows
 

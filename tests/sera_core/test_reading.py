@@ -1,4 +1,4 @@
-"""The formats people publish preferences in, each row as the pair it means; rows that cannot be used, by kind."""
+"""Every format that preferences are published in, read as the pairs they mean; bad rows, by kind."""
 
 import json
 
@@ -153,7 +153,7 @@ def test_a_system_column_that_repeats_the_first_message_is_it_and_another_is_ref
     assert (
         read({"prompt": messages, "system": "Be brief.", **ANSWERS})[1][0][0] == f"s: Be brief. | {QUESTION}"
     )
-    with pytest.raises(InputError, match="column system and the first message .* differ"):
+    with pytest.raises(InputError, match=r"column system and the first message .* differ"):
         read({"prompt": messages, "system": "Be long.", **ANSWERS})
 
 
