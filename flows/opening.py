@@ -99,11 +99,6 @@ def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> S
             f"no train pair is left: {dict(record.counts)}; check data.train and the split fractions"
         )
     if not record.counts.get("heldout"):
-        if record.metrics["groups"]["train"] == 1:
-            raise InputError(
-                "no held-out pair: all pairs share one prompt, and a prompt's pairs stay on one side; give "
-                "data.heldout, or pairs of more prompts"
-            )
         raise InputError(
             f"no held-out pair: {dict(record.counts)}; give data.heldout, or a data.heldout_fraction above 0 "
             "(every decision rests on pairs the policy was not trained on)"

@@ -152,6 +152,11 @@ def _divide(given: dict[str, list[Any]], fields: Mapping[str, Any]) -> dict[str,
     if not given["train"]:
         return given
     fractions = {side: 0.0 if fields[side] else fields[f"{side}_fraction"] for side in ("heldout", "test")}
+    if fractions["heldout"] > 0 and len(groups_of(given["train"])) == 1:
+        raise InputError(
+            "data.train: all pairs share one prompt, whose pairs stay on one side, so none can be held out; "
+            "give data.heldout, or pairs of more prompts"
+        )
     split = split_groups(given["train"], fractions["heldout"], fractions["test"], fields["split_seed"])
     given["train"] = split["train"]
     given["heldout"] += split["heldout"]

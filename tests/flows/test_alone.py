@@ -167,6 +167,64 @@ def test_dropped_pairs_are_counted_and_written_beside(
     assert max(pq.read_table(tmp_path / "c.parquet")["rejected_tokens"].to_pylist()) == 50
 
 
+def test_every_flag_that_says_how_rows_are_read(capfd, models: Path, tmp_path: Path) -> None:
+    plain = rows_of(4)
+    asked = [{"ask": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in plain]
+    rated = [
+        {
+            "instruction": row["prompt"],
+            "completions": [
+                {"response": row[side], "score": n} for n, side in enumerate(("rejected", "chosen"))
+            ],
+        }
+        for row in plain
+    ]
+    two = [{"role": "assistant", "content": "Then."}, {"role": "user", "content": "Why?"}]
+    diverging = [
+        {
+            side: [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row[side]},
+                {"role": "user", "content": "Sure?"},
+                {"role": "assistant", "content": "Yes."},
+            ]
+            for side in ("chosen", "rejected")
+        }
+        for row in plain
+    ]
+    bad = [{"prompt": [{"role": "user", "content": "a"}, *two], "chosen": "b", "rejected": ""}]
+    margins, dropped = [], []
+    for name, rows, flags in (
+        ("plain", plain, []),
+        ("asked", asked, ["--columns", "prompt=ask"]),
+        ("rated", rated, ["--format", "ultrafeedback", "--completions", "random"]),
+        ("diverging", diverging, ["--on-diverge", "split"]),
+        ("bad", plain + bad, ["--on-bad-row", "drop"]),
+    ):
+        given, out = write_rows(tmp_path / f"{name}.jsonl", rows), tmp_path / f"{name}.parquet"
+        command = ["score", "--policy", models / "policy", "--reference", models / "reference"]
+        code, said, err = sera(capfd, *command, "--pairs", given, "--out", out, "--json", *flags)
+        assert code == 0, err
+        margins.append(pq.read_table(out)["margin"].to_pylist())
+        dropped.append(json.loads(said)["dropped"])
+        if flags:
+            refused, _, err = sera(capfd, *command, "--pairs", given, "--out", tmp_path / "no.parquet")
+            assert refused == (0 if name == "rated" else 2), err
+    assert all(found == margins[0] for found in margins)
+    assert dropped == [{}, {}, {}, {}, {"empty_answer": 1}]
+
+
+def test_a_column_is_mapped_by_a_known_name_to_one_that_is_there(capfd, models: Path, pairs: Path) -> None:
+    command = ["sample", "--policy", models / "policy", "--prompts", pairs, "--n", 1, "--out", "no.parquet"]
+    for entry, message in (
+        ("prompt", "write prompt or system"),
+        ("ask=prompt", "write prompt or system"),
+        ("prompt=nowhere", "prompt is mapped to 'nowhere', a column that no row has"),
+    ):
+        code, _, err = sera(capfd, *command, "--columns", entry)
+        assert code == 2 and message in err
+
+
 def test_token_ids_of_our_own_files_are_kept(
     models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,6 +75,22 @@ def test_a_plan_checks_the_rows_as_a_run_would(capsys, folder):
     assert not (folder / "store").exists()
 
 
+def test_a_plan_tells_what_the_rows_were_read_as(capsys, folder):
+    rows = tinyrun.pairs(8)
+    rows[2]["question"] = rows[2].pop("prompt")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["plan", str(tinyrun.experiment(folder)), "--store", str(folder / "store")]
+    assert main(command) == 0
+    assert "data.train: read 7 rows as preference, 1 rows as orca" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["formats"] == {"train": {"orca": 1, "preference": 7}}
+
+
+def test_pairs_of_one_prompt_cannot_be_held_out(capsys, folder):
+    rows = [{"prompt": "a", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(8)]
+    assert "all pairs share one prompt" in refused(capsys, folder, rows=rows)
+
+
 def test_roles_out_of_order_are_named(capsys, folder):
     rows = tinyrun.pairs(8)
     rows[0]["prompt"] = [turn("assistant", "a"), turn("user", "b")]

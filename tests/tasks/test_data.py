@@ -237,6 +237,58 @@ def test_a_malformed_row_refuses_the_file_by_its_line(lab):
         lab.load(train=[*rows("a"), {"prompt": "b", "rejected": "no"}])
 
 
+TRANSCRIPT = {
+    side: f"\n\nHuman: q\n\nAssistant: {text}" for side, text in (("chosen", "y"), ("rejected", "n"))
+}
+RATED = {"instruction": "u", "completions": [{"response": "x", "score": 3}, {"response": "z", "score": 1}]}
+TIED = {"instruction": "t", "completions": [{"response": "x", "score": 3}]}
+
+
+def test_rows_of_several_formats_are_counted_and_bad_ones_are_in_the_ledger_by_kind(lab):
+    bad = [
+        *rows("e", chosen=" "),
+        {"prompt": [{"role": "system", "content": "s"}], "chosen": "y", "rejected": "n"},
+    ]
+    data = lab.load(
+        {"on_bad_row": "drop", "heldout_fraction": 0.0},
+        train=[*rows("a", "b"), TRANSCRIPT, RATED, TIED, *bad],
+        prompts=[{"question": "p"}, {"prompt": ""}],
+    )
+    record = data.record
+    assert record.metrics["formats"] == {
+        "train": {"hh": 1, "preference": 4, "ultrafeedback": 2},
+        "prompts": {"orca": 1, "preference": 1},
+    }
+    dropped = Counter(
+        (row["stage"], row["reason"], row["pair_id"])
+        for row in schema.iter_rows(data.path("dropped.parquet"))
+    )
+    assert dropped == {
+        ("data", "empty_answer", None): 1,
+        ("data", "no_user_turn", None): 1,
+        ("data", "tied_ratings", None): 1,
+        ("data_prompts", "no_user_turn", None): 1,
+    }
+    assert record.counts["read"] == 9 == record.counts["train"] + record.counts["prompts"] + dropped.total()
+
+
+def test_a_mapped_column_must_be_in_one_of_the_sources(lab):
+    asked = [{"ask": "a", "chosen": "yes", "rejected": "no"}]
+    data = lab.load({"columns": {"prompt": "ask"}}, train=asked * 1 + rows("b"), heldout=rows("c"))
+    assert data.record.counts["train"] == 2
+    with pytest.raises(InputError, match=r"data\.columns: prompt is mapped to 'aks'"):
+        lab.load({"columns": {"prompt": "aks"}}, train=rows("a", "b"), heldout=rows("c"))
+
+
+def test_what_is_probably_not_meant_is_counted_and_said(lab, caplog):
+    templated = rows("<|im_start|>user", "b", chosen="b, yes", rejected="b, no")
+    rendered = lab.render({"heldout_fraction": 0.0}, train=templated)
+    assert rendered.record.metrics["special_tokens"] == 1
+    said = " ".join(record.message for record in caplog.records)
+    assert "in 1 pairs chosen and rejected both begin with the prompt" in said
+    assert "1 rows spell special tokens" in said
+
+
 # ----------------------------------------------------------------------------------------------------- render
 
 
