@@ -107,7 +107,7 @@ class DataConfig(Part):
         """How the sources' rows are read."""
         return Reading(
             format=self.format,
-            columns=dict(self.columns),
+            columns={str(ours): theirs for ours, theirs in self.columns.items()},
             completions=self.completions,
             seed=self.split_seed,
             on_diverge=self.on_diverge,
@@ -405,6 +405,19 @@ class SeraConfig(Part):
         return 5e-7 if self.train.method == "full" else 5e-6
 
     def result_fields(self) -> dict[str, Any]:
-        """What changes a result: all but `execution`, `limits` and what cards show."""
+        """What changes a result: all but `execution`, `limits` and what cards show.
+
+        Settings that older runs did not have are left out at their defaults, so that such a run goes on.
+        """
         hidden = {"execution": True, "limits": True, "review": {"show_text"}}
-        return self.model_dump(mode="json", exclude=hidden)
+        fields = self.model_dump(mode="json", exclude=hidden)
+        for section, names in ADDED_LATER.items():
+            known = type(getattr(self, section)).model_fields
+            for name in names:
+                if fields[section][name] == known[name].default:
+                    del fields[section][name]
+        return fields
+
+
+ADDED_LATER = {"data": ("format", "columns", "completions", "on_bad_row")}
+"""Settings, by section, that runs of the first version did not have."""

@@ -18,6 +18,7 @@ CASES = {
     "data.heldout_fraction": (0.3, {}, {"data": {"heldout": SIDE}}),
     "data.test_fraction": (0.3, {}, {"data": {"test": SIDE}}),
     "data.prompts": (SIDE, {}, NO_SHARE),
+    "data.completions": ("random", {"data": {"format": "ultrafeedback"}}, {"data": {"format": "hh"}}),
     "data.split_seed": (3, {}, {"data": {"heldout": SIDE}}),
     "data.on_overlap": ("drop", {"data": {"prompts": SIDE}}, {}),
     "review.reference": ("previous", {}, {"train": {"losses": ["simpo"]}}),

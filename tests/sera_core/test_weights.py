@@ -77,7 +77,7 @@ def test_a_wrappers_prefix_is_stripped_and_said(folder, tmp_path, prefix, caplog
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n", "Git-LFS pointer"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n", "Git LFS pointer"),
         (b"<!DOCTYPE html><html><body>Sign in</body></html>" * 4, "a web page"),
         (b"\xff" * 64, "not a safetensors file"),
         (b"", "not a safetensors file"),
