@@ -147,6 +147,7 @@ class TrainingRun:
         from datasets import Dataset
         from datasets.table import InMemoryTable
 
+        from sera_core.dropout import disable_dropout
         from tasks.engines.dpo_trainer import ReviewedDPOTrainer, StepHooks
         from tasks.engines.pair_forward import can_share_prompt
 
@@ -154,6 +155,7 @@ class TrainingRun:
         if checkpoint is None:
             self.probe = self._score_probe()
         self.model, transformer = self._load_model()
+        disable_dropout(self.model)
         text_config = transformer.config.get_text_config()
         self.mixture.refuse_lengths(getattr(text_config, "max_position_embeddings", None))
         self.optimizer = self._make_optimizer(checkpoint)
