@@ -42,7 +42,8 @@ def train_policy(attempt: Attempt) -> list[str]:
 
     Raises:
         InputError: the mixture cannot be trained on, or a tracking package is missing.
-        SeraError: policy and reference differ at step 0 where they are the same, or the loss is not finite.
+        SeraError: policy and reference differ at step 0 where they are the same, or the loss or a weight is
+            not finite.
     """
     run = TrainingRun(attempt)
     run.refuse_unusable()
@@ -354,8 +355,9 @@ class TrainingRun:
     # --------------------------------------------------------------------------------------- checkpoints
 
     def _save_checkpoint(self, step: int) -> None:
-        from tasks.engines.checkpoints import FILES, save_checkpoint
+        from tasks.engines.checkpoints import FILES, refuse_not_finite, save_checkpoint
 
+        refuse_not_finite(self.model, step - 1)
         folder = f"checkpoint-{step:06d}"
         path = self.attempt.write(f"{folder}/{FILES[0]}").parent
         state = {"step": step, "log": self.lines, "step0": self.step0}
@@ -374,6 +376,9 @@ class TrainingRun:
 
     def write_policy(self, model: Any) -> list[str]:
         """policy/…: weights from the model, everything else from the start policy."""
+        from tasks.engines.checkpoints import refuse_not_finite
+
+        refuse_not_finite(model, self.steps - 1)
         folder = self.attempt.write("policy/config.json").parent
         save_policy(model, self.start, folder)
         if self.train.method == "lora":
