@@ -6,7 +6,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -362,8 +362,11 @@ class TrainingRun:
         path = self.attempt.write(f"{folder}/{FILES[0]}").parent
         state = {"step": step, "log": self.lines, "step0": self.step0}
         save_checkpoint(path, self.model, self.optimizer, state)
-        number = len(self.attempt.parts())
-        self.attempt.commit_part(number, [f"{folder}/{name}" for name in FILES], {"step": step})
+        parts = self.attempt.parts()
+        files = [f"{folder}/{name}" for name in FILES]
+        parts.append(self.attempt.commit_part(len(parts), files, {"step": step}))
+        for number in superseded(parts, self.attempt.execution.keep_checkpoints):
+            self.attempt.drop_part(number)
 
     def _last_checkpoint(self) -> dict[str, Path] | None:
         parts = self.attempt.parts()
@@ -405,6 +408,11 @@ class TrainingRun:
             "weights/start": weights_digest(self.start),
             "weights/result": weights_digest(self.attempt.folder / "policy"),
         }
+
+
+def superseded(parts: Sequence[dict[str, Any]], keep: int) -> list[int]:
+    """Numbers of the checkpoints that are not among the `keep` of the most steps."""
+    return sorted(range(len(parts)), key=lambda number: parts[number]["info"]["step"])[:-keep]
 
 
 @contextlib.contextmanager

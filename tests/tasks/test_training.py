@@ -193,7 +193,8 @@ def test_a_killed_round_resumes_to_the_same_bytes(bench: Bench, train: TrainConf
 @slow
 def test_no_pickle_reaches_the_store(bench: Bench) -> None:
     spec = bench.spec(bench.mixture(), FULL, rate=3e-3)
-    bench.run(spec, CHECKPOINTS)
+    with pytest.raises(Killed):
+        bench.run(spec, CHECKPOINTS, kill_at(16))
     files = [path for path in (bench.folder / "store" / spec.path).rglob("*") if path.is_file()]
     assert any("checkpoint" in str(path) for path in files)
     assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".jinja"}
