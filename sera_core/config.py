@@ -307,6 +307,9 @@ class ExecutionConfig(Part):
     `sera doctor` repeats it), knowingly and alone: a second process may replace records unseen."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 50
     """Optimizer steps between training checkpoints (0: none)."""
+    keep_checkpoints: Positive = 2
+    """Checkpoints that an unfinished training keeps in the store, three times the trained weights each; none
+    stays once it is done."""
     tracking: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
     """Where TRL reports training curves, a run named `<run>-round-<n>` for each round; nothing is sent
     unasked. tensorboard writes to `./sera-logs/<run>/round-<n>`, the others where their own settings say

@@ -6,7 +6,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def train_policy(attempt: Attempt) -> list[str]:
 
     Raises:
         InputError: the mixture cannot be trained on, or a tracking package is missing.
-        SeraError: policy and reference differ at step 0 where they are the same, or the loss is not finite.
+        SeraError: policy and reference differ at step 0 where they are the same, or the loss or a weight is
+            not finite.
     """
     run = TrainingRun(attempt)
     run.refuse_unusable()
@@ -147,6 +148,7 @@ class TrainingRun:
         from datasets import Dataset
         from datasets.table import InMemoryTable
 
+        from sera_core.dropout import disable_dropout
         from tasks.engines.dpo_trainer import ReviewedDPOTrainer, StepHooks
         from tasks.engines.pair_forward import can_share_prompt
 
@@ -154,6 +156,7 @@ class TrainingRun:
         if checkpoint is None:
             self.probe = self._score_probe()
         self.model, transformer = self._load_model()
+        disable_dropout(self.model)
         text_config = transformer.config.get_text_config()
         self.mixture.refuse_lengths(getattr(text_config, "max_position_embeddings", None))
         self.optimizer = self._make_optimizer(checkpoint)
@@ -352,14 +355,18 @@ class TrainingRun:
     # --------------------------------------------------------------------------------------- checkpoints
 
     def _save_checkpoint(self, step: int) -> None:
-        from tasks.engines.checkpoints import FILES, save_checkpoint
+        from tasks.engines.checkpoints import FILES, refuse_not_finite, save_checkpoint
 
+        refuse_not_finite(self.model, step - 1)
         folder = f"checkpoint-{step:06d}"
         path = self.attempt.write(f"{folder}/{FILES[0]}").parent
         state = {"step": step, "log": self.lines, "step0": self.step0}
         save_checkpoint(path, self.model, self.optimizer, state)
-        number = len(self.attempt.parts())
-        self.attempt.commit_part(number, [f"{folder}/{name}" for name in FILES], {"step": step})
+        parts = self.attempt.parts()
+        files = [f"{folder}/{name}" for name in FILES]
+        parts.append(self.attempt.commit_part(len(parts), files, {"step": step}))
+        for number in superseded(parts, self.attempt.execution.keep_checkpoints):
+            self.attempt.drop_part(number)
 
     def _last_checkpoint(self) -> dict[str, Path] | None:
         parts = self.attempt.parts()
@@ -372,6 +379,9 @@ class TrainingRun:
 
     def write_policy(self, model: Any) -> list[str]:
         """policy/…: weights from the model, everything else from the start policy."""
+        from tasks.engines.checkpoints import refuse_not_finite
+
+        refuse_not_finite(model, self.steps - 1)
         folder = self.attempt.write("policy/config.json").parent
         save_policy(model, self.start, folder)
         if self.train.method == "lora":
@@ -398,6 +408,11 @@ class TrainingRun:
             "weights/start": weights_digest(self.start),
             "weights/result": weights_digest(self.attempt.folder / "policy"),
         }
+
+
+def superseded(parts: Sequence[dict[str, Any]], keep: int) -> list[int]:
+    """Numbers of the checkpoints that are not among the `keep` of the most steps."""
+    return sorted(range(len(parts)), key=lambda number: parts[number]["info"]["step"])[:-keep]
 
 
 @contextlib.contextmanager

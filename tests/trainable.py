@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,11 @@ def random_pairs(count: int, seed: int = 0, lowest: int = 2, highest: int = 12) 
 class Bench:
     """Steps `model`, `mix` and `train` in a store of their own."""
 
-    def __init__(self, folder: Path, pairs: int = 10) -> None:
+    def __init__(self, folder: Path, pairs: int = 10, policy: Callable[[Path], Path] = tiny_policy) -> None:
+        """`policy` writes the model's folder, with `write_tokenizer`'s tokenizer."""
         self.folder = folder
         self.store: Store = open_store(str(folder / "store"))
-        self.model = self.commit("model", {"policy": tiny_policy(folder / "tiny")})
+        self.model = self.commit("model", {"policy": policy(folder / "tiny")})
         self.rows = random_pairs(pairs)
 
     def commit(self, step: str, folders: dict[str, Path], **fields: Any) -> StepRef:

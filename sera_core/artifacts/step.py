@@ -1,6 +1,7 @@
 """Doing a step: find its record, else do the work beside any earlier attempt and create the record last."""
 
 import contextlib
+import logging
 import platform
 import secrets
 import shutil
@@ -33,6 +34,7 @@ from sera_core.artifacts.store import Store, create_json, remove_workspace
 from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
 
+LOG = logging.getLogger("sera.step")
 Progress = Callable[[int, int, str], None]
 """progress(done, total, unit): told now and then while a step works."""
 
@@ -54,6 +56,8 @@ class Attempt:
         self.metrics: dict[str, Any] = {}
         self.part_metrics: list[dict[str, Any]] = []
         self._used: list[str] = []
+        self._parts: dict[int, dict[str, Any]] = {}
+        self._dropped: set[int] = set()
         self._committed: dict[str, FileRecord] = {}
 
     @property
@@ -78,8 +82,8 @@ class Attempt:
         """Finished shards or checkpoints of this step, by any attempt, in order (dense, probed by name)."""
         found = []
         for number, record in read_series(self.store, self.spec.path + "/part-{:05d}.json"):
-            parse_part(record, f"{self.store.url}/{self.spec.path}/part-{number:05d}.json")
-            found.append(record)
+            parse_part(record, f"{self.store.url}/{self.spec.path}/{_part_name(number)}")
+            found.append(self._parts.setdefault(number, record))
         return found
 
     def part_path(self, part: dict[str, Any], relative: str) -> Path:
@@ -95,10 +99,34 @@ class Attempt:
         records = {relative: self._commit(relative).model_dump() for relative in files}
         record, _ = create_json(
             self.store,
-            f"{self.spec.path}/part-{number:05d}.json",
+            f"{self.spec.path}/{_part_name(number)}",
             {"format": FORMAT, "files": records, "info": info},
         )
-        return record
+        return self._parts.setdefault(number, record)
+
+    def drop_part(self, number: int) -> None:
+        """Delete the files of a part that nothing will read again, to free the store.
+
+        The part's record stays: the series of records is dense, and its readers stop at a hole. A kill in
+        between leaves files that gc collects once the step is done. Where the store does not let files be
+        deleted, they stay, with a warning.
+        """
+        if number in self._dropped:
+            return
+        self._dropped.add(number)
+        try:
+            for relative, file in self._parts[number]["files"].items():
+                self.store.remove(f"{self.spec.path}/{file['attempt']}/{relative}")
+                (self.folder / relative).unlink(missing_ok=True)
+        except OSError as error:
+            part = f"{self.spec.path}/{_part_name(number)}"
+            LOG.warning("%s: its files cannot be deleted and stay (%s)", part, error)
+
+    def drop_unused_parts(self, record: StepRecord) -> None:
+        """Once `done.json` stands: delete the files of the parts that it does not name, the checkpoints."""
+        for number in sorted(self._parts):
+            if _part_name(number) not in record.parts:
+                self.drop_part(number)
 
     @property
     def committed(self) -> bool:
@@ -107,7 +135,7 @@ class Attempt:
 
     def use_parts(self, parts: list[dict[str, Any]]) -> None:
         """Name the parts the result was made from."""
-        self._used = [f"part-{number:05d}.json" for number in range(len(parts))]
+        self._used = [_part_name(number) for number in range(len(parts))]
 
     def _commit(self, relative: str) -> FileRecord:
         if relative not in self._committed:
@@ -149,6 +177,10 @@ class Attempt:
         return parse_record(winner, f"{self.store.url}/{path}")
 
 
+def _part_name(number: int) -> str:
+    return f"part-{number:05d}.json"
+
+
 Work = Callable[[Attempt], list[str]]
 """The work of a step: writes files into the attempt and returns their relative paths."""
 
@@ -168,7 +200,9 @@ def make_step(
     attempt = Attempt(store, spec, execution, progress)
     try:
         files = work(attempt)
-        return attempt.commit(files, started, time.monotonic() - clock)
+        record = attempt.commit(files, started, time.monotonic() - clock)
+        attempt.drop_unused_parts(record)
+        return record
     except SeraError:
         if not attempt.committed:  # refused: leave nothing half-written
             shutil.rmtree(attempt.folder, ignore_errors=True)

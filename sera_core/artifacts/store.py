@@ -57,7 +57,7 @@ class Store(Protocol):
         ...
 
     def remove(self, path: str) -> None:
-        """Remove a file, whether it is there or not (no step does: for trials of the store)."""
+        """Remove a file, whether it is there or not: of a trial of the store, or an old checkpoint."""
         ...
 
     def workspace(self, path: str) -> Path:

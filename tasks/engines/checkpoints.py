@@ -17,6 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sera_core.errors import SeraError
+
+NAMED = 3
+"""Tensors that a refusal names."""
 FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
@@ -62,6 +66,29 @@ def load_checkpoint(
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def refuse_not_finite(model: nn.Module, step: int) -> None:
+    """Refuse weights that an update left infinite or NaN: a later round could only start from rubbish.
+
+    The check of the loss comes before each update, so the last update has none after it.
+
+    Args:
+        model: the model in training.
+        step: of the last update, from 0.
+
+    Raises:
+        SeraError: some of the trained weights are not finite.
+    """
+    parameters = trainable(model)
+    odd = [name for name, parameter in parameters.items() if not torch.isfinite(parameter).all()]
+    if odd:
+        more = ", …" if len(odd) > NAMED else ""
+        raise SeraError(
+            f"the update of step {step} left weights that are not finite in {len(odd)} of {len(parameters)} "
+            f"tensors ({', '.join(odd[:NAMED])}{more}); they are not written, and the policy before them "
+            "stays: lower train.learning_rate and run again"
+        )
 
 
 def rng_states() -> dict[str, Tensor]:

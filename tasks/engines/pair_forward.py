@@ -134,7 +134,7 @@ def add_pair_forward(model: PreTrainedModel) -> None:
     itself, everywhere.
 
     Args:
-        model: a causal language model without dropout.
+        model: a causal language model, its dropout switched off (`disable_dropout`).
 
     Raises:
         InputError: in training mode neither gives what the plain loop gives.
@@ -144,8 +144,8 @@ def add_pair_forward(model: PreTrainedModel) -> None:
     if compute is None:
         raise unsupported(
             model,
-            "in training mode it gives other log-probabilities than in evaluation (dropout or a router's "
-            "jitter that is on, or rows that are not independent); set such rates to 0 in its config.json",
+            "in training mode it gives other log-probabilities than in evaluation (a router's jitter or "
+            "other noise, or rows that are not independent); set such noise to 0 in its config.json",
         )
 
     def pair_forward(
@@ -328,7 +328,7 @@ def can_share_prompt(model: PreTrainedModel, longest: int) -> bool:
     configuration allows is tried on a probe.
 
     Args:
-        model: a causal language model without dropout.
+        model: a causal language model, its dropout switched off (`disable_dropout`).
         longest: tokens of the longest pair.
 
     Raises:

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.architectures [NAME …]   # a table and counts; exit 1 if any value is wrong
 
-A model is built from its configuration class with sizes cut down, dropout off and a window of 16 tokens, and
+A model is built from its configuration class with sizes cut down, dropout 0.3 and a window of 16 tokens, and
 computes items on both sides of the window. A value is right within 1e-4 nats of one forward pass an item.
 """
 
@@ -18,6 +18,8 @@ from typing import Any
 LIMIT_SECONDS = 60
 NATS = 1e-4
 WINDOW = 16
+DROPOUT = 0.3
+"""In every configuration, however it is applied: the trainer has to switch it off."""
 VOCABULARY = 320
 
 SIZES = {
@@ -107,6 +109,7 @@ LONGROPE = {
     "original_max_position_embeddings": 24,
 }
 OWN: dict[str, dict[str, Any]] = {
+    "diffllama": {"attention_dropout": 0.0},  # it takes no other rate
     "phi3:longrope": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24},
 }
 """What an architecture needs beyond `SIZES`; a name behind a colon is a second configuration of it."""
@@ -122,15 +125,15 @@ def names() -> list[str]:
 # ------------------------------------------------------------------------------------------------ building
 
 
-def tiny_config(name: str) -> Any:
-    """The configuration of a model type with everything small."""
+def tiny_config(name: str, dropout: float = DROPOUT) -> Any:
+    """The configuration of a model type with everything small, and every dropout rate as given."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     made = CONFIG_MAPPING[name.split(":")[0]]
-    return made(**{**small(made()), **OWN.get(name, {})})
+    return made(**{**small(made(), dropout), **OWN.get(name, {})})
 
 
-def small(config: Any) -> dict[str, Any]:
+def small(config: Any, dropout: float) -> dict[str, Any]:
     """Small values of the settings a configuration has, its parts included."""
     settings: dict[str, Any] = {}
     given = config.to_dict()
@@ -138,9 +141,11 @@ def small(config: Any) -> dict[str, Any]:
     for name, value in given.items():
         if name in SIZES and isinstance(value, int) and not isinstance(value, bool):
             settings[name] = min(SIZES[name], value) if name in ("n_group", "topk_group") else SIZES[name]
-        elif any(part in name for part in ("dropout", "pdrop", "layerdrop", "jitter", "drop_prob")):
+        elif any(part in name for part in ("dropout", "pdrop", "layerdrop", "drop_prob")):
             if isinstance(value, float):
-                settings[name] = 0.0
+                settings[name] = dropout
+        elif "jitter" in name and isinstance(value, float):
+            settings[name] = 0.0
         elif name in SPECIAL and name not in mapped:
             settings[name] = SPECIAL[name]
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
@@ -150,7 +155,7 @@ def small(config: Any) -> dict[str, Any]:
     for part in getattr(config, "sub_configs", {}):
         inner = getattr(config, part, None)
         if inner is not None and hasattr(inner, "to_dict"):
-            settings[part] = {"model_type": inner.model_type, **small(inner)}
+            settings[part] = {"model_type": inner.model_type, **small(inner, dropout)}
     return settings
 
 
@@ -161,13 +166,13 @@ def spread(kinds: list[str], count: int) -> list[int]:
     return sorted([*first, *rest][:count])
 
 
-def tiny_model(name: str) -> Any:
+def tiny_model(name: str, dropout: float = DROPOUT) -> Any:
     """A model in eval mode whose weights are large enough that faults show in nats."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(name))
+    model = AutoModelForCausalLM.from_config(tiny_config(name, dropout))
     with torch.no_grad():
         for parameter in model.parameters():
             flat = parameter.ndim >= 2 and not parameter.std() > 0.05
@@ -261,8 +266,10 @@ def trainer(model: Any) -> tuple[str, float]:
     import numpy as np
     import torch
 
+    from sera_core.dropout import disable_dropout
     from tasks.engines.pair_forward import PairCollator, add_pair_forward, can_share_prompt, packed_length
 
+    disable_dropout(model)
     pairs = pairs_of(model)
     right = np.array([[plain(model, prompt, side) for side in sides] for prompt, *sides in pairs])
     rows = [

@@ -3,9 +3,9 @@
     PYTHONPATH=tests python -m reliability.crashing local moto radosgw:5     # the last with every fifth point
 
 A commit point is a moment at which the store is about to change: a record that is written but not linked, a
-file that is not yet durable, a put that is not yet sent. They are found by running once and counting. One
-process imports everything; each case is a fork of it that forks the run to be killed and the run that
-resumes. Prints one JSON object a case.
+file that is not yet durable, a put that is not yet sent, an old checkpoint that is not yet deleted. They are
+found by running once and counting. One process imports everything; each case is a fork of it that forks the
+run to be killed and the run that resumes. Prints one JSON object a case.
 """
 
 import gc
@@ -44,7 +44,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "train": {"learning_rate": 1e-3, "batch": 4},
     "evaluate": {"prompts": 2, "responses": 2, "max_tokens": 4, "resamples": 200},
     "decide": {"min_pairs": 2},
-    "execution": {"checkpoint_steps": 1, "device": "cpu", "child": "never"},
+    "execution": {"checkpoint_steps": 1, "keep_checkpoints": 1, "device": "cpu", "child": "never"},
 }
 
 
@@ -98,7 +98,7 @@ class Backend:
         return {
             name: held
             for name, held in found.items()
-            if not name.endswith(OFTEN_REWRITTEN) and "/." not in f"/{name}"
+            if not name.endswith(OFTEN_REWRITTEN) and "/." not in f"/{name}" and "/checkpoint-" not in name
         }
 
     def forget(self, url: str) -> None:
@@ -149,6 +149,8 @@ def count_commits(kill_at: int | None) -> list[str]:
 
     before(local_store.os, "link", lambda source, target: f"record {Path(target).name}")
     before(LocalStore, "commit_file", lambda store, folder, path, relative, *_: f"file {relative}")
+    before(LocalStore, "remove", lambda store, path: f"removal of {path.rpartition('/')[2]}")
+    before(Requests, "delete", lambda requests, key: f"removal of {key.rpartition('/')[2]}")
     before(Requests, "create", lambda requests, key, data: f"record {key.rpartition('/')[2]}")
     before(Requests, "put", lambda requests, key, data: f"file {key.rpartition('/')[2]}")
     return points

@@ -193,7 +193,8 @@ def test_a_killed_round_resumes_to_the_same_bytes(bench: Bench, train: TrainConf
 @slow
 def test_no_pickle_reaches_the_store(bench: Bench) -> None:
     spec = bench.spec(bench.mixture(), FULL, rate=3e-3)
-    bench.run(spec, CHECKPOINTS)
+    with pytest.raises(Killed):
+        bench.run(spec, CHECKPOINTS, kill_at(16))
     files = [path for path in (bench.folder / "store" / spec.path).rglob("*") if path.is_file()]
     assert any("checkpoint" in str(path) for path in files)
     assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".jinja"}
@@ -240,6 +241,28 @@ def test_a_tenth_of_a_nat_is_too_much_in_float32_but_said_nothing_about_when_the
     with pytest.raises(SeraError, match=rf"pair {second}: margin 0\.1"):
         bench.run(bench.spec(wrong, FULL))
     assert bench.run(bench.spec(wrong, FULL, same=False)).metrics["step0/largest_margin"] > 0.09
+
+
+@slow
+@pytest.mark.parametrize("train", [FULL, LORA], ids=["full", "lora"])
+def test_weights_that_the_last_update_made_infinite_are_not_committed(
+    bench: Bench, train: TrainConfig
+) -> None:
+    """One step at a rate that float32 cannot hold: its loss, computed before the update, is fine."""
+    one_step = train.model_copy(update={"batch": 10, "epochs": 1})
+    spec = bench.spec(bench.mixture(), one_step, rate=1e39)
+    tensors = r"step 0 left weights that are not finite in \d+ of \d+ tensors \([\w.]+, .*…\)"
+    with pytest.raises(SeraError, match=rf"{tensors}; they are not written, .*: lower train\.learning_rate"):
+        bench.run(spec)
+    assert not list((bench.folder / "store" / spec.path).rglob("*.*"))
+
+
+@slow
+def test_weights_that_are_not_finite_reach_no_checkpoint(bench: Bench) -> None:
+    spec = bench.spec(bench.mixture(), FULL, rate=1e39)
+    with pytest.raises(SeraError, match="step 0 left weights that are not finite"):
+        bench.run(spec, CPU.model_copy(update={"checkpoint_steps": 1}))
+    assert not list((bench.folder / "store" / spec.path).glob("part-*.json"))
 
 
 @slow
