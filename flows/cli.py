@@ -15,6 +15,7 @@ from flows.serving.embedded_server import never_proxy_loopback
 from sera_core import __version__
 from sera_core.artifacts.store import default_store
 from sera_core.errors import SeraError
+from sera_core.shown import shown
 
 ADDERS = (
     running.add_run,
@@ -85,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(args: argparse.Namespace, message: str, code: int) -> int:
     if args.debug:
-        traceback.print_exc()
-    print(f"sera: {message}", file=sys.stderr)
+        print(shown(traceback.format_exc()), end="", file=sys.stderr)
+    print(f"sera: {shown(message)}", file=sys.stderr)
     return code
 
 

@@ -10,16 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.showing.round_card import with_interval
+from sera_core.shown import shown
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table for people."""
     console = Console()
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=escape(shown(title)), title_justify="left")
     for name in columns:
-        table.add_column(escape(name), overflow="fold")
+        table.add_column(escape(shown(name)), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row))
+        table.add_row(*(Text(shown(_cell(value))) for value in row))
     if not console.is_terminal:  # a pipe or a log has no width of its own
         console = Console(width=160)
     console.print(table)
@@ -27,10 +28,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 def print_text(text: str) -> None:
     """A paragraph, as it is."""
-    Console(soft_wrap=True).print(Text(text))
+    Console(soft_wrap=True).print(Text(shown(text)))
 
 
-def shown(value: Any) -> Any:
+def metric_cell(value: Any) -> Any:
     """A metric as a table shows it: a rate with its interval, anything nested as JSON."""
     if isinstance(value, dict) and "value" in value:
         return with_interval(value)
