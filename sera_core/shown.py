@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 _HIDDEN = re.compile(
-    "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"  # flags of regions, Scotland's say
+    "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"  # a region's flag
     "|["
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 less \t and \n, DEL, C1
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # reading direction
