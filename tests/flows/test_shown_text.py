@@ -131,7 +131,7 @@ def test_the_welcome_of_up_holds_none():
 
 @pytest.mark.parametrize(("reason", "margin", "said"), [
     ("not_preferred", -0.5, "Dropped as suspicious"),
-    ("not_preferred", 0.0001, "Dropped as not clearly preferred"),  # noise of the arithmetic can be that large
+    ("not_preferred", 0.0001, "Dropped as not clearly preferred"),  # noise alone can be that large
     ("below_cut", 0.5, "Dropped: "),
 ])  # fmt: skip
 def test_a_dropped_pair_is_called_suspicious_only_where_the_policy_prefers_the_other_answer(
