@@ -4,7 +4,6 @@ Exit codes: 0 done or waiting, 1 failed, 2 bad input, 3 held by another, 130 int
 """
 
 import argparse
-import os
 import sys
 import traceback
 import warnings
@@ -12,9 +11,11 @@ from collections.abc import Sequence
 
 from flows.commands import alone, doctor, exporting, keeping, looking, reviewing, running, serving
 from flows.serving.embedded_server import never_proxy_loopback
+from flows.start import entry
 from sera_core import __version__
 from sera_core.artifacts.store import default_store
 from sera_core.errors import SeraError
+from sera_core.shown import shown
 
 ADDERS = (
     running.add_run,
@@ -77,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed(args, "interrupted; the same command goes on where it stopped", 130)
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # a bug or the machine's fault: one line here, all of it with --debug
         return _failed(args, f"{type(error).__name__}: {error} (--debug shows where)", 1)
@@ -85,17 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(args: argparse.Namespace, message: str, code: int) -> int:
     if args.debug:
-        traceback.print_exc()
-    print(f"sera: {message}", file=sys.stderr)
+        print(shown(traceback.format_exc()), end="", file=sys.stderr)
+    print(f"sera: {shown(message)}", file=sys.stderr)
     return code
-
-
-def entry() -> None:
-    """The console script. Leaves without waiting for idle threads of libraries."""
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from prefect.states import Completed
 
 from flows.keeping.garbage import collect, collected_lines, seconds_of
 from sera_core.artifacts.store import default_store, open_store
+from sera_core.shown import shown
 
 
 @flow(name="sera-gc", persist_result=False)
@@ -24,6 +25,6 @@ def sera_gc(store: str | None = None, delete: bool = False, older_than: str = "7
     """
     found = collect(open_store(store or default_store()), delete, seconds_of(older_than))
     for line in collected_lines(found):
-        get_run_logger().info("%s", line)
+        get_run_logger().info("%s", shown(line))
     items = f"{len(found['items'])} items, {found['bytes']:,} bytes"
     return Completed(message=f"{'taken away' if delete else 'may go'}: {items}", data=found)

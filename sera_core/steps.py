@@ -26,7 +26,7 @@ VERSIONS = {
     "evaluate": 2,
     "test": 2,
     "decide": 2,
-    "report": 1,
+    "report": 2,
 }
 PARITY_NATS = {"float32": 0.01, "bfloat16": 4.0}
 """Default bound of the sampler's parity probe: rounding alone stays below it."""

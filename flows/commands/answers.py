@@ -1,7 +1,6 @@
 """What a command leaves: its answer on stdout, text or one JSON object; files whole or absent."""
 
 import argparse
-import json
 import os
 import secrets
 import sys
@@ -15,11 +14,12 @@ import pyarrow as pa
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import finite
 from sera_core.errors import InputError
+from sera_core.shown import shown, shown_json
 
 
 def answer(args: argparse.Namespace, value: Mapping[str, Any], lines: Iterable[str]) -> None:
     """Print the answer: with --json the value as one object, else the lines."""
-    text = json.dumps(finite(value), ensure_ascii=False) if args.json else "\n".join(lines)
+    text = shown_json(finite(value)) if args.json else shown("\n".join(lines))
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
@@ -40,7 +40,7 @@ def quiet_stdout() -> Iterator[None]:
 
 def say(line: str) -> None:
     """A remark on stderr, beside the answer."""
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(shown(line) + "\n")
     sys.stderr.flush()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flows.commands.answers import answer
-from flows.commands.printing import print_table, print_text, shown
+from flows.commands.printing import metric_cell, print_table, print_text
 from flows.keeping.differing import difference, side_of
 from flows.keeping.garbage import collect, collected_lines, seconds_of
 from sera_core.artifacts.store import open_store
@@ -85,4 +85,4 @@ def _cell(value: Any) -> Any:
     """A step by the beginnings of its key and digest, a metric with its interval."""
     if isinstance(value, dict) and "digest" in value:
         return f"key {value['key'][:12]}… digest {value['digest'][:12]}…"
-    return shown(value)
+    return metric_cell(value)

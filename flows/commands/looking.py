@@ -8,7 +8,7 @@ from typing import Any
 
 from flows.commands.answers import answer
 from flows.commands.exporting import round_of
-from flows.commands.printing import print_table, print_text, shown
+from flows.commands.printing import metric_cell, print_table, print_text
 from flows.commands.summary import closing_lines, rounds_table
 from flows.keeping.verifying import verify
 from flows.showing.looking import run_records, show
@@ -124,7 +124,9 @@ def _print_round(manifest: RoundManifest, found: dict[str, Any]) -> None:
     print_table("pairs and prompts by reason", ["what", "count"], sorted(ledger.items()))
     metrics = {name: value for name, value in manifest.metrics.items() if name not in ledger}
     print_table(
-        "metrics", ["metric", "value"], [[name, shown(value)] for name, value in sorted(metrics.items())]
+        "metrics",
+        ["metric", "value"],
+        [[name, metric_cell(value)] for name, value in sorted(metrics.items())],
     )
     rows = [
         [role, a["rows"], a["bytes"], a["sha256"][:16], a["uri"]]

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,7 +143,7 @@ def _run(config: SeraConfig, name: str, args: argparse.Namespace) -> int:
 
 
 def _announce(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
-    print(_forecast(plan(config, name, args.store)), file=sys.stderr, flush=True)
+    say(_forecast(plan(config, name, args.store)))
 
 
 def _forecast(found: dict[str, Any]) -> str:

@@ -3,12 +3,13 @@
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from flows.commands.answers import say
 from flows.commands.printing import print_table, print_text
 from flows.serving.embedded_server import track_nothing
+from sera_core.shown import shown
 
 
 def add_deploy(commands: Any, _: argparse.ArgumentParser) -> None:
@@ -98,20 +99,20 @@ def up_command(args: argparse.Namespace) -> int:
         told = {"ui": f"http://127.0.0.1:{args.port}", "home": str(home), **made}
         print(json.dumps(told) if args.json else _welcome(told), flush=True)
 
-    up(home, args.port, deploy_arguments(args), ready, lambda line: print(f"sera: {line}", file=sys.stderr))
+    up(home, args.port, deploy_arguments(args), ready, lambda line: say(f"sera: {line}"))
     return 0
 
 
 def _welcome(told: dict[str, Any]) -> str:
     store = told["variables"]["sera_store"]
-    return f"""\
+    return shown(f"""\
 Prefect's UI  {told["ui"]}
 store         {store}
 logs          {told["home"]}/server.log, {told["home"]}/worker.log
 
 Start a run: {told["ui"]}/deployments, then `sera`, then Run. Or on this server from a shell:
   PREFECT_API_URL={told["ui"]}/api sera run EXPERIMENT.toml --store {store}
-Ctrl-C ends it all. `sera up` again goes on with the runs that were under way."""
+Ctrl-C ends it all. `sera up` again goes on with the runs that were under way.""")
 
 
 def deploy_arguments(args: argparse.Namespace) -> list[str]:

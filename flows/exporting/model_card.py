@@ -17,6 +17,7 @@ from flows.showing.round_card import with_interval
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.config import SeraConfig
 from sera_core.reporting import words
+from sera_core.shown import shown_line
 
 ROUND_METRICS = ("heldout/rewards/accuracies", "heldout/accuracy_change", "samples/kl_reference")
 LIMITS = (
@@ -162,5 +163,5 @@ def _provenance(chain: Lineage) -> Iterator[str]:
 
 def _code(text: str) -> str:
     """Text in a code span that it cannot leave."""
-    plain = re.sub(r"[`\s]+", " ", text)
+    plain = re.sub(r"[`\s]+", " ", shown_line(text))
     return f"`{plain}`"

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sera_core.artifacts.folders import cache_folder
+from sera_core.artifacts.folders import cache_folder, writable
 from sera_core.errors import SeraError
 from sera_core.orphans import end_with
 
@@ -57,8 +57,8 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     if configured := os.environ.get("PREFECT_API_URL"):
         yield configured
         return
-    home = Path(os.environ.setdefault("PREFECT_HOME", str(cache_folder() / "prefect")))
-    home.mkdir(parents=True, exist_ok=True)
+    home = writable(Path(os.environ.get("PREFECT_HOME") or cache_folder() / "prefect"), "PREFECT_HOME")
+    os.environ["PREFECT_HOME"] = str(home)
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = home / "embedded-server.log"

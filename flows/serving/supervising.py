@@ -22,6 +22,7 @@ from typing import Any
 
 from flows.serving.embedded_server import QUIET, wait_until_healthy
 from flows.serving.lost_runs import Seen
+from sera_core.artifacts.folders import writable
 from sera_core.errors import BusyError, InputError, SeraError
 from sera_core.orphans import end_with, guarded_group
 
@@ -190,7 +191,7 @@ def _interrupted() -> Iterator[None]:
 @contextmanager
 def _held(home: Path) -> Iterator[None]:
     """One `sera up` a home: two servers on one SQLite file disturb each other."""
-    home.mkdir(parents=True, exist_ok=True)
+    writable(home, "--home")
     with (home / "up.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,9 +1,10 @@
 """Text in markdown that stays text: whatever a model or a data set says, it is shown and does nothing."""
 
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+
+from sera_core.shown import shown, shown_line
 
 SHOWN_CHARACTERS = 1200
 """Of a longer text the beginning is shown; the report has it whole."""
@@ -11,7 +12,7 @@ SHOWN_CHARACTERS = 1200
 
 def escape(text: str) -> str:
     """Text as one line that markdown and HTML leave as it is: no link, image, code, list, table or tag."""
-    line = "".join(_plain(character) for character in text)
+    line = _plain(text)
     line = re.sub(r"([\\`*_\[\]|~@])", r"\\\1", line)
     line = re.sub(r"(?i)(?=://)|(?<=www)(?=\.)", r"\\", line)  # a bare address becomes a link too
     line = re.sub(r"^(\s*\d*)(?=[#+\-=:.)])", r"\1\\", line)  # heading, list, rule, column of a table
@@ -21,7 +22,7 @@ def escape(text: str) -> str:
 def quote(text: str) -> str:
     """A text of several lines as a quotation, each line escaped, a long one cut."""
     rest = len(text) - SHOWN_CHARACTERS
-    lines = [escape(line).strip() for line in text[:SHOWN_CHARACTERS].splitlines()] or [""]
+    lines = [escape(line).strip() for line in shown(text[:SHOWN_CHARACTERS]).split("\n")] or [""]
     if rest > 0:
         lines.append(f"*… and {rest:,} more characters, see the report*")
     ends = ["\\" if line and after else "" for line, after in pairwise([*lines, ""])]
@@ -36,17 +37,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def verbatim(lines: Sequence[str]) -> str:
     """Lines to copy, between a fence that none of them can close."""
-    text = "\n".join(lines)
+    text = "\n".join(map(shown_line, lines))
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text}\n{fence}"
 
 
-def _plain(character: str) -> str:
-    """Line ends, other control characters and broken ones become spaces; a turned reading direction goes."""
-    if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
-        return " "
-    return "" if unicodedata.bidirectional(character) in _TURNING else character
-
-
-_TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+def _plain(text: str) -> str:
+    """One line: a line end is a space, what acts or hides is shown escaped."""
+    return re.sub(r"[\n\t]", " ", shown(text))

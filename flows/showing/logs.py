@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import cast
 
 from flows.showing.deployed import in_deployed_run
+from sera_core.shown import shown
 from tasks.engines.child import to_stderr
 from tasks.engines.library_logs import hear_libraries
 
@@ -24,7 +25,7 @@ def run_log() -> Callable[[str], None]:
 
     def log(line: str) -> None:
         if line.strip():
-            logger.info("%s", line.rstrip())
+            logger.info("%s", shown(line.rstrip()))
 
     return log
 
@@ -51,6 +52,9 @@ def library_logs() -> Iterator[None]:
         def emit(self, record: logging.LogRecord) -> None:
             record.__dict__.update(run)
             super().emit(record)
+
+        def format(self, record: logging.LogRecord) -> str:
+            return shown(super().format(record))
 
     with hear_libraries(ToRun()):
         yield

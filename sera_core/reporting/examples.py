@@ -1,4 +1,4 @@
-"""Three pairs worth looking at: one kept, one dropped as suspicious, one generated (no torch, no Prefect)."""
+"""Three pairs worth looking at: one kept, one dropped, one generated (no torch, no Prefect)."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,10 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 
 from sera_core.reporting import words
+from sera_core.shown import shown
 
 GENERATOR = "sera-flow report"
 """What the pages' `generator` says: how a page of ours is told from another file."""
@@ -24,10 +26,16 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_shown,
     )
     for name in ("number", "count", "interval", "percent", "plural", "stage"):
         environment.filters[name] = getattr(words, name)
     return environment
+
+
+def _shown(fact: Any) -> Any:
+    """Text as it may be shown; our own SVG and what a macro made are markup already."""
+    return shown(fact) if isinstance(fact, str) and not isinstance(fact, Markup) else fact
 
 
 def _source(name: str) -> str:

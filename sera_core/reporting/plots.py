@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
+from sera_core.shown import shown_line
+
 WIDTH, HEIGHT = 640, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 26, 36
 LABELS = 290
@@ -190,11 +192,11 @@ def _dot(x: float, y: float, style: str) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", style: str = "") -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    said = escape(shown_line(text))
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{said}</text>'
 
 
 def _svg(label: str, drawn: Sequence[str], height: int = HEIGHT) -> Markup:
     body = "\n".join(part for part in drawn if part)
-    return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">\n{body}\n</svg>'
-    )
+    said = escape(shown_line(label))
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{said}">\n{body}\n</svg>')

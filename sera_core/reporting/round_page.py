@@ -66,15 +66,18 @@ def round_page(number: int, artifacts: Mapping[str, Artifact]) -> str:
 
 EXAMPLES = {
     "kept": "Kept: the human pair with the largest margin",
-    "dropped": "Dropped: the human pair with the lowest margin",
+    "dropped": "Dropped: of the human pairs left out, the one with the lowest margin",
     "suspicious": "Dropped as suspicious: the human pair with the lowest margin",
+    "unclear": "Dropped as not clearly preferred: the human pair with the lowest margin",
     "generated": "Generated: the policy's own answers, the pair with the largest margin",
 }
 
 
 def title_of(example: Row) -> str:
-    """What an example is an example of."""
-    return EXAMPLES["suspicious" if example["reason"] == "not_preferred" else example["kind"]]
+    """What an example is an example of. A margin above 0 that noise can make is unclear, not suspicious."""
+    if example["reason"] != "not_preferred":
+        return EXAMPLES[example["kind"]]
+    return EXAMPLES["suspicious" if example["ensemble_margin"] < 0 else "unclear"]
 
 
 def _sentence(number: int, files: RoundFiles, blocks: Sequence[flow.Block]) -> str:

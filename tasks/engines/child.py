@@ -32,6 +32,7 @@ from sera_core.config import ExecutionConfig
 from sera_core.devices import device_of
 from sera_core.errors import SeraError
 from sera_core.orphans import end_with, guarded_group
+from sera_core.shown import shown
 from tasks.engines.library_logs import TALKATIVE, hear_libraries
 
 Log = Callable[[str], None]
@@ -49,7 +50,7 @@ _Group = tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]
 
 def to_stderr(line: str) -> None:
     """The log when there is no other."""
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(shown(line) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------ the parent
@@ -81,7 +82,7 @@ def run_in_child(
     }
     heard = _Heard(progress)
     with _group(request) as (process, channel, output):
-        printed = _Lines(lambda line: log(_shown(line)))
+        printed = _Lines(lambda line: log(_last_state(line)))
         _listen(process, {channel: _Lines(heard), output: printed}, heard)
         if printed.rest:
             printed.take(b"\n")
@@ -167,7 +168,7 @@ class _Heard:
         return self.ended is not None and time.monotonic() > self.ended + LEAVE_SECONDS
 
 
-def _shown(line: str) -> str:
+def _last_state(line: str) -> str:
     """A line as a terminal would leave it: of a progress bar, the last state."""
     return line.rstrip("\r").rpartition("\r")[2]
 

@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import tinyrun
 
-from flows.cli import parser
+from flows.cli import main, parser
 from flows.experiments import load_settings
-from flows.serving.embedded_server import never_proxy_loopback
+from flows.serving.embedded_server import never_proxy_loopback, prefect_api
+from sera_core.artifacts.folders import cache_folder
+from sera_core.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -63,3 +66,54 @@ def test_an_experiment_with_a_byte_order_mark_is_read(tmp_path):
     file = tmp_path / "one.toml"
     file.write_bytes(b"\xef\xbb\xbf[limits]\nrounds = 2\n")
     assert load_settings(str(file)) == {"limits": {"rounds": 2}}
+
+
+NOT_A_FOLDER = "/dev/null/x"  # root may write anywhere else
+
+
+@pytest.mark.flow
+def test_a_run_needs_no_home_to_write_to(tmp_path):
+    experiment = tinyrun.experiment(tmp_path / "inputs", limits={"rounds": 1})
+    names = ("SERA_CACHE", "PREFECT_HOME", "PREFECT_API_URL", "HF_HOME")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "flows.start", "run", str(experiment), "--json"],
+        cwd=tmp_path,
+        env={**kept, "PYTHONPATH": str(REPOSITORY), "HOME": NOT_A_FOLDER, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["rounds"]) == 1
+    said = [line for line in done.stderr.splitlines() if "SERA_CACHE" in line]
+    assert len(said) == 1 and NOT_A_FOLDER in said[0] and "Traceback" not in done.stderr
+
+
+def test_a_cache_without_a_home_is_a_folder_of_this_user_alone(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("SERA_CACHE", "")
+    monkeypatch.setenv("HOME", NOT_A_FOLDER)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = cache_folder()
+    assert folder == cache_folder() == Path(os.environ["SERA_CACHE"]) and len(caplog.records) == 1
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("SERA_CACHE", "")
+    folder.chmod(0o777)
+    with pytest.raises(InputError, match="set SERA_CACHE"):
+        cache_folder()
+
+
+@pytest.mark.parametrize("name", ["SERA_CACHE", "PREFECT_HOME"])
+def test_a_folder_that_was_named_and_cannot_be_written_to_is_refused_by_that_name(
+    name, monkeypatch, tmp_path
+):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", "")
+    monkeypatch.setenv(name, NOT_A_FOLDER)
+    with pytest.raises(InputError, match=f"{NOT_A_FOLDER}.* set {name}"), prefect_api():
+        pass
+
+
+def test_up_names_the_home_that_cannot_be_written_to(capsys):
+    assert main(["up", "--home", NOT_A_FOLDER]) == 2
+    assert "set --home" in capsys.readouterr().err

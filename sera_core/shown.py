@@ -1,0 +1,58 @@
+"""Text of data, models and other people as a terminal, a log or a page may show it: seen, and without effect.
+
+A control character drives a terminal (clears it, renames its window, writes its clipboard), a bidi control
+shows text in another order than it has, and some characters nobody sees. They are shown escaped; text in any
+script stays as it is.
+"""
+
+import json
+import re
+from typing import Any
+
+_HIDDEN = re.compile(
+    "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"  # a region's flag
+    "|["
+    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 less \t and \n, DEL, C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # reading direction
+    "\u2028\u2029"  # further line ends
+    "\u180e\u2060-\u2065\u206a-\u206f\ufeff\ufff9-\ufffb"  # invisible
+    "\ud800-\udfff"  # half of a character, which cannot be written at all
+    "\U000e0000-\U000e007f"  # tags
+    "]"
+)
+"""The joiners of scripts and emoji, U+200C and U+200D, are no part of it."""
+
+
+def shown(text: str) -> str:
+    r"""Text of one or several lines with every character escaped that acts or hides: `\x1b`, `\u202e`.
+
+    Line feeds and tabs stay, the line ends of Windows become line feeds.
+    """
+    return _HIDDEN.sub(_escaped, text.replace("\r\n", "\n"))
+
+
+def shown_line(text: str) -> str:
+    r"""The same on one line: a line feed is shown as `\n`, a tab as `\t`."""
+    return shown(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
+def shown_json(value: Any) -> str:
+    """JSON on one line that may be printed: the same value, with JSON's own escapes where needed."""
+    return _HIDDEN.sub(_json_escaped, json.dumps(value, ensure_ascii=False))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    if _is_flag(found):
+        return found[0]
+    code = ord(found[0])
+    if code == 0x0D:
+        return r"\r"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _json_escaped(found: re.Match[str]) -> str:
+    return found[0] if _is_flag(found) else json.dumps(found[0])[1:-1]
+
+
+def _is_flag(found: re.Match[str]) -> bool:
+    return len(found[0]) > 1

@@ -1,0 +1,148 @@
+"""Data that drives terminals and turns text round, from the file to everything a person looks at."""
+
+import logging
+
+import pytest
+import tinyrun
+from hidden import ACTING, hidden_in
+
+from flows.cli import main
+from flows.commands.serving import _welcome
+from flows.commands.summary import closing_lines
+from flows.experiments import load_experiment
+from flows.showing import logs
+from flows.showing.cards import index_card, plan_card
+from flows.showing.round_card import round_card
+from sera_core.reporting.examples import example_pairs
+from sera_core.reporting.round_page import title_of
+from tasks.engines.child import to_stderr
+
+FILE = "pairs\x1b[2J\u202elnosj.jsonl"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Prompts, answers and the name of their file hold what acts on a terminal."""
+    folder = tmp_path_factory.mktemp("acting")
+    rows = tinyrun.pairs(32)
+    for row in rows:
+        for side in ("prompt", "chosen", "rejected"):
+            row[side][0]["content"] = f"{ACTING} {row[side][0]['content']} {ACTING}"
+    tinyrun.write_rows(folder / FILE, rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experiment(folder):
+    source = {"train": [{"path": str(folder / FILE)}], "heldout_fraction": 0.25}
+    return tinyrun.experiment(folder, data=source, limits={"rounds": 2})
+
+
+@pytest.fixture(scope="module")
+def records(folder, experiment):
+    return tinyrun.work(load_experiment(str(experiment)), folder / "store")
+
+
+def said(capfd, *args, code=0):
+    """What a command wrote on both streams."""
+    assert main([*args]) == code
+    out, err = capfd.readouterr()
+    assert not hidden_in(out) and not hidden_in(err), args
+    return out + err
+
+
+@pytest.mark.slow
+def test_no_command_writes_a_character_that_acts(folder, experiment, records, capfd):
+    capfd.readouterr()
+    store = ["--store", records.store.url]
+    assert r"\x1b]0;owned\x07" in said(capfd, "run", str(experiment), *store)
+    assert r"\x1b]0;owned\x07" in said(capfd, "show", "tiny", *store)
+    for command in (
+        ["show", "tiny", "--round", "1"],
+        ["list"],
+        ["plan", str(experiment)],
+        ["lineage", "tiny"],
+    ):
+        said(capfd, *command, *store)
+        said(capfd, *command, "--json", *store)
+
+
+@pytest.mark.slow
+def test_no_page_and_no_card_holds_one(folder, records, capfd):
+    store = ["--store", records.store.url]
+    said(capfd, "report", "tiny", "--out", str(folder / "report"), *store)
+    said(capfd, "export", "tiny", "--to", str(folder / "exported"), *store)
+    pages = [*(folder / "report").glob("*.html"), folder / "exported" / "README.md"]
+    cards = [page.read_text(encoding="utf-8") for page in pages]
+    cards += [round_card(records, manifest, show_text=True) for manifest in records.rounds()]
+    cards += [index_card(records), plan_card("a\x1bb", {**PLAN, "note": ACTING})]
+    assert len(cards) == 8
+    for card in cards:
+        assert not hidden_in(card)
+    assert any(r"\x1b]0;owned\x07" in card for card in cards)
+
+
+PLAN = {"reuse": 0, "run_now": 0, "depends": 0, "tokens": 0, "seconds": 0.0, "bytes": 0, "steps": []}
+
+
+def test_a_message_about_the_data_holds_none(tmp_path, capfd):
+    file = tinyrun.write_rows(tmp_path / FILE, tinyrun.pairs(8))
+    experiment = tinyrun.experiment(tmp_path, data={"train": [{"path": str(file)}]})
+    file.write_text("{not json\n")
+    capfd.readouterr()
+    told = said(capfd, "run", str(experiment), "--store", str(tmp_path / "store"), code=2)
+    assert r"pairs\x1b[2J\u202elnosj.jsonl" in told
+    with_trace = said(capfd, "run", str(experiment), "--debug", "--store", str(tmp_path / "store"), code=2)
+    assert "Traceback" in with_trace
+
+
+def test_a_line_of_a_child_holds_none(capsys):
+    to_stderr(ACTING)
+    assert not hidden_in(capsys.readouterr().err)
+
+
+def test_the_log_of_a_deployed_run_holds_none(monkeypatch):
+    import prefect.logging
+    from prefect.logging.handlers import APILogHandler
+    from prefect.logging.loggers import PrefectLogAdapter
+
+    heard: list[str] = []
+    handler = APILogHandler()
+    monkeypatch.setattr(APILogHandler, "emit", lambda self, record: heard.append(self.format(record)))
+    logger = logging.getLogger("run-of-a-test")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(logging.Handler())
+    monkeypatch.setattr(prefect.logging, "get_run_logger", lambda: PrefectLogAdapter(logger, {}))
+    monkeypatch.setattr(logs, "in_deployed_run", lambda: True)
+    monkeypatch.setattr(PrefectLogAdapter, "getChild", lambda self, name: self)
+    monkeypatch.setattr(logger.handlers[0], "emit", lambda record: heard.append(record.getMessage()))
+    logs.run_log()(ACTING)
+    with logs.library_logs():
+        logging.getLogger("trl.trainer").warning("said %s", ACTING)
+    handler.close()
+    assert len(heard) == 2 and not hidden_in("".join(heard))
+
+
+def test_the_welcome_of_up_holds_none():
+    told = {"ui": "http://127.0.0.1:4200", "home": "/h\x1b[2J", "variables": {"sera_store": "/s\u202e"}}
+    assert not hidden_in(_welcome(told))
+
+
+@pytest.mark.parametrize(("reason", "margin", "said"), [
+    ("not_preferred", -0.5, "Dropped as suspicious"),
+    ("not_preferred", 0.0001, "Dropped as not clearly preferred"),  # noise alone can be that large
+    ("below_cut", 0.5, "Dropped: "),
+])  # fmt: skip
+def test_a_dropped_pair_is_called_suspicious_only_where_the_policy_prefers_the_other_answer(
+    reason, margin, said
+):
+    assert title_of({"kind": "dropped", "reason": reason, "ensemble_margin": margin}).startswith(said)
+
+
+@pytest.mark.slow
+def test_the_command_line_introduces_a_pair_as_its_page_does(records):
+    lines = "\n".join(closing_lines(records))
+    manifest = next(m for m in reversed(records.rounds()) if len(example_pairs(records.store, m)) > 1)
+    for example in example_pairs(records.store, manifest):
+        assert f"  {title_of(example)} ({example['pair_id']}" in lines
