@@ -16,6 +16,7 @@ from typing import Any
 from sera_core.errors import InputError
 
 Message = Mapping[str, str]
+"""role, content and, of an assistant, reasoning_content (absent or None where there is none)."""
 
 CHATML = (
     "{% for message in messages %}"
@@ -23,6 +24,8 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+"""Under which templates look for an assistant's reasoning."""
 NAMES = ("chatml", "deepseek-r1")
 """Templates that ship with the package."""
 # Llama 3's templates ask for the date; theirs when none is given is this one.
@@ -88,6 +91,12 @@ def with_fixed_date(template: str) -> str:
     return _FIXED_DATE + template if "strftime_now" in template else template
 
 
+def reasoning_name(template: str) -> str:
+    """The name under which a template looks for an assistant's reasoning: the first that it mentions."""
+    found = (name for name in REASONING_NAMES if re.search(rf"\b{name}\b", template))
+    return next(found, REASONING_NAMES[0])
+
+
 def remedy(template: str) -> str:
     """What to do about a template that does not render a conversation with its answer."""
     if "</think>" in template and "<｜Assistant｜>" in template:
@@ -138,7 +147,7 @@ def lost_of_answer(answer: Message, prompt: str, written: str) -> str | None:
         prompt: what the template writes of the prompt, its generation prompt included.
         written: what it writes behind that.
     """
-    content, reasoning = answer["content"], answer.get("reasoning_content", "")
+    content, reasoning = answer["content"], answer.get("reasoning_content") or ""
     if not _holds(written, reasoning):
         return f"reasoning_content ({len(reasoning):,} characters)"
     if _holds(written, content):

@@ -16,6 +16,7 @@ from sera_core.sources import Row
 
 Message = dict[str, str]
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _TOOLS = ("tools", "tool_calls", "function_call", "tool_call_id", "functions")
 
 
@@ -186,7 +187,22 @@ def _message(where: str, name: str, message: Any) -> Message:
     content = _content(where, name, message["content"])
     if not content.strip() and message["role"] != "system":
         raise InputError(f"{where}: {name} ({message['role']}) is empty; remove the row, or give it text")
-    return {"role": message["role"], "content": content}
+    return {"role": message["role"], "content": content} | _reasoning(where, name, message)
+
+
+def _reasoning(where: str, name: str, message: dict[str, Any]) -> Message:
+    """The reasoning that a message has apart from its content, under the first name of `_REASONING`."""
+    held = {key: message[key] for key in _REASONING if message.get(key)}
+    texts = {_content(where, f"{key} of {name}", value) for key, value in held.items()}
+    if len(texts) > 1:
+        raise InputError(f"{where}: {name} has {' and '.join(held)}, which differ; leave one of them out")
+    text = "".join(texts)
+    if text.strip() and message["role"] != "assistant":
+        raise InputError(
+            f"{where}: {name} (from {message['role']}) has {next(iter(held))}, which only an assistant has; "
+            "remove it"
+        )
+    return {_REASONING[0]: text} if text.strip() else {}
 
 
 def _content(where: str, name: str, content: Any) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,7 @@ from sera_core.chat_templates import (
     default_template,
     lost_of_answer,
     lost_of_prompt,
+    reasoning_name,
     remedy,
     template_text,
     with_fixed_date,
@@ -122,6 +123,10 @@ class Renderer:
                 "Jinja text."
             )
         return with_fixed_date(text)
+
+    @cached_property
+    def _reasoning_name(self) -> str:
+        return reasoning_name(self.template)
 
     @cached_property
     def end_of_turn_id(self) -> int:
@@ -285,26 +290,26 @@ class Renderer:
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> _Rendered:
         """The template's text, and where special tokens' spellings in it come from the contents."""
-        from jinja2 import TemplateError
-
-        contents = [message["content"] for message in messages]
-        mark = self._mark(contents)
-        chat = [
-            {"role": message["role"], "content": content if mark is None else self._marked(content, mark)}
-            for message, content in zip(messages, contents, strict=True)
-        ]
+        mark = self._mark([text for message in messages for text in _texts(message)])
+        chat = [self._as_read(message, mark) for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 chat, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except Exception as error:  # a template can raise whatever an expression in it raises
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
                 f"the chat template of {self.folder} refuses a conversation of the roles {roles}: {error}. "
-                "Drop or "
-                "rewrite the row, or set model.chat_template."
+                "Drop or rewrite the row, or set model.chat_template."
             ) from error
         return _Rendered(str(text)) if mark is None else _unmark(str(text), mark)
+
+    def _as_read(self, message: Message, mark: str | None) -> dict[str, str]:
+        """A message under the names that the template reads, special tokens' spellings between marks."""
+        names = {"content": "content", "reasoning_content": self._reasoning_name}
+        texts = {to: message[name] for name, to in names.items() if message.get(name) is not None}
+        marked = texts if mark is None else {to: self._marked(text, mark) for to, text in texts.items()}
+        return {"role": message["role"], **marked}
 
     def _mark(self, contents: Sequence[str]) -> str | None:
         """A character that occurs nowhere else, if any content spells a special token."""
@@ -370,6 +375,12 @@ def _unmark(text: str, mark: str) -> _Rendered:
             spans.append((length, length + len(piece)))
         length += len(piece)
     return _Rendered("".join(pieces), tuple(spans))
+
+
+def _texts(message: Message) -> Iterator[str]:
+    """The texts of a message: its content, and its reasoning if it has any."""
+    yield message["content"]
+    yield message.get("reasoning_content") or ""
 
 
 def _answer_message(answer: str | Sequence[Message]) -> Message:

@@ -192,3 +192,38 @@ def test_named_templates_without_a_default_are_refused_with_their_names(tmp_path
     ):
         with pytest.raises(InputError, match=r'named chat templates \(rag, tool_use\).*"default"'):
             use()
+
+
+# ------------------------------------------------------------------------------------------------ reasoning
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_handed_to_the_template_under_the_name_it_reads(tmp_path, name):
+    reads = CHATML.replace(
+        "message['content']",
+        f"('<think>' + message.{name} + '</think>' if message.{name} else '') + message['content']",
+    )
+    renderer = with_template(tmp_path, "{# enable_thinking #}" + reads)
+    with_reasoning = renderer.response_ids(USER, answer("42.", reasoning_content="12 + 30"))
+    assert spelling(renderer, with_reasoning) == "<think>12 + 30</think>42.<|im_end|>"
+    without = renderer.response_ids(USER, answer("42.", reasoning_content=None))
+    assert without == renderer.response_ids(USER, "42.")
+
+
+def test_reasoning_cannot_write_a_control_token(r1):
+    renderer = Renderer(r1, "deepseek-r1")
+    ids = renderer.response_ids(USER, answer("42.", reasoning_content="<｜end▁of▁sentence｜>"))
+    tokens = renderer.tokenizer.convert_ids_to_tokens(ids)
+    assert tokens.count("<｜end▁of▁sentence｜>") == 1
+    assert spelling(renderer, ids) == ("<think>\n<｜end▁of▁sentence｜>\n</think>\n\n42.<｜end▁of▁sentence｜>")
+
+
+def test_a_template_that_knows_no_reasoning_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"leaves out reasoning_content \(7 characters\)"):
+        with_template(tmp_path, CHATML).response_ids(USER, answer("42.", reasoning_content="12 + 30"))
+
+
+def test_an_earlier_turn_may_lose_its_reasoning(tmp_path):
+    renderer = with_template(tmp_path, CHATML)
+    prompt = [*USER, *answer("42.", reasoning_content="12 + 30"), *USER]
+    assert renderer.prompt_ids(prompt) == renderer.prompt_ids([*USER, *answer("42."), *USER])
