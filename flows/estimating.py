@@ -38,13 +38,17 @@ class Workload:
     parameters: float | None
 
 
+def _length(message: dict[str, Any]) -> int:
+    return len(message["content"]) + len(message.get("reasoning_content") or "")
+
+
 def workload(config: SeraConfig, data: StepRecord, store: Store) -> Workload:
     """Sizes from the data step's record, and its texts."""
     table = pq.read_table(
         Artifact(store, data.ref).path("train.parquet"), columns=["prompt", "chosen", "rejected"]
     ).to_pylist()
-    prompt = [sum(len(m["content"]) for m in row["prompt"]) for row in table]
-    answer = [sum(len(m["content"]) for m in row["chosen"] + row["rejected"]) / 2 for row in table]
+    prompt = [sum(map(_length, row["prompt"])) for row in table]
+    answer = [sum(map(_length, row["chosen"] + row["rejected"])) / 2 for row in table]
     train, heldout, test = (data.counts.get(side, 0) for side in ("train", "heldout", "test"))
     return Workload(train, heldout, test, _tokens(prompt), _tokens(answer), parameters_of(config))
 

@@ -1,6 +1,5 @@
 """Opening a run: what its sources hold, is its name free, is it finished, waiting or open. No Prefect."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +15,12 @@ from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.runs import RunStore, now
 from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import Store, create_json, open_store
+from sera_core.chat_templates import default_template
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 from sera_core.model_sources import resolve_source
 from sera_core.model_sources import source_digest as model_digest
+from sera_core.policies import read_settings
 from sera_core.sources import source_digest
 
 Digests = dict[str, Any]
@@ -70,14 +71,15 @@ def check_template(config: SeraConfig) -> None:
     """A model folder must know how to render a conversation, or be told.
 
     Raises:
-        InputError: the folder has no chat template and model.chat_template gives none.
+        InputError: the folder has no chat template, or several and no default one, and model.chat_template
+            gives none.
     """
     source = resolve_source(config.model.source, config.model.revision)
     if config.model.chat_template is not None or source.kind != "folder":
         return
     folder = Path(source.location)
-    settings = folder / "tokenizer_config.json"
-    inline = settings.is_file() and "chat_template" in json.loads(settings.read_text())
+    held = read_settings(folder / "tokenizer_config.json").get("chat_template")
+    inline = default_template(config.model.source, held) is not None
     if not inline and not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
         raise InputError(
             f"model {config.model.source}: has no chat template, so pairs cannot be rendered; "

@@ -32,7 +32,8 @@ class ModelConfig(Part):
     revision: str | None = None
     """Commit or tag of a hub model; the commit it resolves to is recorded."""
     chat_template: str | None = None
-    """Chat template for a model that has none: `chatml`, a Jinja file, or Jinja text."""
+    """Chat template in place of the model's own: `chatml`, `deepseek-r1` (for DeepSeek-R1 and its distills,
+    whose own templates cut the reasoning out of answers), a Jinja file, or Jinja text."""
     dtype: Dtype = "float32"
     """Arithmetic of scoring and training, the same for policy and reference. bfloat16 halves the memory and
     is fast where the hardware has it, but rounds small movements away (about half a nat of noise a

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from sera_core.artifacts.canonical import files_digest, sha256_file
 from sera_core.artifacts.manifest import PICKLES
+from sera_core.chat_templates import default_template
 from sera_core.errors import InputError
 from sera_core.policies import (
     ADAPTER_FILES,
@@ -314,7 +315,7 @@ def _copy_policy(origin: Path, folder: Path, text: str) -> None:
     template = tokenizer_config.pop("chat_template", None)
     if tokenizer_config:
         write_settings(folder / "tokenizer_config.json", _without_paths(tokenizer_config))
-    template = _default_template(template)
+    template = default_template(text, template)
     if template is not None and not (folder / "chat_template.jinja").exists():
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
 
@@ -332,13 +333,6 @@ def _refuse_unusable(text: str, config: dict[str, Any], tokenizer_config: dict[s
             f"model source {text!r} is quantised ({method}) and cannot be trained: give the unquantised "
             "model."
         )
-
-
-def _default_template(template: str | list[dict[str, str]] | None) -> str | None:
-    """The template that is used when none is named; older tokenizer configs hold a list of named ones."""
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
 
 
 def _generation_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from sera_core.preferences import Message, Pair, Prompt
 from sera_core.sources import Row
 
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _TOOLS = ("tools", "tool_calls", "function_call", "tool_call_id", "functions")
 KINDS = {
     "empty_answer": "an answer without text",
@@ -212,7 +213,23 @@ def _message(where: str, name: str, message: Any) -> Message:
     if message["role"] not in ("system", "user", "assistant"):
         what = "tool calls are not supported" if message["role"] in ("tool", "function") else "unknown role"
         raise InputError(f"{where}: {name} has role {message['role']!r}: {what}; remove the row")
-    return {"role": message["role"], "content": _content(where, name, message["content"])}
+    content = _content(where, name, message["content"])
+    return {"role": message["role"], "content": content} | _reasoning(where, name, message)
+
+
+def _reasoning(where: str, name: str, message: dict[str, Any]) -> Message:
+    """The reasoning that a message has apart from its content, under the first name of `_REASONING`."""
+    held = {key: message[key] for key in _REASONING if message.get(key)}
+    texts = {_content(where, f"{key} of {name}", value) for key, value in held.items()}
+    if len(texts) > 1:
+        raise InputError(f"{where}: {name} has {' and '.join(held)}, which differ; leave one of them out")
+    text = "".join(texts)
+    if text.strip() and message["role"] != "assistant":
+        raise InputError(
+            f"{where}: {name} (from {message['role']}) has {next(iter(held))}, which only an assistant has; "
+            "remove it"
+        )
+    return {_REASONING[0]: text} if text.strip() else {}
 
 
 def _content(where: str, name: str, content: Any) -> str:

@@ -16,11 +16,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sera_core.chat_templates import (
+    Message,
+    default_template,
+    lost_of_answer,
+    lost_of_prompt,
+    reasoning_name,
+    remedy,
+    template_text,
+    with_fixed_date,
+)
 from sera_core.errors import InputError
 from sera_core.policies import TOKENIZER_FILES, read_settings
 
@@ -29,21 +39,6 @@ if TYPE_CHECKING:
 
 RENDERING_VERSION = 1
 
-Message = Mapping[str, str]
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# Llama 3's templates ask for the date; theirs when none is given is this one.
-_FIXED_DATE = (
-    "{% macro strftime_now(format) %}"
-    "{{ {'%Y-%m-%d': '2024-07-26', '%d %B %Y': '26 July 2024', '%B %d, %Y': 'July 26, 2024', '%Y': '2024'}"
-    ".get(format, '26 Jul 2024') }}"
-    "{% endmacro %}"
-)
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 
@@ -74,20 +69,6 @@ def renderer_hash(folder: Path | str, template: str | None = None) -> str:
     chosen = None if template is None else template_text(template)
     parts = {"version": RENDERING_VERSION, "files": files, "template": chosen}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def template_text(template: str) -> str:
-    """The Jinja text that a template setting means: the word `chatml`, a path, or the text itself."""
-    if template == "chatml":
-        return CHATML
-    if "{{" in template or "{%" in template:
-        return template
-    path = Path(template).expanduser()
-    if not path.is_file():
-        raise InputError(
-            f'chat template {template!r} is neither "chatml", nor a file, nor Jinja text: correct the path.'
-        )
-    return path.read_text(encoding="utf-8")
 
 
 def plain_messages(
@@ -130,17 +111,22 @@ class Renderer:
         """The Jinja text that is rendered.
 
         Raises:
-            InputError: the folder has none and none is given.
+            InputError: the folder has none and none is given, or several and none of them is the default.
         """
-        own = self.tokenizer.chat_template
-        text = own if self._template_setting is None else template_text(self._template_setting)
-        if not isinstance(text, str):
+        if self._template_setting is not None:
+            return with_fixed_date(template_text(self._template_setting))
+        text = default_template(self.folder, self.tokenizer.chat_template)
+        if text is None:
             raise InputError(
                 f"model folder {self.folder} has no chat template, so conversations cannot be rendered: set "
                 'model.chat_template to "chatml" (if the tokenizer has its tokens), to a Jinja file, or to '
                 "Jinja text."
             )
-        return _FIXED_DATE + text if "strftime_now" in text else text
+        return with_fixed_date(text)
+
+    @cached_property
+    def _reasoning_name(self) -> str:
+        return reasoning_name(self.template)
 
     @cached_property
     def end_of_turn_id(self) -> int:
@@ -212,7 +198,7 @@ class Renderer:
         """Ids of a conversation with the generation prompt behind it.
 
         Raises:
-            InputError: the template refuses the conversation.
+            InputError: the template refuses the conversation, or leaves the text of a message out.
         """
         return self._encode(self._prompt(messages))
 
@@ -227,12 +213,13 @@ class Renderer:
             The ids; none if the answer has no text.
 
         Raises:
-            InputError: the template does not put the answer behind the prompt, or does not close its turn.
+            InputError: the template does not put the answer behind the prompt, loses some of its text, or
+                does not close its turn.
         """
-        text = _answer_text(answer)
-        if not text.strip():
+        message = _answer_message(answer)
+        if not message["content"].strip():
             return []
-        prompt, response = self._response(messages, text)
+        prompt, response = self._response(messages, message)
         ids = self._encode(response)
         if self._marks_starts:
             ids = self._encode_in_place(prompt, response, ids)
@@ -249,7 +236,8 @@ class Renderer:
         for row in rows:
             rendered.append(self._prompt(row["prompt"]))
             rendered += [
-                self._response(row["prompt"], _answer_text(row[name]))[1] for name in ("chosen", "rejected")
+                self._response(row["prompt"], _answer_message(row[name]))[1]
+                for name in ("chosen", "rejected")
             ]
         ids = self._encode_many(rendered)
         prompts = ids[0::3]
@@ -257,7 +245,7 @@ class Renderer:
         for offset, name in ((1, "chosen"), (2, "rejected")):
             sides[name] = [
                 self.response_ids(row["prompt"], row[name])
-                if self._marks_starts or not _answer_text(row[name]).strip()
+                if self._marks_starts or not _answer_message(row[name])["content"].strip()
                 else self._turn(response)
                 for row, response in zip(rows, ids[offset::3], strict=True)
             ]
@@ -278,43 +266,54 @@ class Renderer:
     def _prompt(self, messages: Sequence[Message]) -> _Rendered:
         messages = list(messages)
         if self._last_prompt is None or self._last_prompt[0] != messages:
-            self._last_prompt = (messages, self._render(messages, True))
+            rendered = self._render(messages, True)
+            self._refuse_loss(lost_of_prompt(messages, rendered.text))
+            self._last_prompt = (messages, rendered)
         return self._last_prompt[1]
 
-    def _response(self, messages: Sequence[Message], answer: str) -> tuple[_Rendered, _Rendered]:
-        """The prompt and what the template writes behind it for this answer."""
+    def _response(self, messages: Sequence[Message], answer: Message) -> tuple[_Rendered, _Rendered]:
+        """The prompt and what the template writes behind it for this answer, which may have no text."""
         prompt = self._prompt(messages)
-        whole = self._render([*messages, {"role": "assistant", "content": answer}], False)
+        whole = self._render([*messages, answer], False)
         if not whole.text.startswith(prompt.text):
             raise InputError(
                 f"the chat template of {self.folder} writes a conversation with its answer differently from "
                 f"the prompt alone (it departs at character {_shared(whole.text, prompt.text)} of "
-                f"{len(prompt.text)}): set model.chat_template to one that does not."
+                f"{len(prompt.text)}): {remedy(self.template)}"
             )
-        return prompt, whole.after(len(prompt.text))
+        response = whole.after(len(prompt.text))
+        self._refuse_loss(lost_of_answer(answer, prompt.text, response.text))
+        return prompt, response
+
+    def _refuse_loss(self, lost: str | None) -> None:
+        if lost is not None:
+            raise InputError(
+                f"the chat template of {self.folder} leaves out {lost}, so another text than that of the "
+                f"data would be learned and scored: {remedy(self.template)}"
+            )
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> _Rendered:
         """The template's text, and where special tokens' spellings in it come from the contents."""
-        from jinja2 import TemplateError
-
-        contents = [message["content"] for message in messages]
-        mark = self._mark(contents)
-        chat = [
-            {"role": message["role"], "content": content if mark is None else self._marked(content, mark)}
-            for message, content in zip(messages, contents, strict=True)
-        ]
+        mark = self._mark([text for message in messages for text in _texts(message)])
+        chat = [self._as_read(message, mark) for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 chat, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except Exception as error:  # a template can raise whatever an expression in it raises
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
                 f"the chat template of {self.folder} refuses a conversation of the roles {roles}: {error}. "
-                "Drop or "
-                "rewrite the row, or set model.chat_template."
+                "Drop or rewrite the row, or set model.chat_template."
             ) from error
         return _Rendered(str(text)) if mark is None else _unmark(str(text), mark)
+
+    def _as_read(self, message: Message, mark: str | None) -> dict[str, str]:
+        """A message under the names that the template reads, special tokens' spellings between marks."""
+        names = {"content": "content", "reasoning_content": self._reasoning_name}
+        texts = {to: message[name] for name, to in names.items() if message.get(name) is not None}
+        marked = texts if mark is None else {to: self._marked(text, mark) for to, text in texts.items()}
+        return {"role": message["role"], **marked}
 
     def _mark(self, contents: Sequence[str]) -> str | None:
         """A character that occurs nowhere else, if any content spells a special token."""
@@ -382,15 +381,21 @@ def _unmark(text: str, mark: str) -> _Rendered:
     return _Rendered("".join(pieces), tuple(spans))
 
 
-def _answer_text(answer: str | Sequence[Message]) -> str:
+def _texts(message: Message) -> Iterator[str]:
+    """The texts of a message: its content, and its reasoning if it has any."""
+    yield message["content"]
+    yield message.get("reasoning_content") or ""
+
+
+def _answer_message(answer: str | Sequence[Message]) -> Message:
     if isinstance(answer, str):
-        return answer
+        return {"role": "assistant", "content": answer}
     if len(answer) != 1 or answer[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in answer) or "no message"
         raise InputError(
             f"an answer must be one assistant message, but here it is {roles}: split the conversation first."
         )
-    return answer[0]["content"]
+    return answer[0]
 
 
 def _shared(left: str, right: str) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed, pair_id
@@ -213,7 +214,7 @@ def _write_pairs(
     sources = _Sources(attempt, samples)
     last, seen = -1, set[str]()
     with (
-        Writer(attempt.write("pairs.parquet"), schema.PAIRS) as pairs,
+        Writer(attempt.write("pairs.parquet"), sources.schema) as pairs,
         Writer(attempt.write("pair_samples.parquet"), schema.PAIR_SAMPLES) as numbered,
     ):
         for start in range(0, chosen.size, PAIRS_AT_ONCE):
@@ -241,6 +242,7 @@ class _Sources:
     def __init__(self, attempt: Attempt, samples: _Samples) -> None:
         self._round = attempt.fields["round"]
         path = attempt.input("rendered").path("prompts.parquet")
+        self.schema = schema.as_held(schema.PAIRS, pq.read_schema(path))
         self._lookup = Lookup(strings(path, schema.PROMPTS, "prompt_id"))
         self._prompts = Rows(path, ["prompt_id", "prompt", "prompt_ids"])
         self._responses = Rows(samples.path, ["prompt_id", "sample", "response", "response_ids"])

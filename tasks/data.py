@@ -281,13 +281,20 @@ def _texts(row: Row) -> list[Message]:
 def _with_ids(renderer: "Renderer", rows: Sequence[Row]) -> list[Row]:
     """Pairs or prompts with their token ids, of whatever length."""
     if "pair_id" not in rows[0]:
-        return [row | {"prompt_ids": renderer.prompt_ids(row["prompt"])} for row in rows]
+        return [_with_prompt_ids(renderer, row) for row in rows]
     try:
         rendered = zip(*renderer.render_pairs(rows), strict=True)
     except InputError:
         _name_the_pair(renderer, rows)
         raise
     return [row | dict(zip(IDS, ids, strict=True)) for row, ids in zip(rows, rendered, strict=True)]
+
+
+def _with_prompt_ids(renderer: "Renderer", row: Row) -> Row:
+    try:
+        return row | {"prompt_ids": renderer.prompt_ids(row["prompt"])}
+    except InputError as error:
+        raise InputError(f"prompt {row['prompt_id']}: {error}") from error
 
 
 def _name_the_pair(renderer: "Renderer", rows: Sequence[Row]) -> None:

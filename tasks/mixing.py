@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
@@ -117,6 +118,11 @@ class _Side:
                 "selection kept; delete that step and run again"
             )
 
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of the pairs' file as it holds them."""
+        return pq.read_schema(self._pairs_path())
+
     def _pairs_path(self) -> Path:
         if self._origin == "human":
             return self._attempt.input("rendered").path("train.parquet")
@@ -146,7 +152,7 @@ class _References:
             pa.array(self._values[side, places], mask=~self._known[side, places])
             for side in ((1, 0) if turn else (0, 1))
         ]
-        return pa.Table.from_arrays(columns, schema=schema.MIXTURE)
+        return pa.Table.from_arrays(columns, schema=schema.as_held(schema.MIXTURE, pairs.schema))
 
     def _read_logps(self, path: Path) -> None:
         """Of a file whose rows are the chosen and the rejected response of each pair in turn."""
@@ -200,11 +206,12 @@ def _write_mixture(attempt: Attempt, taken: dict[_Side, np.ndarray], total: int)
     order = training_order(ids, derived_seed(attempt.fields["seed"], attempt.fields["round"], "order"))
     places = np.empty(total, dtype=np.int64)
     places[order] = np.arange(total)
+    held = schema.as_held(schema.MIXTURE, *(side.schema for side, chosen in taken.items() if chosen.size))
     with (
         tempfile.TemporaryDirectory(prefix="sera-mix-") as scratch,
-        Writer(attempt.write("mixture.parquet"), schema.MIXTURE) as out,
+        Writer(attempt.write("mixture.parquet"), held) as out,
     ):
-        scatter, first = Scatter(Path(scratch), schema.MIXTURE, total), 0
+        scatter, first = Scatter(Path(scratch), held, total), 0
         for side, chosen in taken.items():
             for found, table in side.pairs(chosen):
                 scatter.add(places[first + found], table)

@@ -1,13 +1,12 @@
 """Bring the start policy into the store as a plain folder."""
 
-import json
 from pathlib import Path
 
 from sera_core.artifacts.step import Attempt
+from sera_core.chat_templates import template_text
 from sera_core.errors import InputError
 from sera_core.model_sources import materialise, resolve_source, source_digest
-from sera_core.policies import load_policy
-from sera_core.rendering import template_text
+from sera_core.policies import load_policy, read_settings, write_settings
 
 
 def import_model(attempt: Attempt) -> list[str]:
@@ -31,8 +30,8 @@ def import_model(attempt: Attempt) -> list[str]:
 
 
 def _set_template(folder: Path, template: str) -> None:
-    (folder / "chat_template.jinja").write_text(template_text(template))
+    (folder / "chat_template.jinja").write_text(template_text(template), encoding="utf-8", newline="")
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
+    config = read_settings(path)
     config.pop("chat_template", None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_settings(path, config)

@@ -164,7 +164,7 @@ def _add_model_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--chat-template",
         metavar="T",
-        help="chatml, a Jinja file or Jinja text, for a policy that has no template",
+        help="chatml, deepseek-r1, a Jinja file or Jinja text, in place of the policy's own template",
     )
     sub.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic (default: float32)"

@@ -270,11 +270,22 @@ def _token_ids(renderer: "Renderer", given: Sequence[GivenPair]) -> list[PairIds
 
 
 def text_ids(renderer: "Renderer", given: Sequence[GivenPair]) -> list[PairIds]:
-    """Token ids of the pairs' texts: prompt, chosen, rejected."""
+    """Token ids of the pairs' texts: prompt, chosen, rejected.
+
+    Raises:
+        InputError: the chat template does not write a pair; the message names its row.
+    """
     rows = [{name: getattr(g.pair, name) for name in ("prompt", "chosen", "rejected")} for g in given]
     ids: list[PairIds] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        columns = renderer.render_pairs(rows[start : start + ROWS_AT_ONCE])
+        some = rows[start : start + ROWS_AT_ONCE]
+        try:
+            columns = renderer.render_pairs(some)
+        except InputError:
+            for row, g in zip(some, given[start:], strict=False):
+                with _of_row(g.pair.where):
+                    renderer.render_pairs([row])
+            raise
         ids += [(_packed(x), _packed(w), _packed(z)) for x, w, z in zip(*columns, strict=True)]
     return ids
 
@@ -288,6 +299,16 @@ def tell_special_tokens(renderer: "Renderer", conversations: Iterable[Sequence[M
 
 def _packed(ids: Sequence[int]) -> Ids:
     return array("i", ids)
+
+
+@contextmanager
+def _of_row(where: str) -> Iterator[None]:
+    """Name the row that the chat template does not write, and the flag that sets another template."""
+    try:
+        yield
+    except InputError as error:
+        flag = " Here that is --chat-template." if "model.chat_template" in str(error) else ""
+        raise InputError(f"{where}: {error}{flag}") from error
 
 
 def _unfit(prompt: Ids, chosen: Ids, rejected: Ids, fitted: RenderedPair, limits: Limits) -> str | None:
@@ -326,8 +347,10 @@ def render_prompts(
     Raises:
         InputError: the policy has no chat template, or no prompt is left.
     """
-    with refusing("--prompts"):
-        rendered = [(prompt, _packed(renderer.prompt_ids(prompt.prompt))) for prompt in prompts]
+    rendered = []
+    for prompt in prompts:
+        with refusing("--prompts"), _of_row(prompt.where):
+            rendered.append((prompt, _packed(renderer.prompt_ids(prompt.prompt))))
     tell_special_tokens(renderer, [prompt.prompt for prompt in prompts])
     fits = [len(ids) <= limits.prompt and limits.room(len(ids)) == limits.response for _, ids in rendered]
     kept = [pair for pair, fit in zip(rendered, fits, strict=True) if fit]

@@ -46,11 +46,12 @@ def files_digest(files: Mapping[str, str]) -> str:
 
 
 def _messages(messages: Messages) -> list[dict[str, str]]:
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    names = ("role", "content", "reasoning_content")
+    return [{name: m[name] for name in names if name != "reasoning_content" or m.get(name)} for m in messages]
 
 
 def prompt_id(prompt: Messages) -> str:
-    """First 16 hex digits of the sha256 of the prompt's canonical JSON (role and content only)."""
+    """First 16 hex digits of the sha256 of the prompt's canonical JSON (role, content, reasoning)."""
     return sha256_json(_messages(prompt))[:16]
 
 

@@ -7,7 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_MESSAGE = [("role", pa.string()), ("content", pa.string())]
+MESSAGES = pa.list_(pa.struct(_MESSAGE))
+REASONED = pa.list_(pa.struct([*_MESSAGE, ("reasoning_content", pa.string())]))
+"""What MESSAGES is in a file in which any message has reasoning apart from its content; null where none."""
 IDS = pa.list_(pa.int32())
 NATS = pa.float64()
 ROW_GROUP = 1024
@@ -96,8 +99,30 @@ def table(schema: pa.Schema, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
 
 
 def from_rows(schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """A table from dictionaries; absent values become null."""
+    """A table from dictionaries; absent values become null.
+
+    Messages are MESSAGES unless one of them has reasoning, so that files without any stay as they were.
+    """
+    names = [field.name for field in schema if field.type == MESSAGES]
+    messages = (message for row in rows for name in names for message in row.get(name) or ())
+    if any(message.get("reasoning_content") for message in messages):
+        schema = reasoned(schema)
     return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+
+
+def reasoned(schema: pa.Schema) -> pa.Schema:
+    """The same columns with messages as REASONED."""
+    return pa.schema([pa.field(f.name, REASONED if f.type == MESSAGES else f.type) for f in schema])
+
+
+def as_held(schema: pa.Schema, *held: pa.Schema) -> pa.Schema:
+    """The schema, with messages as REASONED if they are that in any of the schemas `held`."""
+    return reasoned(schema) if any(_has_reasoning(field.type) for one in held for field in one) else schema
+
+
+def _has_reasoning(kind: pa.DataType) -> bool:
+    messages = pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)
+    return messages and kind.value_type.get_field_index("reasoning_content") >= 0
 
 
 def write_table(data: pa.Table, path: Path) -> None:
@@ -113,7 +138,7 @@ def write_table(data: pa.Table, path: Path) -> None:
 def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     """Read parquet; with a schema, the columns must be exactly that schema's."""
     data = pq.read_table(path)
-    return data if schema is None else data.select(schema.names).cast(schema)
+    return data if schema is None else data.select(schema.names).cast(as_held(schema, data.schema))
 
 
 def iter_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sera_core.artifacts.schema import ROW_GROUP
+from sera_core.artifacts.schema import ROW_GROUP, as_held
 
 _GROUPS_HELD = 2
 _MAX_BLOCKS = 64
@@ -24,6 +24,7 @@ def row_groups(path: Path, schema: pa.Schema, columns: Sequence[str] | None = No
     """The file's row groups in order, as tables of the schema's columns (or of the named ones)."""
     wanted = pa.schema([schema.field(name) for name in columns or schema.names])
     with pq.ParquetFile(path) as file:
+        wanted = as_held(wanted, file.schema_arrow)
         for group in range(file.num_row_groups):
             yield (
                 file.read_row_group(group, columns=wanted.names, use_threads=False)
@@ -123,7 +124,7 @@ class Writer:
     def write(self, table: pa.Table) -> None:
         """Take a table's rows; whole row groups go to the file."""
         self.rows += table.num_rows
-        waiting = pa.concat_tables([self._waiting, table]).combine_chunks()
+        waiting = pa.concat_tables([self._waiting, table.cast(self._schema)]).combine_chunks()
         whole = waiting.num_rows // ROW_GROUP * ROW_GROUP
         if whole:
             self._file.write_table(waiting.slice(0, whole), row_group_size=ROW_GROUP)

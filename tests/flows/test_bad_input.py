@@ -131,6 +131,15 @@ def test_a_model_without_a_chat_template_is_refused_for_conversations(capsys, fo
     assert "chat template" in said and "model.chat_template" in said
 
 
+def test_named_templates_without_a_default_are_refused_before_anything_is_written(capsys, folder):
+    model = tiny.tiny_policy(folder / "named", template=None)
+    file = model / "tokenizer_config.json"
+    held = '"chat_template": [{"name": "rag", "template": "x"}], '
+    file.write_text("{" + held + file.read_text().lstrip().removeprefix("{"))
+    said = refused(capsys, folder, "--set", f"model.source={model}")
+    assert "(rag)" in said and "model.chat_template" in said
+
+
 def test_a_model_folder_that_is_none_is_refused(capsys, folder):
     (folder / "empty").mkdir()
     assert "config.json" in refused(capsys, folder, "--set", f"model.source={folder / 'empty'}")

@@ -242,3 +242,42 @@ def test_no_pair_is_lost_and_the_order_of_rows_decides_nothing(pairs, random):
     assert len({p.pair_id for p in kept}) == len(kept)
     shuffled = random.sample(pairs, len(pairs))
     assert drop_degenerate("train", shuffled)[0] == kept
+
+
+# ------------------------------------------------------------------------------------------------- reasoning
+
+
+def reasoned(reasoning, name="reasoning_content", role="assistant"):
+    return {"role": role, "content": "42", name: reasoning}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_an_answers_reasoning_is_kept_and_part_of_the_pair(name):
+    found = pair(prompt=[USER], chosen=[reasoned("a", name)], rejected=[reasoned("b")])
+    assert found.chosen == [{"role": "assistant", "content": "42", "reasoning_content": "a"}]
+    assert drop_degenerate("train", [found])[0] == [found]
+    without = pair(prompt=[USER], chosen=[reasoned(None, name)], rejected=[reasoned("b")])
+    assert without.chosen == [{"role": "assistant", "content": "42"}]
+    assert without.pair_id != found.pair_id and without.prompt_id == found.prompt_id
+
+
+def test_reasoning_in_an_earlier_turn_is_part_of_the_prompt():
+    prompts = [parse_prompt(Row("", {"prompt": [USER, reasoned(text), USER]})) for text in ("a", "b")]
+    assert prompts[0].prompt_id != prompts[1].prompt_id
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (reasoned("a") | {"thinking": "b"}, "reasoning_content and thinking, which differ"),
+        (reasoned(["a"]), "content of reasoning_content of chosen message 1 is not text"),
+    ],
+)
+def test_reasoning_that_cannot_be_read_is_refused(message, said):
+    with pytest.raises(InputError, match=said):
+        pair(prompt=[USER], chosen=[message], rejected=[BAD])
+
+
+def test_reasoning_of_another_role_is_refused():
+    with pytest.raises(InputError, match=r"from user.*only an assistant"):
+        parse_prompt(Row("line 1", {"prompt": [reasoned("a", role="user")]}))

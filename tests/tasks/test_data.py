@@ -16,7 +16,7 @@ from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import LocalStore
 from sera_core.config import ExecutionConfig, SeraConfig
 from sera_core.errors import InputError
-from sera_core.parsing import parse_pair
+from sera_core.parsing import parse_pair, parse_prompt
 from sera_core.sources import Row, source_digest
 from sera_core.splitting import group_key
 from tasks.data import load_pairs, render_pairs
@@ -383,3 +383,18 @@ def test_a_conversation_that_the_template_refuses_is_named(lab):
     named = parse_pair(Row("", pair)).pair_id
     with pytest.raises(InputError, match=rf"pair {named}: .* refuses .* no system role"):
         lab.render({"heldout_fraction": 0.0}, train=[*rows("a", "c"), pair])
+
+
+def test_a_pair_whose_answer_the_template_cuts_is_refused_by_its_id(lab):
+    lab.template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    given_rows = [*rows("a", "b"), *rows("c", chosen="<think>hm</think>yes")]
+    pair = parse_pair(Row("", given_rows[-1]))
+    with pytest.raises(InputError, match=rf"pair {pair.pair_id}: .*reasoning.*model\.chat_template"):
+        lab.render({"heldout_fraction": 0.0}, train=given_rows)
+
+
+def test_a_prompt_that_the_template_does_not_write_is_refused_by_its_id(lab):
+    lab.template = CHATML.replace("message['content']", "message['content'][:60]")
+    prompt = parse_prompt(Row("", {"prompt": "y" * 61}))
+    with pytest.raises(InputError, match=rf"prompt {prompt.prompt_id}: .*message 1 \(role user"):
+        lab.render({"heldout_fraction": 0.0}, train=rows("a", "b"), prompts=[{"prompt": "y" * 61}])
