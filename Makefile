@@ -9,7 +9,7 @@ ALONE := recovery or faults
 APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 
-.PHONY: demo quick up deploy test system fast check recovery faults bench reference clean
+.PHONY: demo quick up deploy test system fast check recovery faults bench golden reference clean
 
 demo: .venv/core            ## the main job: three rounds on a real model and real preferences (about ten minutes)
 	$(BIN)/sera demo
@@ -52,6 +52,9 @@ bench: .venv/dev            ## speed, each figure beside a peer's in the same ru
 	$(BIN)/python -m tests.benchmarks.scoring
 	$(BIN)/python -m tests.benchmarks.orchestration
 	$(BIN)/python -m tests.benchmarks.store
+
+golden: .venv/dev           ## renew the table of what every step writes (after a step's version was raised)
+	PYTHONPATH=tests $(BIN)/python -m golden.table
 
 reference: .venv/core       ## renew the README's table of settings from the configuration
 	$(BIN)/python -m sera_core.reference README.md
