@@ -1,8 +1,8 @@
 """What every step writes on a small fixed input, by version: `steps.json`, renewed by `make golden`.
 
-A run of two reviewed rounds in which a policy's log-probabilities and samples are drawn from hashes, so that the
-figures are the same on every processor; training is the real one, compared to a part in a thousand. A step that
-writes something else from the same inputs under the same version is what the table is there to find: a store
+A run of two reviewed rounds in which a policy's log-probabilities and samples are drawn from hashes, so
+that the figures are the same on every processor; training is real, and compared to a part in a thousand. A
+step that writes something else from the same inputs under the same version is what the table is there to find: a store
 would hold old and new results under one key.
 """
 
@@ -245,7 +245,7 @@ def renew() -> int:
     kept = json.loads(FILE.read_text()) if FILE.exists() else now
     problems = [problem for problem in changed(kept, now) if "raise" in problem]
     if problems:
-        print("\n".join(problems))
+        sys.stderr.write("\n".join(problems) + "\n")
         return 1
     FILE.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
     return 0
