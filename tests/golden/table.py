@@ -2,8 +2,8 @@
 
 A run of two reviewed rounds in which a policy's log-probabilities and samples are drawn from hashes, so
 that the figures are the same on every processor; training is real, and compared to a part in a thousand. A
-step that writes something else from the same inputs under the same version is what the table is there to find: a store
-would hold old and new results under one key.
+step that writes something else from the same inputs under the same version is what the table is there to
+find: a store would hold old and new results under one key.
 """
 
 import hashlib
