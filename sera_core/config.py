@@ -261,7 +261,7 @@ class DecideConfig(Part):
     max_ks: Fraction = 0.1
     """Largest shift of the margin distribution (KS distance) to have converged."""
     min_pairs: Positive = 30
-    """Held-out pairs below which no verdict is given."""
+    """Held-out pairs below which no verdict is given; pairs of one prompt count as one."""
     on_alarm: Literal["record", "hold"] = "record"
     """What a raised amplification alarm does."""
     review: Literal["never", "always", "alarm"] = "never"

@@ -25,7 +25,7 @@ VERSIONS = {
     "train": 2,
     "evaluate": 2,
     "test": 2,
-    "decide": 2,
+    "decide": 3,
     "report": 2,
 }
 PARITY_NATS = {"float32": 0.01, "bfloat16": 4.0}

@@ -102,10 +102,13 @@ def _verdict(attempt: Attempt, signals: Signals) -> Verdict:
     found = verdict(
         signals, min_effect=fields["min_effect"], min_overlap=fields["min_overlap"], max_ks=fields["max_ks"]
     )
-    pairs = signals.accuracy.n
+    pairs = signals.accuracy.independent
     if pairs >= fields["min_pairs"]:
         return found
-    reason = f"{pairs} held-out pairs, fewer than decide.min_pairs = {fields['min_pairs']}: too few to tell"
+    reason = (
+        f"held-out pairs of {pairs} prompts, fewer than decide.min_pairs = {fields['min_pairs']}: too few to "
+        "tell"
+    )
     return Verdict(False, "not_enough_evidence", reason, found.evidence)
 
 
