@@ -17,24 +17,11 @@ from sera_core.devices import device_of
 from sera_core.errors import InputError, SeraError
 from sera_core.policies import load_policy, load_tokenizer, save_policy, weights_digest
 from tasks.engines.library_logs import is_heard
+from tasks.engines.start_check import Probe, StartCheck, StartDiffersError
 from tasks.engines.tracking import PROJECT, ended, refuse_missing, report_to, trackers
 from tasks.engines.training_data import Mixture, training_order
 
 LOG = logging.getLogger("sera.train")
-MARGIN_BOUND = 1e-3
-"""In bfloat16, the least bound of a margin at step 0, in nats."""
-TOKEN_BOUND = 1e-5
-"""In float32 the least bound, in nats a response token of the longest pair of the first batch."""
-PROBE_PAIRS = 8
-"""Pairs (the longest of the first batch) that scorer and trainer are compared on."""
-
-
-class StartDiffersError(SeraError):
-    """Policy and reference differ at step 0 where they are the same; `margin` in nats."""
-
-    def __init__(self, message: str, margin: float) -> None:
-        super().__init__(message)
-        self.margin = margin
 
 
 def train_policy(attempt: Attempt) -> list[str]:
@@ -79,7 +66,6 @@ class TrainingRun:
     def __init__(self, attempt: Attempt, first_margin: float | None = None) -> None:
         """`first_margin`: the margin at step 0, in nats, for which an earlier computation was refused."""
         fields = attempt.fields
-        self.first_margin = first_margin
         self.attempt, self.train = attempt, TrainConfig.model_validate(fields["train"])
         self.bf16 = fields["dtype"] == "bfloat16"
         self.needs_reference = set(self.train.losses) != {"simpo"}
@@ -93,7 +79,8 @@ class TrainingRun:
         self.device = device_of(attempt.execution.device)
         self.lines: list[dict[str, Any]] = []
         self.step0: dict[str, float] = {}
-        self.probe: dict[int, tuple[float, float]] = {}
+        self.start_check = StartCheck(self.mixture, self.rows_of(0), self.train.beta, self.bf16, first_margin)
+        self.probe: Probe = {}
         self.trainable = 0
 
     @property
@@ -282,60 +269,16 @@ class TrainingRun:
             self._check_start(pairs)
 
     def _check_start(self, pairs: list[dict[str, Any]]) -> None:
-        """Where policy and reference are the same weights, a margin is noise of the arithmetic."""
-        margins = [pair["chosen_score"] - pair["rejected_score"] for pair in pairs]
-        worst = max(range(len(pairs)), key=lambda index: abs(margins[index]))
-        self.step0 = {
-            "step0/rewards/margins": self.train.beta * sum(margins) / len(margins),
-            "step0/largest_margin": abs(margins[worst]),
-        }
-        if not self.must_start_at_zero:
-            return
-        self.step0["step0/probe"] = self._probe_difference(pairs)
-        bound = max(self._least_bound(), 4 * self.step0["step0/probe"])
-        self.step0["step0/bound"] = bound
-        if abs(margins[worst]) > bound:
-            first = "" if self.first_margin is None else f", and {self.first_margin:.4g} when first computed"
-            raise StartDiffersError(
-                f"pair {self.pair_id(pairs[worst])}: margin {margins[worst]:.4g} nats at step 0{first}, "
-                f"where start policy and reference are the same (at most {bound:.2g}; scorer and trainer "
-                f"differ by {self.step0['step0/probe']:.2g}): the reference log-probabilities "
-                "in the mixture are of another policy, dtype or text; score the reference again",
-                margins[worst],
-            )
+        self.step0 = self.start_check.margins(pairs)
+        if self.must_start_at_zero:
+            self.step0 |= self.start_check.refuse_other_reference(pairs, self.probe)
 
-    def _least_bound(self) -> float:
-        """What a margin at step 0 may be, in nats, however well scorer and trainer agree."""
-        if self.bf16:
-            return MARGIN_BOUND
-        longest = max(self.rows_of(0), key=lambda row: self.mixture.tokens[row])
-        pair = self.mixture.table.slice(longest, 1).to_pylist()[0]
-        return TOKEN_BOUND * (len(pair["chosen_ids"]) + len(pair["rejected_ids"]))
-
-    def _score_probe(self) -> dict[int, tuple[float, float]]:
-        """The scorer's log π(y|x) under the start policy of the longest pairs of the first batch."""
+    def _score_probe(self) -> Probe:
         if not self.must_start_at_zero:
             return {}
-        from sera_core.logprobs import sequence_logps
-
-        rows = sorted(self.rows_of(0), key=lambda row: -self.mixture.tokens[row])[:PROBE_PAIRS]
         base = self.attempt.input("model").folder("policy")
         policy = load_policy(self.start, self.attempt.fields["dtype"], self.device, base=base)
-        pairs = self.mixture.table.take(rows).to_pylist()
-        items = [
-            (pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")
-        ]
-        values = sequence_logps(policy, items, tokens_per_batch=self.attempt.execution.tokens_per_batch)
-        return {row: (float(values[2 * n]), float(values[2 * n + 1])) for n, row in enumerate(rows)}
-
-    def _probe_difference(self, pairs: list[dict[str, Any]]) -> float:
-        """Largest difference, in nats, between scorer and trainer on the probe's responses."""
-        trained = {pair["row"]: (pair["chosen"], pair["rejected"]) for pair in pairs}
-        return max(
-            abs(scored - computed)
-            for row, values in self.probe.items()
-            for scored, computed in zip(values, trained[row], strict=True)
-        )
+        return self.start_check.score(policy, self.attempt.execution.tokens_per_batch)
 
     def _done(self, step: int, logs: dict[str, float]) -> None:
         """After an update: a line of the log, progress, and now and then a checkpoint."""

@@ -16,6 +16,7 @@ from flows.keeping import garbage
 from flows.keeping.garbage import collect
 from flows.keeping.verifying import verify
 from sera_core.artifacts.lease import claim_path, hold, look, take
+from sera_core.artifacts.local_store import LocalStore
 from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import create_json, open_store
@@ -249,6 +250,40 @@ def test_checkpoints_and_lost_attempts_of_finished_work_go(kept_store):
         [path.read_bytes() for path in sorted(kept_store.glob("steps/sample/*/part-*.json"))] == sampled != []
     )
     assert holds(kept_store, "first") and holds(kept_store, "second")
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["in training", "once done.json stands"])
+def test_checkpoints_that_a_killed_training_left_go_when_it_is_done(tmp_path, monkeypatch, done):
+    """Killed amid the deletion of a checkpoint's files; gc leaves what the run needs, and takes the rest."""
+    execution = {"checkpoint_steps": 1, "keep_checkpoints": 1, "device": "cpu"}
+    settings = {**make_store.SMALL, "train": {"batch": 4}, "limits": {"rounds": 1}, "execution": execution}
+    tiny.tiny_policy(tmp_path / "sources" / "policy", layers=1, hidden=32)
+    config = tinyrun.config(tmp_path / "sources", **settings)
+    expected = tinyrun.policy_shas(tinyrun.work(config, tmp_path / "whole"))
+    store, remove = tmp_path / "store", LocalStore.remove
+
+    def until_killed(self, path):
+        if (
+            path.endswith("rng.safetensors")
+            and (store / path).parents[2].joinpath("done.json").exists() == done
+        ):
+            raise KeyboardInterrupt
+        remove(self, path)
+
+    monkeypatch.setattr(LocalStore, "remove", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        tinyrun.work(config, store)
+    monkeypatch.undo()
+    parts = sorted(store.glob("steps/train/*/part-*.json"))
+    assert list(store.glob("steps/train/*/*/checkpoint-*/rng.safetensors"))
+    gc(aged(store))
+    assert sorted(store.glob("steps/train/*/part-*.json")) == ([] if done else parts)
+    again = tinyrun.work(config, store)
+    assert tinyrun.policy_shas(again) == expected
+    assert holds(store, "tiny")
+    gc(aged(store))
+    assert not [*store.glob("steps/train/*/part-*"), *store.glob("steps/train/*/*/checkpoint-*/*")]
+    assert holds(store, "tiny")
 
 
 def test_a_step_that_is_being_done_is_left_alone(kept_store):

@@ -220,7 +220,7 @@ def test_a_margin_at_step_0_that_does_not_come_again_is_said_and_changes_nothing
     real, asked = TrainingRun._check_start, []
 
     def off_at_first(run: TrainingRun, pairs: list[dict[str, Any]]) -> None:
-        asked.append(run.first_margin)
+        asked.append(run.start_check.first_margin)
         shifted = [pair | {"chosen_score": pair["chosen_score"] + 0.2} for pair in pairs]
         real(run, shifted if len(asked) == 1 else pairs)
 
