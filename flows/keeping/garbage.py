@@ -6,6 +6,7 @@ from then on the step does not exist, and a run that needs it does it again. The
 Nothing younger than `older_than` is touched, by the store's own clock.
 """
 
+import errno
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from sera_core.artifacts.records import FORMAT, read_record
 from sera_core.artifacts.runs import RunStore, list_runs
 from sera_core.artifacts.store import Store, create_json
 from sera_core.artifacts.upkeep import Stored, Upload, upkeep
-from sera_core.errors import BusyError, InputError
+from sera_core.errors import BusyError, InputError, StoreError
 
 WHILE_AT_WORK = 3600.0
 """Seconds: nothing younger goes while a run is worked on."""
@@ -69,17 +70,14 @@ def collect(store: Store, delete: bool, older_than: float) -> dict[str, Any]:
 
     Raises:
         StoreError: a run's records cannot be read, so that it is not known what it needs; nothing is deleted.
+            Or the store may only be read.
         BusyError: files younger than an hour are to go while a run is worked on, whose files they may be.
     """
     if delete and older_than < WHILE_AT_WORK:
         _refuse_at_work(store)
     pass_ = Pass(store, older_than)
     found = list(pass_.garbage())
-    restored: list[str] = []
-    if delete:
-        for item in found:
-            take_away(store, item)
-        restored = _put_back_needed(store, [item.place for item in found if item.why == UNNEEDED])
+    restored = _take_all_away(store, found) if delete else []
     return {
         "store": store.url,
         "deleted": delete,
@@ -254,6 +252,21 @@ def _records_first(files: Sequence[Stored]) -> list[Stored]:
 
 
 # ---------------------------------------------------------------------------------------------- taking away
+
+
+def _take_all_away(store: Store, found: Sequence[Garbage]) -> list[str]:
+    """What was found is taken away; what came to be needed meanwhile, and is back."""
+    try:
+        for item in found:
+            take_away(store, item)
+        return _put_back_needed(store, [item.place for item in found if item.why == UNNEEDED])
+    except OSError as error:
+        if error.errno != errno.EROFS and not isinstance(error, PermissionError):
+            raise
+        raise StoreError(
+            f"{store.url}: taking away needs the right to write and delete here ({error}); without --delete gc "
+            "only reads"
+        ) from error
 
 
 def take_away(store: Store, item: Garbage) -> None:

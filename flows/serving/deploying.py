@@ -32,6 +32,7 @@ from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
 from flows.serving.holding import DEVICE_LIMIT
+from flows.serving.named_server import check_server
 from sera_core.artifacts.s3_store import ENVIRONMENT
 from sera_core.errors import InputError, SeraError
 from sera_core.sources import bundled_file
@@ -79,6 +80,7 @@ def _client() -> Iterator[SyncPrefectClient]:
     url = get_current_settings().api.url
     if url is None:
         raise InputError("no Prefect server is named: set PREFECT_API_URL, or start one with `sera up`")
+    check_server(url)
     with get_client(sync_client=True) as client:
         if (problem := client.api_healthcheck()) is not None:
             raise InputError(

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flows.serving.named_server import named_server
 from sera_core.artifacts.folders import cache_folder, writable
 from sera_core.errors import SeraError
 from sera_core.orphans import end_with
@@ -55,7 +56,8 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
     track_nothing()
     if configured := os.environ.get("PREFECT_API_URL"):
-        yield configured
+        with named_server(configured):
+            yield configured
         return
     home = writable(Path(os.environ.get("PREFECT_HOME") or cache_folder() / "prefect"), "PREFECT_HOME")
     os.environ["PREFECT_HOME"] = str(home)

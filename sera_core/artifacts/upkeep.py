@@ -4,21 +4,27 @@ No step and no run rests on any of it. Ages are by the store's own clock: machin
 not agree on the time.
 """
 
+import errno
 import hashlib
+import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from sera_core.artifacts.canonical import sha256_file
 from sera_core.artifacts.store import LocalStore, S3Store, Store
 
+LOG = logging.getLogger("sera.store")
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 _CHUNK = 8 * 2**20
 _DELETERS = 16
 
@@ -139,13 +145,27 @@ class LocalUpkeep:
         return (sha256_file(file), file.stat().st_size) if file.is_file() else None
 
     def _now(self, folder: Path) -> float:
-        """The file system's time, which is not ours on a shared one: that of a file just written."""
+        """The file system's time, which is not ours on a shared one: that of a file just written.
+
+        Where nothing may be written, this machine's time has to do: such a store can only be looked at.
+        """
         probe = folder / f".clock.{secrets.token_hex(8)}"
         try:
             probe.touch()
             return probe.stat().st_mtime
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+            _say_own_clock(self.root)
+            return time.time()
         finally:
-            probe.unlink(missing_ok=True)
+            with suppress(OSError):
+                probe.unlink()
+
+
+@cache
+def _say_own_clock(root: Path) -> None:
+    LOG.warning("%s: nothing may be written here, so ages are by this machine's clock", root)
 
 
 class S3Upkeep:
@@ -180,7 +200,11 @@ class S3Upkeep:
         found: list[Upload] = []
         marker: dict[str, str] = {}
         while True:
-            answer = self._call("list_multipart_uploads", Prefix=self._key(""), **marker)
+            try:
+                answer = self._call("list_multipart_uploads", Prefix=self._key(""), **marker)
+            except PermissionError:  # a right of its own, which who may only read often lacks
+                LOG.warning("s3://%s: unfinished uploads may not be listed here, so none are", self.prefix)
+                return found
             now = _date(answer)
             found += [
                 Upload(

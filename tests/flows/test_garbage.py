@@ -1,5 +1,6 @@
 """What gc takes and leaves: nothing that a run rests on, nothing that an unfinished one would reuse."""
 
+import errno
 import json
 import os
 import shutil
@@ -65,6 +66,32 @@ def test_finished_runs_lose_nothing_but_the_claims_of_their_steps(kept_store):
     assert found["bytes_kept"] == sum(map(len, left.values()))
     assert holds(kept_store, "first") and holds(kept_store, "second")
     assert gc(kept_store)["items"] == []
+
+
+@pytest.fixture
+def read_only(kept_store, monkeypatch):
+    """A store that may only be read: to root, who runs tests, modes forbid nothing."""
+
+    def refusing(true):
+        def call(path, *args, **kwargs):
+            if Path(path).is_relative_to(kept_store):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return true(path, *args, **kwargs)
+
+        return call
+
+    shutil.rmtree(aged(kept_store) / "runs" / "second")
+    for name in ("touch", "unlink", "write_bytes", "rename", "replace", "mkdir", "rmdir"):
+        monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
+    return kept_store
+
+
+def test_a_store_that_may_only_be_read_is_listed_by_the_machines_clock(read_only, capfd, caplog):
+    assert main(["gc", "--json", "--store", str(read_only)]) == 0
+    assert json.loads(capfd.readouterr().out)["items"]
+    assert caplog.text.count("this machine's clock") == 1
+    assert main(["gc", "--delete", "--store", str(read_only)]) == 1
+    assert "needs the right to write" in capfd.readouterr().err
 
 
 def test_without_delete_nothing_changes(kept_store, capsys):

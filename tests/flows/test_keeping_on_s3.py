@@ -19,7 +19,7 @@ from sera_core.artifacts import lease
 from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import create_json, open_store
-from sera_core.artifacts.upkeep import upkeep
+from sera_core.artifacts.upkeep import S3Upkeep, upkeep
 from sera_core.errors import BusyError, StoreError
 
 pytestmark = pytest.mark.s3
@@ -176,3 +176,25 @@ def test_a_missing_object_has_no_age_and_no_hash(url):
     listed = {stored.path: stored.bytes for stored in keeping.listing("runs")}
     assert listed["runs/first/run-000.json"] == len(open_store(url).read_bytes("runs/first/run-000.json"))
     assert Path("runs/first/run-000.json").as_posix() in listed
+
+
+def test_who_may_only_read_a_bucket_sees_what_may_go(server, url, monkeypatch):
+    remove_run(server, url, "second")
+    true = S3Upkeep._call
+
+    def call(self, method, **arguments):
+        if not method.startswith(("list_objects", "head_", "get_")):
+            raise PermissionError("Access Denied")
+        return true(self, method, **arguments)
+
+    def refuse(*_, **__):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(S3Upkeep, "_call", call)
+    for name in ("replace", "delete"):
+        monkeypatch.setattr(S3Upkeep, name, refuse)
+    before = server.objects(url)
+    assert collect(open_store(url), delete=False, older_than=0)["items"]
+    with pytest.raises(StoreError, match="needs the right to write"):
+        collect(open_store(url), delete=True, older_than=0)
+    assert server.objects(url) == before

@@ -2,9 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ import tinyrun
 
 from flows.cli import main, parser
 from flows.experiments import load_settings
-from flows.serving.embedded_server import never_proxy_loopback, prefect_api
+from flows.serving import named_server
+from flows.serving.embedded_server import free_port, never_proxy_loopback, prefect_api
 from sera_core.artifacts.folders import cache_folder
 from sera_core.errors import InputError
 
@@ -117,3 +121,82 @@ def test_a_folder_that_was_named_and_cannot_be_written_to_is_refused_by_that_nam
 def test_up_names_the_home_that_cannot_be_written_to(capsys):
     assert main(["up", "--home", NOT_A_FOLDER]) == 2
     assert "set --home" in capsys.readouterr().err
+
+
+@contextmanager
+def answering(data: bytes):
+    """A server that says the same to everybody, or nothing at all; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                if data:
+                    connection.recv(1 << 16)
+                    connection.sendall(data)
+                    connection.close()
+                else:
+                    silent.append(connection)
+
+        silent: list[socket.socket] = []
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+PAGE = b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\nConnection: close\r\n\r\npage"
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "127.0.0.1:4200/api", "http://", "http://host:port/api", "ftp://x/api"]
+)
+def test_what_is_no_address_of_a_prefect_server_is_named(url, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    with pytest.raises(InputError, match=r"PREFECT_API_URL=.* not an address"), prefect_api():
+        pass
+
+
+def test_a_prefect_server_that_nobody_runs_is_named_at_once(monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", f"http://somebody:secret@127.0.0.1:{free_port()}/api")
+    with (
+        pytest.raises(InputError, match=r"no Prefect server answers there .*refused.*sera up") as told,
+        prefect_api(),
+    ):
+        pass
+    assert "secret" not in str(told.value)
+
+
+def test_a_prefect_server_that_is_silent_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(named_server, "ANSWER_SECONDS", 0.2)
+    with (
+        answering(b"") as url,
+        pytest.raises(InputError, match=r"no Prefect server answers there .*timed out"),
+    ):
+        named_server.check_server(url)
+
+
+def test_a_run_with_a_server_that_is_another_ones_says_what_to_do(tmp_path):
+    experiment = tinyrun.experiment(tmp_path / "inputs", limits={"rounds": 1})
+    with answering(PAGE) as url:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "flows.start",
+                "run",
+                str(experiment),
+                "--store",
+                str(tmp_path / "s"),
+            ],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PREFECT_API_URL": url},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"PREFECT_API_URL={url}: what answers there is not Prefect's API" in done.stderr
