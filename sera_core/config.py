@@ -6,7 +6,7 @@ The defaults are METHOD's table. None is the paper's value unless its help text 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, model_validator
 
 from sera_core.effects import refuse_idle
 
@@ -33,6 +33,9 @@ class ModelConfig(Part):
     chat_template: str | None = None
     """Chat template in place of the model's own: `chatml`, `deepseek-r1` (for DeepSeek-R1 and its distills,
     whose own templates cut the reasoning out of answers), a Jinja file, or Jinja text."""
+    template_kwargs: dict[str, JsonValue] = {}
+    """Arguments for the chat template, the same for prompts and answers: `{enable_thinking = false}` for
+    Qwen3. One that the template does not mention is refused."""
     dtype: Dtype = "float32"
     """Arithmetic of scoring and training, the same for policy and reference. bfloat16 halves the memory and
     is fast where the hardware has it, but rounds small movements away (about half a nat of noise a
@@ -382,4 +385,7 @@ class SeraConfig(Part):
     def result_fields(self) -> dict[str, Any]:
         """What changes a result: all but `execution`, `limits` and what cards show."""
         hidden = {"execution": True, "limits": True, "review": {"show_text"}}
-        return self.model_dump(mode="json", exclude=hidden)
+        fields = self.model_dump(mode="json", exclude=hidden)
+        if not self.model.template_kwargs:  # runs from before there were any keep their hash
+            fields["model"].pop("template_kwargs")
+        return fields

@@ -26,6 +26,7 @@ from sera_core.chat_templates import (
     lost_of_answer,
     lost_of_prompt,
     reasoning_name,
+    refuse_unused,
     remedy,
     template_text,
     with_fixed_date,
@@ -40,12 +41,15 @@ if TYPE_CHECKING:
 RENDERING_VERSION = 1
 
 
-def renderer_hash(folder: Path | str, template: str | None = None) -> str:
+def renderer_hash(
+    folder: Path | str, template: str | None = None, arguments: Mapping[str, Any] | None = None
+) -> str:
     """sha256 of what decides token ids: tokenizer files, chat template, our own version.
 
     Args:
         folder: a policy folder.
         template: overrides the folder's chat template, as in `Renderer`.
+        arguments: the template's, as in `Renderer`.
     """
     folder = Path(folder)
     files = {
@@ -54,7 +58,9 @@ def renderer_hash(folder: Path | str, template: str | None = None) -> str:
         if (folder / name).is_file()
     }
     chosen = None if template is None else template_text(template)
-    parts = {"version": RENDERING_VERSION, "files": files, "template": chosen}
+    parts: dict[str, Any] = {"version": RENDERING_VERSION, "files": files, "template": chosen}
+    if arguments:
+        parts["arguments"] = dict(arguments)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -71,12 +77,19 @@ class Renderer:
 
     Args:
         folder: a policy folder; only its tokenizer files and chat template are read.
-        template: replaces the folder's chat template: `chatml`, a path, or Jinja text.
+        template: replaces the folder's chat template: `chatml`, `deepseek-r1`, a path, or Jinja text.
+        arguments: what the template is given by name (`enable_thinking`), for prompts and answers alike.
     """
 
-    def __init__(self, folder: Path | str, template: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        template: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self._template_setting = template
+        self._arguments = dict(arguments or {})
         self._last_prompt: tuple[list[Message], Rendered] | None = None
 
     # ---------------------------------------------------------------------------------------- facts
@@ -84,7 +97,7 @@ class Renderer:
     @cached_property
     def hash(self) -> str:
         """`renderer_hash` of this renderer."""
-        return renderer_hash(self.folder, self._template_setting)
+        return renderer_hash(self.folder, self._template_setting, self._arguments)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -98,17 +111,20 @@ class Renderer:
         """The Jinja text that is rendered.
 
         Raises:
-            InputError: the folder has none and none is given, or several and none of them is the default.
+            InputError: the folder has none and none is given, or several and none of them is the default; or
+                an argument is given that it does not mention.
         """
         if self._template_setting is not None:
-            return with_fixed_date(template_text(self._template_setting))
-        text = default_template(self.folder, self.tokenizer.chat_template)
+            text = template_text(self._template_setting)
+        else:
+            text = default_template(self.folder, self.tokenizer.chat_template)
         if text is None:
             raise InputError(
                 f"model folder {self.folder} has no chat template, so conversations cannot be rendered: set "
                 'model.chat_template to "chatml" (if the tokenizer has its tokens), to a Jinja file, or to '
                 "Jinja text."
             )
+        refuse_unused(text, self._arguments)
         return with_fixed_date(text)
 
     @cached_property
@@ -263,7 +279,11 @@ class Renderer:
         chat = [self._as_read(message, mark) for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
-                chat, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+                chat,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._arguments,
             )
         except Exception as error:  # a template can raise whatever an expression in it raises
             roles = ", ".join(message["role"] for message in messages)
