@@ -15,7 +15,7 @@ from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.runs import RunStore, now
 from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import Store, create_json, open_store
-from sera_core.chat_templates import default_template
+from sera_core.chat_templates import default_template, refuse_unused, template_text
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 from sera_core.model_sources import resolve_source
@@ -74,13 +74,21 @@ def check_template(config: SeraConfig) -> None:
         InputError: the folder has no chat template, or several and no default one, and model.chat_template
             gives none.
     """
+    if config.model.chat_template is not None:
+        refuse_unused(template_text(config.model.chat_template), config.model.template_kwargs)
+        return
     source = resolve_source(config.model.source, config.model.revision)
-    if config.model.chat_template is not None or source.kind != "folder":
+    if source.kind != "folder":
         return
     folder = Path(source.location)
-    held = read_settings(folder / "tokenizer_config.json").get("chat_template")
-    inline = default_template(config.model.source, held) is not None
-    if not inline and not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
+    if (folder / "chat_template.jinja").is_file():
+        text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    else:
+        held = read_settings(folder / "tokenizer_config.json").get("chat_template")
+        text = default_template(config.model.source, held)
+    if text is not None:
+        refuse_unused(text, config.model.template_kwargs)
+    elif not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
         raise InputError(
             f"model {config.model.source}: has no chat template, so pairs cannot be rendered; "
             'set model.chat_template to "chatml", a Jinja file or Jinja text'

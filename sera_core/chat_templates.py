@@ -35,6 +35,12 @@ _FIXED_DATE = (
     ".get(format, '26 Jul 2024') }}"
     "{% endmacro %}"
 )
+# What transformers' apply_chat_template takes for itself.
+_OURS = {
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
 _THINK = re.compile(r"\s*(</?think>)\s*")
 
 
@@ -84,6 +90,23 @@ def default_template(where: Path | str, held: Any) -> str | None:
             )
         return held["default"]
     return held if isinstance(held, str) else None
+
+
+def refuse_unused(template: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse template arguments that change nothing, or that are not the user's to set.
+
+    Raises:
+        InputError: the template does not mention one, or the renderer sets it itself; the message names it.
+    """
+    code = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    for name in arguments:
+        if name in _OURS:
+            raise InputError(f"template argument {name!r} is set by the renderer itself: remove it.")
+        if not re.search(rf"\b{re.escape(name)}\b", code):
+            raise InputError(
+                f"template argument {name!r} changes nothing: the chat template does not mention it. Correct "
+                "its name, or remove it from model.template_kwargs."
+            )
 
 
 def with_fixed_date(template: str) -> str:

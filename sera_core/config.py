@@ -6,7 +6,7 @@ The defaults are METHOD's table. None is the paper's value unless its help text 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, model_validator
 
 from sera_core.effects import refuse_idle
 from sera_core.formats import FormatName, Reading
@@ -34,6 +34,9 @@ class ModelConfig(Part):
     chat_template: str | None = None
     """Chat template in place of the model's own: `chatml`, `deepseek-r1` (for DeepSeek-R1 and its distills,
     whose own templates cut the reasoning out of answers), a Jinja file, or Jinja text."""
+    template_kwargs: dict[str, JsonValue] = {}
+    """Arguments for the chat template, the same for prompts and answers: `{enable_thinking = false}` for
+    Qwen3. One that the template does not mention is refused."""
     dtype: Dtype = "float32"
     """Arithmetic of scoring and training, the same for policy and reference. bfloat16 halves the memory and
     is fast where the hardware has it, but rounds small movements away (about half a nat of noise a
@@ -423,5 +426,5 @@ class SeraConfig(Part):
         return fields
 
 
-ADDED_LATER = {"data": ("format", "columns", "completions", "on_bad_row")}
+ADDED_LATER = {"model": ("template_kwargs",), "data": ("format", "columns", "completions", "on_bad_row")}
 """Settings, by section, that runs of the first version did not have."""

@@ -41,7 +41,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     default: Any = field.default
-    if default is None or default == ():
+    if default is None or default in ((), {}):
         return "empty"
     if isinstance(default, tuple):
         default = list(default)

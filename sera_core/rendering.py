@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sera_core.chat_templates import (
     Message,
@@ -27,10 +26,12 @@ from sera_core.chat_templates import (
     lost_of_answer,
     lost_of_prompt,
     reasoning_name,
+    refuse_unused,
     remedy,
     template_text,
     with_fixed_date,
 )
+from sera_core.encoding import Encoder, Rendered, unmarked
 from sera_core.errors import InputError
 from sera_core.policies import TOKENIZER_FILES, read_settings
 
@@ -39,26 +40,16 @@ if TYPE_CHECKING:
 
 RENDERING_VERSION = 1
 
-_PRIVATE_USE = range(0xE000, 0xF900)
 
-
-class _Rendered(NamedTuple):
-    """A template's output, and where in it special tokens' spellings come from the data (plain text)."""
-
-    text: str
-    plain: tuple[tuple[int, int], ...] = ()
-
-    def after(self, start: int) -> _Rendered:
-        spans = tuple((begin - start, end - start) for begin, end in self.plain if begin >= start)
-        return _Rendered(self.text[start:], spans)
-
-
-def renderer_hash(folder: Path | str, template: str | None = None) -> str:
+def renderer_hash(
+    folder: Path | str, template: str | None = None, arguments: Mapping[str, Any] | None = None
+) -> str:
     """sha256 of what decides token ids: tokenizer files, chat template, our own version.
 
     Args:
         folder: a policy folder.
         template: overrides the folder's chat template, as in `Renderer`.
+        arguments: the template's, as in `Renderer`.
     """
     folder = Path(folder)
     files = {
@@ -67,7 +58,9 @@ def renderer_hash(folder: Path | str, template: str | None = None) -> str:
         if (folder / name).is_file()
     }
     chosen = None if template is None else template_text(template)
-    parts = {"version": RENDERING_VERSION, "files": files, "template": chosen}
+    parts: dict[str, Any] = {"version": RENDERING_VERSION, "files": files, "template": chosen}
+    if arguments:
+        parts["arguments"] = dict(arguments)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -84,20 +77,27 @@ class Renderer:
 
     Args:
         folder: a policy folder; only its tokenizer files and chat template are read.
-        template: replaces the folder's chat template: `chatml`, a path, or Jinja text.
+        template: replaces the folder's chat template: `chatml`, `deepseek-r1`, a path, or Jinja text.
+        arguments: what the template is given by name (`enable_thinking`), for prompts and answers alike.
     """
 
-    def __init__(self, folder: Path | str, template: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        template: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self._template_setting = template
-        self._last_prompt: tuple[list[Message], _Rendered] | None = None
+        self._arguments = dict(arguments or {})
+        self._last_prompt: tuple[list[Message], Rendered] | None = None
 
     # ---------------------------------------------------------------------------------------- facts
 
     @cached_property
     def hash(self) -> str:
         """`renderer_hash` of this renderer."""
-        return renderer_hash(self.folder, self._template_setting)
+        return renderer_hash(self.folder, self._template_setting, self._arguments)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -111,17 +111,20 @@ class Renderer:
         """The Jinja text that is rendered.
 
         Raises:
-            InputError: the folder has none and none is given, or several and none of them is the default.
+            InputError: the folder has none and none is given, or several and none of them is the default; or
+                an argument is given that it does not mention.
         """
         if self._template_setting is not None:
-            return with_fixed_date(template_text(self._template_setting))
-        text = default_template(self.folder, self.tokenizer.chat_template)
+            text = template_text(self._template_setting)
+        else:
+            text = default_template(self.folder, self.tokenizer.chat_template)
         if text is None:
             raise InputError(
                 f"model folder {self.folder} has no chat template, so conversations cannot be rendered: set "
                 'model.chat_template to "chatml" (if the tokenizer has its tokens), to a Jinja file, or to '
                 "Jinja text."
             )
+        refuse_unused(text, self._arguments)
         return with_fixed_date(text)
 
     @cached_property
@@ -137,8 +140,8 @@ class Renderer:
         """
         user, answer = plain_messages("question", "answer")
         text = self._render([*user, *answer], False).text
-        tail = _Rendered(text[text.rfind("answer") + len("answer") :])
-        found = [token for token in self._encode(tail) if token in self._specials.values()]
+        tail = Rendered(text[text.rfind("answer") + len("answer") :])
+        found = [token for token in self._encoder.encode(tail) if token in self._encoder.specials.values()]
         if not found:
             raise InputError(
                 f"the chat template of {self.folder} ends an assistant's turn with no special token of its "
@@ -172,25 +175,8 @@ class Renderer:
         return tuple(dict.fromkeys(token for token in ends if token is not None))
 
     @cached_property
-    def _specials(self) -> dict[str, int]:
-        """Spelling and id of every special token."""
-        added = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        ids = sorted(added | set(self.tokenizer.all_special_ids))
-        return {
-            str(token): index
-            for token, index in zip(self.tokenizer.convert_ids_to_tokens(ids), ids, strict=True)
-        }
-
-    @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self._specials, key=lambda text: (-len(text), text))
-        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-    @cached_property
-    def _marks_starts(self) -> bool:
-        """Whether the tokenizer writes the start of a text differently (sentencepiece's leading space)."""
-        alone, behind = self._encode(_Rendered("x")), self._encode(_Rendered("\nx"))
-        return behind[-len(alone) :] != alone
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
 
     # ------------------------------------------------------------------------------------------- use
 
@@ -200,7 +186,7 @@ class Renderer:
         Raises:
             InputError: the template refuses the conversation, or leaves the text of a message out.
         """
-        return self._encode(self._prompt(messages))
+        return self._encoder.encode(self._prompt(messages))
 
     def response_ids(self, messages: Sequence[Message], answer: str | Sequence[Message]) -> list[int]:
         """Ids of an answer to a conversation, its end-of-turn token included and nothing after it.
@@ -220,10 +206,9 @@ class Renderer:
         if not message["content"].strip():
             return []
         prompt, response = self._response(messages, message)
-        ids = self._encode(response)
-        if self._marks_starts:
-            ids = self._encode_in_place(prompt, response, ids)
-        return self._turn(ids)
+        if self._encoder.marks_starts:
+            return self._turn(self._encoder.encode_behind(prompt, response))
+        return self._turn(self._encoder.encode(response))
 
     def render_pairs(
         self, rows: Sequence[Mapping[str, Any]]
@@ -232,20 +217,20 @@ class Renderer:
 
         The same ids as `prompt_ids` and `response_ids` give, from the tokenizer's parallel path.
         """
-        rendered: list[_Rendered] = []
+        rendered: list[Rendered] = []
         for row in rows:
             rendered.append(self._prompt(row["prompt"]))
             rendered += [
                 self._response(row["prompt"], _answer_message(row[name]))[1]
                 for name in ("chosen", "rejected")
             ]
-        ids = self._encode_many(rendered)
+        ids = self._encoder.encode_many(rendered)
         prompts = ids[0::3]
         sides: dict[str, list[list[int]]] = {}
         for offset, name in ((1, "chosen"), (2, "rejected")):
             sides[name] = [
                 self.response_ids(row["prompt"], row[name])
-                if self._marks_starts or not _answer_message(row[name])["content"].strip()
+                if self._encoder.marks_starts or not _answer_message(row[name])["content"].strip()
                 else self._turn(response)
                 for row, response in zip(rows, ids[offset::3], strict=True)
             ]
@@ -263,7 +248,7 @@ class Renderer:
 
     # --------------------------------------------------------------------------------------- template
 
-    def _prompt(self, messages: Sequence[Message]) -> _Rendered:
+    def _prompt(self, messages: Sequence[Message]) -> Rendered:
         messages = list(messages)
         if self._last_prompt is None or self._last_prompt[0] != messages:
             rendered = self._render(messages, True)
@@ -271,7 +256,7 @@ class Renderer:
             self._last_prompt = (messages, rendered)
         return self._last_prompt[1]
 
-    def _response(self, messages: Sequence[Message], answer: Message) -> tuple[_Rendered, _Rendered]:
+    def _response(self, messages: Sequence[Message], answer: Message) -> tuple[Rendered, Rendered]:
         """The prompt and what the template writes behind it for this answer, which may have no text."""
         prompt = self._prompt(messages)
         whole = self._render([*messages, answer], False)
@@ -292,13 +277,17 @@ class Renderer:
                 f"data would be learned and scored: {remedy(self.template)}"
             )
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> _Rendered:
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
         """The template's text, and where special tokens' spellings in it come from the contents."""
-        mark = self._mark([text for message in messages for text in _texts(message)])
+        mark = self._encoder.mark_for([text for message in messages for text in _texts(message)])
         chat = [self._as_read(message, mark) for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
-                chat, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+                chat,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._arguments,
             )
         except Exception as error:  # a template can raise whatever an expression in it raises
             roles = ", ".join(message["role"] for message in messages)
@@ -306,79 +295,25 @@ class Renderer:
                 f"the chat template of {self.folder} refuses a conversation of the roles {roles}: {error}. "
                 "Drop or rewrite the row, or set model.chat_template."
             ) from error
-        return _Rendered(str(text)) if mark is None else _unmark(str(text), mark)
+        return Rendered(str(text)) if mark is None else unmarked(str(text), mark)
 
     def _as_read(self, message: Message, mark: str | None) -> dict[str, str]:
         """A message under the names that the template reads, special tokens' spellings between marks."""
         names = {"content": "content", "reasoning_content": self._reasoning_name}
         texts = {to: message[name] for name, to in names.items() if message.get(name) is not None}
-        marked = texts if mark is None else {to: self._marked(text, mark) for to, text in texts.items()}
+        marked = (
+            texts if mark is None else {to: self._encoder.marked(text, mark) for to, text in texts.items()}
+        )
         return {"role": message["role"], **marked}
-
-    def _mark(self, contents: Sequence[str]) -> str | None:
-        """A character that occurs nowhere else, if any content spells a special token."""
-        if not any(self._special_pattern.search(content) for content in contents):
-            return None
-        used = set("".join(contents))
-        return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
-
-    def _marked(self, content: str, mark: str) -> str:
-        return self._special_pattern.sub(lambda match: mark + match[0] + mark, content)
-
-    # ----------------------------------------------------------------------------------------- tokens
-
-    def _encode(self, rendered: _Rendered) -> list[int]:
-        """Ids of a template's text: its own special tokens as such, those of the data as plain text."""
-        if not rendered.plain:
-            return self.tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
-        ids: list[int] = []
-        start = 0
-        for match in self._special_pattern.finditer(rendered.text):
-            if any(match.start() < end and begin < match.end() for begin, end in rendered.plain):
-                continue
-            ids += self._encode_plain(rendered.text[start : match.start()])
-            ids.append(self._specials[match[0]])
-            start = match.end()
-        return ids + self._encode_plain(rendered.text[start:])
-
-    def _encode_plain(self, text: str) -> list[int]:
-        if not text:
-            return []
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    def _encode_many(self, rendered: Sequence[_Rendered]) -> list[list[int]]:
-        texts = sorted({entry.text for entry in rendered if not entry.plain})
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        known = dict(zip(texts, ids, strict=True))
-        return [self._encode(entry) if entry.plain else list(known[entry.text]) for entry in rendered]
-
-    def _encode_in_place(self, prompt: _Rendered, response: _Rendered, apart: list[int]) -> list[int]:
-        """Ids the response has behind its prompt; those it has `apart` if a token crosses the boundary."""
-        shift = len(prompt.text)
-        spans = (*prompt.plain, *((begin + shift, end + shift) for begin, end in response.plain))
-        whole, before = self._encode(_Rendered(prompt.text + response.text, spans)), self._encode(prompt)
-        return whole[len(before) :] if whole[: len(before)] == before else apart
 
     def _turn(self, ids: list[int]) -> list[int]:
         """Up to and including the first end of turn."""
         if self.end_of_turn_id not in ids:
             raise InputError(
                 f"the chat template of {self.folder} does not close this answer with its end-of-turn token: "
-                "set "
-                "model.chat_template to one that does."
+                "set model.chat_template to one that does."
             )
         return ids[: ids.index(self.end_of_turn_id) + 1]
-
-
-def _unmark(text: str, mark: str) -> _Rendered:
-    """Take the marks out again; what stood between two of them is plain text."""
-    pieces = text.split(mark)
-    spans, length = [], 0
-    for number, piece in enumerate(pieces):
-        if number % 2 == 1:
-            spans.append((length, length + len(piece)))
-        length += len(piece)
-    return _Rendered("".join(pieces), tuple(spans))
 
 
 def _texts(message: Message) -> Iterator[str]:

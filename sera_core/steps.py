@@ -65,9 +65,10 @@ def model(config: SeraConfig, digest: str) -> StepSpec:
 def render(config: SeraConfig, data: Ref, model: Ref) -> StepSpec:
     """Pairs to token ids."""
     names = ("max_prompt_tokens", "max_response_tokens", "on_long", "on_equal")
-    return _spec(
-        "render", {name: getattr(config.data, name) for name in names}, {"data": data, "model": model}
-    )
+    fields = {name: getattr(config.data, name) for name in names}
+    if config.model.template_kwargs:
+        fields["template_kwargs"] = config.model.template_kwargs
+    return _spec("render", fields, {"data": data, "model": model})
 
 
 def logps(

@@ -230,7 +230,8 @@ def render_pairs(attempt: Attempt) -> list[str]:
     from sera_core.rendering import Renderer
 
     data = attempt.input("data")
-    renderer = Renderer(attempt.input("model").folder("policy"))
+    arguments = attempt.fields.get("template_kwargs")
+    renderer = Renderer(attempt.input("model").folder("policy"), arguments=arguments)
     attempt.metrics |= {"cut": 0, "sides": {}, "special_tokens": 0}
     dropped: list[Row] = []
     sides: dict[str, list[Row]] = {}

@@ -167,6 +167,11 @@ def _add_model_flags(sub: argparse.ArgumentParser) -> None:
         help="chatml, deepseek-r1, a Jinja file or Jinja text, in place of the policy's own template",
     )
     sub.add_argument(
+        "--template-kwargs",
+        metavar="JSON",
+        help="arguments for the chat template, for instance '{\"enable_thinking\": false}' for Qwen3",
+    )
+    sub.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic (default: float32)"
     )
     sub.add_argument(

@@ -1,6 +1,7 @@
 """What the stand-alone commands are given: policies, and pairs and prompts as token ids."""
 
 import argparse
+import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,22 +106,40 @@ def policy_folder(flag: str, source: Source, scratch: Path) -> Path:
         return materialise(source, scratch)
 
 
-def open_renderer(flag: str, folder: Path, template: str | None) -> "Renderer":
+def open_renderer(flag: str, folder: Path, template: str | None, arguments: str | None = None) -> "Renderer":
     """The policy's chat template (or the one given with --chat-template) and tokenizer.
 
+    Args:
+        flag: the flag that names the policy, for messages.
+        folder: the policy folder.
+        template: what --chat-template gives.
+        arguments: what --template-kwargs gives, a JSON object.
+
     Raises:
-        InputError: there is no chat template.
+        InputError: there is no chat template, or it does not take these arguments.
     """
     from sera_core.rendering import Renderer
 
-    renderer = Renderer(folder, template)
+    renderer = Renderer(folder, template, _template_arguments(arguments))
     try:
         _ = renderer.end_of_turn_id
     except InputError as error:
-        raise InputError(f"{flag}: {error} Here that is --chat-template.") from error
+        raise InputError(f"{flag}: {_with_flags(str(error))}") from error
     except (ValueError, OSError) as error:  # what transformers raises for a folder without a usable tokenizer
         raise InputError(f"{flag}: the tokenizer in {folder} cannot be opened: {error}") from error
     return renderer
+
+
+def _template_arguments(given: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(given or "{}")
+    except ValueError as error:
+        raise InputError(f"--template-kwargs: not JSON ({error}); write a JSON object") from error
+    if not isinstance(value, dict):
+        raise InputError(
+            "--template-kwargs: not an object; write one, such as '{\"enable_thinking\": false}'"
+        )
+    return value
 
 
 def check_same_ids(policy: "Renderer", reference: "Renderer", given: Sequence[GivenPair]) -> None:
@@ -307,8 +326,13 @@ def _of_row(where: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        flag = " Here that is --chat-template." if "model.chat_template" in str(error) else ""
-        raise InputError(f"{where}: {error}{flag}") from error
+        raise InputError(f"{where}: {_with_flags(str(error))}") from error
+
+
+def _with_flags(said: str) -> str:
+    """A message of the core that names a setting, with the flag that is the same here."""
+    flags = {"model.chat_template": "--chat-template", "model.template_kwargs": "--template-kwargs"}
+    return said + "".join(f" Here that is {flag}." for name, flag in flags.items() if name in said)
 
 
 def _unfit(prompt: Ids, chosen: Ids, rejected: Ids, fitted: RenderedPair, limits: Limits) -> str | None:

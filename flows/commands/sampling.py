@@ -51,7 +51,7 @@ def sample(args: argparse.Namespace) -> int:
     prompts, repeated = read_prompts(args.prompts, reading_of(args))
     with quiet_stdout(), tempfile.TemporaryDirectory(prefix="sera-") as scratch:
         folder = policy_folder("--policy", source, Path(scratch) / "policy")
-        renderer = open_renderer("--policy", folder, args.chat_template)
+        renderer = open_renderer("--policy", folder, args.chat_template, args.template_kwargs)
         rendered, long = _fit_prompts(args, folder, renderer, prompts)
         table, seconds = _sample(args, folder, renderer, rendered)
     write_output(table, args.out)

@@ -99,7 +99,10 @@ def _render(
     args: argparse.Namespace, folders: dict[str, Path], given: Sequence[GivenPair]
 ) -> tuple[list[RenderedPair], list[Drop]]:
     """The pairs as token ids, after the check that policy and reference read them alike."""
-    renderers = [open_renderer(flag, folder, args.chat_template) for flag, folder in folders.items()]
+    renderers = [
+        open_renderer(flag, folder, args.chat_template, args.template_kwargs)
+        for flag, folder in folders.items()
+    ]
     for reference in renderers[1:]:
         check_same_ids(renderers[0], reference, given)
     positions = [limit for folder in folders.values() if (limit := position_limit(folder)) is not None]

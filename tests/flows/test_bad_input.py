@@ -140,6 +140,11 @@ def test_named_templates_without_a_default_are_refused_before_anything_is_writte
     assert "(rag)" in said and "model.chat_template" in said
 
 
+def test_a_template_argument_that_changes_nothing_is_refused_before_anything_is_written(capsys, folder):
+    said = refused(capsys, folder, "--set", "model.template_kwargs={enable_thinking = false}")
+    assert "enable_thinking" in said and "model.template_kwargs" in said
+
+
 def test_a_model_folder_that_is_none_is_refused(capsys, folder):
     (folder / "empty").mkdir()
     assert "config.json" in refused(capsys, folder, "--set", f"model.source={folder / 'empty'}")

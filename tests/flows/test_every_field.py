@@ -30,6 +30,7 @@ MAY_NOT_CHANGE_A_STEP = {
 
 OTHER = {
     "model.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    "model.template_kwargs": {"enable_thinking": False},
     "data.train.weight": 0.5,
     "data.train.split": "validation",
     "data.heldout_fraction": 0.5,

@@ -227,3 +227,39 @@ def test_an_earlier_turn_may_lose_its_reasoning(tmp_path):
     renderer = with_template(tmp_path, CHATML)
     prompt = [*USER, *answer("42.", reasoning_content="12 + 30"), *USER]
     assert renderer.prompt_ids(prompt) == renderer.prompt_ids([*USER, *answer("42."), *USER])
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+# As Qwen3's: without thinking, the generation prompt closes the reasoning that an answer would begin with.
+THINKING = CHATML.replace(
+    "{{ '<|im_start|>assistant\n' }}",
+    "{{ '<|im_start|>assistant\n' }}{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}",
+).replace("+ message['content']", "+ ('<think></think>' if loop.last and message['role'] == 'assistant'"
+          " and enable_thinking is false else '') + message['content']")  # fmt: skip
+
+
+def test_arguments_reach_the_template_for_prompts_and_answers_alike(tmp_path):
+    with_template(tmp_path, THINKING)
+    renderer = Renderer(tmp_path, arguments={"enable_thinking": False})
+    assert spelling(renderer, renderer.prompt_ids(USER)).endswith("assistant\n<think></think>")
+    assert spelling(renderer, renderer.response_ids(USER, "42.")) == "42.<|im_end|>"
+    assert spelling(renderer, Renderer(tmp_path).prompt_ids(USER)).endswith("assistant\n")
+
+
+def test_only_arguments_that_are_given_change_the_renderers_hash(tmp_path):
+    with_template(tmp_path, THINKING)
+    assert Renderer(tmp_path, arguments={}).hash == Renderer(tmp_path).hash
+    hashes = {Renderer(tmp_path, arguments={"enable_thinking": value}).hash for value in (True, False)}
+    assert len(hashes | {Renderer(tmp_path).hash}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("enable_thought", "'enable_thought' changes nothing"), ("note", "'note' changes nothing"),
+     ("add_generation_prompt", "set by the renderer itself")],
+)  # fmt: skip
+def test_an_argument_that_the_template_does_not_take_is_refused(tmp_path, name, said):
+    with_template(tmp_path, "{# note #}" + THINKING)
+    with pytest.raises(InputError, match=said):
+        Renderer(tmp_path, arguments={name: True}).prompt_ids(USER)

@@ -398,3 +398,20 @@ def test_a_prompt_that_the_template_does_not_write_is_refused_by_its_id(lab):
     prompt = parse_prompt(Row("", {"prompt": "y" * 61}))
     with pytest.raises(InputError, match=rf"prompt {prompt.prompt_id}: .*message 1 \(role user"):
         lab.render({"heldout_fraction": 0.0}, train=rows("a", "b"), prompts=[{"prompt": "y" * 61}])
+
+
+def test_template_arguments_are_part_of_the_render_step_alone_and_only_where_given(lab):
+    lab.template = "{% if brief %}{{ 'Be brief. ' }}{% endif %}" + CHATML
+    config = lab.config({"heldout_fraction": 0.0}, train=rows("a", "b"))
+    asked = config.model_copy(
+        update={"model": config.model.model_copy(update={"template_kwargs": {"brief": True}})}
+    )
+    assert config.result_fields() != asked.result_fields()
+    assert "template_kwargs" not in config.result_fields()["model"]
+    data = run_step(lab.store, lab.data_spec(config), load_pairs, ExecutionConfig())
+    specs = [steps.render(one, data.ref, lab.model().ref) for one in (config, asked)]
+    assert "template_kwargs" not in specs[0].fields
+    plain, brief = (lab.run(spec, render_pairs) for spec in specs)
+    for without, with_it in zip(read(plain, "train"), read(brief, "train"), strict=True):
+        assert len(with_it["prompt_ids"]) > len(without["prompt_ids"])
+        assert with_it["chosen_ids"] == without["chosen_ids"]
