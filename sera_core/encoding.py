@@ -7,7 +7,7 @@ at its own special tokens, and the pieces are tokenised as plain text, to the id
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,9 +70,13 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------------- marks
 
+    def spell_special_tokens(self, texts: Iterable[str]) -> bool:
+        """Whether any text spells a special token."""
+        return any(self._pattern.search(text) for text in texts)
+
     def mark_for(self, texts: Sequence[str]) -> str | None:
         """A character that occurs in none of the texts, if any of them spells a special token."""
-        if not any(self._pattern.search(text) for text in texts):
+        if not self.spell_special_tokens(texts):
             return None
         used = set("".join(texts))
         return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)

@@ -238,7 +238,7 @@ class Renderer:
 
     def spells_special_tokens(self, messages: Sequence[Message]) -> bool:
         """Whether the text of any message spells a special token of the tokenizer."""
-        return any(self._special_pattern.search(message["content"]) for message in messages)
+        return self._encoder.spell_special_tokens(message["content"] for message in messages)
 
     def text(self, ids: Sequence[int]) -> str:
         """What ids say, for people: special tokens left out."""
