@@ -82,6 +82,7 @@ SIZES = {
     "max_target_positions": 128,
     "max_source_positions": 128,
     "max_seq_len": 128,
+    "rotary_dim": 8,
     "image_size": 32,
     "patch_size": 8,
     "lru_width": 64,
@@ -109,6 +110,9 @@ LONGROPE = {
     "original_max_position_embeddings": 24,
 }
 OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "mamba"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "diffllama": {"attention_dropout": 0.0},  # it takes no other rate
     "phi3:longrope": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24},
 }
@@ -152,6 +156,8 @@ def small(config: Any, dropout: float) -> dict[str, Any]:
             settings[name] = 3 + sum(map(ord, name)) % 20
         elif name == "layer_types" and isinstance(value, list):
             settings[name] = [value[number] for number in spread(value, 4)]
+    if "kv_lora_rank" in settings and "num_key_value_heads" in settings:  # a key for every head
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     for part in getattr(config, "sub_configs", {}):
         inner = getattr(config, part, None)
         if inner is not None and hasattr(inner, "to_dict"):
@@ -255,7 +261,7 @@ def scorer(model: Any) -> tuple[str, float]:
     from sera_core.logprobs import scoring_mode, sequence_logps
 
     items = [(prompt, side) for prompt, *sides in pairs_of(model) for side in sides]
-    found = sequence_logps(model, items)
+    found = sequence_logps(model, items)  # first: what has no plain pass is to be refused
     right = np.array([plain(model, *item) for item in items])
     modes = scoring_mode(model), scoring_mode(model, 48)
     return " → ".join(dict.fromkeys(modes)), float(np.abs(found - right).max())
@@ -271,13 +277,13 @@ def trainer(model: Any) -> tuple[str, float]:
 
     disable_dropout(model)
     pairs = pairs_of(model)
-    right = np.array([[plain(model, prompt, side) for side in sides] for prompt, *sides in pairs])
     rows = [
         {"row": number, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
         for number, (prompt, chosen, rejected) in enumerate(pairs)
     ]
     share = can_share_prompt(model, max(map(packed_length, rows)))
+    right = np.array([[plain(model, prompt, side) for side in sides] for prompt, *sides in pairs])
     add_pair_forward(model)
     model.train()
     found = np.full(right.shape, np.nan)
