@@ -11,7 +11,7 @@ from flows.cli import main
 WELL_FORMED = b"<html><body><h1>404 Not Found</h1></body></html>"
 AS_SERVERS_WRITE_IT = b"<!DOCTYPE html><html><head><meta charset=utf-8><title>404</title><hr>nginx</html>"
 REDIRECT = (
-    b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>PermanentRedirect</Code><Message>Not here.</Message>'
+    b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>PermanentRedirect</Code><Message>No.</Message>'
     b"<Endpoint>s3.eu-west-3.example</Endpoint><Bucket>bucket</Bucket></Error>"
 )
 NO_S3 = "not S3, or has no such bucket; check AWS_ENDPOINT_URL"
