@@ -22,6 +22,7 @@ from sera_core.model_sources import resolve_source
 from sera_core.model_sources import source_digest as model_digest
 from sera_core.policies import read_settings
 from sera_core.sources import source_digest
+from tasks.engines.tracking import refuse_missing
 
 Digests = dict[str, Any]
 
@@ -54,12 +55,15 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
     """Check the input, then create the run or find it. Bad data is refused before any model is loaded.
 
     Raises:
-        InputError: a bad name, source or row, or a configuration that differs from the run's.
+        InputError: a bad name, source or row, a tracker that is not installed, or a configuration that is not
+            the run's.
     """
     store = open_store(store_url, remember=True)
     if (warning := check_shared(store, config.execution.accept_racy_store)) is not None:
         run_log()(warning)
     records = RunStore(store, run)
+    if records.state() == "open":  # one that has stopped trains no more
+        refuse_missing(config.execution.tracking)
     digests = source_digests(config)
     check_template(config)
     load_data(store, config, digests)

@@ -10,13 +10,19 @@ from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.runs import RunStore
 from sera_core.config import LimitsConfig
 from sera_core.errors import BudgetReached
+from tasks.engines.tracking import refuse_missing
 
 PAUSED = ("waiting", "budget")
 """States in which a run may go on later, so that its last word is not said yet."""
 
 
 def work_through(session: Session, number: int) -> str:
-    """Do a round's steps and commit its manifest. Returns `open`, a stop reason, `waiting` or `budget`."""
+    """Do a round's steps and commit its manifest. Returns `open`, a stop reason, `waiting` or `budget`.
+
+    Raises:
+        InputError: the tracker that the training will tell is not installed here.
+    """
+    refuse_missing(session.config.execution.tracking)
     try:
         return _steps_of(session, number)
     except BudgetReached as reached:

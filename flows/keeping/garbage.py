@@ -264,8 +264,8 @@ def _take_all_away(store: Store, found: Sequence[Garbage]) -> list[str]:
         if error.errno != errno.EROFS and not isinstance(error, PermissionError):
             raise
         raise StoreError(
-            f"{store.url}: taking away needs the right to write and delete here ({error}); without --delete "
-            "gc only reads"
+            f"{store.url}: --delete needs the right to write and delete here ({error}); without it gc only "
+            "reads"
         ) from error
 
 

@@ -34,6 +34,7 @@ S3_CONFIG = {
 }
 _PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
 _PASSING_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
+_REDIRECTS = {301, 302, 307, 308}
 _PASSING_ERRORS = (
     TimeoutError,
     ConnectionError,
@@ -187,9 +188,12 @@ class Requests:
         more: dict[str, str] = {}
         while True:
             arguments = {"Prefix": prefix, "Delimiter": delimiter, **more}
-            answer = await self._again(
-                "list", prefix, 0, lambda given=arguments: self._call("list_objects_v2", **given)
-            )
+            try:
+                answer = await self._again(
+                    "list", prefix, 0, lambda given=arguments: self._call("list_objects_v2", **given)
+                )
+            except FileNotFoundError as error:
+                raise self.listing_error(error, prefix) from error
             for found in answer.get("Contents", []):
                 yield Listed(found["Key"], found["Size"], found["LastModified"])
             for found in answer.get("CommonPrefixes", []):
@@ -285,6 +289,13 @@ class Requests:
         """What to raise for an error that no second try would mend."""
         if isinstance(error, StoreError):
             return error
+        if isinstance(error, RecursionError) or _status(error) in _REDIRECTS:  # s3fs follows some in circles
+            return StoreError(
+                f"s3://{self.bucket}: the server sends its requests elsewhere: wrong region or endpoint; set "
+                "AWS_DEFAULT_REGION to the bucket's region, or correct AWS_ENDPOINT_URL"
+            )
+        if _is_page(error):
+            return self._no_s3(key)
         if isinstance(error, FileExistsError) or getattr(error, "errno", None) == errno.EINVAL:
             # A refused create is the first on AWS and moto, the second on Ceph and Swift.
             return _Refused(f"{self._where(key)}: the object store refused: {_said(error)}")
@@ -300,6 +311,17 @@ class Requests:
                 "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, and that get, put, delete and list are allowed"
             )
         return StoreError(f"{self._where(key)}: the object store refused: {_said(error)}")
+
+    def listing_error(self, error: Exception, key: str) -> Exception:
+        """The same where a folder was listed: a bucket that is there can be, empty or not."""
+        found = self._clear(error, key)
+        return self._no_s3(key) if isinstance(found, FileNotFoundError) else found
+
+    def _no_s3(self, key: str) -> StoreError:
+        return StoreError(
+            f"{self._where(key)}: what answers is not S3, or has no such bucket; check AWS_ENDPOINT_URL and "
+            "the bucket's name"
+        )
 
 
 class _Refused(StoreError):
@@ -326,12 +348,20 @@ def _code(error: Exception) -> str:
     return _response(error).get("Error", {}).get("Code", "")
 
 
+def _status(error: Exception) -> int:
+    return _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def _is_page(error: Exception) -> bool:
+    """Whether the server refused by something that reads like XML and is no error of S3's: a web page."""
+    return 400 <= _status(error) < 500 and _code(error) == "" and "Error" in _response(error)
+
+
 def _may_pass(error: Exception) -> bool:
     """Whether the same request may succeed a little later."""
     response = _response(error)
     if response:
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status in _PASSING_STATUS or _code(error) in _PASSING_CODES
+        return _status(error) in _PASSING_STATUS or _code(error) in _PASSING_CODES
     return isinstance(error, _PASSING_ERRORS) and not isinstance(error, StoreError)
 
 

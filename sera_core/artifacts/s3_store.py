@@ -126,6 +126,10 @@ class S3Store:
 
         return sorted(key.removeprefix(below).strip("/") for key in self._do(found()) if key != below)
 
+    def listing_error(self, error: Exception, path: str) -> Exception:
+        """In one sentence, what an error of s3fs means to who lists a folder."""
+        return self._requests().listing_error(error, self._key(path))
+
     # ---------------------------------------------------------------------------------------- how it is done
 
     def _key(self, path: str) -> str:

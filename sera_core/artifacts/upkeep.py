@@ -172,7 +172,7 @@ class S3Upkeep:
     """Of a prefix of a bucket; its clock is the server's."""
 
     def __init__(self, store: S3Store) -> None:
-        self.fs, self.prefix = store.fs, store.prefix
+        self.store, self.fs, self.prefix = store, store.fs, store.prefix
         self.bucket, _, self.below = self.prefix.partition("/")
 
     def replace(self, path: str, data: bytes) -> None:
@@ -185,7 +185,10 @@ class S3Upkeep:
         return None
 
     def listing(self, path: str) -> Iterator[Stored]:
-        now = _date(self._call("list_objects_v2", Prefix=self._key(path), MaxKeys=1))
+        try:
+            now = _date(self._call("list_objects_v2", Prefix=self._key(path), MaxKeys=1))
+        except (OSError, RecursionError) as error:
+            raise self.store.listing_error(error, path) from error
         found = cast(dict[str, Any], self.fs.find(f"{self.prefix}/{path}", detail=True))
         for name, about in found.items():
             relative = name.removeprefix(f"{self.prefix}/")

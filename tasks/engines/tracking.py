@@ -14,10 +14,16 @@ PROJECT = "sera-flow"
 
 def refuse_missing(tracking: str) -> None:
     """Raises InputError if the package is not installed."""
-    if tracking != "none" and importlib.util.find_spec(tracking) is None:
+    if tracking != "none" and not _is_installed(tracking):
         raise InputError(
             f"execution.tracking = {tracking!r}: the package is missing; run `pip install {tracking}`"
         )
+
+
+def _is_installed(package: str) -> bool:
+    """A folder `wandb` of earlier runs, where the command was given, is found too and is no package."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def report_to(tracking: str) -> list[str]:

@@ -1,12 +1,19 @@
 """Bad input: exit code 2, one message saying where and what to do, nothing half-written, no model loaded."""
 
+import importlib.util
 import json
+import sys
 
 import pytest
 import tiny
 import tinyrun
 
+from flows import opening
 from flows.cli import main
+from flows.session import Session
+from flows.working import work_through
+from sera_core.errors import InputError
+from tasks.engines.tracking import refuse_missing
 
 
 @pytest.fixture
@@ -165,3 +172,36 @@ def test_an_unknown_run_is_exit_code_2(capsys, folder):
     ):
         assert main([*command, "--store", str(folder / "store")]) == 2
         assert "nobody" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_trackers(monkeypatch):
+    """As if none were installed."""
+    true = importlib.util.find_spec
+    missing = ("wandb", "mlflow", "trackio", "tensorboard")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else true(name))
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "trackio", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_refused_before_the_first_step(
+    capsys, folder, no_trackers, tracker
+):
+    said = refused(capsys, folder, "--set", f"execution.tracking={tracker}")
+    assert f"pip install {tracker}" in said and not (folder / "store" / "steps").exists()
+
+
+def test_a_folder_that_a_tracker_left_is_not_its_package(capsys, folder, monkeypatch):
+    (folder / "trackio").mkdir()
+    monkeypatch.setattr(sys, "path", [str(folder)])
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with pytest.raises(InputError, match="pip install trackio"):
+        refuse_missing("trackio")
+
+
+def test_a_round_elsewhere_is_refused_before_its_first_step_too(folder, no_trackers):
+    config = tinyrun.config(folder)
+    records = opening.open_run(config, "tiny", str(folder / "store"))
+    session = Session(records.store.url, "tiny", lambda spec: pytest.fail(f"{spec.step} was done"))
+    session.config = tinyrun.config(folder, execution={"tracking": "wandb"})
+    with pytest.raises(InputError, match="pip install wandb"):
+        work_through(session, 0)
