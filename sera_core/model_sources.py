@@ -25,11 +25,13 @@ from sera_core.policies import (
     CONFIG_FILES,
     TOKENIZER_FILES,
     WEIGHT_PATTERNS,
+    check_settings,
     matters,
     policy_files,
     read_settings,
     write_settings,
 )
+from sera_core.remote import reading_remote
 from sera_core.weights import strip_wrapper
 
 LOG = logging.getLogger("sera.model")
@@ -121,15 +123,18 @@ def _model_folder(path: Path) -> Path:
 def _check_files(where: str, names: Iterable[str]) -> None:
     """Refuse a folder that is no plain safetensors model."""
     names = set(names)
-    if "config.json" not in names:
-        found = "holds a PEFT adapter alone" if "adapter_config.json" in names else "has no config.json"
-        remedy = (
-            "merge the adapter into its base (merge_and_unload, save_pretrained) and give that folder"
-            if "adapter_config.json" in names
-            else "give the folder that save_pretrained wrote"
+    weights = any(name.endswith(".safetensors") and name not in ADAPTER_FILES for name in names)
+    if "adapter_config.json" in names:
+        found = "model weights and a PEFT adapter beside them" if weights else "a PEFT adapter alone"
+        raise InputError(
+            f"model folder {where} holds {found}: merge the adapter into its base (merge_and_unload, "
+            "save_pretrained) and give that folder."
         )
-        raise InputError(f"model folder {where} {found}: {remedy}.")
-    if any(name.endswith(".safetensors") for name in names):
+    if "config.json" not in names:
+        raise InputError(
+            f"model folder {where} has no config.json: give the folder that save_pretrained wrote."
+        )
+    if weights:
         return
     pickles = sorted(name for name in names if PurePosixPath(name).suffix.lower() in PICKLES)
     if pickles:
@@ -199,8 +204,9 @@ def _url_files(source: Source) -> tuple[Any, dict[str, str]]:
     """The file system of a URL, and its policy files as name -> remote path."""
     from fsspec.core import url_to_fs
 
-    filesystem, root = url_to_fs(source.location)
-    paths = {PurePosixPath(path).name: path for path in filesystem.ls(root, detail=False)}
+    with reading_remote(source.location, "folder"):
+        filesystem, root = url_to_fs(source.location)
+        paths = {PurePosixPath(path).name: path for path in filesystem.ls(root, detail=False)}
     _check_files(source.text, paths)
     return filesystem, {name: paths[name] for name in sorted(paths) if matters(name)}
 
@@ -209,7 +215,7 @@ def _url_digest(source: Source) -> str:
     filesystem, paths = _url_files(source)
     digests = {}
     for name, path in paths.items():
-        with filesystem.open(path, "rb") as file:
+        with reading_remote(f"{source.location}/{name}"), filesystem.open(path, "rb") as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return files_digest(digests)
 
@@ -279,7 +285,8 @@ def materialise(source: Source | str, folder: Path | str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent) as download:
             filesystem, paths = _url_files(source)
             for name, path in paths.items():
-                filesystem.get_file(path, str(Path(download) / name))
+                with reading_remote(f"{source.location}/{name}"):
+                    filesystem.get_file(path, str(Path(download) / name))
             _copy_policy(Path(download), folder, source.text)
     if prefix := strip_wrapper(folder):
         LOG.warning("model %s: %r stood before every tensor's name and was stripped", source.text, prefix)
@@ -289,7 +296,7 @@ def materialise(source: Source | str, folder: Path | str) -> Path:
 def _hub_snapshot(source: Source) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_PATTERNS]
+    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_PATTERNS, *ADAPTER_FILES]
     snapshot = Path(snapshot_download(source.location, revision=_hub_commit(source), allow_patterns=patterns))
     _check_files(source.text, {entry.name for entry in snapshot.iterdir()})
     return snapshot
@@ -297,6 +304,7 @@ def _hub_snapshot(source: Source) -> Path:
 
 def _copy_policy(origin: Path, folder: Path, text: str) -> None:
     """Copy the files that matter, with cleaned configs and the chat template in a file of its own."""
+    check_settings(origin)
     config = read_settings(origin / "config.json")
     tokenizer_config = read_settings(origin / "tokenizer_config.json")
     _refuse_unusable(text, config, tokenizer_config)

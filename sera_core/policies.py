@@ -119,11 +119,21 @@ def _kept_policy(folder: Path, dtype: Dtype, device: str, base: Path | None) -> 
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a policy folder."""
+    """The tokenizer of a policy folder.
+
+    Raises:
+        InputError: its files hold no tokenizer that transformers can open.
+    """
     from transformers import AutoTokenizer
 
     _refuse_code(Path(folder))
-    return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for a file it cannot read
+        raise InputError(
+            f"the tokenizer in {folder} cannot be opened: {error}. Save the model's tokenizer into that "
+            "folder again."
+        ) from error
 
 
 def save_policy(
@@ -250,6 +260,17 @@ def _refuse_code(folder: Path) -> None:
         )
 
 
+def check_settings(folder: Path) -> None:
+    """Read every JSON file of a policy, so that one that is damaged is named.
+
+    Raises:
+        InputError: one is not JSON, or no object.
+    """
+    for name in policy_files(folder):
+        if name.endswith(".json"):
+            read_settings(folder / name)
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The object of a JSON file; empty where there is none.
 
@@ -259,7 +280,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("version https://git-lfs"):
+            raise InputError(
+                f"{path}: this is a Git-LFS pointer, not the file: run `git lfs pull` in that folder"
+            )
+        value = json.loads(text)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}): save the model again.") from error
     if not isinstance(value, dict):

@@ -184,9 +184,10 @@ class Renderer:
         """Ids of a conversation with the generation prompt behind it.
 
         Raises:
-            InputError: the template refuses the conversation, or leaves the text of a message out.
+            InputError: the template refuses the conversation or leaves the text of a message out, or the
+                model has no embedding for a token.
         """
-        return self._encoder.encode(self._prompt(messages))
+        return self._checked(self._encoder.encode(self._prompt(messages)))
 
     def response_ids(self, messages: Sequence[Message], answer: str | Sequence[Message]) -> list[int]:
         """Ids of an answer to a conversation, its end-of-turn token included and nothing after it.
@@ -225,7 +226,7 @@ class Renderer:
                 for name in ("chosen", "rejected")
             ]
         ids = self._encoder.encode_many(rendered)
-        prompts = ids[0::3]
+        prompts = [self._checked(prompt) for prompt in ids[0::3]]
         sides: dict[str, list[list[int]]] = {}
         for offset, name in ((1, "chosen"), (2, "rejected")):
             sides[name] = [
@@ -313,7 +314,27 @@ class Renderer:
                 f"the chat template of {self.folder} does not close this answer with its end-of-turn token: "
                 "set model.chat_template to one that does."
             )
-        return ids[: ids.index(self.end_of_turn_id) + 1]
+        return self._checked(ids[: ids.index(self.end_of_turn_id) + 1])
+
+    @cached_property
+    def _embeddings(self) -> int | None:
+        """Token ids that the model has embeddings for, as its configuration says; None without one."""
+        config = read_settings(self.folder / "config.json")
+        return (config.get("text_config") or config).get("vocab_size")
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """The ids, all of which the model knows.
+
+        A tokenizer may hold more ids than the model has embeddings, as long as no text comes to them.
+        """
+        if self._embeddings is not None and ids and max(ids) >= self._embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise InputError(
+                f"the text has the token {token!r} of id {max(ids)}, but the embeddings of the model in "
+                f"{self.folder} hold {self._embeddings} ids and its tokenizer {len(self.tokenizer)}: resize "
+                "the embeddings (model.resize_token_embeddings), or use the model's own tokenizer."
+            )
+        return ids
 
 
 def _texts(message: Message) -> Iterator[str]:

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sera_core.errors import InputError
+from sera_core.remote import reading_remote
 from sera_core.stand_ins import stand_in
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -129,21 +130,8 @@ def _read_local(path: Path) -> bytes:
 def _read_url(url: str) -> bytes:
     import fsspec
 
-    shown = url.split("?", 1)[0]  # what follows may be a signature
-    try:
-        with fsspec.open(url, "rb") as stream:
-            return stream.read()  # pyright: ignore[reportAttributeAccessIssue]
-    except FileNotFoundError as error:
-        raise InputError(f"{shown}: no such file; correct the URL") from error
-    except ImportError as error:
-        raise InputError(f"{shown}: reading it needs a package that is not installed ({error})") from error
-    except (
-        Exception
-    ) as error:  # every file system raises classes of its own for refused, unreachable, unknown
-        raise InputError(
-            f"{shown}: cannot be read ({type(error).__name__}); check the URL, the network, and the endpoint "
-            "and credentials in the environment"
-        ) from error
+    with reading_remote(url), fsspec.open(url, "rb") as stream:
+        return stream.read()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _missing(path: Path) -> str:

@@ -6,7 +6,7 @@ from sera_core.artifacts.step import Attempt
 from sera_core.chat_templates import template_text
 from sera_core.errors import InputError
 from sera_core.model_sources import materialise, resolve_source, source_digest
-from sera_core.policies import load_policy, read_settings, write_settings
+from sera_core.policies import load_policy, load_tokenizer, read_settings, write_settings
 
 
 def import_model(attempt: Attempt) -> list[str]:
@@ -24,6 +24,7 @@ def import_model(attempt: Attempt) -> list[str]:
     if (template := attempt.fields["chat_template"]) is not None:
         _set_template(folder, template)
     files = [f"policy/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()]
+    load_tokenizer(folder)
     load_policy(folder, device="meta")  # every tensor is there and has its shape; no weights are read
     attempt.counts["files"] = len(files)
     return files

@@ -146,8 +146,7 @@ def add_sample(subparsers: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--max-tokens",
         type=int,
-        default=_SAMPLING.max_tokens,
-        help="a response is cut here (default: %(default)s)",
+        help=f"a response is cut here (default: {_SAMPLING.max_tokens}, or what the model's positions leave)",
     )
     sub.add_argument(
         "--max-prompt-tokens", type=int, default=1024, help="a longer prompt is dropped (default: 1024)"

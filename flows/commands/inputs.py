@@ -18,6 +18,7 @@ from sera_core.artifacts import schema
 from sera_core.errors import InputError
 from sera_core.formats import COLUMNS, Reading
 from sera_core.model_sources import Source, materialise, resolve_source
+from sera_core.policies import check_settings
 from sera_core.preferences import (
     Drop,
     Message,
@@ -100,6 +101,7 @@ def policy_folder(flag: str, source: Source, scratch: Path) -> Path:
     with refusing(flag):
         prefix = wrapper_of(Path(source.location)) if source.kind == "folder" else ""
         if source.kind == "folder" and not prefix:
+            check_settings(Path(source.location))
             return Path(source.location)
         if prefix:
             say(f"{flag}: {prefix!r} stands before every tensor's name and is stripped")
@@ -125,8 +127,6 @@ def open_renderer(flag: str, folder: Path, template: str | None, arguments: str 
         _ = renderer.end_of_turn_id
     except InputError as error:
         raise InputError(f"{flag}: {_with_flags(str(error))}") from error
-    except (ValueError, OSError) as error:  # what transformers raises for a folder without a usable tokenizer
-        raise InputError(f"{flag}: the tokenizer in {folder} cannot be opened: {error}") from error
     return renderer
 
 

@@ -20,6 +20,7 @@ from flows.commands.answers import (
     count_lines,
     quiet_stdout,
     rate,
+    say,
     write_output,
 )
 from flows.commands.inputs import (
@@ -35,6 +36,7 @@ from flows.commands.inputs import (
     render_prompts,
 )
 from flows.showing.progress import reporter
+from sera_core.config import SamplingConfig
 from sera_core.errors import InputError
 from sera_core.preferences import Drop, Prompt
 from tasks.engines.sampler import Settings, open_sampler, position_limit
@@ -60,7 +62,7 @@ def sample(args: argparse.Namespace) -> int:
 
 
 def _check_sample(args: argparse.Namespace) -> None:
-    check_positive(args, "n", "max_tokens", "max_prompt_tokens")
+    check_positive(args, "n", "max_prompt_tokens", *(["max_tokens"] if args.max_tokens is not None else []))
     if not (args.temperature > 0 and math.isfinite(args.temperature)):
         raise InputError(f"--temperature {args.temperature}: must be a number above 0")
     if not 0 < args.top_p <= 1:
@@ -75,8 +77,13 @@ def _check_sample(args: argparse.Namespace) -> None:
 def _fit_prompts(
     args: argparse.Namespace, folder: Path, renderer: Renderer, prompts: Sequence[Prompt]
 ) -> tuple[list[tuple[Prompt, Ids]], list[Drop]]:
-    """The prompts as token ids, those left out for which the model has too few positions."""
+    """The prompts as token ids, those left out for which the model has too few positions.
+
+    Sets the length of a response where the command gives none.
+    """
     positions = position_limit(folder)
+    if args.max_tokens is None:
+        args.max_tokens = _default_length(positions)
     if positions is not None and args.max_tokens >= positions:
         raise InputError(
             f"--max-tokens {args.max_tokens}: the model holds {positions} tokens, prompt and response "
@@ -85,6 +92,18 @@ def _fit_prompts(
     return render_prompts(
         renderer, prompts, Limits(args.max_prompt_tokens, args.max_tokens, positions=positions)
     )
+
+
+def _default_length(positions: int | None) -> int:
+    """Tokens of a response where the command gives none; a small model keeps half its positions for it."""
+    default = SamplingConfig().max_tokens
+    if positions is None or default < positions:
+        return default
+    say(
+        f"responses are cut at {positions // 2} tokens, half of the model's {positions}; "
+        "--max-tokens sets another length"
+    )
+    return positions // 2
 
 
 def _sample(

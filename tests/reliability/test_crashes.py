@@ -1,4 +1,4 @@
-"""The crash matrix: all points in a folder and on moto, every fifth on Ceph; `make faults`: all on all."""
+"""The crash matrix: all points in a folder, every third on moto, every fifth on Ceph; `make faults`: all on all."""
 
 import objectstores
 import pytest
@@ -13,7 +13,7 @@ LEAST_POINTS = 150
     ("store", "every"),
     [
         pytest.param("local", 1, marks=pytest.mark.slow),
-        pytest.param("moto", 1, marks=pytest.mark.s3),
+        pytest.param("moto", 3, marks=pytest.mark.s3),
         pytest.param("radosgw", 5, marks=pytest.mark.s3),
     ],
 )
