@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sera_core.artifacts.canonical import files_digest, sha256_file
 from sera_core.errors import InputError
+from sera_core.stand_ins import stand_in
 from sera_core.weights import refuse_misfit, refuse_other_tensors, wrapper_of
 
 if TYPE_CHECKING:
@@ -281,10 +282,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         return {}
     try:
         text = path.read_text(encoding="utf-8")
-        if text.startswith("version https://git-lfs"):
-            raise InputError(
-                f"{path}: this is a Git-LFS pointer, not the file: run `git lfs pull` in that folder"
-            )
+        if what := stand_in(text.encode()):
+            raise InputError(f"{path}: {what}")
         value = json.loads(text)
     except InputError:
         raise

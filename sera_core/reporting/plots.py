@@ -59,8 +59,8 @@ def nice_step(span: float, pieces: int) -> float:
 
 
 def ticks(low: float, high: float, pieces: int = 5) -> list[float]:
-    """Round values that cover [low, high]."""
-    step = nice_step(high - low, pieces)
+    """Round values that cover [low, high]; a range that floating point hardly resolves there is widened."""
+    step = nice_step(max(high - low, 1e-9 * max(abs(low), abs(high))), pieces)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     if first == last:
         first, last = first - 1, last + 1

@@ -1,4 +1,4 @@
-"""The crash matrix: all points in a folder, every third on moto, every fifth on Ceph; `make faults`: all on all."""
+"""The crash matrix: all points in a folder, every third on moto, fifth on Ceph; `make faults`: all on all."""
 
 import objectstores
 import pytest
