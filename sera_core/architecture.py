@@ -86,6 +86,24 @@ def window(model: Any) -> int | None:
     )
 
 
+def refuse_beyond_sparse_sight(model: Any, longest: int) -> None:
+    """Refuse sequences that are longer than what sparse attention picks its tokens from (`index_topk`).
+
+    The scores it picks by are often equal (a ReLU makes them zero), and which of equal ones are picked
+    depends on the length of the sequence and of its batch: the values of a token depend on what follows.
+
+    Raises:
+        InputError: names the number and the lengths to lower.
+    """
+    seen = getattr(text_config(model), "index_topk", None)
+    if isinstance(seen, int) and longest > seen:
+        raise InputError(
+            f"{architecture(model)} sees {seen} tokens at a time (index_topk), and which ones depends on the "
+            f"length where scores are equal, so sequences of {longest} tokens have no definite "
+            "log-probability: lower data.max_prompt_tokens and data.max_response_tokens"
+        )
+
+
 def probe_length(model: Any, longest: int) -> int:
     """Tokens that a probe needs to reach past every bound of sight that sequences of `longest` tokens reach.
 

@@ -23,6 +23,7 @@ from sera_core.architecture import (
     keeps_state,
     positions,
     probe_length,
+    refuse_beyond_sparse_sight,
     rope_boundary,
     text_config,
     unsupported,
@@ -212,8 +213,10 @@ def scoring_mode(model: Any, longest: int = 0) -> Mode:
         longest: tokens of the longest item; a window shorter than it rules packing out.
 
     Raises:
-        InputError: the model is not causal, its plain forward pass fails, or no way agrees with it.
+        InputError: the model is not causal, its plain forward pass fails, no way agrees with it, or sparse
+            attention picks tokens of so long a sequence.
     """
+    refuse_beyond_sparse_sight(model, longest)
     decided, bound = _MODES.setdefault(model, {}), window(model)
     length = probe_length(model, longest)
     packable = bool(
@@ -295,7 +298,7 @@ def _plain_probe(model: Any, items: Sequence[Item]) -> np.ndarray:
         raise unsupported(
             model,
             "it is not causal (what it predicts depends on the tokens that follow; encoders need "
-            "is_decoder in their config.json, and sparse attention may break ties by the length)",
+            "is_decoder in their config.json)",
         )
     return values
 

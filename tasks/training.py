@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sera_core.architecture import refuse_beyond_sparse_sight
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.step import Attempt
 from sera_core.config import TrainConfig
@@ -146,6 +147,7 @@ class TrainingRun:
         disable_dropout(self.model)
         text_config = transformer.config.get_text_config()
         self.mixture.refuse_lengths(getattr(text_config, "max_position_embeddings", None))
+        refuse_beyond_sparse_sight(transformer, self.mixture.longest_sequence)
         self.optimizer = self._make_optimizer(checkpoint)
         first, tracking = len(self.lines), self.attempt.execution.tracking
         logs = self.attempt.spec.where.get("logs") or str(scratch)

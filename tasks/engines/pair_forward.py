@@ -282,17 +282,13 @@ def _probe_rows(model: PreTrainedModel) -> list[Row]:
     ]
 
 
-def _plain_pairs(model: PreTrainedModel, longest: int = 0) -> Tensor:
-    """log π of the probe's responses by the plain loop, chosen ones first, float64 [response].
-
-    Raises:
-        InputError: the model cannot be scored, on sequences of up to `longest` tokens.
-    """
+def _plain_pairs(model: PreTrainedModel) -> Tensor:
+    """log π of the probe's responses by the plain loop, chosen ones first, float64 [response]."""
     items = probe_items(model)
     training = model.training
     model.eval()
     try:
-        scoring_mode(model, longest)  # refuses what cannot be scored either
+        scoring_mode(model)  # refuses what cannot be scored either
         return torch.from_numpy(plain_sequence_logps(model, [items[0], items[2], items[1], items[3]]))
     finally:
         model.train(training)
@@ -338,12 +334,11 @@ def can_share_prompt(model: PreTrainedModel, longest: int) -> bool:
     Raises:
         InputError: the model cannot be scored at all.
     """
-    expected = _plain_pairs(model, longest)
     bounds = [bound for bound in (window(model), rope_boundary(model)) if bound is not None]
     return (
         text_config(model)._attn_implementation == "sdpa"
         and not keeps_state(model)
         and longest <= min(bounds, default=longest)
         and "position_ids" in inspect.signature(model.base_model.forward).parameters
-        and _trains_alike(model, _by_own_logits(model.forward), None, expected, share=True)
+        and _trains_alike(model, _by_own_logits(model.forward), None, _plain_pairs(model), share=True)
     )

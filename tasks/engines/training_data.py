@@ -57,6 +57,11 @@ class Mixture:
         """Positions of the longest pair, its prompt computed once."""
         return max(map(sum, self.lengths))
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with one of its answers."""
+        return max(prompt + max(chosen, rejected) for prompt, chosen, rejected in self.lengths)
+
     def refuse_lengths(self, positions: int | None) -> None:
         """Nothing is ever truncated here, so every sequence must fit the model, and none may be empty."""
         for pair_id, (prompt, chosen, rejected) in zip(self.pair_ids, self.lengths, strict=True):

@@ -220,7 +220,7 @@ def plain(model: Any, prompt: list[int], response: list[int]) -> float:
 
     ids = torch.tensor([prompt + response])
     with torch.no_grad():
-        logps = model(input_ids=ids).logits[0].double().log_softmax(-1)
+        logps = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
     return sum(logps[len(prompt) - 1 + place, token].item() for place, token in enumerate(response))
 
 
@@ -272,11 +272,13 @@ def trainer(model: Any) -> tuple[str, float]:
     import numpy as np
     import torch
 
+    from sera_core.architecture import refuse_beyond_sparse_sight
     from sera_core.dropout import disable_dropout
     from tasks.engines.pair_forward import PairCollator, add_pair_forward, can_share_prompt, packed_length
 
     disable_dropout(model)
     pairs = pairs_of(model)
+    refuse_beyond_sparse_sight(model, max(len(p) + max(len(w), len(z)) for p, w, z in pairs))
     rows = [
         {"row": number, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
