@@ -98,3 +98,10 @@ def test_the_command_line_refuses_such_weights_with_exit_code_2(folder, tmp_path
     assert main([*given, "--out", str(tmp_path / "scored.parquet")]) == 2
     assert "9 missing: model.layers.2." in capsys.readouterr().err
     assert not (tmp_path / "scored.parquet").exists()
+
+
+def test_a_file_that_was_cut_off_is_named(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(InputError, match=r"model.safetensors: not a safetensors file .* not whole"):
+        load_policy(folder)
