@@ -4,7 +4,8 @@
     runs/<run>/lease/00000-beat.json      rewritten by its owner alone, every 15 s; the last says `released`
     steps/<step>/<key>/claim/…            likewise
 
-An epoch is over when its last beat says so, when it is a minute old by the store's own clock, or when its
+An epoch is over when its last beat says so, when it is a minute old by the store's own clock, when whoever
+waits has seen no further beat for a minute of their own clock (the store's may have jumped), or when its
 holder was a process of this machine that is gone. Then the next one may be created. Correctness never rests
 on any of it: records are create-only, and whoever holds an epoch that is over finds so before it commits a
 round (`Lease.check`).
@@ -76,6 +77,24 @@ class Held:
 
     def __str__(self) -> str:
         return f"{self.epoch.holder}, since {self.epoch.since} (last sign of life {self.age:.0f} s ago)"
+
+
+class Watch:
+    """What one process sees of a lease over time."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, str, int] | None = None
+        self._since = 0.0
+
+    def is_over(self, seen: Held) -> bool:
+        """Whether the epoch seen is over, or has given no further sign of life for a minute of this watch.
+
+        By the store's clock a beat may lie in the future, for as long as a clock was wrong.
+        """
+        sign = (seen.epoch.epoch, seen.epoch.holder.token, seen.beats)
+        if sign != self._last:
+            self._last, self._since = sign, time.monotonic()
+        return seen.is_over or time.monotonic() - self._since > EXPIRE_SECONDS
 
 
 class Lease:
@@ -234,7 +253,8 @@ def wait_until_free(store: Store, run: str, tell: Tell) -> Held | None:
         BusyError: its holder is at work.
     """
     first: Held | None = None
-    while (seen := look(store, lease_path(run))) is not None and not seen.is_over:
+    watch = Watch()
+    while (seen := look(store, lease_path(run))) is not None and not watch.is_over(seen):
         beaten = first is not None and (first.epoch, first.beats) != (seen.epoch, seen.beats)
         if seen.surely_held or beaten:
             raise BusyError(
@@ -272,14 +292,14 @@ def claim(store: Store, spec: StepSpec, tell: Tell) -> Iterator[StepRecord | Non
         tell: told what is waited for.
     """
     assert spec.key is not None
-    path, told = claim_path(spec.step, spec.key), float("-inf")
+    path, told, watch = claim_path(spec.step, spec.key), float("-inf"), Watch()
     while True:
         seen = look(store, path)
         # After looking: who was seen to be done has left its record before it let go.
         if seen is not None and (record := find_record(store, spec.step, spec.key)) is not None:
             yield record
             return
-        if (seen is None or seen.is_over) and (lease := take(store, path, seen)) is not None:
+        if (seen is None or watch.is_over(seen)) and (lease := take(store, path, seen)) is not None:
             break
         if seen is not None and time.monotonic() > told + TELL_SECONDS:
             tell(f"step {spec.step} {spec.key[:12]}… is being done by {seen}; waiting for its record")

@@ -146,6 +146,20 @@ def test_a_holder_elsewhere_without_a_sign_of_life_runs_out_in_a_minute_of_the_s
     assert len(told) == 1 and "process 7 of ada on far" in told[0]
 
 
+def test_a_lease_from_the_future_runs_out_by_the_clock_of_whoever_waits(store, monkeypatch):
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "EXPIRE_SECONDS", 0.5)
+    record = elsewhere(store)
+    beat = {"format": FORMAT, "token": record["holder"]["token"], "beats": 4, "released": False}
+    upkeep(store).replace("runs/r/lease/00000-beat.json", lease.canonical_json(beat))
+    for name in ("00000", "00000-beat"):
+        aged(store, f"runs/r/lease/{name}.json", -1e8)  # a clock that had jumped three years ahead
+    began = time.monotonic()
+    with lease.hold(store, "r", print) as mine:
+        assert mine.number == 1
+    assert 0.5 < time.monotonic() - began < 30
+
+
 def test_a_sign_of_life_from_elsewhere_ends_the_waiting(store, monkeypatch):
     monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
     record = elsewhere(store)
@@ -288,6 +302,17 @@ def test_a_claim_that_runs_out_is_taken_over(store, monkeypatch):
     with lease.claim(store, SPEC, print) as record:
         assert record is None
         assert lease.look(store, path).epoch.epoch == 1
+
+
+def test_a_claim_from_the_future_is_taken_over_too(store, monkeypatch):
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "EXPIRE_SECONDS", 0.5)
+    there = {"token": "beef" * 4, "host": "far", "user": "ada", "pid": 7, "began": "1", "place": "far away"}
+    path = lease.claim_path(SPEC.step, SPEC.key)
+    create_json(store, f"{path}/00000.json", {"format": FORMAT, "epoch": 0, "holder": there, "since": "then"})
+    aged(store, f"{path}/00000.json", -1e8)
+    with lease.claim(store, SPEC, print) as record:
+        assert record is None and lease.look(store, path).epoch.epoch == 1
 
 
 def test_a_step_that_moves_nothing_costs_the_store_at_most_50_ms(store):
