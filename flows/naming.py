@@ -77,7 +77,7 @@ def done_before(store: Store, config: SeraConfig) -> str | None:
 
 
 def _limits(records: RunStore) -> dict[str, Any]:
-    return SeraConfig.stored(records.configs()[-1].config).limits.model_dump(mode="json")
+    return records.configs()[-1].settings.limits.model_dump(mode="json")
 
 
 def _finished_path(resolved: dict[str, Any], limits: dict[str, Any]) -> str:

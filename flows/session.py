@@ -7,7 +7,7 @@ from flows.round import Past, Ref, Sides, prepare
 from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec, find_record
 from sera_core.artifacts.runs import History, RunStore
 from sera_core.artifacts.store import Store, open_store
-from sera_core.config import LimitsConfig, SeraConfig
+from sera_core.config import LimitsConfig
 from sera_core.errors import BudgetReached, InputError
 
 Runner = Callable[[StepSpec], StepRecord]
@@ -61,7 +61,7 @@ class Session:
             raise InputError(f"run {run!r}: not in the store {store_url}; `sera list` names the runs there")
         self.run, self.runner = run, runner
         self.record = configs[-1]
-        self.config = SeraConfig.stored(self.record.config)
+        self.config = self.record.settings
         self.history: History = self.records.history()
         self.used: dict[str, StepRecord] = {}
         self.meter = Meter(self.config.limits)

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef
 from sera_core.artifacts.records import FORMAT, Noun
 from sera_core.artifacts.runs import RoundManifest, RunStore
-from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 from sera_core.steps import SIDES
 
@@ -152,14 +151,14 @@ def start_of(records: RunStore) -> Source:
     """The start policy."""
     config = records.configs()[0]
     digest = config.resolved["digests"]["model"]
-    name = display_name(SeraConfig.stored(config.config).model.source, digest)
+    name = display_name(config.settings.model.source, digest)
     return Source(name=name, digest=digest)
 
 
 def data_of(records: RunStore) -> list[DataSource]:
     """The sources of pairs and prompts."""
     config = records.configs()[0]
-    data = SeraConfig.stored(config.config).data
+    data = config.settings.data
     found = []
     for side in SIDES:
         digests = config.resolved["digests"]["data"][side]

@@ -15,7 +15,6 @@ from flows.showing.card_text import escape, table
 from flows.showing.looking import since_round_0
 from flows.showing.round_card import with_interval
 from sera_core.artifacts.runs import RoundManifest, RunStore
-from sera_core.config import SeraConfig
 from sera_core.reporting import words
 from sera_core.shown import shown_line
 
@@ -119,7 +118,7 @@ def _sources(chain: Lineage) -> Iterator[str]:
 
 
 def _settings(records: RunStore) -> list[list[str]]:
-    config = SeraConfig.stored(records.configs()[0].config)
+    config = records.configs()[0].settings
     train = config.train
     rows = [
         ("losses", ", ".join(train.losses)),

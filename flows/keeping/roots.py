@@ -14,7 +14,6 @@ from sera_core.artifacts.manifest import StepRecord, StepRef, find_record, parse
 from sera_core.artifacts.records import read_record
 from sera_core.artifacts.runs import RunStore, list_runs
 from sera_core.artifacts.store import Store
-from sera_core.config import SeraConfig
 
 COLLECTED = "collected.json"
 """The copy of a step's record that was taken away, kept until its files go too."""
@@ -77,7 +76,7 @@ def of_run(records: RunStore) -> Iterator[Place]:
 
 def _of_open_round(records: RunStore) -> Iterator[Place]:
     walk = Walk(records.store.url)
-    config = SeraConfig.stored(records.configs()[-1].config)
+    config = records.configs()[-1].settings
     digests = records.configs()[-1].resolved["digests"]
     walk_rounds(config, digests, records.history(), walk, records.given_answer)
     yield from ((row["step"], row["key"]) for row in walk.rows if row["key"] is not None)
@@ -89,7 +88,7 @@ def _of_test_side(records: RunStore) -> Iterator[Place]:
     if best is None or test_record(records) is not None:
         return
     walk = Walk(records.store.url)
-    config = SeraConfig.stored(records.configs()[-1].config)
+    config = records.configs()[-1].settings
     sides = box.prepare(config, records.configs()[-1].resolved["digests"], walk.do)
     box.test_evidence(config, sides, best.steps["policy"], walk.do)
     yield from ((row["step"], row["key"]) for row in walk.rows if row["key"] is not None)

@@ -12,7 +12,6 @@ from flows.showing.card_text import escape, table, verbatim
 from flows.showing.looking import against_round_0, verdict_words
 from flows.showing.round_card import command, round_card, stop_words, with_interval
 from sera_core.artifacts.runs import RoundManifest, RunStore
-from sera_core.config import SeraConfig
 
 
 def key_of(run: str, what: str) -> str:
@@ -65,7 +64,7 @@ def publish_missing(records: RunStore) -> None:
     missing = [m for key, m in rounds.items() if (key, _description(records, m)) not in seen]
     if not missing:
         return
-    show_text = SeraConfig.stored(records.configs()[-1].config).review.show_text
+    show_text = records.configs()[-1].settings.review.show_text
     for manifest in missing:
         publish_round(records, manifest, show_text)
     publish_index(records)

@@ -69,7 +69,7 @@ def _refuse_foreign(out: Path, names: Sequence[str]) -> None:
 
 def _index(records: RunStore, store_url: str) -> str:
     configs, history = records.configs(), records.history()
-    config = SeraConfig.stored(configs[-1].config)
+    config = configs[-1].settings
     stop_reason, best, test = records.stop_reason(), history.best, test_record(records)
     rounds = [_row(manifest, best) for manifest in history.rounds]
     return render(

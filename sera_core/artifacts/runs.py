@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
 
+from pydantic import ValidationError
+
 from sera_core.artifacts import lease
 from sera_core.artifacts.canonical import sha256_json
 from sera_core.artifacts.manifest import StepRef
@@ -39,6 +41,23 @@ class RunRecord(Noun):
     resolved: dict[str, Any]
     """What config_sha256 covers: result fields with paths replaced by content digests."""
     created: str
+
+    @property
+    def settings(self) -> SeraConfig:
+        """The configuration, checked.
+
+        Raises:
+            StoreError: this version knows no such setting or value; the first one is named.
+        """
+        try:
+            return SeraConfig.stored(self.config)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise StoreError(
+                f"run {self.run!r}: the recorded configuration cannot be read ({field}: {first['msg']}); "
+                "restore the record from a copy of the store, or use the version that wrote it"
+            ) from error
 
 
 class RoundManifest(Noun):
@@ -265,7 +284,7 @@ class RunStore:
             return "waiting"
         if not records:
             return "open"
-        limits = SeraConfig.stored(records[-1].config).limits
+        limits = records[-1].settings.limits
         if history.next_round >= limits.rounds:
             return "max_rounds"
         stop = read_record(self.store, f"{self.path}/stop-{len(records) - 1:03d}.json")

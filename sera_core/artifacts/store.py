@@ -108,7 +108,7 @@ def read_json(store: Store, path: str) -> Any | None:
         return None
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(
             f"{store.url}/{path}: not valid JSON ({error}); restore it from a copy of the store"
         ) from error

@@ -90,11 +90,42 @@ def test_a_record_of_a_newer_version_is_refused_by_name(kept_store, capsys, patt
     assert Path(pattern).name in said
 
 
-@pytest.mark.parametrize("record", ["[]", '"text"', "{}", '{"format": "1"}', '{"format": true}', "{"])
+DEEP = '{"a":' * 200_000 + "1" + "}" * 200_000
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["[]", '"text"', "{}", '{"format": "1"}', '{"format": true}', "{", DEEP],
+    ids=["list", "text", "empty", "text format", "true format", "cut off", "deep"],
+)
 def test_what_is_no_record_is_refused_by_name(kept_store, capsys, record):
     (kept_store / "runs" / "first" / "run-000.json").write_text(record)
     assert main(["show", "first", "--store", str(kept_store)]) == 1
     assert "run-000.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("select", "rule", "best"),
+        ("model", "nothing", 1),
+        ("limits", "rounds", "many"),
+        ("train", "beta", None),
+    ],
+)
+def test_a_recorded_configuration_that_cannot_be_read_names_the_setting(
+    kept_store, capsys, section, name, value
+):
+    for path in kept_store.glob("runs/first/run-*.json"):
+        record = json.loads(path.read_text())
+        record["config"][section][name] = value
+        path.write_text(json.dumps(record))
+    for command in (["report", "first", "--out", str(kept_store / "page")], ["advance", "first"]):
+        (kept_store / "runs" / "first" / "round-001.json").unlink(missing_ok=True)
+        assert main([*command, "--store", str(kept_store)]) == 1
+        said = capsys.readouterr().err
+        assert f"run 'first': the recorded configuration cannot be read ({section}.{name}: " in said
+        assert said.count("\n") == 1 and "pydantic" not in said
 
 
 def test_a_record_with_a_field_that_is_missing_or_unknown_names_it(kept_store):
