@@ -336,10 +336,11 @@ def _refuse_unusable(text: str, config: dict[str, Any], tokenizer_config: dict[s
             "model whose architecture transformers itself has."
         )
     if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown method")
+        settings = config["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise InputError(
-            f"model source {text!r} is quantised ({method}) and cannot be trained: give the unquantised "
-            "model."
+            f"model source {text!r} is quantised ({method or 'unknown method'}) and cannot be trained: "
+            "give the unquantised model."
         )
 
 

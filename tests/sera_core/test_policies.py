@@ -259,6 +259,7 @@ def test_a_template_inside_the_tokenizer_config_gets_a_file_of_its_own(copy, tmp
     [
         ({"auto_map": {"AutoModel": "modeling.Mine"}}, "code from its own repository"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+        ({"quantization_config": "x"}, r"quantised \(unknown method\)"),
     ],
 )
 def test_models_that_need_foreign_code_or_are_quantised_are_refused(copy, tmp_path, change, message):
