@@ -108,10 +108,23 @@ class Round:
         """A folder for `AutoModelForCausalLM.from_pretrained`: the policy, or its adapter beside its base."""
         policy = self._artifact("policy")
         folder = policy.folder("policy")
-        if not (folder / "adapter_config.json").exists():
+        if not self.is_adapter:
             return folder
         base = StepRef.model_validate_json((folder / "base.json").read_text())
         return _adapter_beside(policy, Artifact(self._store, base).folder("policy"))
+
+    def copy_policy(self, folder: Path) -> None:
+        """Copy the policy's recorded files, and nothing else, into a folder of one's own.
+
+        Raises:
+            StoreError: one of them is missing, or does not hold what its record says.
+        """
+        self._artifact("policy").copy("policy", folder)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the policy is an adapter, which needs its base."""
+        return "policy/adapter_config.json" in self._artifact("policy").record.files
 
     def _artifact(self, role: str) -> Artifact:
         if role not in self.manifest.steps:
