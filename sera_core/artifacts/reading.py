@@ -150,12 +150,8 @@ def _adapter_beside(policy: Artifact, base: Path) -> Path:
     names = [name for name in policy.record.files if name.startswith("policy/")]
     files = {name.removeprefix("policy/"): policy.path(name) for name in names}
     config = json.loads(files.pop("adapter_config.json").read_text())
-    target = assemble(f"{policy.ref.digest}-adapter", files)
-    path = target / "adapter_config.json"
-    path.write_text(
-        json.dumps(config | {"base_model_name_or_path": str(base)}, indent=2, sort_keys=True) + "\n"
-    )
-    return target
+    beside = json.dumps(config | {"base_model_name_or_path": str(base)}, indent=2, sort_keys=True) + "\n"
+    return assemble(f"{policy.ref.digest}-adapter", files, {"adapter_config.json": beside})
 
 
 def _single(value: object) -> object:
