@@ -16,14 +16,24 @@ _CHUNK = 8 * 2**20
 
 
 def entries(folder: Path, under: str = "") -> Iterator[tuple[str, bool]]:
-    """Relative path of every file and link below a folder, and whether it is a link; none is followed."""
-    with os.scandir(folder) as found:
-        for entry in sorted(found, key=lambda entry: entry.name):
-            name = f"{under}{entry.name}"
-            if entry.is_dir(follow_symlinks=False):
-                yield from entries(Path(entry.path), f"{name}/")
-            else:
-                yield name, entry.is_symlink()
+    """Relative path of every file and link below a folder, and whether it is a link; none is followed.
+
+    Raises:
+        StoreError: a folder may not be listed, so that nobody knows what it holds.
+    """
+    try:
+        with os.scandir(folder) as listed:
+            found = sorted(listed, key=lambda entry: entry.name)
+    except FileNotFoundError:  # removed meanwhile
+        return
+    except PermissionError as error:
+        raise StoreError(f"{folder}: may not be listed ({error}); make it readable") from error
+    for entry in found:
+        name = f"{under}{entry.name}"
+        if entry.is_dir(follow_symlinks=False):
+            yield from entries(Path(entry.path), f"{name}/")
+        else:
+            yield name, entry.is_symlink()
 
 
 def refuse_unrecorded(folder: Path, recorded: Collection[str]) -> None:

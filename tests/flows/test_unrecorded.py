@@ -133,3 +133,75 @@ def test_a_changed_file_is_not_exported(kept_store, tmp_path, capsys):
     assert main(["export", "first", "--round", "1", "--to", str(target), "--store", str(kept_store)]) == 1
     assert str(file) in capsys.readouterr().err
     assert not target.exists()
+
+
+# -------------------------------------------------------------------------------------------------- verify
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+def test_verify_names_what_no_record_names(kept_store, elsewhere, capsys, plant):
+    assert main(["verify", "first", "--store", str(kept_store)]) == 0
+    folder = policy_folder(kept_store)
+    name = plant(folder, elsewhere)
+    assert main(["verify", "first", "--store", str(kept_store)]) == 1
+    assert f"{folder / name}: " in capsys.readouterr().err
+
+
+def test_verify_names_a_file_beside_data_and_says_how_many_there_are(kept_store, capsys):
+    folder = artifact_of(kept_store, "data").path("train.parquet").parent
+    (folder / "a.parquet").write_bytes(b"")
+    (policy_folder(kept_store) / "b.json").write_text("{}")
+    assert main(["verify", "first", "--store", str(kept_store)]) == 1
+    said = capsys.readouterr().err
+    assert "no record names this file (and 1 more)" in said
+    assert "a.parquet" in said or "b.json" in said
+
+
+def test_verify_leaves_workspaces_and_leftovers_to_gc(kept_store, capsys):
+    artifact = artifact_of(kept_store)
+    step = kept_store / "steps" / artifact.ref.step / artifact.ref.key
+    attempt = policy_folder(kept_store).parent
+    killed = step / ("0" * 16) / "policy"
+    killed.mkdir(parents=True)
+    (killed / "half.safetensors").write_bytes(b"")
+    (attempt / "checkpoint-000001").mkdir()  # what a dropped checkpoint leaves
+    checkpoint = {"attempt": attempt.name, "sha256": "0" * 64, "bytes": 0}
+    (attempt / "checkpoint-000002").mkdir()
+    (attempt / "checkpoint-000002" / "log.json").write_text("")
+    number = len(list(step.glob("part-*.json")))
+    part = {"format": 1, "files": {"checkpoint-000002/log.json": checkpoint}, "info": {}}
+    (step / f"part-{number:05d}.json").write_text(json.dumps(part))
+    assert main(["verify", "first", "--store", str(kept_store)]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["runs/second/extra", "elsewhere", "steps/link", "runs/first/x.json"])
+def test_verify_names_a_link_anywhere_in_the_store(kept_store, elsewhere, capsys, place):
+    (kept_store / place).symlink_to(elsewhere)
+    assert main(["verify", "first", "--store", str(kept_store)]) == 1
+    assert f"{kept_store / place}: a link leads out of the store" in capsys.readouterr().err
+
+
+def test_verify_names_a_link_that_leads_in_a_circle(kept_store, capsys):
+    link = policy_folder(kept_store) / "vocab.json"
+    link.symlink_to(link)
+    assert main(["verify", "first", "--store", str(kept_store)]) == 1
+    assert f"{link}: this is a link" in capsys.readouterr().err
+
+
+def test_gc_deletes_nothing_through_a_link(kept_store, tmp_path, capsys):
+    outside = tmp_path / "outside"
+    (kept_store / "steps").rename(outside)
+    (kept_store / "steps").symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    assert main(["gc", "--delete", "--older-than", "0", "--store", str(kept_store)]) == 1
+    assert "a link leads out of the store" in capsys.readouterr().err
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_gc_removes_a_planted_link_and_not_what_it_leads_to(kept_store, elsewhere, capsys):
+    link = policy_folder(kept_store) / "more"
+    link.symlink_to(elsewhere)
+    assert main(["gc", "--delete", "--older-than", "0", "--store", str(kept_store)]) == 0
+    assert not link.is_symlink()
+    assert (elsewhere / "secret.txt").read_text() == "secret"
+    assert main(["verify", "first", "--store", str(kept_store)]) == 0
