@@ -11,6 +11,7 @@ from flows.commands.answers import answer, say
 from flows.exporting.lineage import Lineage, lineage
 from flows.exporting.model_card import model_card
 from flows.exporting.pushing import check_target, push
+from flows.outputs import check_new
 from flows.showing.looking import run_records
 from sera_core.artifacts.reading import Round
 from sera_core.artifacts.runs import RoundManifest, RunStore
@@ -53,8 +54,8 @@ def export_command(args: argparse.Namespace) -> int:
         raise InputError("--public: says who may see what --push-to makes; give that too")
     records = run_records(open_store(args.store), args.run)
     manifest = round_of(records, args.round)
-    if args.to is not None and Path(args.to).exists():
-        raise InputError(f"--to {args.to}: exists already; name a folder that does not")
+    if args.to is not None:
+        check_new("--to", Path(args.to))
     if args.push_to is not None:
         check_target(args.push_to)
     with tempfile.TemporaryDirectory(prefix="sera-export-") as scratch:
