@@ -29,6 +29,7 @@ from sera_core.policies import (
     matters,
     policy_files,
     read_settings,
+    refuse_other_weights,
     write_settings,
 )
 from sera_core.remote import reading_remote
@@ -117,6 +118,7 @@ def _model_folder(path: Path) -> Path:
     _refuse_unusable(
         str(path), read_settings(path / "config.json"), read_settings(path / "tokenizer_config.json")
     )
+    refuse_other_weights(path)
     return path.resolve()
 
 
@@ -305,6 +307,7 @@ def _hub_snapshot(source: Source) -> Path:
 def _copy_policy(origin: Path, folder: Path, text: str) -> None:
     """Copy the files that matter, with cleaned configs and the chat template in a file of its own."""
     check_settings(origin)
+    refuse_other_weights(origin)
     config = read_settings(origin / "config.json")
     tokenizer_config = read_settings(origin / "tokenizer_config.json")
     _refuse_unusable(text, config, tokenizer_config)

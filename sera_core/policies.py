@@ -9,6 +9,7 @@ torch and transformers are imported in the bodies that need them.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -41,6 +42,7 @@ TOKENIZER_FILES = (
 )
 CONFIG_FILES = ("config.json", "generation_config.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_WEIGHTS_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -77,6 +79,7 @@ def load_policy(
         )
     _refuse_code(weights)
     _refuse_code(folder)
+    refuse_other_weights(weights)
     if prefix := wrapper_of(weights):
         raise InputError(
             f"policy folder {weights}: every tensor's name begins with {prefix!r}, which is not the model's: "
@@ -258,6 +261,37 @@ def _refuse_code(folder: Path) -> None:
         raise InputError(
             f"policy folder {folder} holds an adapter without adapter_model.safetensors: weights are read "
             "from safetensors alone, for a pickle can run code when it is opened; save the adapter again."
+        )
+
+
+def refuse_other_weights(folder: Path) -> None:
+    """Refuse a folder whose index or configuration names weights that are not its own safetensors.
+
+    transformers opens whatever file they name: one of another folder, or a pickle.
+
+    Raises:
+        InputError: a name is no plain `….safetensors`, or there is no such file; the message names it.
+    """
+    named = read_settings(folder / "config.json").get("transformers_weights")
+    if named is not None:
+        _check_weights_name(folder / "config.json", str(named).removesuffix(".index.json"))
+    whole = (folder / "model.safetensors").is_file()  # then nothing reads an index beside it
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        shards = read_settings(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise InputError(f"{index}: holds no weight_map: save the model again.")
+        for shard in sorted({str(shard) for shard in shards.values()}):
+            _check_weights_name(index, shard)
+            if not whole and not (folder / shard).is_file():
+                raise InputError(f"{index}: names {shard}, which is not in its folder: copy it there.")
+
+
+def _check_weights_name(named_by: Path, name: str) -> None:
+    if not _WEIGHTS_NAME.fullmatch(name):
+        raise InputError(
+            f"{named_by}: names {name!r} as weights, which is no *.safetensors file of its own folder: "
+            "weights are read from safetensors alone, for a pickle can run code when it is opened. Save the "
+            "model again with save_pretrained."
         )
 
 

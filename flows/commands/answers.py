@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from flows.outputs import check_place
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import finite
 from sera_core.errors import InputError
@@ -52,15 +53,9 @@ def check_output(path: Path, force: bool) -> None:
     """
     if path.is_dir():
         raise InputError(f"{path}: this is a folder; name the file to write in it")
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:
         raise InputError(f"{path}: exists already; name another file, or give --force to replace it")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise InputError(f"{path}: {folder} is a file, not a folder; name another place")
-    if not os.access(folder, os.W_OK):
-        raise InputError(
-            f"{path}: nothing can be written to {folder}; name another place, or change its permissions"
-        )
+    check_place(path)
 
 
 def write_output(table: pa.Table, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from flows.commands.answers import answer, say
 from flows.exporting.lineage import Lineage, lineage
 from flows.exporting.model_card import model_card
 from flows.exporting.pushing import check_target, push
+from flows.outputs import check_new
 from flows.showing.looking import run_records
 from sera_core.artifacts.reading import Round
 from sera_core.artifacts.runs import RoundManifest, RunStore
@@ -54,8 +54,8 @@ def export_command(args: argparse.Namespace) -> int:
         raise InputError("--public: says who may see what --push-to makes; give that too")
     records = run_records(open_store(args.store), args.run)
     manifest = round_of(records, args.round)
-    if args.to is not None and Path(args.to).exists():
-        raise InputError(f"--to {args.to}: exists already; name a folder that does not")
+    if args.to is not None:
+        check_new("--to", Path(args.to))
     if args.push_to is not None:
         check_target(args.push_to)
     with tempfile.TemporaryDirectory(prefix="sera-export-") as scratch:
@@ -124,16 +124,18 @@ def round_of(records: RunStore, number: int | None) -> RoundManifest:
 
 
 def export_policy(records: RunStore, manifest: RoundManifest, target: Path) -> None:
-    """A complete Hugging Face folder, made beside its place and moved there in one step."""
-    chain = lineage(records, manifest)
-    source = Round(records, manifest).policy_path()
+    """A complete Hugging Face folder, made beside its place and moved there in one step.
+
+    It holds what the policy's record names: whatever else lies in the store's folder stays there.
+    """
+    chain, policy = lineage(records, manifest), Round(records, manifest)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
         folder = Path(scratch) / "policy"
-        if (source / "adapter_config.json").exists():
-            _merge_adapter(source, folder)
+        if policy.is_adapter:
+            _merge_adapter(policy.policy_path(), folder)
         else:
-            shutil.copytree(source, folder, copy_function=shutil.copyfile)
+            policy.copy_policy(folder)
         text = json.dumps(chain.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False)
         (folder / "lineage.json").write_text(text + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(records, manifest, chain), encoding="utf-8")

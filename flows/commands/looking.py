@@ -10,7 +10,7 @@ from flows.commands.answers import answer
 from flows.commands.exporting import round_of
 from flows.commands.printing import metric_cell, print_table, print_text
 from flows.commands.summary import closing_lines, rounds_table
-from flows.keeping.verifying import verify
+from flows.keeping.verifying import Verified, verify
 from flows.showing.looking import run_records, show
 from flows.showing.progress import reporter
 from sera_core.artifacts.runs import RoundManifest, RunStore, list_runs
@@ -94,12 +94,21 @@ def verify_command(args: argparse.Namespace) -> int:
     records = run_records(open_store(args.store), args.run)
     with reporter("verify") as progress:
         found = verify(records, progress)
-    line = (
-        f"run {args.run}: {found.files} files ({found.bytes / 1e6:,.1f} MB) of {found.steps} steps and "
-        f"{found.links} links of {found.rounds} rounds hold, down to the data and the start policy."
-    )
+    line = _verified(args.run, found)
     answer(args, {"run": args.run, "ok": True, **asdict(found)}, [line])
     return 0
+
+
+def _verified(run: str, found: Verified) -> str:
+    if not found.rounds:
+        return (
+            f"run {run}: no round is finished, so there is nothing to verify yet but its configuration, "
+            "which holds."
+        )
+    return (
+        f"run {run}: {found.files} files ({found.bytes / 1e6:,.1f} MB) of {found.steps} steps and "
+        f"{found.links} links of {found.rounds} rounds hold, down to the data and the start policy."
+    )
 
 
 def report_command(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from flows.completing import artifact
 from sera_core.artifacts.canonical import sha256_json
 from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec, find_record, parse_part
-from sera_core.artifacts.records import read_record
+from sera_core.artifacts.records import read_record, read_series
 from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore
 from sera_core.artifacts.upkeep import upkeep
 from sera_core.errors import StoreError
@@ -38,11 +38,15 @@ class Verified:
 def verify(records: RunStore, progress: Told = lambda done, total, unit: None) -> Verified:
     """Follow every link of a run's chain, then hash every file of every step in it.
 
+    A local store may hold no symbolic link, and a finished step's folder no file that no record names.
+
     Raises:
         StoreError: the first thing that does not hold, by name.
     """
     chain = Chain(records)
     chain.follow()
+    upkeep(records.store).refuse_links()
+    chain.refuse_unrecorded()
     files = [(record, name) for record in chain.steps.values() for name in record.files]
     size = sum(record.files[name].bytes for record, name in files)
     done = 0
@@ -84,6 +88,39 @@ class Chain:
             if (final := read_record(self.store, path)) is not None:
                 self._step(StepRef.model_validate(final["step"]), path)
         self.rounds = len(rounds)
+
+    def refuse_unrecorded(self) -> None:
+        """Refuse files that lie beside those of the steps, and that no record names."""
+        found = [path for record in self.steps.values() for path in self._unrecorded(record)]
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            self._broken(
+                found[0],
+                f"no record names this file{more}: the step that finished here did not write it. Nothing of "
+                "the run was made from it; remove it",
+            )
+
+    def _unrecorded(self, record: StepRecord) -> list[str]:
+        """Files in the folder of the attempt that finished; other attempts' leftovers are for gc."""
+        recorded = {f"{file.attempt}/{name}" for name, file in record.files.items()}
+        attempts = sorted({file.attempt for file in record.files.values()})
+        beside = [
+            path
+            for attempt in attempts
+            for name in upkeep(self.store).files_below(f"{_folder(record)}/{attempt}")
+            if (path := f"{attempt}/{name}") not in recorded
+        ]
+        if beside:  # rare, so that the parts are read only then
+            recorded |= self._in_parts(record)
+        return [f"{_folder(record)}/{path}" for path in beside if path not in recorded]
+
+    def _in_parts(self, record: StepRecord) -> set[str]:
+        """Files that a finished shard or a checkpoint of the step names."""
+        found = set()
+        for number, data in read_series(self.store, _folder(record) + "/part-{:05d}.json"):
+            part = parse_part(data, f"{self.store.url}/{_folder(record)}/part-{number:05d}.json")
+            found |= {f"{file.attempt}/{name}" for name, file in part.files.items()}
+        return found
 
     def check_file(self, record: StepRecord, name: str) -> int:
         """Hash one file as the store holds it; returns its size."""

@@ -1,12 +1,14 @@
 """A run's report: index.html for the run, beside it a copy of each round's page. No Prefect, no torch."""
 
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flows.opening import test_record
+from flows.outputs import check_place, write_whole
 from flows.showing.looking import against_round_0, verdict_words
 from sera_core.artifacts.manifest import Artifact, find_record
 from sera_core.artifacts.records import read_record
@@ -42,7 +44,7 @@ def write_run_report(store_url: str, run: str, out: Path) -> list[Path]:
     _refuse_foreign(out, list(pages))
     out.mkdir(parents=True, exist_ok=True)
     for name, page in pages.items():
-        (out / name).write_bytes(page)
+        write_whole(out / name, page)
     return [out / name for name in pages]
 
 
@@ -55,16 +57,24 @@ def _round_page(records: RunStore, manifest: RoundManifest) -> bytes:
 
 
 def _refuse_foreign(out: Path, names: Sequence[str]) -> None:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: this is a file; name a folder for the report")
+    if os.path.lexists(out) and not out.is_dir():
+        raise InputError(f"--out {out}: this is a file or a link to nothing; name a folder for the report")
+    check_place(out / "index.html")
     for name in names:
         path = out / name
-        if path.exists() and f'content="{GENERATOR}"' not in path.read_bytes()[:2000].decode(
-            errors="replace"
-        ):
+        if path.is_symlink():
+            raise InputError(f"{path}: this is a link, and nothing is written through one; remove it")
+        if path.exists() and not _is_report(path):
             raise InputError(
                 f"{path}: exists and is not a report of ours; give --out another folder, or move it away"
             )
+
+
+def _is_report(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return f'content="{GENERATOR}"' in stream.read(2000).decode(errors="replace")
 
 
 def _index(records: RunStore, store_url: str) -> str:

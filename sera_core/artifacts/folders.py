@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from sera_core.artifacts.canonical import sha256_file, sha256_json
+from sera_core.artifacts.recorded import entries
 from sera_core.errors import InputError
 
 LOG = logging.getLogger("sera.cache")
@@ -62,22 +64,58 @@ def _temporary_cache() -> Path:
     return folder
 
 
-def assemble(name: str, files: Mapping[str, Path]) -> Path:
-    """A folder `name` in the cache that holds the files (links where possible), made in one move."""
-    target = cache_folder() / "folders" / name
-    if target.exists():
+def assemble(name: str, files: Mapping[str, Path], texts: Mapping[str, str] | None = None) -> Path:
+    """A folder in the cache that holds exactly the files (links where possible) and texts, made in one move.
+
+    Args:
+        name: the first part of the folder's name; the rest depends on what it holds.
+        files: paths in the folder, and the files that belong there.
+        texts: paths in the folder, and what is to be written there.
+    """
+    links, texts = {relative: source.absolute() for relative, source in files.items()}, texts or {}
+    held = sha256_json([{relative: str(source) for relative, source in links.items()}, texts])
+    target = cache_folder() / "folders" / f"{name}-{held[:16]}"
+    if _holds_exactly(target, links, texts):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix="."))
-    for relative, source in files.items():
-        destination = temporary / relative
-        destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as scratch:
+        made = Path(scratch) / "made"
+        _fill(made, links, texts)
+        if os.path.lexists(target):  # somebody put something else into it
+            LOG.warning("%s: held other files than it was made of, and is made again", target)
+            target.rename(Path(scratch) / "other")
         try:
-            destination.symlink_to(source.absolute())
-        except OSError:
-            shutil.copyfile(source, destination)
-    try:
-        temporary.rename(target)
-    except OSError:  # another process was first
-        shutil.rmtree(temporary)
+            made.rename(target)
+        except OSError:  # another process was first
+            if not _holds_exactly(target, links, texts):
+                raise
     return target
+
+
+def _holds_exactly(folder: Path, links: Mapping[str, Path], texts: Mapping[str, str]) -> bool:
+    """Whether a folder in the cache is what `_fill` makes: a library reads whatever else lies in it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    found = dict(entries(folder))
+    if found.keys() != links.keys() | texts.keys():
+        return False
+    written = {name: (folder / name).read_text() for name in texts if not found[name]}
+    return written == texts and all(_is_same(folder / name, source) for name, source in links.items())
+
+
+def _is_same(file: Path, source: Path) -> bool:
+    if file.is_symlink():
+        return file.readlink() == source
+    return sha256_file(file) == sha256_file(source)
+
+
+def _fill(folder: Path, links: Mapping[str, Path], texts: Mapping[str, str]) -> None:
+    for name in [*links, *texts]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, source in links.items():
+        try:
+            (folder / name).symlink_to(source)
+        except OSError:
+            shutil.copyfile(source, folder / name)
+    for name, text in texts.items():
+        (folder / name).write_text(text)

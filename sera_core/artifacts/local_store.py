@@ -114,15 +114,28 @@ class LocalStore:
         return sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
 
     def inside(self, path: str) -> Path:
-        """The file, if neither the path nor a link on the way to it leaves the store."""
-        file = self.root / check_path(self.url, path)
+        """The file, if neither the path nor a link on the way to it leads elsewhere.
+
+        Raises:
+            StoreError: it does, out of the store or to another place in it.
+        """
+        return self.plain(check_path(self.url, path))
+
+    def plain(self, path: str) -> Path:
+        """The same for a path that a listing gave, whose names need not be ours."""
+        file = self.root / path
         root, real = os.path.realpath(self.root), os.path.realpath(file)
+        if Path(real) == Path(root) / path:
+            return file
         if real != root and not real.startswith(root.rstrip("/") + "/"):
             raise StoreError(
                 f"{file}: a link leads out of the store, to {real}; what lies there is not the store's. "
                 "Replace the link by what it points to"
             )
-        return file
+        raise StoreError(
+            f"{file}: a link leads to another place in the store, {real}; a store holds plain files and "
+            "folders. Replace the link by what it points to"
+        )
 
 
 def _make_folder(folder: Path) -> None:

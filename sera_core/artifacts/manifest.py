@@ -1,12 +1,13 @@
 """The nouns of the store: what a step is to do (StepSpec), what it made (StepRecord), and its StepRef."""
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import Field
 
 from sera_core.artifacts.canonical import files_digest, sha256_json
+from sera_core.artifacts.recorded import copy_recorded, refuse_unrecorded
 from sera_core.artifacts.records import Noun, read_record, typed
 from sera_core.artifacts.store import Store
 from sera_core.errors import StoreError
@@ -175,21 +176,42 @@ class Artifact:
         )
 
     def folder(self, under: str = "") -> Path:
-        """A local folder with the step's files below `under` (as `from_pretrained` wants it)."""
-        names = [name for name in self.record.files if name.startswith(under)]
-        attempts = {self.record.files[name].attempt for name in names}
+        """A local folder with exactly the step's files below `under` (as `from_pretrained` wants it).
+
+        Raises:
+            StoreError: the record names none, one does not hold, or another file or a link lies beside them.
+        """
+        names = self._below(under)
         paths = {name: self.path(name) for name in names}
-        first = names[0]
-        if (
-            len(attempts) == 1
-            and str(paths[first]).endswith(first)
-            and len({_root(paths[n], n) for n in names}) == 1
-        ):
-            return _root(paths[first], first) / under
+        roots = {_root(path, name) for name, path in paths.items() if path.as_posix().endswith(f"/{name}")}
+        if len(roots) == 1 and all(_root(path, name) in roots for name, path in paths.items()):
+            folder = roots.pop() / under
+            refuse_unrecorded(folder, {str(PurePosixPath(name).relative_to(under)) for name in names})
+            return folder
         from sera_core.artifacts.folders import assemble
 
         return assemble(self.ref.digest, paths) / under
 
+    def copy(self, under: str, target: Path) -> None:
+        """Copy the recorded files below `under`, and nothing else, into a folder of one's own.
+
+        Raises:
+            StoreError: the record names none, or one does not hold.
+        """
+        for name in self._below(under):
+            copied = target / PurePosixPath(name).relative_to(under)
+            copy_recorded(self.path(name), copied, self.record.files[name].sha256)
+
+    def _below(self, under: str) -> list[str]:
+        names = [name for name in self.record.files if PurePosixPath(under) in PurePosixPath(name).parents]
+        if not names:
+            raise StoreError(
+                f"{self.store.url}/steps/{self.ref.step}/{self.ref.key}/done.json: names no file below "
+                f"{under!r}; restore it from a copy of the store"
+            )
+        return names
+
 
 def _root(path: Path, name: str) -> Path:
-    return path.parents[len(Path(name).parts) - 1]
+    """The folder that a file of this relative path lies below."""
+    return path.parents[len(PurePosixPath(name).parts) - 1]

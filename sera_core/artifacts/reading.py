@@ -108,10 +108,23 @@ class Round:
         """A folder for `AutoModelForCausalLM.from_pretrained`: the policy, or its adapter beside its base."""
         policy = self._artifact("policy")
         folder = policy.folder("policy")
-        if not (folder / "adapter_config.json").exists():
+        if not self.is_adapter:
             return folder
         base = StepRef.model_validate_json((folder / "base.json").read_text())
         return _adapter_beside(policy, Artifact(self._store, base).folder("policy"))
+
+    def copy_policy(self, folder: Path) -> None:
+        """Copy the policy's recorded files, and nothing else, into a folder of one's own.
+
+        Raises:
+            StoreError: one of them is missing, or does not hold what its record says.
+        """
+        self._artifact("policy").copy("policy", folder)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the policy is an adapter, which needs its base."""
+        return "policy/adapter_config.json" in self._artifact("policy").record.files
 
     def _artifact(self, role: str) -> Artifact:
         if role not in self.manifest.steps:
@@ -137,12 +150,8 @@ def _adapter_beside(policy: Artifact, base: Path) -> Path:
     names = [name for name in policy.record.files if name.startswith("policy/")]
     files = {name.removeprefix("policy/"): policy.path(name) for name in names}
     config = json.loads(files.pop("adapter_config.json").read_text())
-    target = assemble(f"{policy.ref.digest}-adapter", files)
-    path = target / "adapter_config.json"
-    path.write_text(
-        json.dumps(config | {"base_model_name_or_path": str(base)}, indent=2, sort_keys=True) + "\n"
-    )
-    return target
+    beside = json.dumps(config | {"base_model_name_or_path": str(base)}, indent=2, sort_keys=True) + "\n"
+    return assemble(f"{policy.ref.digest}-adapter", files, {"adapter_config.json": beside})
 
 
 def _single(value: object) -> object:

@@ -88,13 +88,21 @@ class RoundManifest(Noun):
 
 
 def check_name(run: str) -> str:
-    """A run's name: letters, digits, dot, dash, underscore; no path."""
-    if not _NAME.fullmatch(run) or ".." in run:
+    """A run's name: letters, digits, dot, dash, underscore; no path.
+
+    Raises:
+        InputError: another name.
+    """
+    if not _is_name(run):
         raise InputError(
-            f"run name {run!r}: a name is 1 to 100 letters, digits, '.', '-' or '_', and starts with a "
-            "letter or digit; it cannot hold a path. Choose another with --name"
+            f"run name {run!r}: a name is 1 to 100 letters, digits, '.', '-' or '_', starts with a letter or "
+            "digit and does not end with '.'; it cannot hold a path. Choose another with --name"
         )
     return run
+
+
+def _is_name(run: str) -> bool:
+    return _NAME.fullmatch(run) is not None and ".." not in run and not run.endswith(".")
 
 
 class History:
@@ -368,4 +376,4 @@ def now() -> str:
 
 def list_runs(store: Store) -> list[str]:
     """Names of the runs in a store, for people."""
-    return [name for name in store.names("runs") if _NAME.fullmatch(name)]
+    return [name for name in store.names("runs") if _is_name(name)]

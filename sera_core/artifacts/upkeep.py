@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from sera_core.artifacts.canonical import sha256_file
+from sera_core.artifacts.recorded import entries, unrecorded
 from sera_core.artifacts.store import LocalStore, S3Store, Store
 
 LOG = logging.getLogger("sera.store")
@@ -60,6 +61,14 @@ class Upkeep(Protocol):
 
     def listing(self, path: str) -> Iterator[Stored]:
         """Everything below a folder, temporary files included."""
+        ...
+
+    def files_below(self, path: str) -> Iterator[str]:
+        """Relative paths of everything below a folder, without ages: nothing is written to tell the time."""
+        ...
+
+    def refuse_links(self) -> None:
+        """Refuse a store that holds a link, wherever it leads."""
         ...
 
     def delete(self, paths: Sequence[str]) -> None:
@@ -109,21 +118,31 @@ class LocalUpkeep:
         return None
 
     def listing(self, path: str) -> Iterator[Stored]:
-        top = self.root / path
+        top = self.store.plain(path)
         if not top.is_dir():
             return
         now = self._now(top)
-        for folder, _, names in os.walk(top):
-            for name in names:
+        for folder, folders, names in os.walk(top):
+            for name in [*names, *(name for name in folders if Path(folder, name).is_symlink())]:
                 file = Path(folder) / name
                 with suppress(FileNotFoundError):  # written and moved meanwhile
                     found = file.lstat()
                     relative = file.relative_to(self.root).as_posix()
                     yield Stored(relative, found.st_size, max(0.0, now - found.st_mtime))
 
+    def files_below(self, path: str) -> Iterator[str]:
+        for name, _ in entries(self.store.inside(path)):
+            yield name
+
+    def refuse_links(self) -> None:
+        for name, is_link in entries(self.root):
+            if is_link:
+                self.store.plain(name)
+                raise unrecorded(self.root / name, is_link)  # one that leads round in a circle
+
     def delete(self, paths: Sequence[str]) -> None:
         for path in paths:
-            (self.root / path).unlink(missing_ok=True)
+            (self.store.plain(str(Path(path).parent)) / Path(path).name).unlink(missing_ok=True)
         for folder in {Path(path).parent for path in paths}:
             self._remove_empty(folder)
 
@@ -193,6 +212,13 @@ class S3Upkeep:
         for name, about in found.items():
             relative = name.removeprefix(f"{self.prefix}/")
             yield Stored(relative, about["size"], max(0.0, (now - about["LastModified"]).total_seconds()))
+
+    def files_below(self, path: str) -> Iterator[str]:
+        for name in self.fs.find(f"{self.prefix}/{path}/"):
+            yield name.removeprefix(f"{self.prefix}/{path}/")
+
+    def refuse_links(self) -> None:
+        """A bucket holds none."""
 
     def delete(self, paths: Sequence[str]) -> None:
         # One request an object: the bulk request needs a checksum that not every server takes.

@@ -16,6 +16,7 @@ from flows.keeping.garbage import collect
 from flows.keeping.verifying import verify
 from flows.planning import plan
 from sera_core.artifacts import lease
+from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import create_json, open_store
@@ -70,6 +71,22 @@ def test_verify_reads_the_bucket_and_not_the_copies_beside_it(server, url):
     with pytest.raises(StoreError, match="it was changed") as failed:
         verify(records)
     assert f"{url}/{key}" in str(failed.value)
+
+
+def test_what_no_record_names_is_named_by_verify_and_never_fetched(url, tmp_path, capsys):
+    store = open_store(url)
+    records = RunStore(store, "first")
+    policy = Artifact(store, records.rounds()[1].steps["policy"])
+    config = policy.uri("policy/config.json").removeprefix(f"{url}/")
+    planted = config.replace("config.json", "added_tokens.json")
+    upkeep(store).replace(planted, b"{}")
+    assert not (policy.folder("policy") / "added_tokens.json").exists()
+    target = tmp_path / "policy"
+    assert main(["export", "first", "--round", "1", "--to", str(target), "--store", url]) == 0
+    assert not (target / "added_tokens.json").exists()
+    with pytest.raises(StoreError, match="no record names this file") as failed:
+        verify(records)
+    assert f"{url}/{planted}" in str(failed.value)
 
 
 def test_diff_show_lineage_and_export_read_the_bucket(url, tmp_path, capsys):

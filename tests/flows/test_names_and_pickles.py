@@ -52,6 +52,20 @@ def test_a_run_cannot_be_named_so_that_it_leaves_the_store(tmp_path, capsys, nam
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_a_run_cannot_be_named_with_a_dot_at_its_end(kept_store, tmp_path, capsys):
+    """No path of a store ends so; what others put there is no run."""
+    (kept_store / "runs" / "a.").mkdir()
+    for command in (
+        ["run", str(tinyrun.experiment(tmp_path)), "--name", "a."],
+        ["show", "a."],
+        ["verify", "a."],
+    ):
+        assert main([*command, "--store", str(kept_store)]) == 2
+        assert "does not end with '.'" in capsys.readouterr().err
+    assert main(["list", "--store", str(kept_store)]) == 0
+    assert "a." not in capsys.readouterr().out.split()
+
+
 ODD_FILES = [name for name in FOREIGN if name not in ("a" * 101,)]
 
 

@@ -88,6 +88,17 @@ def test_one_changed_byte_in_any_file_is_found_and_the_file_is_named(kept_store)
     verify(records_of(kept_store))
 
 
+def test_a_run_without_a_finished_round_has_nothing_to_verify_yet(kept_store, capsys):
+    for path in kept_store.glob("runs/first/*-00*.json"):
+        if not path.name.startswith("run-"):
+            path.unlink()
+    assert main(["verify", "first", "--store", str(kept_store)]) == 0
+    said = capsys.readouterr().out
+    assert "no round is finished, so there is nothing to verify yet" in said and "start policy" not in said
+    change(kept_store / "runs" / "first" / "run-000.json", config_sha256="0" * 64)
+    assert main(["verify", "first", "--store", str(kept_store)]) == 1
+
+
 def cut_off(store: Path) -> Path:
     path = next(step_of(store, "policy").glob("*/policy/model.safetensors"))
     path.write_bytes(path.read_bytes()[:-1])

@@ -1,0 +1,86 @@
+"""Files that a record names, and what lies beside them: others may write to a store too.
+
+Libraries read whatever lies in a folder: an `added_tokens.json` beside a recorded policy makes another policy
+of it. So a folder of a store is opened only if it holds recorded files alone, and no link is followed.
+"""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from sera_core.artifacts.checks import check_hash, missing
+from sera_core.errors import StoreError
+
+_CHUNK = 8 * 2**20
+
+
+def entries(folder: Path, under: str = "") -> Iterator[tuple[str, bool]]:
+    """Relative path of every file and link below a folder, and whether it is a link; none is followed.
+
+    Raises:
+        StoreError: a folder may not be listed, so that nobody knows what it holds.
+    """
+    try:
+        with os.scandir(folder) as listed:
+            found = sorted(listed, key=lambda entry: entry.name)
+    except FileNotFoundError:  # removed meanwhile
+        return
+    except PermissionError as error:
+        raise StoreError(f"{folder}: may not be listed ({error}); make it readable") from error
+    for entry in found:
+        name = f"{under}{entry.name}"
+        if entry.is_dir(follow_symlinks=False):
+            yield from entries(Path(entry.path), f"{name}/")
+        else:
+            yield name, entry.is_symlink()
+
+
+def refuse_unrecorded(folder: Path, recorded: Collection[str]) -> None:
+    """Refuse a folder that holds a link, or a file that is not among the recorded ones.
+
+    Args:
+        folder: a folder of a local store.
+        recorded: paths of the recorded files, relative to the folder.
+
+    Raises:
+        StoreError: it does; the message names the first.
+    """
+    for name, is_link in entries(folder):
+        if is_link or name not in recorded:
+            raise unrecorded(folder / name, is_link)
+
+
+def unrecorded(where: object, is_link: bool) -> StoreError:
+    """Something lies in a step's folder that the step did not write."""
+    if is_link:
+        return StoreError(
+            f"{where}: this is a link, and no step writes links. Remove it, or put the recorded file in its "
+            "place"
+        )
+    return StoreError(
+        f"{where}: no record names this file, and a model opened from its folder may read it. Remove it"
+    )
+
+
+def copy_recorded(source: Path, target: Path, sha256: str) -> None:
+    """Copy a recorded file and check the bytes as they are copied.
+
+    Raises:
+        StoreError: it is missing, a link, or holds something else.
+    """
+    digest = hashlib.sha256()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise missing(source) from None
+    except OSError as error:
+        if source.is_symlink():
+            raise unrecorded(source, is_link=True) from error
+        raise
+    with os.fdopen(handle, "rb") as stream, target.open("xb") as out:
+        while data := stream.read(_CHUNK):
+            digest.update(data)
+            out.write(data)
+    check_hash(source, digest.hexdigest(), sha256)
