@@ -15,6 +15,7 @@ from sera_core.config import SeraConfig
 from sera_core.effects import idle
 from sera_core.errors import InputError
 from sera_core.sources import bundled_file
+from sera_core.urls import secret_in, without_secrets
 
 SIDES = ("train", "heldout", "test", "prompts")
 
@@ -107,7 +108,8 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{field}: missing; every experiment names it"
     value = problem.get("input")
-    shown = f" (found {value!r})" if isinstance(value, str | int | float | bool) else ""
+    told = isinstance(value, str | int | float | bool) and not secret_in(str(value))
+    shown = f" (found {value!r})" if told else ""
     return f"{field}: {problem['msg'].removeprefix('Value error, ')}{shown}".removeprefix(": ")
 
 
@@ -139,7 +141,8 @@ def _set(data: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not key:
         raise InputError(
-            f"--set {change!r}: write it as section.key=value, for instance --set train.beta=0.2"
+            f"--set {without_secrets(change)!r}: write it as section.key=value, for instance "
+            "--set train.beta=0.2"
         )
     parts = key.strip().split(".")
     for part in parts[:-1]:

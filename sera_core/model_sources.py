@@ -32,6 +32,7 @@ from sera_core.policies import (
     write_settings,
 )
 from sera_core.remote import reading_remote
+from sera_core.urls import refuse_secrets
 from sera_core.weights import strip_wrapper
 
 LOG = logging.getLogger("sera.model")
@@ -75,7 +76,7 @@ def resolve_source(source: str, revision: str | None = None) -> Source:
     Raises:
         InputError: the source cannot be used; the message says what to do.
     """
-    text = source.strip()
+    text = refuse_secrets(source.strip(), "model source")
     if revision is not None and (
         text.startswith("package:") or "://" in text or Path(text).expanduser().is_dir()
     ):

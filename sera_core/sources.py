@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from sera_core.errors import InputError
 from sera_core.remote import reading_remote
 from sera_core.stand_ins import stand_in
+from sera_core.urls import refuse_secrets
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 """What can be read; `.ndjson` is jsonl, and `.gz` may follow any of them but parquet."""
@@ -130,6 +131,7 @@ def _read_local(path: Path) -> bytes:
 def _read_url(url: str) -> bytes:
     import fsspec
 
+    refuse_secrets(url)
     with reading_remote(url), fsspec.open(url, "rb") as stream:
         return stream.read()  # pyright: ignore[reportAttributeAccessIssue]
 
