@@ -114,6 +114,7 @@ def _model_folder(path: Path) -> Path:
             "installed "
             "package as package:<distribution>/<file>.gguf."
         )
+    policy_files(path)  # names a pipe or a device among them
     _check_files(str(path), {entry.name for entry in path.iterdir() if entry.is_file()})
     _refuse_unusable(
         str(path), read_settings(path / "config.json"), read_settings(path / "tokenizer_config.json")

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from sera_core.errors import InputError
 from sera_core.remote import reading_remote
-from sera_core.stand_ins import stand_in
+from sera_core.stand_ins import refuse_special, stand_in
 from sera_core.urls import refuse_secrets
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -120,6 +120,7 @@ def _read_local(path: Path) -> bytes:
         names = ", ".join(file.name for file in _files(path)[:5] if _suffix(file.name) in FORMATS)
         inside = f" (it holds {names})" if names else ""
         raise InputError(f"{path}: this is a folder; name one file in it{inside}")
+    refuse_special(path)
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
