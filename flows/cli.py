@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from flows.commands import alone, doctor, exporting, keeping, looking, reviewing, running, serving
 from flows.serving.embedded_server import never_proxy_loopback
@@ -16,6 +17,7 @@ from sera_core import __version__
 from sera_core.artifacts.store import default_store
 from sera_core.errors import SeraError
 from sera_core.shown import shown
+from sera_core.urls import without_secrets_in
 
 ADDERS = (
     running.add_run,
@@ -40,6 +42,14 @@ ADDERS = (
 )
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints repeat no credentials of a URL."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and leave with exit code 2."""
+        super().error(without_secrets_in(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """Every command with its flags."""
     common = argparse.ArgumentParser(add_help=False)
@@ -54,9 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
     )
     common.add_argument("--debug", action="store_true", help="show tracebacks and Prefect's log")
-    top = argparse.ArgumentParser(
-        prog="sera", description="SeRA: self-reviewing and alignment, the whole loop."
-    )
+    top = Parser(prog="sera", description="SeRA: self-reviewing and alignment, the whole loop.")
     top.add_argument("--version", action="version", version=f"sera-flow {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in ADDERS:
@@ -85,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(args: argparse.Namespace, message: str, code: int) -> int:
     if args.debug:
-        print(shown(traceback.format_exc()), end="", file=sys.stderr)
-    print(f"sera: {shown(message)}", file=sys.stderr)
+        print(shown(without_secrets_in(traceback.format_exc())), end="", file=sys.stderr)
+    print(f"sera: {shown(without_secrets_in(message))}", file=sys.stderr)
     return code
 
 

@@ -15,6 +15,8 @@ from sera_core.config import SeraConfig
 from sera_core.effects import idle
 from sera_core.errors import InputError
 from sera_core.sources import bundled_file
+from sera_core.stand_ins import refuse_special
+from sera_core.urls import secret_in, without_secrets
 
 SIDES = ("train", "heldout", "test", "prompts")
 
@@ -83,7 +85,7 @@ def load_settings(path: str) -> dict[str, Any]:
 def experiment_file(path: str) -> Path:
     """The experiment's file; `bundled:demo` is the one shipped with the package."""
     file = bundled_file("experiments", path[8:] + ".toml") if path.startswith("bundled:") else Path(path)
-    if not file.is_file():
+    if not refuse_special(file).is_file():
         raise InputError(
             f"experiment {path}: no such file; give the path of a TOML file (bundled:demo is one to copy)"
         )
@@ -107,7 +109,8 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{field}: missing; every experiment names it"
     value = problem.get("input")
-    shown = f" (found {value!r})" if isinstance(value, str | int | float | bool) else ""
+    told = isinstance(value, str | int | float | bool) and not secret_in(str(value))
+    shown = f" (found {value!r})" if told else ""
     return f"{field}: {problem['msg'].removeprefix('Value error, ')}{shown}".removeprefix(": ")
 
 
@@ -139,7 +142,8 @@ def _set(data: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not key:
         raise InputError(
-            f"--set {change!r}: write it as section.key=value, for instance --set train.beta=0.2"
+            f"--set {without_secrets(change)!r}: write it as section.key=value, for instance "
+            "--set train.beta=0.2"
         )
     parts = key.strip().split(".")
     for part in parts[:-1]:
@@ -183,9 +187,16 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
             model["source"] = str((folder / source).resolve())
     if isinstance(model, dict):
         template = model.get("chat_template")
-        if isinstance(template, str) and (folder / template).is_file():
+        if isinstance(template, str) and _is_template_file(folder / template):
             # the text is the setting, wherever it stood
             model["chat_template"] = (folder / template).read_text()
+
+
+def _is_template_file(path: Path) -> bool:
+    try:
+        return refuse_special(path).is_file()
+    except OSError:  # Jinja text is longer than a name may be
+        return False
 
 
 def _source(source: Any, folder: Path) -> Any:

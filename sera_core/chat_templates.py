@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sera_core.errors import InputError
+from sera_core.stand_ins import refuse_special
 
 Message = Mapping[str, str]
 """role, content and, of an assistant, reasoning_content (absent or None where there is none)."""
@@ -60,7 +61,7 @@ def template_text(template: str) -> str:
     if "{{" in template or "{%" in template:
         return template
     path = Path(template).expanduser()
-    if not path.is_file():
+    if not refuse_special(path).is_file():
         names = ", ".join(f'"{name}"' for name in NAMES)
         raise InputError(
             f"chat template {template!r} is neither one of {names}, nor a file, nor Jinja text: correct the "

@@ -6,10 +6,11 @@ The defaults are METHOD's table. None is the paper's value unless its help text 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, model_validator
 
 from sera_core.effects import refuse_idle
 from sera_core.formats import FormatName, Reading
+from sera_core.urls import refuse_secrets, without_secrets
 
 Dtype = Literal["float32", "bfloat16"]
 Loss = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sppo_hard", "simpo"]
@@ -18,16 +19,27 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
+def _checked_url(given: str, info: ValidationInfo) -> str:
+    """A source without credentials; a record of an older version may hold some, which are cut."""
+    return without_secrets(given) if (info.context or {}).get("stored") else refuse_secrets(given)
+
+
+SourceName = Annotated[str, AfterValidator(_checked_url)]
+"""A path, URL or id that is recorded and shown."""
+
+
 class Part(BaseModel):
     """A section of the configuration: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
+    )
 
 
 class ModelConfig(Part):
     """The start policy, which is also the initial reference."""
 
-    source: str
+    source: SourceName
     """Hub id, local folder, fsspec URL, or `package:<distribution>/<file>.gguf`."""
     revision: str | None = None
     """Commit or tag of a hub model; the commit it resolves to is recorded."""
@@ -46,7 +58,7 @@ class ModelConfig(Part):
 class Source(Part):
     """One file, folder URL or hub data set of preference pairs or prompts."""
 
-    path: str
+    path: SourceName
     """Path or URL of a jsonl, json, csv or parquet file, `bundled:<name>` for a file shipped with the
     package, or `hub:<id>` for a Hugging Face data set."""
     split: str = "train"

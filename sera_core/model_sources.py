@@ -33,6 +33,7 @@ from sera_core.policies import (
     write_settings,
 )
 from sera_core.remote import reading_remote
+from sera_core.urls import refuse_secrets
 from sera_core.weights import strip_wrapper
 
 LOG = logging.getLogger("sera.model")
@@ -76,7 +77,7 @@ def resolve_source(source: str, revision: str | None = None) -> Source:
     Raises:
         InputError: the source cannot be used; the message says what to do.
     """
-    text = source.strip()
+    text = refuse_secrets(source.strip(), "model source")
     if revision is not None and (
         text.startswith("package:") or "://" in text or Path(text).expanduser().is_dir()
     ):
@@ -114,6 +115,7 @@ def _model_folder(path: Path) -> Path:
             "installed "
             "package as package:<distribution>/<file>.gguf."
         )
+    policy_files(path)  # names a pipe or a device among them
     _check_files(str(path), {entry.name for entry in path.iterdir() if entry.is_file()})
     _refuse_unusable(
         str(path), read_settings(path / "config.json"), read_settings(path / "tokenizer_config.json")

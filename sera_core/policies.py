@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sera_core.artifacts.canonical import files_digest, sha256_file
 from sera_core.errors import InputError
-from sera_core.stand_ins import stand_in
+from sera_core.stand_ins import refuse_special, stand_in
 from sera_core.weights import refuse_misfit, refuse_other_tensors, wrapper_of
 
 if TYPE_CHECKING:
@@ -237,9 +237,14 @@ def weights_digest(folder: Path | str) -> str:
 
 
 def policy_files(folder: Path | str) -> list[str]:
-    """Names of the files in a folder that make up a policy, sorted; everything else is left behind."""
+    """Names of the files in a folder that make up a policy, sorted; everything else is left behind.
+
+    Raises:
+        InputError: one is a pipe or a device.
+    """
     folder = Path(folder)
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_file() and matters(entry.name))
+    known = [entry for entry in folder.iterdir() if matters(entry.name)]
+    return sorted(entry.name for entry in known if refuse_special(entry).is_file())
 
 
 def matters(name: str) -> bool:
@@ -312,7 +317,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is not JSON, or no object.
     """
-    if not path.is_file():
+    if not refuse_special(path).is_file():
         return {}
     try:
         text = path.read_text(encoding="utf-8")

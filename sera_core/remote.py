@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sera_core.errors import InputError, SeraError
+from sera_core.urls import without_secrets
 
 
 @contextmanager
@@ -11,10 +12,10 @@ def reading_remote(url: str, what: str = "file") -> Iterator[None]:
     """Turn whatever a remote file system raises into an InputError.
 
     Args:
-        url: what is read; from `?` on, where a signature may stand, it is not shown.
+        url: what is read; credentials and anything from `?` on are not shown.
         what: `file` or `folder`, for the message.
     """
-    shown = url.split("?", 1)[0]
+    shown = without_secrets(url).split("?", 1)[0]
     try:
         yield
     except SeraError:

@@ -34,11 +34,14 @@ from sera_core.chat_templates import (
 from sera_core.encoding import Encoder, Rendered, unmarked
 from sera_core.errors import InputError
 from sera_core.policies import TOKENIZER_FILES, read_settings
+from sera_core.time_limit import TooLongError, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENDERING_VERSION = 1
+TEMPLATE_SECONDS = 10.0
+"""Processor time a template may take for one conversation; a thousandth of it is usual."""
 
 
 def renderer_hash(
@@ -283,13 +286,19 @@ class Renderer:
         mark = self._encoder.mark_for([text for message in messages for text in _texts(message)])
         chat = [self._as_read(message, mark) for message in messages]
         try:
-            text = self.tokenizer.apply_chat_template(
-                chat,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self._arguments,
-            )
+            with time_limit(TEMPLATE_SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    chat,
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._arguments,
+                )
+        except TooLongError as error:
+            raise InputError(
+                f"the chat template of {self.folder} takes more than {TEMPLATE_SECONDS:g} s for one "
+                "conversation, so it probably loops: set model.chat_template to another."
+            ) from error
         except Exception as error:  # a template can raise whatever an expression in it raises
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(

@@ -6,12 +6,10 @@ it. Only plain formats are read (jsonl, json, csv, parquet): none can run code w
 
 import csv
 import difflib
-import gzip
 import hashlib
 import io
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +18,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sera_core.errors import InputError
+from sera_core.expanding import DEPTH, Limits, check_depth, parquet_rows, unzipped
 from sera_core.remote import reading_remote
-from sera_core.stand_ins import stand_in
+from sera_core.stand_ins import refuse_special, stand_in
+from sera_core.urls import refuse_secrets
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 """What can be read; `.ndjson` is jsonl, and `.gz` may follow any of them but parquet."""
@@ -77,7 +77,8 @@ def read_source(path: str, split: str = "train") -> tuple[str, list[Row]]:
     name = _display_name(path)
     if what := stand_in(data):
         raise InputError(f"{path}: {what}")
-    rows = list(_parser(name, path)(name, _unzipped(name, data)))
+    plain = unzipped(name, data) if name.lower().endswith(".gz") else data
+    rows = list(_parser(name, path)(name, plain))
     if not rows:
         raise InputError(
             f"{path}: the file holds no rows; give a file with at least one, or leave this source out"
@@ -119,6 +120,7 @@ def _read_local(path: Path) -> bytes:
         names = ", ".join(file.name for file in _files(path)[:5] if _suffix(file.name) in FORMATS)
         inside = f" (it holds {names})" if names else ""
         raise InputError(f"{path}: this is a folder; name one file in it{inside}")
+    refuse_special(path)
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -130,6 +132,7 @@ def _read_local(path: Path) -> bytes:
 def _read_url(url: str) -> bytes:
     import fsspec
 
+    refuse_secrets(url)
     with reading_remote(url), fsspec.open(url, "rb") as stream:
         return stream.read()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -185,15 +188,6 @@ def _parser(name: str, path: str) -> Callable[[str, bytes], Iterator[Row]]:
     return parsers[_suffix(name)]
 
 
-def _unzipped(name: str, data: bytes) -> bytes:
-    if not name.lower().endswith(".gz"):
-        return data
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{name}: not a complete gzip file ({error}); write it again") from error
-
-
 def _text(name: str, data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
@@ -206,9 +200,11 @@ def _text(name: str, data: bytes) -> str:
 
 def _jsonl(name: str, data: bytes) -> Iterator[Row]:
     # Split at \n alone: str.splitlines would also cut at the U+2028 that may stand inside a JSON string.
+    limits = Limits(name, len(data))
     for number, line in enumerate(_text(name, data).split("\n"), 1):
         if line.strip():
             where = f"{name} line {number}"
+            limits.check_text_row(where, line)
             try:
                 value = _json_value(line)
             except InputError as error:
@@ -221,6 +217,8 @@ def _jsonl(name: str, data: bytes) -> Iterator[Row]:
                 raise InputError(
                     f"{where}: a list of rows, where one object a line was expected; name the file .json"
                 )
+            if line.count("[") + line.count("{") > DEPTH:
+                check_depth(where, value)
             yield _row(where, value)
 
 
@@ -260,14 +258,19 @@ def _json(name: str, data: bytes) -> Iterator[Row]:
         raise InputError(
             f'{name}: holds {_kind(value)} without rows; give a list of objects, or {{"data": [...]}}'
         )
+    limits = Limits(name, len(data))
     for number, row in enumerate(rows, 1):
-        yield _row(f"{name} row {number}", row)
+        where = f"{name} row {number}"
+        check_depth(where, row)
+        if len(data) > limits.row:
+            limits.check_text_row(where, json.dumps(row, ensure_ascii=False))
+        yield _row(where, row)
 
 
 def _csv(name: str, data: bytes) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the default 128 KiB
     reader = csv.DictReader(io.StringIO(_text(name, data), newline=""), strict=True)
-    number = 0
+    limits, number = Limits(name, len(data)), 0
     try:
         _refuse_repeated(name, reader.fieldnames or ())
         for number, cells in enumerate(reader, 1):
@@ -276,6 +279,7 @@ def _csv(name: str, data: bytes) -> Iterator[Row]:
                 raise InputError(
                     f"{where}: not as many cells as the header names; quote the cells that hold commas"
                 )
+            limits.check_row(where, sum(map(len, cells.values())))
             yield Row(where, {column: _cell(where, column, text) for column, text in cells.items()})
     except csv.Error as error:
         raise InputError(f"{name} row {number + 1}: not CSV ({error}); correct the quotes") from error
@@ -307,8 +311,7 @@ def _parquet(name: str, data: bytes) -> Iterator[Row]:
     try:
         file = pq.ParquetFile(io.BytesIO(data))
         _refuse_repeated(name, file.schema_arrow.names)
-        groups = (file.read_row_group(number).to_pylist() for number in range(file.num_row_groups))
-        rows = [row for group in groups for row in group]
+        rows = list(parquet_rows(name, len(data), file))
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{name}: not a readable parquet file ({error}); write it again") from error
     yield from (Row(f"{name} row {number}", row) for number, row in enumerate(rows, 1))

@@ -1,4 +1,33 @@
-"""Files that lie where a file was meant to be: named as what they are, not as what they fail to parse as."""
+"""What lies where a file was meant to be: named as what it is, not as what it fails to parse as."""
+
+import stat
+from pathlib import Path
+
+from sera_core.errors import InputError
+
+_SPECIAL = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def refuse_special(path: Path) -> Path:
+    """The path, unless it is a pipe, a device or a socket, or a link to one: reading it may never end.
+
+    A path that is not there is left to its reader.
+
+    Raises:
+        InputError: it is one; the message says which.
+    """
+    try:
+        kind = _SPECIAL.get(stat.S_IFMT(path.stat().st_mode))
+    except (OSError, ValueError):
+        return path
+    if kind is None:
+        return path
+    raise InputError(f"{path}: is {kind}, not a file, and reading it may never end; give a plain file")
 
 
 def stand_in(data: bytes) -> str | None:

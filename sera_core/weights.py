@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sera_core.errors import InputError
-from sera_core.stand_ins import stand_in
+from sera_core.stand_ins import refuse_special, stand_in
 
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 """What torch.compile, DataParallel and peft put before a tensor's name."""
@@ -102,7 +102,7 @@ def refuse_other_tensors(file: Path, expected: Collection[str]) -> None:
 
 
 def _header(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
+    with refuse_special(file).open("rb") as stream:
         start = stream.read(8)
         rest = stream.read(56)
         if what := stand_in(start + rest):

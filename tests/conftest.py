@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,26 @@ def _present_store(tmp_path_factory):
 def present_store(_present_store, tmp_path):
     """A copy of a store whose steps are of the present versions: a resumed run reuses them."""
     return Path(shutil.copytree(_present_store, tmp_path / "store"))
+
+
+@pytest.fixture
+def special():
+    """Makes what is no plain file: `special("pipe", path)`, likewise a device or a socket."""
+    sockets = []
+
+    def make(kind: str, path: Path) -> Path:
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            sockets.append(socket.socket(socket.AF_UNIX))
+            sockets[-1].bind(str(path))
+        return path
+
+    yield make
+    for one in sockets:
+        one.close()
 
 
 @pytest.fixture(autouse=True)

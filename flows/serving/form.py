@@ -22,6 +22,7 @@ from pydantic_core import CoreSchema, core_schema
 from flows.experiments import load_settings, merged, parse_config, without_idle
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
+from sera_core.urls import CLEAN_PATTERN
 
 Preset = Literal["quick", "demo", "full"]
 
@@ -58,7 +59,11 @@ class FormPart(BaseModel):
     """A section of the form: frozen, unknown keys refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, json_schema_extra=_in_order
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,
+        json_schema_extra=_in_order,
     )
 
 
@@ -122,12 +127,34 @@ def _section(name: str, **named: Any) -> type[FormPart]:
     return create_model(f"{name.capitalize()}Section", __base__=FormPart, __doc__=doc, **named, **fields)
 
 
-_SOURCE = (str, Field(description="Hub id, absolute folder, URL, or `package:<distribution>/<file>.gguf`."))
+_CLEAN: dict[str, Any] = {"pattern": CLEAN_PATTERN}
+"""In the schema alone, by which the server refuses a URL with credentials before it stores it."""
+
+
+def _clean(depth: int) -> dict[str, Any]:
+    """A schema of values in which no text down to this depth is a URL with credentials."""
+    inner = {"items": _clean(depth - 1), "additionalProperties": _clean(depth - 1)} if depth else {}
+    return {**_CLEAN, **inner}
+
+
+def _clean_optional(schema: dict[str, Any]) -> None:
+    _without_default(schema)
+    schema.update(_CLEAN)
+
+
+_SOURCE = (
+    str,
+    Field(
+        description="Hub id, absolute folder, URL, or `package:<distribution>/<file>.gguf`.",
+        json_schema_extra=_CLEAN,
+    ),
+)
 _TRAIN = (
     str,
     Field(
         description="Preference pairs: absolute path or URL of a jsonl, json, csv or parquet file, "
-        "`hub:<id>`, or `bundled:<name>`."
+        "`hub:<id>`, or `bundled:<name>`.",
+        json_schema_extra=_CLEAN,
     ),
 )
 _HELDOUT = (
@@ -135,7 +162,7 @@ _HELDOUT = (
     Field(
         default=None,
         description="Held-out pairs, named likewise. Empty: split off the train pairs.",
-        json_schema_extra=_without_default,
+        json_schema_extra=_clean_optional,
     ),
 )
 _ENGINE = (
@@ -170,6 +197,7 @@ _SECTIONS: dict[str, Any] = {
             default_factory=dict,
             description="Any other setting of the configuration, as JSON with its sections: "
             '{"train": {"epochs": 2}}. It wins over the fields above.',
+            json_schema_extra={"additionalProperties": _clean(3)},  # data, train, first, path
         ),
     ),
 }

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from sera_core.artifacts import lease
 from sera_core.artifacts.canonical import sha256_json
@@ -23,6 +23,7 @@ from sera_core.artifacts.records import FORMAT, Noun, read_record, read_series, 
 from sera_core.artifacts.store import Store, create_json
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError, StoreError
+from sera_core.urls import clean_sources
 
 DecisionName = Literal["promote", "hold", "roll_back", "stop"]
 STOP_REASONS = ("converged", "max_rounds", "degraded", "no_pairs", "budget", "reviewer")
@@ -41,6 +42,12 @@ class RunRecord(Noun):
     resolved: dict[str, Any]
     """What config_sha256 covers: result fields with paths replaced by content digests."""
     created: str
+
+    @field_validator("config", mode="after")
+    @classmethod
+    def _without_secrets(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Earlier versions recorded URLs as they were given; whoever reads one here sees no password."""
+        return clean_sources(config)
 
     @property
     def settings(self) -> SeraConfig:

@@ -205,3 +205,27 @@ def test_a_round_elsewhere_is_refused_before_its_first_step_too(folder, no_track
     session.config = tinyrun.config(folder, execution={"tracking": "wandb"})
     with pytest.raises(InputError, match="pip install wandb"):
         work_through(session, 0)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+def test_what_is_no_plain_file_is_refused_wherever_a_file_is_read(capsys, folder, special, kind):
+    experiment = tinyrun.experiment(folder)
+    path = special(kind, folder / "strange.jsonl")
+    for args in (
+        [f"data.train={path}"],
+        [f"data.prompts={path}"],
+        [f"model.chat_template={path}"],
+    ):
+        assert f"is a {kind}, not a file" in refused(capsys, folder, "--set", *args, experiment=experiment)
+    assert f"is a {kind}, not a file" in refused(capsys, folder, experiment=path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer_config.json", "tokenizer.json", "more.safetensors", "chat_template.jinja"],
+)
+def test_a_model_folder_with_a_pipe_for_a_file_is_refused(capsys, folder, special, name):
+    experiment = tinyrun.experiment(folder)
+    (folder / "policy" / name).unlink(missing_ok=True)
+    special("pipe", folder / "policy" / name)
+    assert f"{name}: is a pipe, not a file" in refused(capsys, folder, experiment=experiment)

@@ -60,8 +60,8 @@ def remote():
 @pytest.mark.parametrize("code", ANSWERS)
 def test_a_file_of_rows_that_cannot_be_read(code):
     with pytest.raises(InputError, match=ANSWERS[code][1]) as refused:
-        read_rows(f"refusing://{code}-open/pairs.jsonl?X-Signature=secret")
-    assert "secret" not in str(refused.value)
+        read_rows(f"refusing://{code}-open/pairs.jsonl?some=thing")
+    assert "thing" not in str(refused.value)
 
 
 @pytest.mark.parametrize("where", ["list", "open", "get"])

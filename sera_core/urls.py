@@ -1,0 +1,124 @@
+"""URLs without credentials: what a configuration names is recorded, shown, and stored by Prefect.
+
+So a URL that holds a password or a signature is refused where it is given, and cut where a text may hold one.
+"""
+
+import re
+from typing import Any
+from urllib.parse import unquote
+
+from sera_core.errors import InputError
+
+REMEDY = (
+    "a URL is recorded and shown, so it may hold no credentials. Put them into the environment "
+    "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://, HF_TOKEN for hub:) or into fsspec's "
+    "configuration (~/.config/fsspec/conf.json), or download the file and give its path"
+)
+_START = re.compile(r"(?:^|::)[a-z][a-z0-9+.-]*:/+|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_NAMES = (
+    *("sign", "token", "secret", "pass", "pwd", "cred", "auth(?!or)", "key(?!word)", "session", "access"),
+    *("jwt", "bearer", "hmac", "ticket", "x-amz-", "x-goog-", r"\bsig\b", r"\bsas\b", r"\bcode\b", r"\bpw\b"),
+)
+_SECRET_NAME = re.compile("|".join(_NAMES), re.IGNORECASE)
+_USER_IS_A_PLACE = {"abfs", "abfss", "az", "wasb", "wasbs", "sftp", "ssh", "smb", "hdfs", "webhdfs"}
+"""Schemes in which `name@` alone is a container or an account, which is no credential."""
+_REFERENCES = {"github", "git"}
+"""Schemes in which `owner:repository@` names a repository."""
+_IN_TEXT = re.compile(r"[a-z][a-z0-9+.-]*:/+[^\s'\"<>]+", re.IGNORECASE)
+_UNQUOTINGS = 3
+"""How often percent-encoding is undone in search of a credential that was encoded more than once."""
+
+
+def _any_case(pattern: str) -> str:
+    """A pattern that ignores case without a flag, which JavaScript does not know inside a pattern."""
+    return re.sub(r"(?<!\\)[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", pattern)
+
+
+CLEAN_PATTERN = (
+    r"^(?!(?!git(?:hub)?:).*://[^/?#]*:[^/?#]*@)"
+    + _any_case(r"(?!(?:https?|s3|gs|ftp)://(?:[^/?#]*|[^/?#:\[]*:(?![0-9]+/)[^?#]*)@)")
+    + f"(?!.*://.*[?#&;][^=&;]*(?:{_any_case('|'.join(_NAMES).replace('-', '[-_]'))})[^=&;]*=)"
+)
+"""What most clean sources match: for JSON schemas, by which Prefect's server refuses before it stores."""
+
+
+def secret_in(url: str) -> str | None:
+    """What credentials a URL holds, in words that do not repeat them; None for a clean URL or a path."""
+    for form in _forms(url):
+        if _user_infos(form):
+            return "a user or password"
+        if name := _secret_parameter(form):
+            return f"the parameter {name!r}"
+    return None
+
+
+def without_secrets(url: str) -> str:
+    """The URL without user, password and, where a parameter is a credential, query; any other as it is."""
+    for form in _forms(url):
+        spans, secret = _user_infos(form), _secret_parameter(form)
+        if spans or secret:
+            for start, end in reversed(spans):
+                form = form[:start] + form[end:]
+            return re.split(r"[?#;]", form, maxsplit=1)[0] if secret else form
+    return url
+
+
+def without_secrets_in(text: str) -> str:
+    """A text with every URL in it cut as `without_secrets` does."""
+    return _IN_TEXT.sub(lambda found: without_secrets(found[0]), text)
+
+
+def clean_sources(value: Any, key: str = "") -> Any:
+    """A recorded configuration whose sources (every `path` and `source` in it) hold no credentials."""
+    if isinstance(value, dict):
+        return {name: clean_sources(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [clean_sources(item) for item in value]
+    return without_secrets(value) if key in ("path", "source") and isinstance(value, str) else value
+
+
+def refuse_secrets(url: str, what: str = "the URL") -> str:
+    """The URL, if it holds no credentials.
+
+    Args:
+        url: a URL, or any other name of a source.
+        what: what it is, for the message.
+
+    Raises:
+        InputError: it holds some; the message says which kind, and repeats none of them.
+    """
+    if (held := secret_in(url)) is None:
+        return url
+    raise InputError(f"{what} {without_secrets(url)} holds {held}; {REMEDY}")
+
+
+def _forms(url: str) -> list[str]:
+    """The URL as it is and with its percent-encoding undone, once and again."""
+    forms = [url] if _START.search(unquote(url)) else []
+    while forms and len(forms) <= _UNQUOTINGS and (plain := unquote(forms[-1])) != forms[-1]:
+        forms.append(plain)
+    return forms
+
+
+def _user_infos(url: str) -> list[tuple[int, int]]:
+    """Where user and password stand, the @ included, for each URL of a chain such as `zip://a::http://b`."""
+    found = []
+    for match in _START.finditer(url):
+        scheme, start = match[0].lstrip(":").split(":", 1)[0].lower(), match.end()
+        host = re.split(r"[/?#]|::", url[start:], maxsplit=1)[0]
+        user, at, _ = host.rpartition("@")
+        if not at and re.search(r":(?!\d*$)", re.sub(r"^\[[^\]]*\]", "", host)) and "@" in url[start:]:
+            user, at, _ = url[start:].rpartition("@")  # a password with a slash in it
+        if not at or scheme in _REFERENCES or (scheme in _USER_IS_A_PLACE and ":" not in user):
+            continue
+        found.append((start, start + len(user) + 1))
+    return found
+
+
+def _secret_parameter(url: str) -> str | None:
+    """The name of the first parameter (of query, fragment or path) that is a credential by its name."""
+    for part in re.split(r"[?#&;]", url)[1:]:
+        name, equals, _ = part.partition("=")
+        if equals and _SECRET_NAME.search(re.sub("_", "-", name)):
+            return name if len(name) <= 40 else name[:40] + "…"
+    return None

@@ -1,0 +1,135 @@
+"""Credentials in a source's URL are refused at every door, and stand in no store, log or database."""
+
+import json
+import urllib.error
+from pathlib import Path
+
+import pytest
+import servers
+import tinyrun
+
+from flows.cli import main
+from flows.serving.form import config_of
+from sera_core.config import SeraConfig
+from sera_core.errors import InputError
+
+SECRET = "PL4NTED"
+URLS = [
+    f"http://alice:{SECRET}@127.0.0.1:9/pairs.jsonl",
+    f"https://127.0.0.1:9/p.jsonl?X-Amz-Signature={SECRET}",
+]
+SETTINGS = ["data.train", "data.heldout", "data.test", "data.prompts", "model.source", "model"]
+
+
+RUN = "tiny"
+
+
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory):
+    """The store of a run whose records hold credentials."""
+    folder = tmp_path_factory.mktemp("old")
+    tinyrun.work(tinyrun.config(folder, limits={"rounds": 1}), folder / "store", RUN)
+    for record in (folder / "store" / "runs" / RUN).glob("run-*.json"):
+        record.chmod(0o644)
+        record.write_text(record.read_text().replace(str(folder / "pairs.jsonl"), URLS[0]))
+    assert holding(folder / "store")
+    return folder / "store"
+
+
+def holding(folder: Path) -> list[str]:
+    """Files below a folder in which the secret stands."""
+    return [str(p) for p in folder.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_with_credentials_is_refused_before_anything_is_written(
+    tmp_path, capfd, setting, command, url
+):
+    experiment = tinyrun.experiment(tmp_path)
+    store = tmp_path / "store"
+    assert main([command, str(experiment), "--store", str(store), "--set", f"{setting}={url}"]) == 2
+    said = capfd.readouterr()
+    assert "may hold no credentials" in said.err and SECRET not in said.out + said.err
+    assert holding(tmp_path) == [] and not store.exists()
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_an_experiment_file_with_credentials_is_refused_by_the_field(tmp_path, capfd, url):
+    experiment = tinyrun.experiment(tmp_path, data={"heldout": [{"path": url}]})
+    assert main(["run", str(experiment), "--store", str(tmp_path / "store"), "--debug"]) == 2
+    said = capfd.readouterr()
+    assert "data.heldout.0.path" in said.err and SECRET not in said.out + said.err
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "--pairs", "{url}", "--policy", "{policy}", "--reference", "{policy}", "--out", "{out}"],
+        ["score", "--pairs", "{pairs}", "--policy", "{url}", "--reference", "{policy}", "--out", "{out}"],
+        ["score", "--pairs", "{pairs}", "--policy", "{policy}", "--reference", "{url}", "--out", "{out}"],
+        ["sample", "--n", "2", "--prompts", "{url}", "--policy", "{policy}", "--out", "{out}"],
+        ["sample", "--n", "2", "--prompts", "{pairs}", "--policy", "{url}", "--out", "{out}"],
+        ["run", "{url}"],
+        ["run", "{pairs}", "--set", "{url}"],
+    ],
+)
+def test_a_flag_with_credentials_is_refused(tmp_path, capfd, arguments, url):
+    tinyrun.settings(tmp_path)
+    places = {name: tmp_path / name for name in ("policy", "out")} | {"pairs": tmp_path / "pairs.jsonl"}
+    assert main([text.format(url=url, **places) for text in arguments]) == 2
+    said = capfd.readouterr()
+    assert "://127.0.0.1:9/p" in said.err or "TOML" in said.err
+    assert SECRET not in said.out + said.err and holding(tmp_path) == []
+
+
+def test_a_flag_that_does_not_exist_is_told_without_credentials(capfd):
+    with pytest.raises(SystemExit):
+        main(["list", URLS[0]])
+    assert SECRET not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_the_form_refuses_credentials_in_fields_and_overrides(url):
+    two = {"model": {"source": "/m"}, "data": {"train": "/p.jsonl"}}
+    for more in ({"data": {"train": url}}, {"overrides": {"data": {"test": [{"path": url}]}}}):
+        with pytest.raises(InputError, match="may hold no credentials") as refused:
+            config_of({**two, **more})
+        assert SECRET not in str(refused.value)
+
+
+def test_a_record_of_an_older_version_is_read_without_its_credentials(tmp_path):
+    held = json.loads(tinyrun.config(tmp_path).model_dump_json())
+    held["data"]["train"][0]["path"] = URLS[0]
+    assert SeraConfig.stored(held).data.train[0].path == "http://127.0.0.1:9/pairs.jsonl"
+
+
+@pytest.mark.parametrize("command", ["show", "list", "lineage", "report", "diff"])
+def test_a_run_of_an_older_version_is_shown_without_its_credentials(old_run, tmp_path, capfd, command):
+    arguments = {
+        "list": [],
+        "report": [RUN, "--out", str(tmp_path / "report")],
+        "diff": [f"{RUN}:0", f"{RUN}:0"],
+    }
+    assert main([command, *arguments.get(command, [RUN]), "--store", str(old_run)]) == 0
+    assert main([command, *arguments.get(command, [RUN]), "--store", str(old_run), "--json"]) == 0
+    said = capfd.readouterr()
+    assert SECRET not in said.out + said.err and holding(tmp_path) == []
+
+
+@pytest.mark.flow
+@pytest.mark.parametrize("url", URLS)
+def test_prefects_server_refuses_credentials_before_it_stores_them(place, tmp_path, url):
+    form = tinyrun.form(tmp_path)
+    planted = [
+        {**form, "data": {"train": url}},
+        {**form, "model": {"source": url}},
+        {**form, "overrides": {"data": {"heldout": url}}},
+        {**form, "overrides": {"data": {"test": [{"path": url}]}}},
+    ]
+    for config in planted:
+        with pytest.raises(urllib.error.HTTPError, match="409"):
+            servers.trigger(place.environment, "sera/sera", {"config": config, "run": "planted"})
+    assert holding(Path(place.environment["PREFECT_HOME"])) == []

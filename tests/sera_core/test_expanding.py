@@ -1,0 +1,113 @@
+"""Small files that hold far more than their size are refused early, with what was found and the limit."""
+
+import gzip
+import json
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sera_core.errors import InputError
+from sera_core.expanding import EXPANDED_VARIABLE, LEAST_EXPANDED, ROW_VARIABLE, Limits
+from sera_core.sources import read_rows
+
+ROWS = [{"prompt": f"question {n}", "chosen": "a" * 1000, "rejected": "b"} for n in range(100)]
+WRITTEN = {
+    ".jsonl": lambda rows: "\n".join(map(json.dumps, rows)).encode(),
+    ".json": lambda rows: json.dumps(rows).encode(),
+    ".csv": lambda rows: ("a,b\n" + "".join(f"{r['chosen']},{r['rejected']}\n" for r in rows)).encode(),
+}
+
+
+def written(path, rows):
+    """A file of the rows, in the format of its name."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        data = WRITTEN["".join(path.suffixes).removesuffix(".gz")](rows)
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl.gz", "p.json.gz", "p.csv.gz", "p.parquet"])
+def test_what_a_compressed_file_holds_is_limited(tmp_path, monkeypatch, name):
+    path = written(tmp_path / name, ROWS)
+    assert len(read_rows(path)) == len(ROWS)
+    monkeypatch.setenv(EXPANDED_VARIABLE, "50000")
+    with pytest.raises(
+        InputError, match=rf"{name}: its [\d,]+ bytes expand to [\d,]+ or more, .* 50,000 "
+    ) as e:
+        read_rows(path)
+    assert EXPANDED_VARIABLE in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.parquet", "p.jsonl.gz"])
+def test_a_row_is_limited_and_named(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(ROW_VARIABLE, "5000")
+    path = written(tmp_path / name, ROWS)
+    assert len(read_rows(path)) == len(ROWS)
+    path = written(tmp_path / name, [*ROWS[:7], {**ROWS[7], "chosen": "é" * 4000}])
+    if name == "p.json":
+        monkeypatch.setenv(ROW_VARIABLE, "6000")
+    if name == "p.csv":
+        monkeypatch.setenv(ROW_VARIABLE, "3000")
+    with pytest.raises(InputError, match=rf"{name} (line|row) 8: a row of [\d,]+ bytes, .* {ROW_VARIABLE}"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_rows_may_be_nested_so_deep_and_no_deeper(tmp_path, name):
+    for depth, fits in ((90, True), (150, False)):
+        text = '{"a": ' + "[" * depth + "]" * depth + "}"
+        (tmp_path / name).write_text(text if name == "p.jsonl" else f"[{text}]")
+        if fits:
+            assert len(read_rows(str(tmp_path / name))) == 1
+        else:
+            with pytest.raises(InputError, match=rf"{name} (line|row) 1: .* nested more than 100 deep"):
+                read_rows(str(tmp_path / name))
+
+
+def test_a_gzip_bomb_is_refused_without_being_held_whole(tmp_path):
+    with gzip.open(tmp_path / "p.jsonl.gz", "wb") as stream:
+        for _ in range(2):
+            stream.write(b" " * 2**28)
+    assert (tmp_path / "p.jsonl.gz").stat().st_size < 2**20
+    tracemalloc.start()
+    with pytest.raises(InputError, match="expand to"):
+        read_rows(str(tmp_path / "p.jsonl.gz"))
+    assert tracemalloc.get_traced_memory()[1] < LEAST_EXPANDED + 2**25
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kept_as_dictionary", [False, True])
+def test_a_parquet_bomb_is_refused_before_it_is_held(tmp_path, kept_as_dictionary):
+    values = pa.array(["a" * 1000])
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 1_000_000, pa.int32()), values)
+    schema = pa.table({"chosen": column})
+    path = tmp_path / "p.parquet"
+    pq.write_table(schema, path, store_schema=kept_as_dictionary)
+    assert path.stat().st_size < 200_000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(InputError, match="expand to"):
+        read_rows(str(path))
+    assert pa.total_allocated_bytes() - before < LEAST_EXPANDED
+
+
+def test_a_parquet_row_of_many_values_is_refused_by_what_the_file_says_of_itself(tmp_path, monkeypatch):
+    lists = pa.array([[0] * 1_000_000], pa.list_(pa.int8()))
+    pq.write_table(pa.table({"a": lists}), tmp_path / "p.parquet")
+    monkeypatch.setenv(EXPANDED_VARIABLE, "2000000")
+    with pytest.raises(InputError, match="expand to 4,000,000 or more"):
+        read_rows(str(tmp_path / "p.parquet"))
+
+
+def test_a_large_compressed_file_may_hold_many_times_its_size():
+    assert Limits("p", 10).expanded == LEAST_EXPANDED
+    assert Limits("p", LEAST_EXPANDED).expanded == 200 * LEAST_EXPANDED
+
+
+def test_a_limit_that_is_no_number_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv(ROW_VARIABLE, "64 MB")
+    with pytest.raises(InputError, match=rf"{ROW_VARIABLE}='64 MB': not a number of bytes"):
+        read_rows(written(tmp_path / "p.jsonl", ROWS))
