@@ -131,10 +131,15 @@ def _read_local(path: Path) -> bytes:
 
 def _read_url(url: str) -> bytes:
     import fsspec
+    from fsspec.implementations.local import LocalFileSystem
 
     refuse_secrets(url)
-    with reading_remote(url), fsspec.open(url, "rb") as stream:
-        return stream.read()  # pyright: ignore[reportAttributeAccessIssue]
+    with reading_remote(url):
+        file: Any = fsspec.open(url, "rb")
+        if isinstance(file.fs, LocalFileSystem):  # local://
+            refuse_special(Path(file.path))
+        with file as stream:
+            return stream.read()
 
 
 def _missing(path: Path) -> str:

@@ -228,6 +228,7 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path, special, kind, linke
     if linked:
         (tmp_path / "link.jsonl").symlink_to(path)
         path = tmp_path / "link.jsonl"
-    for read in (read_rows, source_digest, lambda name: read_rows(f"file://{name}")):
-        with pytest.raises(InputError, match=rf"{path.name}: is a {kind}, not a file"):
-            read(str(path))
+    for name in (path, f"file://{path}", f"local://{path}"):
+        for read in (read_rows, source_digest):
+            with pytest.raises(InputError, match=rf"{path.name}: is a {kind}, not a file"):
+                read(str(name))
