@@ -328,7 +328,8 @@ class TrainingRun:
 
         refuse_not_finite(model, self.steps - 1)
         folder = self.attempt.write("policy/config.json").parent
-        save_policy(model, self.start, folder)
+        start = self.attempt.input("start").folder("policy")  # looked at again: training took its time
+        save_policy(model, start, folder)
         if self.train.method == "lora":
             base = self.attempt.input("model").ref.model_dump()
             (folder / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from trainable import Bench
 
 from flows.cli import main
 from sera_core import open_run
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
+from sera_core.config import TrainConfig
 from sera_core.errors import StoreError
 
 
@@ -108,6 +110,20 @@ def test_a_file_planted_beside_the_start_policy_stops_the_run_by_name(tmp_path, 
         (start / "special_tokens_map.json").write_text('{"eos_token": "a"}')
         with pytest.raises(StoreError, match=r"special_tokens_map\.json: no record names this file"):
             tinyrun.work(config, tmp_path / "store")
+
+
+def test_a_tokenizer_file_planted_while_a_policy_is_trained_does_not_get_into_the_new_one(tmp_path):
+    bench = Bench(tmp_path)
+    start = Artifact(bench.store, bench.model).folder("policy")
+
+    def plant_it(done: int, total: int, unit: str) -> None:
+        (start / "special_tokens_map.json").write_text("{}")
+
+    spec = bench.spec(bench.mixture(), TrainConfig(batch=4, epochs=1))
+    with pytest.raises(StoreError, match=r"special_tokens_map\.json: no record names this file"):
+        bench.run(spec, progress=plant_it)
+    (start / "special_tokens_map.json").unlink()
+    assert "policy/special_tokens_map.json" not in bench.run(spec).files
 
 
 @pytest.mark.parametrize("inward", [True, False])
