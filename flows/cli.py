@@ -43,11 +43,11 @@ ADDERS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints repeat no credentials of a URL."""
+    """A parser whose complaints are shown as text and repeat no credentials of a URL."""
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and leave with exit code 2."""
-        super().error(without_secrets_in(message))
+        super().error(shown(without_secrets_in(message)))
 
 
 def parser() -> argparse.ArgumentParser:

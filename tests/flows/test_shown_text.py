@@ -96,6 +96,12 @@ def test_a_message_about_the_data_holds_none(tmp_path, capfd):
     assert "Traceback" in with_trace
 
 
+def test_what_the_parser_says_of_an_argument_holds_none(capfd):
+    with pytest.raises(SystemExit, match="2"):
+        main(["show", "demo", "--round", ACTING])
+    assert not hidden_in(capfd.readouterr().err.replace("\r\n", "\n"))
+
+
 def test_a_line_of_a_child_holds_none(capsys):
     to_stderr(ACTING)
     assert not hidden_in(capsys.readouterr().err)
