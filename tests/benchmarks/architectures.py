@@ -274,11 +274,13 @@ def trainer(model: Any) -> tuple[str, float]:
 
     from sera_core.architecture import refuse_beyond_sparse_sight
     from sera_core.dropout import disable_dropout
+    from sera_core.logprobs import scoring_mode
     from tasks.engines.pair_forward import PairCollator, add_pair_forward, can_share_prompt, packed_length
 
     disable_dropout(model)
     pairs = pairs_of(model)
     refuse_beyond_sparse_sight(model, max(len(p) + max(len(w), len(z)) for p, w, z in pairs))
+    scoring_mode(model)  # what cannot be scored is not trained either
     rows = [
         {"row": number, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
