@@ -14,9 +14,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
+from flows.serving.guarding import guarded
 from flows.serving.named_server import named_server
 from sera_core.artifacts.folders import cache_folder, writable
 from sera_core.errors import SeraError
@@ -64,7 +66,7 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = home / "embedded-server.log"
-    with log.open("wb") as output:
+    with open_private(log, "wb") as output:
         server = subprocess.Popen(
             [sys.executable, "-P", "-m", "flows.serving.embedded_server", str(port), str(os.getpid())],
             stdin=subprocess.DEVNULL,
@@ -85,6 +87,14 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def open_private(path: Path, mode: str) -> IO[bytes]:
+    """A file that only this user reads; an older one is closed to others."""
+    stream = open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
+    with suppress(OSError):
+        path.chmod(0o600)
+    return stream
 
 
 def free_port() -> int:
@@ -120,10 +130,14 @@ def main() -> None:
     """Serve Prefect's API on the loopback interface until the parent is gone."""
     port, parent = int(sys.argv[1]), int(sys.argv[2])
     end_with(parent)
+    os.umask(0o077)  # the database holds parameters, logs and blocks: for this user alone
+    for file in Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").glob("prefect.db*"):
+        with suppress(OSError):  # another user's, who may close it
+            file.chmod(0o600)  # an earlier version left it open to all users of the machine
     import uvicorn
     from prefect.server.api.server import create_app
 
-    uvicorn.run(create_app(), host="127.0.0.1", port=port, log_level="warning")
+    uvicorn.run(guarded(create_app()), host="127.0.0.1", port=port, log_level="warning")
 
 
 if __name__ == "__main__":

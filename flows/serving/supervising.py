@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flows.serving.embedded_server import QUIET, wait_until_healthy
+from flows.serving.embedded_server import QUIET, open_private, wait_until_healthy
 from flows.serving.lost_runs import Seen
 from sera_core.artifacts.folders import writable
 from sera_core.errors import BusyError, InputError, SeraError
@@ -119,7 +119,7 @@ class Kept:
     def start(self) -> None:
         """Start it."""
         self.starts.append(time.monotonic())
-        with self.log.open("ab") as log:
+        with open_private(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 self.command,
                 env=self.environment,

@@ -1,0 +1,109 @@
+"""A server of ours answers this machine's programs and its own pages, and no page of anybody else."""
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+
+from flows.serving.embedded_server import QUIET, free_port, open_private, wait_until_healthy
+from flows.serving.guarding import refusal
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "answered"),
+    [
+        ("127.0.0.1:4200", None, True),
+        ("localhost:4200", None, True),
+        ("[::1]:4200", None, True),
+        ("localhost:8080", "http://localhost:8080", True),  # a forwarded port
+        ("127.0.0.1:4200", "http://127.0.0.1:4200", True),
+        ("127.0.0.1:4200", "http://localhost:4200", False),
+        ("127.0.0.1:4200", "http://127.0.0.1:9999", False),
+        ("127.0.0.1:4200", "https://evil.example", False),
+        ("127.0.0.1:4200", "null", False),
+        ("evil.example:4200", None, False),
+        ("evil.example:4200", "http://evil.example:4200", False),
+        ("127.0.0.1.evil.example", None, False),
+        ("localhost.evil.example:4200", None, False),
+        ("127.0.0.1@evil.example", None, False),
+        ("[::1", None, False),
+        ("", None, False),
+    ],
+)
+def test_only_loopback_names_and_the_servers_own_pages_are_answered(host, origin, answered):
+    assert (refusal(host, origin) is None) is answered
+
+
+def test_a_log_is_for_this_user_alone(tmp_path):
+    for name, before in (("new.log", False), ("old.log", True)):
+        log = tmp_path / name
+        if before:
+            log.touch(mode=0o644)
+        with open_private(log, "ab") as output:
+            output.write(b"line")
+        assert stat.S_IMODE(log.stat().st_mode) == 0o600 and log.read_bytes() == b"line"
+
+
+@pytest.mark.flow
+def test_a_page_of_another_origin_starts_nothing(tmp_path):
+    port, home, log = free_port(), tmp_path / "home", tmp_path / "server.log"
+    home.mkdir()
+    (home / "prefect.db").touch(mode=0o644)  # as an earlier version left it
+    url = f"http://127.0.0.1:{port}/api"
+    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home), "PREFECT_API_URL": url}
+    command = [sys.executable, "-P", "-m", "flows.serving.embedded_server", str(port), str(os.getpid())]
+    with log.open("wb") as output:
+        server = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        wait_until_healthy(server, f"{url}/health", log)
+
+        def status(headers: dict[str, str], method: str = "POST") -> int:
+            body = json.dumps({"name": "planted"}).encode() if method == "POST" else None
+            asked = urllib.request.Request(f"{url}/flows/", body, method=method)
+            for name, value in {"Content-Type": "application/json", **headers}.items():
+                asked.add_header(name, value)
+            try:
+                with urllib.request.urlopen(asked, timeout=30) as answer:
+                    return answer.status
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        attacks = [
+            {"Origin": "https://evil.example"},
+            {"Origin": "null"},
+            {"Origin": "http://127.0.0.1:1", "Content-Type": "text/plain"},  # a form needs no preflight
+            {"Host": "evil.example"},  # a name that points at 127.0.0.1
+            {"Host": f"evil.example:{port}", "Origin": f"http://evil.example:{port}"},
+        ]
+        assert [status(headers) for headers in attacks] == [403] * len(attacks)
+        assert status({"Origin": "https://evil.example"}, "OPTIONS") == 403
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{url}/flows/count", b"{}", {"Content-Type": "application/json"})
+        ) as answer:
+            assert json.loads(answer.read()) == 0  # none of them made a flow
+        assert status({"Origin": f"http://127.0.0.1:{port}"}) == 201  # the server's own page
+        assert _upgrade(port, "https://evil.example") == 403
+        for file in home.rglob("*"):
+            if file.is_file():
+                assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0, file
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _upgrade(port: int, origin: str) -> int:
+    """Status that a request for a websocket gets."""
+    lines = (
+        "GET /api/events/in HTTP/1.1", f"Host: 127.0.0.1:{port}", f"Origin: {origin}", "Upgrade: websocket",
+        "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+        "", "",
+    )  # fmt: skip
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as peer:
+        peer.sendall("\r\n".join(lines).encode())
+        return int(peer.recv(64).split()[1])
