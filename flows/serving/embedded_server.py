@@ -7,6 +7,7 @@ kernel (Linux) or by a watching thread when its parent is gone, and writes to a 
 """
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from sera_core.errors import SeraError
 from sera_core.orphans import end_with
 
 START_SECONDS = 180
+AUTH = "PREFECT_API_AUTH_STRING"
+"""What Prefect's client shows a server that asks for it."""
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -52,6 +55,8 @@ def never_proxy_loopback() -> None:
 def prefect_api(debug: bool = False) -> Iterator[str]:
     """Use the configured Prefect server (PREFECT_API_URL), else one of our own while the block runs.
 
+    Ours answers this process alone: it asks for a secret that is made for it.
+
     Must be entered before `prefect` is imported: its settings are read then.
     """
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
@@ -66,6 +71,8 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = home / "embedded-server.log"
+    given, secret = os.environ.get(AUTH), f"sera:{secrets.token_urlsafe(24)}"
+    theirs = {"PREFECT_SERVER_API_AUTH_STRING": secret, AUTH: secret}
     with open_private(log, "wb") as output:
         server = subprocess.Popen(
             [sys.executable, "-P", "-m", "flows.serving.embedded_server", str(port), str(os.getpid())],
@@ -73,14 +80,17 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
             stdout=output,
             stderr=output,
             start_new_session=True,  # an interrupt is ours to handle first
-            env={**os.environ, **QUIET, "PREFECT_UI_API_URL": url, "PREFECT_API_URL": url},
+            env={**os.environ, **QUIET, **theirs, "PREFECT_UI_API_URL": url, "PREFECT_API_URL": url},
         )
     try:
         wait_until_healthy(server, f"{url}/health", log)
-        os.environ["PREFECT_API_URL"] = url
+        os.environ |= {"PREFECT_API_URL": url, AUTH: secret}
         yield url
     finally:
         os.environ.pop("PREFECT_API_URL", None)
+        os.environ.pop(AUTH, None)
+        if given is not None:
+            os.environ[AUTH] = given
         server.terminate()
         try:
             server.wait(timeout=10)

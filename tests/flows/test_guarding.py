@@ -1,5 +1,6 @@
 """A server of ours answers this machine's programs and its own pages, and no page of anybody else."""
 
+import base64
 import json
 import os
 import socket
@@ -11,7 +12,14 @@ import urllib.request
 
 import pytest
 
-from flows.serving.embedded_server import QUIET, free_port, open_private, wait_until_healthy
+from flows.serving.embedded_server import (
+    AUTH,
+    QUIET,
+    free_port,
+    open_private,
+    prefect_api,
+    wait_until_healthy,
+)
 from flows.serving.guarding import refusal
 
 
@@ -95,6 +103,36 @@ def test_a_page_of_another_origin_starts_nothing(tmp_path):
     finally:
         server.terminate()
         server.wait(timeout=30)
+
+
+@pytest.mark.flow
+def test_the_server_of_one_command_answers_that_command_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(AUTH, "the user's own")
+
+    def status(url: str, secret: str | None) -> int:
+        headers = {"Content-Type": "application/json"}
+        if secret is not None:
+            headers["Authorization"] = "Basic " + base64.b64encode(secret.encode()).decode()
+        asked = urllib.request.Request(f"{url}/flows/count", b"{}", headers)
+        try:
+            with urllib.request.urlopen(asked, timeout=30) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    with prefect_api() as url:
+        secret = os.environ[AUTH]
+        assert len(secret) > 30
+        assert [status(url, shown) for shown in (None, "sera:", "the user's own", secret)] == [
+            401,
+            401,
+            401,
+            200,
+        ]
+        assert secret not in (tmp_path / "home" / "embedded-server.log").read_text()
+    assert os.environ[AUTH] == "the user's own"
 
 
 def _upgrade(port: int, origin: str) -> int:
