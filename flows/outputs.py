@@ -1,7 +1,6 @@
 """Places that commands write to: checked before any work, and nothing is ever written through a link."""
 
 import os
-import secrets
 import tempfile
 from pathlib import Path
 
@@ -37,13 +36,3 @@ def check_new(flag: str, path: Path) -> None:
     if os.path.lexists(path):
         raise InputError(f"{flag} {path}: exists already; name a folder that does not")
     check_place(path)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place and move it there: it is whole or as before, and no link is followed."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ Messages of any format may be written as `from` and `value`, with the roles huma
 content, or as JSON text (CSV has no lists). A `system` column becomes the first message.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.errors import InputError
-from sera_core.sources import Row, is_message_text
+from sera_core.sources import Row, is_message_text, json_value
 
 FormatName = Literal["preference", "hh", "orca", "alpaca", "sharegpt", "ultrafeedback"]
 FORMATS: tuple[str, ...] = get_args(FormatName)
@@ -75,8 +74,9 @@ def normal_form(row: Row, reading: Reading) -> tuple[str, Row]:
     if name != "preference":
         _refuse_other(row.where, name, data)
         data = data | _READERS[name](row.where, data, reading)
+    data = _with_history(row.where, data)
     if reading.format == "auto" or name != "preference":
-        data = _without_json_text(data)
+        data = _without_json_text(row.where, data)
     if _held(data, "system_prompt") and not _held(data, "system"):
         data = data | {"system": data["system_prompt"]}
     for side in ("prompt", "chosen", "rejected"):
@@ -177,16 +177,24 @@ def _orca(where: str, data: Data, reading: Reading) -> Data:
 def _alpaca(where: str, data: Data, reading: Reading) -> Data:
     del reading
     told = "\n".join(str(data[name]) for name in ("instruction", "input") if _held(data, name))
-    earlier = [
-        {"role": role, "content": said}
-        for turns in _pairs(where, "history", _listed(where, "history", data.get("history")))
-        for role, said in zip(("user", "assistant"), turns, strict=True)
-    ]
-    read: Data = {"prompt": [*earlier, {"role": "user", "content": told}] if earlier else told}
+    read: Data = {"prompt": told}
     if not _held(data, "chosen") and (output := _listed(where, "output", data.get("output"))):
         ((chosen, rejected),) = _pairs(where, "output", [output])
         read |= {"chosen": chosen, "rejected": rejected}
     return read
+
+
+def _with_history(where: str, data: Data) -> Data:
+    """The row with its earlier turns, pairs of question and answer, before a prompt that is text."""
+    turns = _pairs(where, "history", _listed(where, "history", data.get("history")))
+    if not turns or not isinstance(data.get("prompt"), str):
+        return data
+    earlier = [
+        {"role": role, "content": said}
+        for pair in turns
+        for role, said in zip(("user", "assistant"), pair, strict=True)
+    ]
+    return data | {"prompt": [*earlier, {"role": "user", "content": data["prompt"]}]}
 
 
 def _pairs(where: str, name: str, entries: list[Any]) -> list[Any]:
@@ -200,8 +208,8 @@ def _pairs(where: str, name: str, entries: list[Any]) -> list[Any]:
 
 
 def _sharegpt(where: str, data: Data, reading: Reading) -> Data:
-    del where, reading
-    return {"prompt": _parsed(data["conversations"])}
+    del reading
+    return {"prompt": _parsed(where, data["conversations"])}
 
 
 def _ultrafeedback(where: str, data: Data, reading: Reading) -> Data:
@@ -258,12 +266,14 @@ _READERS: dict[str, Callable[[str, Data, Reading], Data]] = {
 # --------------------------------------------------------------------------------------------------- messages
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(where: str, value: Any) -> Any:
     """JSON text that holds messages as those messages; anything else as it is."""
     if not isinstance(value, str) or not is_message_text(value):
         return value
     try:
-        return json.loads(value)
+        return json_value(value)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     except (ValueError, RecursionError):
         return value
 
@@ -272,7 +282,9 @@ def _listed(where: str, name: str, value: Any) -> list[Any]:
     """A list, or a list that is written as JSON text; of anything else none."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
+            value = json_value(value)
+        except InputError as error:
+            raise InputError(f"{where}: {name}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{where}: {name} looks like a list but is not JSON ({error}); write it with json.dumps"
@@ -280,10 +292,10 @@ def _listed(where: str, name: str, value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _without_json_text(data: Data) -> Data:
+def _without_json_text(where: str, data: Data) -> Data:
     """JSON text as messages: of the prompt, and of the answers if both are such text."""
     names = [name for name in ("prompt", "chosen", "rejected") if isinstance(data.get(name), str)]
-    read = {name: parsed for name in names if (parsed := _parsed(data[name])) is not data[name]}
+    read = {name: parsed for name in names if (parsed := _parsed(where, data[name])) is not data[name]}
     if ("chosen" in read) != ("rejected" in read):
         read.pop("chosen", None)
         read.pop("rejected", None)

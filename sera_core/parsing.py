@@ -7,13 +7,13 @@ rejected must share. A malformed row refuses its file, naming the row, or is dro
 from collections.abc import Sequence
 from typing import Any
 
+from sera_core.chat_templates import REASONING_NAMES
 from sera_core.errors import InputError
 from sera_core.formats import holds_prompt
 from sera_core.preferences import Message, Pair, Prompt
 from sera_core.sources import Row
 
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 _TOOLS = ("tools", "tool_calls", "function_call", "tool_call_id", "functions")
 KINDS = {
     "empty_answer": "an answer without text",
@@ -218,8 +218,8 @@ def _message(where: str, name: str, message: Any) -> Message:
 
 
 def _reasoning(where: str, name: str, message: dict[str, Any]) -> Message:
-    """The reasoning that a message has apart from its content, under the first name of `_REASONING`."""
-    held = {key: message[key] for key in _REASONING if message.get(key)}
+    """The reasoning that a message has apart from its content, under the first name of `REASONING_NAMES`."""
+    held = {key: message[key] for key in REASONING_NAMES if message.get(key)}
     texts = {_content(where, f"{key} of {name}", value) for key, value in held.items()}
     if len(texts) > 1:
         raise InputError(f"{where}: {name} has {' and '.join(held)}, which differ; leave one of them out")
@@ -229,7 +229,7 @@ def _reasoning(where: str, name: str, message: dict[str, Any]) -> Message:
             f"{where}: {name} (from {message['role']}) has {next(iter(held))}, which only an assistant has; "
             "remove it"
         )
-    return {_REASONING[0]: text} if text.strip() else {}
+    return {REASONING_NAMES[0]: text} if text.strip() else {}
 
 
 def _content(where: str, name: str, content: Any) -> str:

@@ -211,7 +211,7 @@ def _jsonl(name: str, data: bytes) -> Iterator[Row]:
             where = f"{name} line {number}"
             limits.check_text_row(where, line)
             try:
-                value = _json_value(line)
+                value = json_value(line)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
             except (ValueError, RecursionError) as error:
@@ -227,8 +227,13 @@ def _jsonl(name: str, data: bytes) -> Iterator[Row]:
             yield _row(where, value)
 
 
-def _json_value(text: str) -> Any:
-    """JSON in which no object names a key twice: which value was meant could only be guessed."""
+def json_value(text: str) -> Any:
+    """JSON in which no object names a key twice: which value was meant could only be guessed.
+
+    Raises:
+        InputError: one does.
+        ValueError, RecursionError: it is no JSON that Python reads.
+    """
     return json.loads(text, object_pairs_hook=_once_each)
 
 
@@ -244,7 +249,7 @@ def _json(name: str, data: bytes) -> Iterator[Row]:
     if not data.strip():
         return
     try:
-        value = _json_value(_text(name, data))
+        value = json_value(_text(name, data))
     except json.JSONDecodeError as error:
         hint = (
             "one object a line is jsonl, so name it .jsonl"
@@ -301,7 +306,9 @@ def _cell(where: str, column: str, text: str) -> Any:
     if not is_message_text(text):
         return text
     try:
-        return json.loads(text)
+        return json_value(text)
+    except InputError as error:
+        raise InputError(f"{where}: in the cell {column!r} {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{where}: the cell {column!r} looks like messages but is not JSON ({error}); write it with "

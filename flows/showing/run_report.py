@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.opening import test_record
-from flows.outputs import check_place, write_whole
+from flows.outputs import check_place
 from flows.showing.looking import against_round_0, verdict_words
+from sera_core.artifacts.folders import write_whole
 from sera_core.artifacts.manifest import Artifact, find_record
 from sera_core.artifacts.records import read_record
 from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore, differences, flatten

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -51,6 +52,16 @@ def writable(folder: Path, setting: str) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{folder}: nothing can be written here; set {setting} to a folder that can be")
     return folder
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file beside its place and move it there: it is whole or as before, and no link is followed."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _temporary_cache() -> Path:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from sera_core.artifacts.canonical import sha256_file
+from sera_core.artifacts.folders import write_whole
 from sera_core.artifacts.recorded import entries, unrecorded
 from sera_core.artifacts.store import LocalStore, S3Store, Store
 
@@ -102,13 +103,7 @@ class LocalUpkeep:
         self.store, self.root = store, store.root
 
     def replace(self, path: str, data: bytes) -> None:
-        target = self.store.inside(path)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(self.store.inside(path), data)
 
     def age(self, path: str) -> float | None:
         file = self.store.inside(path)

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import tinyrun
+from marks import Marks
 
 from flows.cli import main
 from flows.keeping.verifying import verify
@@ -134,16 +134,6 @@ def test_a_file_behind_a_link_that_leads_out_of_the_store_is_refused(kept_store,
 
 
 # ------------------------------------------------------------------------------------------------ remote code
-
-
-class Marks:
-    """Unpickled, it leaves a mark."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
 
 
 @pytest.fixture

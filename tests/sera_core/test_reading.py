@@ -169,6 +169,27 @@ def test_alpaca_joins_the_input_and_puts_the_history_before_it():
     assert pairs == [("u: Hello | a: Hi. | u: Capital of\nPeru?", "a: Lima.", "a: Quito.")]
 
 
+def test_earlier_turns_are_lost_in_no_format():
+    earlier = {"history": [["Hello", "Hi."]], **ANSWERS}
+    for name in ("prompt", "question", "instruction"):
+        _, pairs = read({name: "Capital of Peru?", **earlier})
+        assert pairs == [(f"u: Hello | a: Hi. | {QUESTION}", *PAIR[1:])]
+    with pytest.raises(InputError, match="history does not hold two texts"):
+        read({"prompt": "Capital of Peru?", "history": [["Hello"]], **ANSWERS})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": '[{"role": "user", "content": "a", "content": "b"}]', **ANSWERS},
+        {"instruction": "a", "completions": '[{"response": "x", "score": 1, "score": 2}]'},
+    ],
+)
+def test_json_text_that_names_a_key_twice_is_refused_too(row):
+    with pytest.raises(InputError, match=r"line 1: .*an object has the key '\w+' twice"):
+        read(row)
+
+
 def test_ratings_are_the_mean_of_the_aspects_and_overall_score_only_without_them():
     assert rating_of({"annotations": {"a": {"Rating": "5"}, "b": {"Rating": 2}}, "overall_score": 10}) == 3.5
     assert rating_of({"annotations": {"a": {"Rating": "N/A"}}, "overall_score": 7.5}) == 7.5

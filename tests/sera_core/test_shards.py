@@ -1,7 +1,6 @@
 """Weights in several files: an index names plain safetensors of its own folder, or the model is refused."""
 
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import tinyrun
 import torch
+from marks import Marks
 from safetensors.torch import load_file, save_file
 from tiny import tiny_policy
 
@@ -19,16 +19,6 @@ from sera_core.policies import load_policy
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
-
-
-class Marks:
-    """Unpickled, it leaves a mark."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
 
 
 @pytest.fixture

@@ -153,6 +153,11 @@ def test_a_missing_shipped_file_names_the_nearest_one():
         ("p.jsonl", b'{"a": 1}\n{"a": \n', r"p\.jsonl line 2: not JSON"),
         ("p.jsonl", b'{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}', r"line 2: an object has the key 'c' twice"),
         ("p.json", b'[{"a": 1, "a": 2}]', r"p\.json: an object has the key 'a' twice"),
+        (
+            "p.csv",
+            b'a\n"[{""role"": ""x"", ""role"": ""y""}]"\n',
+            r"p\.csv row 1: in the cell 'a' .*'role' twice",
+        ),
         ("p.csv", b"prompt,chosen,chosen\na,b,c\n", r"p\.csv: two columns are named 'chosen'"),
         ("p.json", b'[{"a": ' + b"9" * 5000 + b"}]", r"p\.json: cannot be read as JSON .*5000 digits"),
         ("p.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"p\.jsonl line 1: not JSON .*5000 digits"),
