@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -185,14 +186,18 @@ def worker(environment: dict[str, str], name: str = "hands", pool: str = "sera")
 
 def api(environment: dict[str, str], path: str, body: Any = None, method: str | None = None) -> Any:
     """Ask the server: POST with a body, else GET, unless a method is named. None where it answers nothing."""
-    request = urllib.request.Request(
-        f"{environment['PREFECT_API_URL']}{path}",
-        data=None if body is None else json.dumps(body).encode(),
-        headers={"content-type": "application/json"},
-        method=method,
-    )
+    url, headers = environment["PREFECT_API_URL"], {"content-type": "application/json"}
     if (auth := environment.get("PREFECT_API_AUTH_STRING")) is not None:
-        request.add_header("Authorization", f"Basic {base64.b64encode(auth.encode()).decode()}")
+        headers["Authorization"] = f"Basic {base64.b64encode(auth.encode()).decode()}"
+        if body is not None or method is not None:  # servers with a password want a token too
+            client = str(uuid.uuid4())
+            token = _send(urllib.request.Request(f"{url}/csrf-token?client={client}", headers=headers))
+            headers |= {"Prefect-Csrf-Token": token["token"], "Prefect-Csrf-Client": client}
+    data = None if body is None else json.dumps(body).encode()
+    return _send(urllib.request.Request(f"{url}{path}", data, headers, method=method))
+
+
+def _send(request: urllib.request.Request) -> Any:
     with urllib.request.urlopen(request, timeout=30) as answer:
         text = answer.read()
     return json.loads(text) if text else None

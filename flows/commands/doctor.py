@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flows.commands.answers import answer, quiet_stdout, say
+from flows.serving.authentication import NO_PASSWORD, asks_for_no_password
 from sera_core.artifacts.folders import cache_folder
 from sera_core.artifacts.probing import probe
 from sera_core.artifacts.store import LocalStore, Store, open_store
@@ -340,6 +341,8 @@ def check_prefect() -> Check:
         return Check("prefect", "failed", f"{versions}: the server cannot be imported: {last}", remedy)
     server = os.environ.get("PREFECT_API_URL")
     where = f"the server at {server} is used" if server else "its server can be started here"
+    if server and asks_for_no_password(server):
+        return Check("prefect", "warning", f"{versions}; {where}, which asks for no password", NO_PASSWORD)
     return Check("prefect", "ok", f"{versions}; {where}")
 
 

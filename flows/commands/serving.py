@@ -3,17 +3,20 @@
 import argparse
 import json
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 from flows.commands.answers import say
 from flows.commands.printing import print_table, print_text
+from flows.serving.authentication import CLIENT_SECRET, SERVER_SECRET
 from flows.serving.embedded_server import track_nothing
 from sera_core.shown import shown
 
 
 def add_deploy(commands: Any, _: argparse.ArgumentParser) -> None:
-    """`sera deploy [--pool-type process] [--store URL] [--notify URL] [--keep-credentials]`."""
+    """`sera deploy [--pool-type process] [--store URL] [--notify URL]`."""
     sub = commands.add_parser(
         "deploy",
         help="make work pool, limit, variable, automations and deployments on the Prefect server",
@@ -22,12 +25,6 @@ def add_deploy(commands: Any, _: argparse.ArgumentParser) -> None:
     )
     _add_flags(sub)
     sub.add_argument("--pool-type", default="process", help="type of the work pool (default: process)")
-    sub.add_argument(
-        "--keep-credentials",
-        action="store_true",
-        help="put this shell's AWS_… and FSSPEC_S3_… variables into Prefect's Secret block sera-store, from "
-        "which every run of the pool takes them (default: a worker's own environment has them)",
-    )
     sub.set_defaults(command=deploy_command)
 
 
@@ -77,9 +74,11 @@ def _add_flags(sub: argparse.ArgumentParser) -> None:
 def deploy_command(args: argparse.Namespace) -> int:
     """Make everything; print what is there now."""
     track_nothing()
-    from flows.serving.deploying import deploy
+    from flows.serving.deploying import deploy, warnings
 
-    made = deploy(args.pool_type, args.store, args.notify, args.keep_credentials)
+    made = deploy(args.pool_type, args.store, args.notify)
+    for warning in warnings():
+        say(f"sera: warning: {warning}")
     if args.json:
         print(json.dumps(made))
         return 0
@@ -95,23 +94,30 @@ def up_command(args: argparse.Namespace) -> int:
 
     home = args.home.expanduser().absolute()
 
-    def ready(made: dict[str, Any]) -> None:
-        told = {"ui": f"http://127.0.0.1:{args.port}", "home": str(home), **made}
-        print(json.dumps(told) if args.json else _welcome(told), flush=True)
+    def ready(made: dict[str, Any], password: str, file: Path | None) -> None:
+        kept = None if file is None else str(file)
+        told = {"ui": f"http://127.0.0.1:{args.port}", "home": str(home), "password_file": kept, **made}
+        print(json.dumps(told) if args.json else _welcome(told, password), flush=True)
 
     up(home, args.port, deploy_arguments(args), ready, lambda line: say(f"sera: {line}"))
     return 0
 
 
-def _welcome(told: dict[str, Any]) -> str:
-    store = told["variables"]["sera_store"]
+def _welcome(told: dict[str, Any], password: str) -> str:
+    store, file = told["variables"]["sera_store"], told["password_file"]
+    where = f"in {file}" if file else f"that of {SERVER_SECRET}"
+    if file and sys.stdout.isatty():  # a log keeps no password
+        where = f"{password}  ({where})"
+    secret = f'"$(cat {shlex.quote(file)})"' if file else f'"${SERVER_SECRET}"'
     return shown(f"""\
 Prefect's UI  {told["ui"]}
+password      {where}; a browser asks for it once
 store         {store}
 logs          {told["home"]}/server.log, {told["home"]}/worker.log
 
 Start a run: {told["ui"]}/deployments, then `sera`, then Run. Or on this server from a shell:
-  PREFECT_API_URL={told["ui"]}/api sera run EXPERIMENT.toml --store {store}
+  export PREFECT_API_URL={told["ui"]}/api {CLIENT_SECRET}={secret}
+  sera run EXPERIMENT.toml --store {store}
 Ctrl-C ends it all. `sera up` again goes on with the runs that were under way.""")
 
 

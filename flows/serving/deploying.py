@@ -3,10 +3,9 @@
 deploy(store="s3://bucket/runs")
 """
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from uuid import UUID
 
 import yaml
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
-from prefect.blocks.system import Secret
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import (
     GlobalConcurrencyLimitCreate,
@@ -31,9 +29,9 @@ from prefect.settings import get_current_settings
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
+from flows.serving.authentication import NO_PASSWORD, asks_for_no_password
 from flows.serving.holding import DEVICE_LIMIT
 from flows.serving.named_server import check_server
-from sera_core.artifacts.s3_store import ENVIRONMENT
 from sera_core.errors import InputError, SeraError
 from sera_core.sources import bundled_file
 
@@ -41,7 +39,7 @@ POOL = "sera"
 STORE_VARIABLE = "sera_store"
 NOTIFY_BLOCK = "sera-notify"
 CREDENTIALS_BLOCK = "sera-store"
-"""A Secret block: environment variables of the object store, as one JSON object."""
+"""A Secret block of earlier versions: environment variables of the object store, as one JSON object."""
 _REFERENCE = f"prefect.blocks.secret.{CREDENTIALS_BLOCK}."
 
 
@@ -49,7 +47,6 @@ def deploy(
     pool_type: str = "process",
     store: str | None = None,
     notify: str | None = None,
-    keep_credentials: bool = False,
 ) -> dict[str, dict[str, str]]:
     """Make what is missing, change what differs, leave the rest; ids (of variables: values) by kind and name.
 
@@ -57,16 +54,13 @@ def deploy(
         pool_type: Type of a work pool made now; a pool that is there keeps its own.
         store: Folder or URL that flow runs use by default. None: the one the server has, else ./sera-store.
         notify: URL that is told when a run stops or its alarm is raised, by POST of a JSON `text`.
-        keep_credentials: Put this process's AWS_… and FSSPEC_S3_… variables into a Secret block, from which
-            every flow run of the pool takes them. Without it, what was put there before stays.
 
     Raises:
-        InputError: no server answers, the pool's type is unknown, or there are no credentials to keep.
+        InputError: no server answers, or the pool's type is unknown.
     """
     with _client() as client:
-        credentials = _credentials() if keep_credentials else None
         made = {
-            "work_pools": {POOL: str(_work_pool(client, pool_type, credentials))},
+            "work_pools": {POOL: str(_work_pool(client, pool_type))},
             "limits": {DEVICE_LIMIT: str(_device_limit(client))},
             "variables": {STORE_VARIABLE: _store_variable(client, store)},
             "automations": _automations(client, notify),
@@ -89,20 +83,30 @@ def _client() -> Iterator[SyncPrefectClient]:
         yield client
 
 
-def _credentials() -> list[str]:
-    """Save the credentials where Prefect keeps them encrypted; their names."""
-    found = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT)}
-    if not found:
-        raise InputError(
-            "there are no credentials to keep: set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for another "
-            "server than AWS, AWS_ENDPOINT_URL"
-        )
-    block = Secret(value=found)  # pyright: ignore[reportArgumentType]
-    block.save(CREDENTIALS_BLOCK, overwrite=True)
-    return sorted(found)
+def warnings() -> list[str]:
+    """What makes the server of PREFECT_API_URL unsafe, one line each, with the remedy."""
+    with _client() as client:
+        found = []
+        if asks_for_no_password(str(get_current_settings().api.url)):
+            found.append(NO_PASSWORD)
+        if _credentials_are_kept(client):
+            found.append(
+                f"the block {CREDENTIALS_BLOCK} of an earlier version hands the store's credentials to "
+                "whoever may use this server: set them in the worker's environment, then "
+                f"`prefect block delete secret/{CREDENTIALS_BLOCK}` and `sera deploy`"
+            )
+        return found
 
 
-def _work_pool(client: SyncPrefectClient, pool_type: str, credentials: Sequence[str] | None) -> UUID:
+def _credentials_are_kept(client: SyncPrefectClient) -> bool:
+    try:
+        client.read_block_document_by_name(CREDENTIALS_BLOCK, "secret", include_secrets=False)
+    except ObjectNotFound:
+        return False
+    return True
+
+
+def _work_pool(client: SyncPrefectClient, pool_type: str) -> UUID:
     """The pool, whose jobs take the store from the server's variable each time one starts."""
     try:
         pool = client.read_work_pool(POOL)
@@ -113,30 +117,42 @@ def _work_pool(client: SyncPrefectClient, pool_type: str, credentials: Sequence[
                 f"--pool-type {pool_type}: this installation of Prefect does not know it; `prefect work-pool "
                 "create --help` says more, and a pool named sera made by hand is used as it is"
             ) from None
-        template = _with_defaults(template, credentials)
+        template = _closed(template, keep_references=False)
         return client.create_work_pool(
             WorkPoolCreate(name=POOL, type=pool_type, base_job_template=template)
         ).id
-    template = _with_defaults(pool.base_job_template, credentials)
+    template = _closed(pool.base_job_template, keep_references=_credentials_are_kept(client))
     if template != pool.base_job_template:
         client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
     return pool.id
 
 
-def _with_defaults(template: dict[str, Any], credentials: Sequence[str] | None) -> dict[str, Any]:
-    properties = template["variables"]["properties"]
+def _closed(template: dict[str, Any], keep_references: bool) -> dict[str, Any]:
+    """The job template with our defaults, and without a command that a flow run could bring along.
+
+    Args:
+        template: What the pool's jobs are made from.
+        keep_references: Whether variables taken from the block of an earlier version stay.
+    """
+    properties = dict(template["variables"]["properties"])
+    configuration = dict(template["job_configuration"])
+    if "command" in properties:
+        command = properties.pop("command").get("default")
+        configuration.pop("command", None)
+        if command is not None:  # the pool's own
+            configuration["command"] = command
     env = {
         "SERA_STORE": f"{{{{ prefect.variables.{STORE_VARIABLE} }}}}",
         **(properties["env"].get("default") or {}),
     }
-    if credentials is not None:
-        env = {name: value for name, value in env.items() if _REFERENCE not in value}
-        env |= {name: f"{{{{ {_REFERENCE}{name} }}}}" for name in credentials}
+    if not keep_references:
+        env = {name: value for name, value in env.items() if _REFERENCE not in str(value)}
     properties = {**properties, "env": {**properties["env"], "default": env}}
     if "working_dir" in properties and not properties["working_dir"].get("default"):
         # Without one each flow run gets a temporary folder, deleted under the feet of a run resumed at once.
         properties["working_dir"] = {**properties["working_dir"], "default": "/"}
-    return {**template, "variables": {**template["variables"], "properties": properties}}
+    variables = {**template["variables"], "properties": properties}
+    return {**template, "job_configuration": configuration, "variables": variables}
 
 
 def _device_limit(client: SyncPrefectClient) -> UUID:

@@ -7,7 +7,6 @@ kernel (Linux) or by a watching thread when its parent is gone, and writes to a 
 """
 
 import os
-import secrets
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from flows.serving.authentication import CLIENT_SECRET, SERVER_SECRET, new_secret
 from flows.serving.guarding import guarded
 from flows.serving.named_server import named_server
 from sera_core.artifacts.folders import cache_folder, writable
@@ -26,15 +26,18 @@ from sera_core.errors import SeraError
 from sera_core.orphans import end_with
 
 START_SECONDS = 180
-AUTH = "PREFECT_API_AUTH_STRING"
-"""What Prefect's client shows a server that asks for it."""
+OURS = ("up.lock", "embedded-server.log")
+"""Files by which a folder is known as a home of a server of ours."""
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
     "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+    "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+    "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "true",
 }
-"""Settings of every server we start: nothing leaves the machine, nothing starts a second server."""
+"""Settings of every server we start and of its clients: nothing leaves the machine, nothing starts a second
+server, no page of another site can change anything."""
 
 
 def track_nothing() -> None:
@@ -66,13 +69,13 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
         with named_server(configured):
             yield configured
         return
-    home = writable(Path(os.environ.get("PREFECT_HOME") or cache_folder() / "prefect"), "PREFECT_HOME")
+    home = private_folder(Path(os.environ.get("PREFECT_HOME") or cache_folder() / "prefect"), "PREFECT_HOME")
     os.environ["PREFECT_HOME"] = str(home)
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = home / "embedded-server.log"
-    given, secret = os.environ.get(AUTH), f"sera:{secrets.token_urlsafe(24)}"
-    theirs = {"PREFECT_SERVER_API_AUTH_STRING": secret, AUTH: secret}
+    given, secret = os.environ.get(CLIENT_SECRET), new_secret()
+    theirs = {SERVER_SECRET: secret, CLIENT_SECRET: secret}
     with open_private(log, "wb") as output:
         server = subprocess.Popen(
             [sys.executable, "-P", "-m", "flows.serving.embedded_server", str(port), str(os.getpid())],
@@ -84,19 +87,33 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
         )
     try:
         wait_until_healthy(server, f"{url}/health", log)
-        os.environ |= {"PREFECT_API_URL": url, AUTH: secret}
+        os.environ |= {"PREFECT_API_URL": url, CLIENT_SECRET: secret}
         yield url
     finally:
         os.environ.pop("PREFECT_API_URL", None)
-        os.environ.pop(AUTH, None)
+        os.environ.pop(CLIENT_SECRET, None)
         if given is not None:
-            os.environ[AUTH] = given
+            os.environ[CLIENT_SECRET] = given
         server.terminate()
         try:
             server.wait(timeout=10)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def private_folder(path: Path, name: str) -> Path:
+    """A folder one may write to, closed to other users where it holds nothing yet or is ours already.
+
+    Raises:
+        InputError: it cannot be written to; `name` is the setting that names it.
+    """
+    ours = not path.is_dir() or not any(path.iterdir()) or any((path / name).exists() for name in OURS)
+    folder = writable(path, name)
+    if ours:
+        with suppress(OSError):  # somebody else's
+            folder.chmod(0o700)
+    return folder
 
 
 def open_private(path: Path, mode: str) -> IO[bytes]:

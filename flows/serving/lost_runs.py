@@ -4,17 +4,14 @@ Without that the server would miss their heartbeat after minutes. Only flow runs
 back, known by the processes that were seen at work on them (Linux).
 """
 
-import base64
-import json
-import os
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+
+from flows.serving.authentication import ask
 
 _AGAIN = {
     "type": "SCHEDULED",
@@ -28,8 +25,8 @@ _BECOMES = {"PENDING": _AGAIN, "RUNNING": _AGAIN, "CANCELLING": {"type": "CANCEL
 class Seen:
     """The flow runs a worker's process group works on, kept in a file that outlives us."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, secret: str) -> None:
+        self.file, self.secret = file, secret
         self.at_work: set[str] = set()
         self.lost: set[str] = set()
         self.looked = 0.0
@@ -51,7 +48,7 @@ class Seen:
         """Give the lost ones back to the server; what cannot be told now stays for the next time."""
         for flow_run in sorted(self.lost):
             try:
-                _give_back(f"{api}/flow_runs/{flow_run}", self.looked)
+                self._give_back_one(api, f"/flow_runs/{flow_run}")
             except urllib.error.HTTPError as error:
                 if error.code != 404:  # deleted
                     continue
@@ -59,6 +56,13 @@ class Seen:
                 continue
             self.lost.discard(flow_run)
             self._write()
+
+    def _give_back_one(self, api: str, path: str) -> None:
+        """Give one back, unless it goes on elsewhere since it was last seen."""
+        state = ask(api, path, secret=self.secret)["state"]
+        since = datetime.fromisoformat(state["timestamp"]).timestamp()
+        if state["type"] in _BECOMES and since <= self.looked:
+            ask(api, f"{path}/set_state", {"state": _BECOMES[state["type"]]}, self.secret)
 
     def _write(self) -> None:
         self.file.write_text("\n".join(sorted(self.at_work | self.lost)))
@@ -74,19 +78,3 @@ def _at_work(group: int) -> Iterator[str]:
                 name, _, value = variable.decode(errors="replace").partition("=")
                 if name == "PREFECT__FLOW_RUN_ID":
                     yield value
-
-
-def _give_back(flow_run: str, seen: float) -> None:
-    """One that was last seen then, unless it goes on elsewhere since."""
-    state = _ask(flow_run)["state"]
-    if state["type"] in _BECOMES and datetime.fromisoformat(state["timestamp"]).timestamp() <= seen:
-        _ask(f"{flow_run}/set_state", {"state": _BECOMES[state["type"]]})
-
-
-def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    headers = {"content-type": "application/json"}
-    if auth := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
-        headers["authorization"] = "Basic " + base64.b64encode(auth.encode()).decode()
-    data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=10) as answer:
-        return json.load(answer)

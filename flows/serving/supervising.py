@@ -20,9 +20,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flows.serving.embedded_server import QUIET, open_private, wait_until_healthy
+from flows.serving.authentication import CLIENT_SECRET, SERVER_SECRET, secret_of
+from flows.serving.embedded_server import QUIET, open_private, private_folder, wait_until_healthy
 from flows.serving.lost_runs import Seen
-from sera_core.artifacts.folders import writable
 from sera_core.errors import BusyError, InputError, SeraError
 from sera_core.orphans import end_with, guarded_group
 
@@ -35,18 +35,18 @@ _PROFILE = ("PREFECT_PROFILE", "PREFECT_PROFILES_PATH", "PREFECT_API_KEY", "PREF
 
 Say = Callable[[str], None]
 """say(line): told what happens meanwhile."""
+Ready = Callable[[dict[str, Any], str, Path | None], None]
+"""ready(deployed, password, file): called once everything is up; the file holds the password, if one does."""
 
 
-def up(
-    home: Path, port: int, deploy_arguments: list[str], ready: Callable[[dict[str, Any]], None], say: Say
-) -> None:
+def up(home: Path, port: int, deploy_arguments: list[str], ready: Ready, say: Say) -> None:
     """Serve until interrupted or terminated.
 
     Args:
-        home: Folder for Prefect's database, settings and logs.
+        home: Folder for Prefect's database, settings, logs and the server's password.
         port: Port of the server and its UI.
         deploy_arguments: What to hand on to `sera deploy`.
-        ready: Told what is there, once everything is up.
+        ready: Called once everything is up.
         say: Told when something ended and is started again.
 
     Raises:
@@ -54,14 +54,16 @@ def up(
         BusyError: another `sera up` has this home.
         SeraError: a process ends again and again.
     """
-    environment = environment_of(home, port)
-    api = environment["PREFECT_API_URL"]
-    server = Kept("server", ["flows.serving.embedded_server", str(port), str(os.getpid())], environment, home)
+    start_server = ["flows.serving.embedded_server", str(port), str(os.getpid())]
     start_worker = ["prefect", "worker", "start", "--pool", "sera", "--name", "sera-up"]
-    worker = Kept("worker", start_worker, environment, home)
     with _interrupted(), _held(home), ExitStack() as ending:
         _check_port(port)
-        flow_runs = Seen(home / "flow-runs")
+        secret, file = secret_of(home)
+        environment = environment_of(home, port, secret)
+        api = environment["PREFECT_API_URL"]
+        server = Kept("server", start_server, environment, home)
+        worker = Kept("worker", start_worker, environment, home)
+        flow_runs = Seen(home / "flow-runs", secret)
         ending.callback(server.end)
         server.start()
         wait_until_healthy(server.process, f"{api}/health", server.log)
@@ -70,7 +72,7 @@ def up(
         ending.callback(flow_runs.lose)
         ending.callback(worker.end)  # the last one is called first
         worker.start()
-        ready(made)
+        ready(made, secret, file)
         while True:
             time.sleep(0.5)
             if server.ended():
@@ -83,7 +85,7 @@ def up(
             flow_runs.look(worker.process.pid)
 
 
-def environment_of(home: Path, port: int) -> dict[str, str]:
+def environment_of(home: Path, port: int, secret: str) -> dict[str, str]:
     """What server, worker and deploying are given: the user's settings without the user's profile."""
     url = f"http://127.0.0.1:{port}/api"
     theirs = {name: value for name, value in os.environ.items() if name not in _PROFILE}
@@ -100,9 +102,9 @@ def environment_of(home: Path, port: int) -> dict[str, str]:
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_UI_API_URL": url,
+        SERVER_SECRET: secret,
+        CLIENT_SECRET: secret,
     }
-    if auth := theirs.get("PREFECT_SERVER_API_AUTH_STRING"):
-        ours["PREFECT_API_AUTH_STRING"] = auth
     return {**defaults, **theirs, **ours}
 
 
@@ -191,7 +193,7 @@ def _interrupted() -> Iterator[None]:
 @contextmanager
 def _held(home: Path) -> Iterator[None]:
     """One `sera up` a home: two servers on one SQLite file disturb each other."""
-    writable(home, "--home")
+    private_folder(home, "--home")
     with (home / "up.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Credentials reach a run from a Prefect block, and stand in no database, log, record or traceback."""
+"""A run takes credentials from its worker; they stand in no database, log, record or traceback."""
 
 import os
 import secrets
@@ -25,17 +25,15 @@ def store_server():
 
 @pytest.fixture(scope="module")
 def place(store_server, tmp_path_factory):
-    """Server, deployments and worker; of all of them only the block knows the credentials."""
+    """Server, deployments and worker; of all of them only the worker knows the credentials."""
     home = tmp_path_factory.mktemp("prefect")
     with servers.prefect_server(home) as server:
         for name in [name for name in server.environment if name.startswith("AWS_")]:
             del server.environment[name]
         url = store_server.bucket()
         knowing = {**server.environment, **store_server.environment}
-        said = servers.sera(knowing, "deploy", "--json", "--store", url, "--keep-credentials")
-        said += servers.sera(server.environment, "deploy", "--json")  # a later one leaves them there
-        with servers.worker(server.environment) as worker:
-            assert worker.environment is server.environment
+        said = servers.sera(knowing, "deploy", "--json", "--store", url)
+        with servers.worker(knowing):
             yield server, url, said
 
 
@@ -58,7 +56,7 @@ def holding(folder: Path, text: str) -> list[str]:
     return [str(path) for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
-def test_a_run_takes_its_credentials_from_the_block(runs, place, store_server):
+def test_a_run_takes_its_credentials_from_the_worker(runs, place, store_server):
     _, url, _ = place
     assert runs["good"]["type"] == "COMPLETED", runs["good"]
     assert f"runs/{RUN}/round-000.json" in store_server.objects(url)
@@ -100,7 +98,25 @@ def test_no_credential_stands_in_a_traceback(store_server):
     assert store_server.access not in done.stderr and store_server.secret not in done.stderr
 
 
-def test_without_credentials_there_are_none_to_keep(place):
+def test_a_block_of_an_earlier_version_is_warned_of_and_its_references_go_with_it(place):
+    """Whoever may use the server can read what a block holds."""
     server, _, _ = place
-    with pytest.raises(AssertionError, match="there are no credentials to keep: set AWS_ACCESS_KEY_ID"):
-        servers.sera(server.environment, "deploy", "--keep-credentials")
+    block = "from prefect.blocks.system import Secret; Secret(value={'AWS_X': 'y'}).save('sera-store')"
+    subprocess.run([sys.executable, "-c", block], env=server.environment, check=True, capture_output=True)
+    reference = "{{ prefect.blocks.secret.sera-store.AWS_X }}"
+    pool = servers.api(server.environment, "/work_pools/sera")["base_job_template"]
+    pool["variables"]["properties"]["env"]["default"]["AWS_X"] = reference
+    servers.api(server.environment, "/work_pools/sera", {"base_job_template": pool}, method="PATCH")
+
+    def deployed() -> tuple[str, dict[str, str]]:
+        command = [sys.executable, "-m", "flows.cli", "deploy", "--json"]
+        done = subprocess.run(command, env=server.environment, check=True, capture_output=True, text=True)
+        template = servers.api(server.environment, "/work_pools/sera")["base_job_template"]
+        return done.stderr, template["variables"]["properties"]["env"]["default"]
+
+    said, environment = deployed()
+    assert "prefect block delete secret/sera-store" in said and environment["AWS_X"] == reference
+    assert "asks for no password" in said  # this server of the user's own
+    servers.prefect(server.environment, "block", "delete", "secret/sera-store")
+    said, environment = deployed()
+    assert "sera-store" not in said and "AWS_X" not in environment

@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import uuid
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -188,11 +190,17 @@ def test_sera_up_starts_again_what_dies_and_ends_it_all(folder):
         told = json.loads(up.stdout.readline())
         assert told["ui"] == f"http://127.0.0.1:{port}"
         assert told["variables"] == {"sera_store": str(folder / "sera-store")}
-        environment = {"PREFECT_API_URL": f"{told['ui']}/api"}
+        password = Path(told["password_file"])
+        assert stat.S_IMODE(password.stat().st_mode) == 0o600
+        assert stat.S_IMODE((folder / "home").stat().st_mode) == 0o700
+        stranger = {"PREFECT_API_URL": f"{told['ui']}/api"}
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            servers.api(stranger, "/deployments/name/sera/sera")
+        environment = {**stranger, "PREFECT_API_AUTH_STRING": password.read_text()}
         assert servers.api(environment, "/deployments/name/sera/sera")["id"] == told["deployments"]["sera"]
         assert servers.answers(told["ui"])  # the UI itself, which is told where the API is
         settings = servers.api({"PREFECT_API_URL": told["ui"]}, "/ui-settings")
-        assert settings["api_url"] == f"{told['ui']}/api"
+        assert settings["api_url"] == f"{told['ui']}/api" and settings["auth"] == "BASIC"
 
         code, message = refused(folder / "elsewhere", port)
         assert code == 2 and str(port) in message and "--port" in message

@@ -12,15 +12,17 @@ import urllib.request
 
 import pytest
 
+from flows.serving.authentication import CLIENT_SECRET, SERVER_SECRET, ask, asks_for_no_password, secret_of
 from flows.serving.embedded_server import (
-    AUTH,
     QUIET,
     free_port,
     open_private,
     prefect_api,
+    private_folder,
     wait_until_healthy,
 )
 from flows.serving.guarding import refusal
+from sera_core.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,30 @@ def test_a_log_is_for_this_user_alone(tmp_path):
         assert stat.S_IMODE(log.stat().st_mode) == 0o600 and log.read_bytes() == b"line"
 
 
+def test_the_password_of_a_home_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.delenv(SERVER_SECRET, raising=False)
+    secret, file = secret_of(tmp_path)
+    assert len(secret) > 30 and secret_of(tmp_path) == (secret, file)
+    file.chmod(0o644)
+    assert stat.S_IMODE(secret_of(tmp_path)[1].stat().st_mode) == 0o600
+    file.write_text("\n")
+    with pytest.raises(InputError, match="auth: the server's password is empty"):
+        secret_of(tmp_path)
+    monkeypatch.setenv(SERVER_SECRET, "the user's own")
+    assert secret_of(tmp_path) == ("the user's own", None)
+
+
+def test_a_folder_somebody_else_uses_keeps_its_mode(tmp_path):
+    shared, empty = tmp_path / "shared", tmp_path / "empty"
+    for folder in (shared, empty):
+        folder.mkdir(mode=0o755)
+    (shared / "theirs").touch()
+    for folder, mode in ((shared, 0o755), (empty, 0o700), (tmp_path / "new", 0o700)):
+        assert stat.S_IMODE(private_folder(folder, "--home").stat().st_mode) == mode
+    (shared / "up.lock").touch()
+    assert stat.S_IMODE(private_folder(shared, "--home").stat().st_mode) == 0o700
+
+
 @pytest.mark.flow
 def test_a_page_of_another_origin_starts_nothing(tmp_path):
     port, home, log = free_port(), tmp_path / "home", tmp_path / "server.log"
@@ -65,6 +91,7 @@ def test_a_page_of_another_origin_starts_nothing(tmp_path):
     (home / "prefect.db").touch(mode=0o644)  # as an earlier version left it
     url = f"http://127.0.0.1:{port}/api"
     environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home), "PREFECT_API_URL": url}
+    environment["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] = "false"  # what is refused here, the guard refuses
     command = [sys.executable, "-P", "-m", "flows.serving.embedded_server", str(port), str(os.getpid())]
     with log.open("wb") as output:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -96,6 +123,7 @@ def test_a_page_of_another_origin_starts_nothing(tmp_path):
         ) as answer:
             assert json.loads(answer.read()) == 0  # none of them made a flow
         assert status({"Origin": f"http://127.0.0.1:{port}"}) == 201  # the server's own page
+        assert asks_for_no_password(url)
         assert _upgrade(port, "https://evil.example") == 403
         for file in home.rglob("*"):
             if file.is_file():
@@ -109,21 +137,18 @@ def test_a_page_of_another_origin_starts_nothing(tmp_path):
 def test_the_server_of_one_command_answers_that_command_alone(tmp_path, monkeypatch):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv(AUTH, "the user's own")
+    monkeypatch.setenv(CLIENT_SECRET, "the user's own")
 
     def status(url: str, secret: str | None) -> int:
-        headers = {"Content-Type": "application/json"}
-        if secret is not None:
-            headers["Authorization"] = "Basic " + base64.b64encode(secret.encode()).decode()
-        asked = urllib.request.Request(f"{url}/flows/count", b"{}", headers)
         try:
-            with urllib.request.urlopen(asked, timeout=30) as answer:
-                return answer.status
+            ask(url, "/flows/count", {}, secret)
+            ask(url, "/admin/version", secret=secret)
         except urllib.error.HTTPError as error:
             return error.code
+        return 200
 
     with prefect_api() as url:
-        secret = os.environ[AUTH]
+        secret = os.environ[CLIENT_SECRET]
         assert len(secret) > 30
         assert [status(url, shown) for shown in (None, "sera:", "the user's own", secret)] == [
             401,
@@ -132,7 +157,13 @@ def test_the_server_of_one_command_answers_that_command_alone(tmp_path, monkeypa
             200,
         ]
         assert secret not in (tmp_path / "home" / "embedded-server.log").read_text()
-    assert os.environ[AUTH] == "the user's own"
+        assert stat.S_IMODE((tmp_path / "home").stat().st_mode) == 0o700
+        basic = "Basic " + base64.b64encode(secret.encode()).decode()
+        blind = urllib.request.Request(f"{url}/flows/count", b"{}", {"Authorization": basic})
+        with pytest.raises(urllib.error.HTTPError, match="403"):  # no token
+            urllib.request.urlopen(blind, timeout=30)
+        assert not asks_for_no_password(url)
+    assert os.environ[CLIENT_SECRET] == "the user's own"
 
 
 def _upgrade(port: int, origin: str) -> int:

@@ -1,5 +1,6 @@
 """Flow runs whose process is gone go back to the server, and no others."""
 
+import base64
 import json
 import os
 import subprocess
@@ -11,16 +12,23 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 from flows.serving.lost_runs import Seen
 
+SECRET = "sera:a password"
 LONG_AGO = datetime.now(UTC) - timedelta(hours=1)
 
 
 @contextmanager
 def server(states: dict[str, tuple[str, datetime] | int]):
     """An API that knows these flow runs (or answers an error), and what was set."""
-    done = {}
+    done, tokens = {}, set()
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self):
+            if not self.allowed():
+                return
+            if "csrf-token" in self.path:
+                tokens.add(self.path.rsplit("=", 1)[-1])
+                self.answer(200, {"token": "a token"})
+                return
             found = states[self.path.rsplit("/", 1)[-1]]
             if isinstance(found, int):
                 self.answer(found, {})
@@ -28,9 +36,21 @@ def server(states: dict[str, tuple[str, datetime] | int]):
                 self.answer(200, {"state": {"type": found[0], "timestamp": found[1].isoformat()}})
 
         def do_POST(self):
+            if not self.allowed():
+                return
+            client, token = (self.headers.get(f"prefect-csrf-{name}") for name in ("client", "token"))
+            if client not in tokens or token != "a token":
+                self.answer(403, {"detail": "Missing CSRF token."})
+                return
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             done[self.path.split("/")[-2]] = body["state"]["type"]
             self.answer(201, {})
+
+        def allowed(self) -> bool:
+            basic = "Basic " + base64.b64encode(SECRET.encode()).decode()
+            if (shown := self.headers.get("authorization")) != basic:
+                self.answer(401, {})
+            return shown == basic
 
         def answer(self, code: int, body: dict):
             self.send_response(code)
@@ -55,19 +75,19 @@ def test_the_flow_run_of_every_process_in_the_group_is_seen_and_remembered(tmp_p
     )
     try:
         process.stdout.readline()
-        seen = Seen(tmp_path / "seen")
+        seen = Seen(tmp_path / "seen", SECRET)
         seen.look(process.pid)
         assert seen.at_work == {"a-run"}
-        assert Seen(tmp_path / "seen").lost == {"a-run"}  # whoever starts after we were killed
+        assert Seen(tmp_path / "seen", SECRET).lost == {"a-run"}  # whoever starts after we were killed
     finally:
         process.kill()
         process.communicate()
     seen.look(process.pid)
-    assert seen.at_work == set() == Seen(tmp_path / "seen").lost  # it ended by itself
+    assert seen.at_work == set() == Seen(tmp_path / "seen", SECRET).lost  # it ended by itself
 
 
 def test_only_runs_that_were_under_way_when_last_seen_are_given_back(tmp_path):
-    seen = Seen(tmp_path / "seen")
+    seen = Seen(tmp_path / "seen", SECRET)
     seen.look(0)  # a group with no flow in it
     later = datetime.now(UTC) + timedelta(minutes=1)
     states = {
@@ -87,7 +107,7 @@ def test_only_runs_that_were_under_way_when_last_seen_are_given_back(tmp_path):
     assert done == {"running": "SCHEDULED", "taken": "SCHEDULED", "being-cancelled": "CANCELLED"}
     assert seen.lost == {"not-now"}
     states = {"not-now": ("RUNNING", LONG_AGO)}
-    again = Seen(tmp_path / "seen")
+    again = Seen(tmp_path / "seen", SECRET)
     with server(states) as (url, done):
         again.give_back(url)
     assert done == {"not-now": "SCHEDULED"} and again.lost == set()
