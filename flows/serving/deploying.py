@@ -135,12 +135,9 @@ def _closed(template: dict[str, Any], keep_references: bool) -> dict[str, Any]:
         keep_references: Whether variables taken from the block of an earlier version stay.
     """
     properties = dict(template["variables"]["properties"])
-    configuration = dict(template["job_configuration"])
+    configuration = template["job_configuration"]
     if "command" in properties:
-        command = properties.pop("command").get("default")
-        configuration.pop("command", None)
-        if command is not None:  # the pool's own
-            configuration["command"] = command
+        configuration = _with_command(configuration, properties.pop("command").get("default"))
     env = {
         "SERA_STORE": f"{{{{ prefect.variables.{STORE_VARIABLE} }}}}",
         **(properties["env"].get("default") or {}),
@@ -153,6 +150,16 @@ def _closed(template: dict[str, Any], keep_references: bool) -> dict[str, Any]:
         properties["working_dir"] = {**properties["working_dir"], "default": "/"}
     variables = {**template["variables"], "properties": properties}
     return {**template, "job_configuration": configuration, "variables": variables}
+
+
+def _with_command(template: Any, command: str | None) -> Any:
+    """A part of a job template with a command (None: the one Prefect makes) in place of the variable."""
+    if isinstance(template, list):
+        return [_with_command(part, command) for part in template]
+    if not isinstance(template, dict):
+        return template
+    given = {key: command if part == "{{ command }}" else part for key, part in template.items()}
+    return {key: _with_command(part, command) for key, part in given.items() if part is not None}
 
 
 def _device_limit(client: SyncPrefectClient) -> UUID:

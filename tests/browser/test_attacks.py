@@ -31,7 +31,9 @@ window.attack = async () => {
   }
   return told;
 };
-</script><form id=f method=post enctype=text/plain target=_blank action="TARGET"><input name='BODY_NAME' value='"}'></form>
+</script>
+<form id=f method=post enctype=text/plain target=_blank action="TARGET">
+<input name='BODY_NAME' value='"}'></form>
 """
 
 
@@ -43,6 +45,7 @@ def up(tmp_path_factory) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "flows.cli", "up", "--json", "--home", str(folder / "home")]
     command += ["--port", str(servers.free_port())]
     process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     try:
         yield json.loads(process.stdout.readline())
     finally:
@@ -74,7 +77,7 @@ def page_of_another(up, tmp_path) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(text.encode())
 
-        def log_message(self, *_):
+        def log_message(self, format, *args):
             pass
 
     httpd = HTTPServer(("127.0.0.1", 0), Serve)

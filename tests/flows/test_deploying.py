@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import servers
 
+from flows.serving import deploying
+
 pytestmark = pytest.mark.flow
 
 
@@ -91,6 +93,24 @@ def test_what_is_deployed_names_the_store_and_no_path_of_the_checkout(server, tm
     pool = servers.api(server.environment, "/work_pools/sera")
     env = pool["base_job_template"]["variables"]["properties"]["env"]["default"]
     assert env == {"SERA_STORE": "{{ prefect.variables.sera_store }}"}  # filled in when a flow run starts
+    assert "{{ command }}" not in json.dumps(pool["base_job_template"])  # no run brings its own
+
+
+def test_a_pool_keeps_its_own_command_and_takes_none_from_a_run():
+    properties = {"env": {}, "command": {"default": "nice prefect flow-run execute"}}
+    template = {
+        "variables": {"properties": properties},
+        "job_configuration": {"command": "{{ command }}", "manifest": [{"args": "{{ command }}", "env": 1}]},
+    }
+    closed = deploying._closed(template, keep_references=False)
+    assert closed["job_configuration"] == {
+        "command": "nice prefect flow-run execute",
+        "manifest": [{"args": "nice prefect flow-run execute", "env": 1}],
+    }
+    assert "command" not in closed["variables"]["properties"]
+    del properties["command"]["default"]
+    closed = deploying._closed(template, keep_references=False)
+    assert closed["job_configuration"] == {"manifest": [{"env": 1}]}
 
 
 def test_the_webhook_that_was_named_is_told_of_an_alarm_and_of_the_end(server, tmp_path, listener):

@@ -91,7 +91,7 @@ def test_a_page_of_another_origin_starts_nothing(tmp_path):
     (home / "prefect.db").touch(mode=0o644)  # as an earlier version left it
     url = f"http://127.0.0.1:{port}/api"
     environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home), "PREFECT_API_URL": url}
-    environment["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] = "false"  # what is refused here, the guard refuses
+    environment["PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED"] = "false"  # the guard alone refuses
     command = [sys.executable, "-P", "-m", "flows.serving.embedded_server", str(port), str(os.getpid())]
     with log.open("wb") as output:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
