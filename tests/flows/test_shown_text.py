@@ -132,7 +132,8 @@ def test_the_log_of_a_deployed_run_holds_none(monkeypatch):
 
 def test_the_welcome_of_up_holds_none():
     told = {"ui": "http://127.0.0.1:4200", "home": "/h\x1b[2J", "variables": {"sera_store": "/s\u202e"}}
-    assert not hidden_in(_welcome(told))
+    for file in ("/h\x1b[2J/auth", None):
+        assert not hidden_in(_welcome({**told, "password_file": file}, "a password\x1b[2J"))
 
 
 @pytest.mark.parametrize(("reason", "margin", "said"), [
