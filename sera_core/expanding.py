@@ -1,23 +1,27 @@
-"""Files that hold far more than their size says: how much is read of one before it is refused.
+"""How much is read of a file before it is refused: of any, and of one that holds far more than its size says.
 
-A megabyte of gzip can hold a gigabyte, and a few hundred kilobytes of parquet millions of long rows.
+A server may send without end, and what is larger than memory would end the process without a word. A
+megabyte of gzip can hold a gigabyte, and a few hundred kilobytes of parquet millions of long rows.
 """
 
 import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from sera_core.errors import InputError
+from sera_core.memory import main_memory
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 EXPANDED_VARIABLE, ROW_VARIABLE = "SERA_MAX_EXPANDED_BYTES", "SERA_MAX_ROW_BYTES"
+PLAIN_BYTES = 2**32
+"""Of a file, a download or a hub's data set."""
 LEAST_EXPANDED = 2**28
 EXPANSION = 200
 """A compressed file may hold so many times its own bytes, or `LEAST_EXPANDED` if that is more."""
@@ -26,6 +30,8 @@ DEPTH = 100
 """Levels of lists and objects in a row; messages have four."""
 _PIECE = 2**20
 _BATCH = 1024
+_HELD = 3
+"""How often a text file's bytes are in memory at once, at least: as bytes, as text and in its rows."""
 _VALUE_BYTES = 4
 """What the shortest value takes in memory, at least: its place."""
 
@@ -64,6 +70,28 @@ class Limits:
                 f"read; give it uncompressed or in several files, or set {EXPANDED_VARIABLE} if it is meant"
             )
 
+    @property
+    def plain(self) -> int:
+        """Bytes of a file as it is stored or sent."""
+        return _setting(EXPANDED_VARIABLE, PLAIN_BYTES)
+
+    def check_plain(self, found: int, read: int = 0) -> None:
+        """Refuse a file, a download or a data set of so many bytes, some of which are in memory already.
+
+        Raises:
+            InputError: they are more than allowed, or than fit into memory.
+        """
+        if found > (most := self.plain):
+            raise InputError(
+                f"{self.name}: {found:,} bytes or more, and at most {most:,} are read; give it in several "
+                f"files, or set {EXPANDED_VARIABLE} if it is meant"
+            )
+        if found > _PIECE and _HELD * found - read > (free := main_memory()[1]):
+            raise InputError(
+                f"{self.name}: its {found:,} bytes need {_HELD} times that of memory to be read, and "
+                f"{max(0, free):,.0f} are available; give fewer rows, or take a machine with more memory"
+            )
+
     def check_row(self, where: str, found: int) -> None:
         """Refuse a row of so many bytes.
 
@@ -80,6 +108,20 @@ class Limits:
         """The same of a row that is written as text; cheap for a short one."""
         if len(text) * 4 > self.row:  # UTF-8 has at most four bytes a character
             self.check_row(where, len(text.encode("utf-8", "surrogatepass")))
+
+
+def read_limited(name: str, stream: IO[bytes]) -> bytes:
+    """All of a stream, which may turn out to have no end.
+
+    Raises:
+        InputError: it has more than allowed.
+    """
+    limits, pieces, found = Limits(name, 0), [], 0
+    while piece := stream.read(_PIECE):
+        found += len(piece)
+        limits.check_plain(found, found)
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _setting(variable: str, default: int) -> int:
@@ -104,6 +146,37 @@ def check_depth(where: str, value: Any) -> None:
                 f"{where}: lists and objects nested more than {DEPTH} deep, which no row of messages is; "
                 "correct the row"
             )
+
+
+def check_rows(name: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows that come as values, such as a hub's, each with where it stands, while they are within the limits.
+
+    Raises:
+        InputError: one, or all together, have more bytes than allowed, or one is nested too deep.
+    """
+    limits, found = Limits(name, 0), 0
+    for where, row in rows:
+        check_depth(where, row)
+        size = _bytes_of(row)
+        limits.check_row(where, size)
+        if (found := found + size) > limits.plain:
+            limits.check_plain(found)
+        yield where, row
+
+
+def _bytes_of(row: Any) -> int:
+    """Bytes of a row's texts, and what its other values take at least."""
+    size, waiting = 0, [row]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (str, bytes)):
+            size += len(value)
+        elif isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        size += _VALUE_BYTES
+    return size
 
 
 def _inside(value: Any) -> list[Any]:

@@ -3,9 +3,9 @@
     python -P -m sera_core.templating
 
 A template is code of whoever made the model. Jinja's sandbox keeps it from files and from Python; nothing in
-one Python process ends a single expression (`9**(9**9)`) or bounds what it allocates, so the kernel does, here,
-where nothing else is lost. Requests and answers are JSON behind eight bytes that hold its length, on stdin
-and stdout; the process ends with stdin. It is started by `sera_core.template_process`.
+one Python process ends a single expression (`9**(9**9)`) or bounds what it allocates. So the kernel does,
+here where nothing else is lost. Requests and answers are JSON behind eight bytes that hold its length, on
+stdin and stdout; the process ends with stdin. It is started by `sera_core.template_process`.
 
 The environment is that of transformers' `apply_chat_template`, so the text is the same; neither transformers
 nor torch is imported.
