@@ -58,17 +58,18 @@ class Limits:
         """Bytes of all that a compressed file holds."""
         return _setting(EXPANDED_VARIABLE, max(LEAST_EXPANDED, EXPANSION * self.held))
 
-    def check_expanded(self, found: int) -> None:
-        """Refuse a file that expands to so many bytes or more.
+    def check_expanded(self, found: int, read: int = 0) -> None:
+        """Refuse a file that expands to so many bytes or more, some of which are in memory already.
 
         Raises:
-            InputError: they are more than allowed.
+            InputError: they are more than allowed, or than fit into memory.
         """
         if found > (most := self.expanded):
             raise InputError(
                 f"{self.name}: its {self.held:,} bytes expand to {found:,} or more, and at most {most:,} are "
                 f"read; give it uncompressed or in several files, or set {EXPANDED_VARIABLE} if it is meant"
             )
+        self._check_memory(found, read)
 
     @property
     def plain(self) -> int:
@@ -86,6 +87,9 @@ class Limits:
                 f"{self.name}: {found:,} bytes or more, and at most {most:,} are read; give it in several "
                 f"files, or set {EXPANDED_VARIABLE} if it is meant"
             )
+        self._check_memory(found, read)
+
+    def _check_memory(self, found: int, read: int) -> None:
         if found > _PIECE and _HELD * found - read > (free := main_memory()[1]):
             raise InputError(
                 f"{self.name}: its {found:,} bytes need {_HELD} times that of memory to be read, and "
@@ -195,7 +199,7 @@ def unzipped(name: str, data: bytes) -> bytes:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
             while piece := stream.read(_PIECE):
                 found += len(piece)
-                limits.check_expanded(found)
+                limits.check_expanded(found, found)
                 pieces.append(piece)
     except InputError:
         raise
@@ -221,7 +225,7 @@ def parquet_rows(name: str, held: int, file: "pq.ParquetFile") -> Iterator[dict[
         for batch in file.iter_batches(_batch_rows(limits, file, group), row_groups=[group]):
             plain = _without_dictionaries(batch)
             found += plain.nbytes
-            limits.check_expanded(found)
+            limits.check_expanded(found, found)
             if plain.nbytes > limits.row:
                 for row in range(plain.num_rows):
                     limits.check_row(f"{name} row {number + row + 1}", plain.slice(row, 1).nbytes)

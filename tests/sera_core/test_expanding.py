@@ -149,6 +149,14 @@ def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path, monkey
     tracemalloc.stop()
 
 
+def test_a_small_file_that_expands_beyond_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(expanding, "main_memory", lambda: (2.0**34, 2.0**25))
+    monkeypatch.setenv(EXPANDED_VARIABLE, str(2**40))
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b" " * 2**26))
+    with pytest.raises(InputError, match=r"p\.jsonl\.gz: its [\d,]+ bytes need 3 times that"):
+        read_rows(str(tmp_path / "p.jsonl.gz"))
+
+
 class Endless(http.server.BaseHTTPRequestHandler):
     """Answers /lying with less than it sends, /packed with gzip, and everything without an end."""
 
