@@ -21,7 +21,7 @@ from flows.serving.holding import hold_device, hold_run
 from flows.session import Runner, Session
 from flows.showing import cards, events
 from flows.showing.deployed import in_deployed_run
-from flows.showing.logs import library_logs, run_log
+from flows.showing.logs import library_logs, run_log, show_prefects_lines
 from flows.showing.progress import reporter
 from flows.working import PAUSED, report_test_side, test_side_is_open, work_through
 from sera_core.artifacts.lease import hold
@@ -31,6 +31,8 @@ from sera_core.artifacts.store import default_store, open_store
 from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
 from tasks.work import do_work
+
+show_prefects_lines()  # before Prefect says that a run begins
 
 RESTARTS = 5
 """Restarts of one flow run without a finished round in between, before it gives up."""

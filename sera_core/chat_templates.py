@@ -27,6 +27,8 @@ CHATML = (
 )
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 """Under which templates look for an assistant's reasoning."""
+LONGEST = 2**20
+"""Characters of a template's text; real ones have up to some ten thousand."""
 NAMES = ("chatml", "deepseek-r1")
 """Templates that ship with the package."""
 # Llama 3's templates ask for the date; theirs when none is given is this one.
@@ -67,7 +69,20 @@ def template_text(template: str) -> str:
             f"chat template {template!r} is neither one of {names}, nor a file, nor Jinja text: correct the "
             "name or the path."
         )
+    refuse_long(f"chat template {path}", path.stat().st_size)
     return path.read_text(encoding="utf-8")
+
+
+def refuse_long(what: str, size: int) -> None:
+    """Refuse a template of more than `LONGEST` characters (or bytes).
+
+    Raises:
+        InputError: it has more; the message names it.
+    """
+    if size > LONGEST:
+        raise InputError(
+            f"{what} has {size:,} characters, and at most {LONGEST:,} are rendered: give another template."
+        )
 
 
 def default_template(where: Path | str, held: Any) -> str | None:
@@ -99,7 +114,8 @@ def refuse_unused(template: str, arguments: Mapping[str, Any]) -> None:
     Raises:
         InputError: the template does not mention one, or the renderer sets it itself; the message names it.
     """
-    code = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    first, *rest = template.split("{#")
+    code = first + "".join(part.partition("#}")[2] for part in rest)  # without comments
     for name in arguments:
         if name in _OURS:
             raise InputError(f"template argument {name!r} is set by the renderer itself: remove it.")
@@ -119,6 +135,14 @@ def reasoning_name(template: str) -> str:
     """The name under which a template looks for an assistant's reasoning: the first that it mentions."""
     found = (name for name in REASONING_NAMES if re.search(rf"\b{name}\b", template))
     return next(found, REASONING_NAMES[0])
+
+
+def with_reasoning(message: Message) -> dict[str, str]:
+    """A message with its reasoning under the names that transformers' `apply_chat_template` adds."""
+    found = (message[name] for name in REASONING_NAMES if message.get(name) is not None)
+    if (reasoning := next(found, None)) is None:
+        return dict(message)
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def remedy(template: str) -> str:

@@ -1,10 +1,16 @@
 """Errors a user can act on. Each message says what was found, where, and what to do."""
 
+from sera_core.shown import shown
+
 
 class SeraError(Exception):
     """Base of every error this project raises on purpose; the command line shows only its message."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message as it may be shown: Prefect logs it, and keeps it as the message of a state."""
+        return shown(super().__str__())
 
 
 class InputError(SeraError, ValueError):

@@ -1,23 +1,27 @@
-"""Files that hold far more than their size says: how much is read of one before it is refused.
+"""How much is read of a file before it is refused: of any, and of one that holds far more than its size says.
 
-A megabyte of gzip can hold a gigabyte, and a few hundred kilobytes of parquet millions of long rows.
+A server may send without end, and what is larger than memory would end the process without a word. A
+megabyte of gzip can hold a gigabyte, and a few hundred kilobytes of parquet millions of long rows.
 """
 
 import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from sera_core.errors import InputError
+from sera_core.memory import main_memory
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 EXPANDED_VARIABLE, ROW_VARIABLE = "SERA_MAX_EXPANDED_BYTES", "SERA_MAX_ROW_BYTES"
+PLAIN_BYTES = 2**32
+"""Of a file, a download or a hub's data set."""
 LEAST_EXPANDED = 2**28
 EXPANSION = 200
 """A compressed file may hold so many times its own bytes, or `LEAST_EXPANDED` if that is more."""
@@ -26,6 +30,8 @@ DEPTH = 100
 """Levels of lists and objects in a row; messages have four."""
 _PIECE = 2**20
 _BATCH = 1024
+_HELD = 3
+"""How often a text file's bytes are in memory at once, at least: as bytes, as text and in its rows."""
 _VALUE_BYTES = 4
 """What the shortest value takes in memory, at least: its place."""
 
@@ -52,16 +58,42 @@ class Limits:
         """Bytes of all that a compressed file holds."""
         return _setting(EXPANDED_VARIABLE, max(LEAST_EXPANDED, EXPANSION * self.held))
 
-    def check_expanded(self, found: int) -> None:
-        """Refuse a file that expands to so many bytes or more.
+    def check_expanded(self, found: int, read: int = 0) -> None:
+        """Refuse a file that expands to so many bytes or more, some of which are in memory already.
 
         Raises:
-            InputError: they are more than allowed.
+            InputError: they are more than allowed, or than fit into memory.
         """
         if found > (most := self.expanded):
             raise InputError(
                 f"{self.name}: its {self.held:,} bytes expand to {found:,} or more, and at most {most:,} are "
                 f"read; give it uncompressed or in several files, or set {EXPANDED_VARIABLE} if it is meant"
+            )
+        self._check_memory(found, read)
+
+    @property
+    def plain(self) -> int:
+        """Bytes of a file as it is stored or sent."""
+        return _setting(EXPANDED_VARIABLE, PLAIN_BYTES)
+
+    def check_plain(self, found: int, read: int = 0) -> None:
+        """Refuse a file, a download or a data set of so many bytes, some of which are in memory already.
+
+        Raises:
+            InputError: they are more than allowed, or than fit into memory.
+        """
+        if found > (most := self.plain):
+            raise InputError(
+                f"{self.name}: {found:,} bytes or more, and at most {most:,} are read; give it in several "
+                f"files, or set {EXPANDED_VARIABLE} if it is meant"
+            )
+        self._check_memory(found, read)
+
+    def _check_memory(self, found: int, read: int) -> None:
+        if found > _PIECE and _HELD * found - read > (free := main_memory()[1]):
+            raise InputError(
+                f"{self.name}: its {found:,} bytes need {_HELD} times that of memory to be read, and "
+                f"{max(0, free):,.0f} are available; give fewer rows, or take a machine with more memory"
             )
 
     def check_row(self, where: str, found: int) -> None:
@@ -80,6 +112,20 @@ class Limits:
         """The same of a row that is written as text; cheap for a short one."""
         if len(text) * 4 > self.row:  # UTF-8 has at most four bytes a character
             self.check_row(where, len(text.encode("utf-8", "surrogatepass")))
+
+
+def read_limited(name: str, stream: IO[bytes]) -> bytes:
+    """All of a stream, which may turn out to have no end.
+
+    Raises:
+        InputError: it has more than allowed.
+    """
+    limits, pieces, found = Limits(name, 0), [], 0
+    while piece := stream.read(_PIECE):
+        found += len(piece)
+        limits.check_plain(found, found)
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _setting(variable: str, default: int) -> int:
@@ -106,6 +152,37 @@ def check_depth(where: str, value: Any) -> None:
             )
 
 
+def check_rows(name: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows that come as values, such as a hub's, each with where it stands, while they are within the limits.
+
+    Raises:
+        InputError: one, or all together, have more bytes than allowed, or one is nested too deep.
+    """
+    limits, found = Limits(name, 0), 0
+    for where, row in rows:
+        check_depth(where, row)
+        size = _bytes_of(row)
+        limits.check_row(where, size)
+        if (found := found + size) > limits.plain:
+            limits.check_plain(found)
+        yield where, row
+
+
+def _bytes_of(row: Any) -> int:
+    """Bytes of a row's texts, and what its other values take at least."""
+    size, waiting = 0, [row]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (str, bytes)):
+            size += len(value)
+        elif isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        size += _VALUE_BYTES
+    return size
+
+
 def _inside(value: Any) -> list[Any]:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [item for item in inner if isinstance(item, (dict, list))]
@@ -122,7 +199,7 @@ def unzipped(name: str, data: bytes) -> bytes:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
             while piece := stream.read(_PIECE):
                 found += len(piece)
-                limits.check_expanded(found)
+                limits.check_expanded(found, found)
                 pieces.append(piece)
     except InputError:
         raise
@@ -148,7 +225,7 @@ def parquet_rows(name: str, held: int, file: "pq.ParquetFile") -> Iterator[dict[
         for batch in file.iter_batches(_batch_rows(limits, file, group), row_groups=[group]):
             plain = _without_dictionaries(batch)
             found += plain.nbytes
-            limits.check_expanded(found)
+            limits.check_expanded(found, found)
             if plain.nbytes > limits.row:
                 for row in range(plain.num_rows):
                     limits.check_row(f"{name} row {number + row + 1}", plain.slice(row, 1).nbytes)

@@ -26,22 +26,24 @@ from sera_core.chat_templates import (
     lost_of_answer,
     lost_of_prompt,
     reasoning_name,
+    refuse_long,
     refuse_unused,
     remedy,
     template_text,
     with_fixed_date,
+    with_reasoning,
 )
 from sera_core.encoding import Encoder, Rendered, unmarked
 from sera_core.errors import InputError
 from sera_core.policies import TOKENIZER_FILES, read_settings
-from sera_core.time_limit import TooLongError, time_limit
+from sera_core.template_process import Limits, TemplateError, TemplateLimitError, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENDERING_VERSION = 1
-TEMPLATE_SECONDS = 10.0
-"""Processor time a template may take for one conversation; a thousandth of it is usual."""
+TEMPLATE_LIMITS = Limits()
+"""What a chat template may take for one conversation."""
 
 
 def renderer_hash(
@@ -127,6 +129,7 @@ class Renderer:
                 'model.chat_template to "chatml" (if the tokenizer has its tokens), to a Jinja file, or to '
                 "Jinja text."
             )
+        refuse_long(f"the chat template of {self.folder}", len(text))
         refuse_unused(text, self._arguments)
         return with_fixed_date(text)
 
@@ -286,26 +289,37 @@ class Renderer:
         mark = self._encoder.mark_for([text for message in messages for text in _texts(message)])
         chat = [self._as_read(message, mark) for message in messages]
         try:
-            with time_limit(TEMPLATE_SECONDS):
-                text = self.tokenizer.apply_chat_template(
-                    chat,
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    **self._arguments,
-                )
-        except TooLongError as error:
-            raise InputError(
-                f"the chat template of {self.folder} takes more than {TEMPLATE_SECONDS:g} s for one "
-                "conversation, so it probably loops: set model.chat_template to another."
-            ) from error
-        except Exception as error:  # a template can raise whatever an expression in it raises
+            text = self.chat_text(chat, add_generation_prompt)
+        except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
                 f"the chat template of {self.folder} refuses a conversation of the roles {roles}: {error}. "
                 "Drop or rewrite the row, or set model.chat_template."
             ) from error
-        return Rendered(str(text)) if mark is None else unmarked(str(text), mark)
+        return Rendered(text) if mark is None else unmarked(text, mark)
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        """What the template writes of messages, as `apply_chat_template` of transformers does.
+
+        Raises:
+            TemplateError: it refuses them.
+            InputError: it takes more than `TEMPLATE_LIMITS`.
+        """
+        variables = {
+            "messages": [with_reasoning(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.tokenizer.special_tokens_map,
+            **self._arguments,
+        }
+        try:
+            return render(self.template, variables, TEMPLATE_LIMITS)
+        except TemplateLimitError as error:
+            raise InputError(
+                f"the chat template of {self.folder} {error} for one conversation, so it probably loops: set "
+                "model.chat_template to another."
+            ) from error
 
     def _as_read(self, message: Message, mark: str | None) -> dict[str, str]:
         """A message under the names that the template reads, special tokens' spellings between marks."""

@@ -36,9 +36,12 @@ def shown_line(text: str) -> str:
     return shown(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
-def shown_json(value: Any) -> str:
-    """JSON on one line that may be printed: the same value, with JSON's own escapes where needed."""
-    return _HIDDEN.sub(_json_escaped, json.dumps(value, ensure_ascii=False))
+def shown_json(value: Any, **layout: Any) -> str:
+    """JSON that may be printed: the same value, with JSON's own escapes where needed.
+
+    On one line, unless json.dumps is told another layout (`indent`, `sort_keys`).
+    """
+    return _HIDDEN.sub(_json_escaped, json.dumps(value, ensure_ascii=False, **layout))
 
 
 def _escaped(found: re.Match[str]) -> str:

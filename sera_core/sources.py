@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sera_core.errors import InputError
-from sera_core.expanding import DEPTH, Limits, check_depth, parquet_rows, unzipped
+from sera_core.expanding import DEPTH, Limits, check_depth, check_rows, parquet_rows, read_limited, unzipped
 from sera_core.remote import reading_remote
 from sera_core.stand_ins import refuse_special, stand_in
 from sera_core.urls import refuse_secrets
@@ -122,7 +122,9 @@ def _read_local(path: Path) -> bytes:
         raise InputError(f"{path}: this is a folder; name one file in it{inside}")
     refuse_special(path)
     try:
-        return path.read_bytes()
+        Limits(str(path), 0).check_plain(path.stat().st_size)
+        with path.open("rb") as stream:
+            return read_limited(str(path), stream)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(_missing(path)) from None
     except OSError as error:
@@ -135,11 +137,15 @@ def _read_url(url: str) -> bytes:
 
     refuse_secrets(url)
     with reading_remote(url):
-        file: Any = fsspec.open(url, "rb")
+        # http:// as one stream: what answers a request for a range may be longer than the range
+        more: dict[str, Any] = {"block_size": 0} if url.startswith(("http://", "https://")) else {}
+        file: Any = fsspec.open(url, "rb", **more)
         if isinstance(file.fs, LocalFileSystem):  # local://
             refuse_special(Path(file.path))
         with file as stream:
-            return stream.read()
+            shown = _display_name(url)
+            Limits(shown, 0).check_plain(getattr(stream, "size", None) or 0)
+            return read_limited(shown, stream)
 
 
 def _missing(path: Path) -> str:
@@ -398,4 +404,7 @@ def _read_hub(path: str, split: str) -> tuple[str, list[Row]]:
             f"{path} split {split!r}: cannot be read ({error}); correct the name or the split"
         ) from error
     rows: Sequence[Any] = loaded  # pyright: ignore[reportAssignmentType]
-    return commit, [Row(f"{path} {split} row {number}", dict(row)) for number, row in enumerate(rows, 1)]
+    held = getattr(getattr(loaded, "data", None), "nbytes", 0)  # what a table says of itself
+    Limits(path, 0).check_plain(held)
+    named = ((f"{path} {split} row {number}", dict(row)) for number, row in enumerate(rows, 1))
+    return commit, [Row(where, row) for where, row in check_rows(path, named)]

@@ -24,8 +24,10 @@ _USER_IS_A_PLACE = {"abfs", "abfss", "az", "wasb", "wasbs", "sftp", "ssh", "smb"
 """Schemes in which `name@` alone is a container or an account, which is no credential."""
 _REFERENCES = {"github", "git"}
 """Schemes in which `owner:repository@` names a repository."""
-_IN_TEXT = re.compile(r"[a-z][a-z0-9+.-]*:/+[^\s'\"<>]+", re.IGNORECASE)
-_UNQUOTINGS = 3
+_IN_TEXT = re.compile(
+    r"(?<![a-z0-9+.-])[a-z0-9+.-]+(?::|%(?:25)*3a)(?:/|%(?:25)*2f)+[^\s'\"<>]+", re.IGNORECASE
+)
+_UNQUOTINGS = 10
 """How often percent-encoding is undone in search of a credential that was encoded more than once."""
 
 
@@ -34,10 +36,23 @@ def _any_case(pattern: str) -> str:
     return re.sub(r"(?<!\\)[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", pattern)
 
 
+def _also_encoded(codes: str, plain: str) -> str:
+    """A pattern of characters, plain or percent-encoded once or more often."""
+    return f"(?:{plain}|%(?:25)*(?:{codes}))"
+
+
+_COLON, _SLASH = _also_encoded("3[aA]", ":"), _also_encoded("2[fF]", "/")
+_AT, _EQUALS = _also_encoded("40", "@"), _also_encoded("3[dD]", "=")
+_QUERY = "3[fF]|23|26|3[bB]"
+_UNRESERVED = "%(?:25)*(?:2[dDeE]|3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF]|7[eE])"
+"""Letters, digits and -._~ percent-encoded, as nobody does in a parameter's name who has nothing to hide."""
 CLEAN_PATTERN = (
-    r"^(?!(?!git(?:hub)?:).*://[^/?#]*:[^/?#]*@)"
-    + _any_case(r"(?!(?:https?|s3|gs|ftp)://(?:[^/?#]*|[^/?#:\[]*:(?![0-9]+/)[^?#]*)@)")
-    + f"(?!.*://.*[?#&;][^=&;]*(?:{_any_case('|'.join(_NAMES).replace('-', '[-_]'))})[^=&;]*=)"
+    f"^(?!(?!git(?:hub)?:).*{_COLON}{_SLASH}+[^/?#]*{_COLON}[^/?#]*{_AT})"
+    + _any_case(r"(?!(?:.*::)?(?:https?|s3|gs|ftp)")
+    + rf"{_COLON}{_SLASH}+(?:[^/?#]*|[^/?#:\[]*{_COLON}(?![0-9]+/)[^?#]*){_AT})"
+    + f"(?!.*{_COLON}{_SLASH}.*{_also_encoded(_QUERY, '[?#&;]')}[^=&;]*"
+    + f"(?:{_any_case('|'.join(_NAMES).replace('-', '[-_]'))}|{_UNRESERVED})[^=&;]*{_EQUALS})"
+    + f"(?!.*{_COLON}{_SLASH}.*%(?:25)*(?:{_QUERY}){_any_case('(?:sig|sas|code|pw)')}{_EQUALS})"
 )
 """What most clean sources match: for JSON schemas, by which Prefect's server refuses before it stores."""
 
@@ -94,10 +109,10 @@ def refuse_secrets(url: str, what: str = "the URL") -> str:
 
 def _forms(url: str) -> list[str]:
     """The URL as it is and with its percent-encoding undone, once and again."""
-    forms = [url] if _START.search(unquote(url)) else []
-    while forms and len(forms) <= _UNQUOTINGS and (plain := unquote(forms[-1])) != forms[-1]:
+    forms = [url]
+    while len(forms) <= _UNQUOTINGS and (plain := unquote(forms[-1])) != forms[-1]:
         forms.append(plain)
-    return forms
+    return forms if any(map(_START.search, forms)) else []
 
 
 def _user_infos(url: str) -> list[tuple[int, int]]:

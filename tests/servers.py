@@ -234,6 +234,13 @@ def wait_for_state(
     raise AssertionError(f"not one of {states} within {seconds} s: {found.get('state')}")
 
 
+def dumped(environment: dict[str, str]) -> str:
+    """Everything that the server's Postgres database holds, as SQL."""
+    url = environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"].replace("+asyncpg", "")
+    command = [str(_postgres_binaries() / "pg_dump"), url]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def processes_under(pid: int) -> dict[int, str]:
     """Descendants of a process and their command lines (Linux)."""
     parents, lines = {}, {}

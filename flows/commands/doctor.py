@@ -22,6 +22,7 @@ from sera_core.artifacts.folders import cache_folder
 from sera_core.artifacts.probing import probe
 from sera_core.artifacts.store import LocalStore, Store, open_store
 from sera_core.errors import InputError
+from sera_core.memory import main_memory
 
 Status = Literal["ok", "warning", "failed"]
 MEMORY_GIB, DISK_GIB = 4.0, 5.0
@@ -161,27 +162,12 @@ def check_disk(url: str) -> Check:
 
 def check_memory() -> Check:
     """Main memory that is free for us."""
-    total, free = (value / _GIB for value in _memory())
+    total, free = (value / _GIB for value in main_memory())
     detail = f"{free:.1f} of {total:.1f} GiB available, {os.cpu_count()} CPU cores"
     if free < MEMORY_GIB:
         remedy = f"the demo wants {MEMORY_GIB:.0f} GiB: close other programs, or take a machine with more"
         return Check("memory", "warning", detail, remedy)
     return Check("memory", "ok", detail)
-
-
-def _memory() -> tuple[float, float]:
-    """Bytes of memory, all and available; a container's own limit counts where there is one."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = free = float(os.sysconf("SC_PHYS_PAGES") * page)
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        values = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = float(values["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-        total = min(total, float(most))
-        free = min(free, total - float(used.read_text()))
-    return total, free
 
 
 # ------------------------------------------------------------------------------------- model and its template
@@ -261,11 +247,11 @@ def _template_round_trip(folder: Path) -> Check:
             renderer.prompt_ids(messages[:3]),
             renderer.response_ids(messages[:3], messages[3:]),
         )
+        text = renderer.chat_text(messages, False)
     except InputError as error:
         return Check(
             "template", "failed", str(error), "set model.chat_template, or give a model that has a template"
         )
-    text = renderer.tokenizer.apply_chat_template(messages, chat_template=renderer.template, tokenize=False)
     back = renderer.tokenizer.decode(
         [*prompt, *response], skip_special_tokens=False, clean_up_tokenization_spaces=False
     )

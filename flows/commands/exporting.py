@@ -17,6 +17,7 @@ from sera_core.artifacts.reading import Round
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.errors import InputError
+from sera_core.shown import shown_json
 
 
 def add_export(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -136,7 +137,7 @@ def export_policy(records: RunStore, manifest: RoundManifest, target: Path) -> N
             _merge_adapter(policy.policy_path(), folder)
         else:
             policy.copy_policy(folder)
-        text = json.dumps(chain.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False)
+        text = shown_json(chain.model_dump(mode="json"), indent=1, sort_keys=True)
         (folder / "lineage.json").write_text(text + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(records, manifest, chain), encoding="utf-8")
         for file in folder.rglob("*"):

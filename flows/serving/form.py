@@ -22,7 +22,7 @@ from pydantic_core import CoreSchema, core_schema
 from flows.experiments import load_settings, merged, parse_config, without_idle
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
-from sera_core.urls import CLEAN_PATTERN
+from sera_core.urls import CLEAN_PATTERN, refuse_secrets
 
 Preset = Literal["quick", "demo", "full"]
 
@@ -241,6 +241,7 @@ def config_of(given: Mapping[str, Any]) -> SeraConfig:
 
 
 def _check_absolute(path: str, field: str) -> None:
+    refuse_secrets(path, field)
     if ":" not in path and not path.startswith("/"):
         raise InputError(
             f"{field}: {path!r} is a relative path, which means nothing on a worker; "

@@ -7,6 +7,7 @@ from typing import cast
 
 from flows.showing.deployed import in_deployed_run
 from sera_core.shown import shown
+from sera_core.urls import without_secrets_in
 from tasks.engines.child import to_stderr
 from tasks.engines.library_logs import hear_libraries
 
@@ -28,6 +29,26 @@ def run_log() -> Callable[[str], None]:
             logger.info("%s", shown(line.rstrip()))
 
     return log
+
+
+class _Shown(logging.Filter):
+    """Lets every line through with nothing in it that acts on a terminal or hides, and no credentials."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = shown(without_secrets_in(record.getMessage())), ()
+        if record.exc_info:  # what a formatter finds here it takes as it is
+            told = logging.Formatter().formatException(record.exc_info)
+            record.exc_text = shown(without_secrets_in(told))
+        return True
+
+
+_SHOWN = _Shown()
+
+
+def show_prefects_lines() -> None:
+    """What Prefect itself logs of runs and tasks, an error's message among it, is shown as text."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_SHOWN)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import servers
 import tinyrun
+from hidden import ACTING, hidden_in
 
 from flows.cli import main
 from flows.serving.form import config_of
@@ -17,6 +18,13 @@ SECRET = "PL4NTED"
 URLS = [
     f"http://alice:{SECRET}@127.0.0.1:9/pairs.jsonl",
     f"https://127.0.0.1:9/p.jsonl?X-Amz-Signature={SECRET}",
+]
+ENCODED = [
+    f"http%3A%2F%2Falice%3A{SECRET}%40127.0.0.1%3A9%2Fpairs.jsonl",
+    f"http://alice%3A{SECRET}@127.0.0.1:9/pairs.jsonl",
+    f"s3://KEY:{SECRET}%40bucket/pairs.jsonl",
+    f"https://127.0.0.1:9/p.jsonl?X-Amz-%53ignature={SECRET}",
+    f"https://127.0.0.1:9/p.jsonl%253Fsig%253D{SECRET}",
 ]
 SETTINGS = ["data.train", "data.heldout", "data.test", "data.prompts", "model.source", "model"]
 
@@ -91,7 +99,7 @@ def test_a_flag_that_does_not_exist_is_told_without_credentials(capfd):
     assert SECRET not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("url", URLS + ENCODED)
 def test_the_form_refuses_credentials_in_fields_and_overrides(url):
     two = {"model": {"source": "/m"}, "data": {"train": "/p.jsonl"}}
     for more in ({"data": {"train": url}}, {"overrides": {"data": {"test": [{"path": url}]}}}):
@@ -120,7 +128,7 @@ def test_a_run_of_an_older_version_is_shown_without_its_credentials(old_run, tmp
 
 
 @pytest.mark.flow
-@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("url", URLS + ENCODED)
 def test_prefects_server_refuses_credentials_before_it_stores_them(place, tmp_path, url):
     form = tinyrun.form(tmp_path)
     planted = [
@@ -132,4 +140,16 @@ def test_prefects_server_refuses_credentials_before_it_stores_them(place, tmp_pa
     for config in planted:
         with pytest.raises(urllib.error.HTTPError, match="409"):
             servers.trigger(place.environment, "sera/sera", {"config": config, "run": "planted"})
-    assert holding(Path(place.environment["PREFECT_HOME"])) == []
+    assert holding(Path(place.environment["PREFECT_HOME"])) == []  # the server's and the worker's log too
+    assert SECRET not in servers.dumped(place.environment)
+
+
+@pytest.mark.flow
+def test_a_run_that_fails_leaves_no_character_that_acts_with_prefect(place, tmp_path):
+    config = {**tinyrun.form(tmp_path), "data": {"train": f"/none/{ACTING}/pairs.jsonl"}}
+    run = servers.trigger(place.environment, "sera/sera", {"config": config, "run": "failing"})
+    ended = servers.wait_for_state(place.environment, run, ("FAILED", "CRASHED"))
+    asked = {"logs": {"flow_run_id": {"any_": [run]}}}
+    lines = [line["message"] for line in servers.api(place.environment, "/logs/filter", asked)]
+    assert any("Traceback" in line for line in lines) and "/none/" in ended["state"]["message"]
+    assert not hidden_in("\n".join([ended["state"]["message"], *lines]).replace("\r\n", "\n"))

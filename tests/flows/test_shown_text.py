@@ -13,6 +13,7 @@ from flows.experiments import load_experiment
 from flows.showing import logs
 from flows.showing.cards import index_card, plan_card
 from flows.showing.round_card import round_card
+from sera_core.errors import InputError, SeraError, StoreError
 from sera_core.reporting.examples import example_pairs
 from sera_core.reporting.round_page import title_of
 from tasks.engines.child import to_stderr
@@ -73,10 +74,11 @@ def test_no_page_and_no_card_holds_one(folder, records, capfd):
     said(capfd, "report", "tiny", "--out", str(folder / "report"), *store)
     said(capfd, "export", "tiny", "--to", str(folder / "exported"), *store)
     pages = [*(folder / "report").glob("*.html"), folder / "exported" / "README.md"]
+    pages.append(folder / "exported" / "lineage.json")
     cards = [page.read_text(encoding="utf-8") for page in pages]
     cards += [round_card(records, manifest, show_text=True) for manifest in records.rounds()]
     cards += [index_card(records), plan_card("a\x1bb", {**PLAN, "note": ACTING})]
-    assert len(cards) == 8
+    assert len(cards) == 9
     for card in cards:
         assert not hidden_in(card)
     assert any(r"\x1b]0;owned\x07" in card for card in cards)
@@ -128,6 +130,27 @@ def test_the_log_of_a_deployed_run_holds_none(monkeypatch):
         logging.getLogger("trl.trainer").warning("said %s", ACTING)
     handler.close()
     assert len(heard) == 2 and not hidden_in("".join(heard))
+
+
+def test_what_prefect_itself_logs_of_a_run_holds_none(caplog):
+    from prefect.logging.loggers import flow_run_logger  # noqa: F401 - Prefect's loggers are set up
+
+    logs.show_prefects_lines()
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logger = logging.getLogger(name)
+        logger.addHandler(caplog.handler)
+        try:
+            raise ValueError(f"{ACTING} of http://alice:PL4NTED@host/p")
+        except ValueError:
+            logger.exception("failed: %s in %s", ACTING, "http%3A%2F%2Falice%3APL4NTED%40host")
+        finally:
+            logger.removeHandler(caplog.handler)
+    assert "Traceback" in caplog.text and not hidden_in(caplog.text) and "PL4NTED" not in caplog.text
+
+
+def test_an_error_of_ours_is_shown_text_wherever_it_is_written():
+    for error in (SeraError, InputError, StoreError):
+        assert not hidden_in(str(error(ACTING))) and str(error("two\nlines")) == "two\nlines"
 
 
 def test_the_welcome_of_up_holds_none():

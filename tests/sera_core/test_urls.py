@@ -1,6 +1,7 @@
 """Credentials in a URL are found in every form, cut from every text, and repeated in no message."""
 
 import re
+import time
 
 import pytest
 
@@ -36,6 +37,20 @@ ENCODED = [
     f"http://alice%3A{SECRET}%40host/p.jsonl",
     f"http://alice%253A{SECRET}%2540host/p.jsonl",
     f"http:/alice:{SECRET}@host/p.jsonl",
+    f"http%3A%2F%2Falice%3A{SECRET}%40host",
+    f"HTTP%3a%2f%2falice%3a{SECRET}%40host%2Fp.jsonl",
+    f"http://alice%3A{SECRET}@host/p.jsonl",
+    f"http://alice:{SECRET}%40host/p.jsonl",
+    f"http://alice%25252525253A{SECRET}%252525252540host/p.jsonl",
+    f"https%3A%2F%2F{SECRET}%40github.com%2Fp.jsonl",
+    f"s3%3A%2F%2FKEY%3A{SECRET}%40bucket%2Fp.jsonl",
+    f"simplecache::http://alice%3A{SECRET}%40host/p.jsonl",
+    f"https://host/p.jsonl?a=1&%73ig={SECRET}",
+    f"https://host/p.jsonl?to%6Ben={SECRET}",
+    f"https://host/p.jsonl?X%2DAmz%2DSignature={SECRET}",
+    f"https://host/p.jsonl%3fsig%3d{SECRET}",
+    f"https%3A%2F%2Fhost%2Fp.jsonl%3Fsig%3D{SECRET}%26sv%3D2024",
+    f"https%253A%252F%252Fhost%252Fp.jsonl%253Ftoken%253D{SECRET}",
 ]
 CLEAN = [
     "https://host/p.jsonl?download=true",
@@ -52,6 +67,9 @@ CLEAN = [
     "/data/a:b@c.jsonl",
     "/data/p?token=1.jsonl",
     "my folder/a%20b%25.jsonl",
+    "https://host/o/folder%2Fp%20q.jsonl?alt=media&name=%C3%A9",
+    "https://host/a%40b%3D1.jsonl",
+    "/cache/http%3A%2F%2Fhost%2Fp.jsonl",
 ]
 
 
@@ -70,14 +88,26 @@ def test_a_url_without_credentials_stays_as_it_is(url):
     assert refuse_secrets(url) == without_secrets(url) == url
 
 
-def test_the_pattern_of_schemas_refuses_plain_credentials_alone():
-    assert not [url for url in PLAIN if re.search(CLEAN_PATTERN, url)]
+def test_the_pattern_of_schemas_refuses_credentials_alone():
+    assert not [url for url in PLAIN + ENCODED if re.search(CLEAN_PATTERN, url)]
     assert [url for url in CLEAN if re.search(CLEAN_PATTERN, url)] == CLEAN
 
 
 def test_a_text_keeps_all_but_the_credentials():
     text = f"cannot open 'http://alice:{SECRET}@host/p' or https://h/p?sig={SECRET} (found)"
     assert without_secrets_in(text) == "cannot open 'http://host/p' or https://h/p (found)"
+
+
+@pytest.mark.parametrize("url", PLAIN + ENCODED)
+def test_no_text_keeps_credentials_in_whatever_form(url):
+    assert SECRET not in without_secrets_in(f"cannot open {url}, sorry")
+
+
+def test_a_long_text_without_urls_takes_no_long_time():
+    text = "a" * 1_000_000
+    started = time.monotonic()
+    assert without_secrets_in(text) == text
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("read", [read_rows, source_digest, resolve_source])
