@@ -7,9 +7,9 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from flows.display.logs import run_log
+from flows.orchestration.limits import hold_run
 from flows.sera import finish, one_round
-from flows.serving.holding import hold_run
-from flows.showing.logs import run_log
 from sera_core.artifacts.lease import hold
 from sera_core.artifacts.runs import RunStore, list_runs
 from sera_core.artifacts.store import default_store, open_store

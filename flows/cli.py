@@ -10,35 +10,35 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flows.commands import alone, doctor, exporting, keeping, looking, reviewing, running, serving
-from flows.serving.embedded_server import never_proxy_loopback
+from flows.commands import capability_flags, deploy, doctor, export, review, run, show, store
+from flows.orchestration.embedded_server import never_proxy_loopback
 from flows.start import entry
 from sera_core import __version__
 from sera_core.artifacts.store import default_store
 from sera_core.errors import SeraError
-from sera_core.shown import shown
-from sera_core.urls import without_secrets_in
+from sera_core.guards.shown import shown
+from sera_core.guards.urls import without_secrets_in
 
 ADDERS = (
-    running.add_run,
-    running.add_demo,
-    running.add_advance,
-    running.add_plan,
-    looking.add_list,
-    looking.add_show,
-    reviewing.add_review,
-    keeping.add_diff,
-    keeping.add_gc,
-    looking.add_verify,
-    looking.add_report,
-    exporting.add_export,
-    exporting.add_lineage,
+    run.add_run,
+    run.add_demo,
+    run.add_advance,
+    run.add_plan,
+    show.add_list,
+    show.add_show,
+    review.add_review,
+    store.add_diff,
+    store.add_gc,
+    show.add_verify,
+    show.add_report,
+    export.add_export,
+    export.add_lineage,
     doctor.add_doctor,
-    alone.add_score,
-    alone.add_select,
-    alone.add_sample,
-    serving.add_up,
-    serving.add_deploy,
+    capability_flags.add_score,
+    capability_flags.add_select,
+    capability_flags.add_sample,
+    deploy.add_up,
+    deploy.add_deploy,
 )
 
 

@@ -12,11 +12,11 @@ from pydantic import BaseModel, ValidationError
 
 from sera_core.artifacts.runs import flatten
 from sera_core.config import SeraConfig
+from sera_core.data.sources import bundled_file
+from sera_core.data.stand_ins import refuse_special
 from sera_core.effects import idle
 from sera_core.errors import InputError
-from sera_core.sources import bundled_file
-from sera_core.stand_ins import refuse_special
-from sera_core.urls import secret_in, without_secrets
+from sera_core.guards.urls import secret_in, without_secrets
 
 SIDES = ("train", "heldout", "test", "prompts")
 

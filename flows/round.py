@@ -1,8 +1,8 @@
 """One round of SeRA: start reading here. It is the algorithm box, in plain Python, a step a line.
 
 `do` takes what a step is to do and returns a pointer to what it made. The Prefect flow (flows/sera.py) does
-the steps; `sera plan` (flows/planning.py) walks the same lines and only looks up what exists, so an unknown
-result is None. Nothing here imports Prefect, torch or a trainer.
+the steps; `sera plan` (flows/planning/plan.py) walks the same lines and only looks up what exists, so an
+unknown result is None. Nothing here imports Prefect, torch or a trainer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ from typing import Any
 from sera_core import steps
 from sera_core.artifacts.manifest import StepRef, StepSpec
 from sera_core.config import SeraConfig
-from sera_core.mixing import share_for_round
-from sera_core.rewards import ensemble_weights
+from sera_core.method.mixing import share_for_round
+from sera_core.method.rewards import ensemble_weights
 
 Ref = StepRef | None
 Do = Callable[[StepSpec], Ref]

@@ -13,24 +13,24 @@ from prefect.flows import Flow
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import naming, opening
-from flows.planning import plan
-from flows.serving.asking import ask_person
-from flows.serving.form import FormConfig
-from flows.serving.holding import hold_device, hold_run
-from flows.session import Runner, Session
-from flows.showing import cards, events
-from flows.showing.deployed import in_deployed_run
-from flows.showing.logs import library_logs, run_log, show_prefects_lines
-from flows.showing.progress import reporter
-from flows.working import PAUSED, report_test_side, test_side_is_open, work_through
+from flows.display import cards, events
+from flows.display.deployed import in_deployed_run
+from flows.display.logs import library_logs, run_log, show_prefects_lines
+from flows.display.progress import reporter
+from flows.orchestration.form import FormConfig
+from flows.orchestration.limits import hold_device, hold_run
+from flows.orchestration.reviews import ask_person
+from flows.planning.plan import plan
+from flows.running import open_run, run_names
+from flows.running.rounds import PAUSED, report_test_side, test_side_is_open, work_through
+from flows.running.session import Runner, Session
 from sera_core.artifacts.lease import hold
 from sera_core.artifacts.manifest import StepRecord, StepSpec
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import default_store, open_store
 from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
-from tasks.work import do_work
+from tasks.step_functions import do_work
 
 show_prefects_lines()  # before Prefect says that a run begins
 
@@ -55,14 +55,14 @@ def sera(
         dry_run: Publish the plan as an artifact and do nothing.
     """
     store = store or default_store()
-    name = naming.settle(run, config)
+    name = run_names.settle(run, config)
     if dry_run:
         cards.publish_plan(name, plan(config, name, store))
         return Completed(message="planned; nothing was done", data="planned")
-    if "{date}" in run and (before := naming.done_before(open_store(store), config)) not in (None, name):
+    if "{date}" in run and (before := run_names.done_before(open_store(store), config)) not in (None, name):
         return Completed(message=f"nothing new: run {before} did exactly this", data="nothing new")
     with hold_run(name):  # opening reads the data: of two triggers at one moment one does
-        records = opening.open_run(config, name, store)
+        records = open_run.open_run(config, name, store)
     if is_over(records):
         reason = records.state()
         return Completed(message=f"nothing new: run {name} has stopped ({reason})", data=reason)
@@ -120,7 +120,7 @@ def finish(records: RunStore, store: str) -> None:
         return
     if state not in PAUSED:
         report_test_side(Session(store, records.run, runner(records)))
-    naming.remember(records)
+    run_names.remember(records)
     events.run_stopped(records)
 
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, model_validator
 
+from sera_core.data.formats import FormatName, Reading
 from sera_core.effects import refuse_idle
-from sera_core.formats import FormatName, Reading
-from sera_core.urls import refuse_secrets, without_secrets
+from sera_core.guards.urls import refuse_secrets, without_secrets
 
 Dtype = Literal["float32", "bfloat16"]
 Loss = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sppo_hard", "simpo"]

@@ -1,6 +1,6 @@
 """Errors a user can act on. Each message says what was found, where, and what to do."""
 
-from sera_core.shown import shown
+from sera_core.guards.shown import shown
 
 
 class SeraError(Exception):

@@ -9,7 +9,7 @@ from typing import Any
 
 from sera_core.artifacts.manifest import StepRef, StepSpec
 from sera_core.config import SelectConfig, SeraConfig
-from sera_core.selection import UNORDERED_RULES
+from sera_core.method.selection import UNORDERED_RULES
 
 Ref = StepRef | None
 VERSIONS = {

@@ -18,9 +18,16 @@ import numpy as np
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
-from sera_core.errors import InputError
-from sera_core.formats import Reading
-from sera_core.preferences import (
+from sera_core.data.formats import Reading
+from sera_core.data.loading import (
+    Read,
+    read_pairs,
+    read_prompts,
+    refuse_unmapped,
+    repeated_prompts_warning,
+    special_tokens_warning,
+)
+from sera_core.data.preferences import (
     Drop,
     Message,
     Pair,
@@ -29,19 +36,12 @@ from sera_core.preferences import (
     order,
     under_both_labels,
 )
-from sera_core.reading import (
-    Read,
-    read_pairs,
-    read_prompts,
-    refuse_unmapped,
-    repeated_prompts_warning,
-    special_tokens_warning,
-)
-from sera_core.sources import read_source
-from sera_core.splitting import flip_labels, groups_of, remove_overlap, share, split_groups, subset
+from sera_core.data.sources import read_source
+from sera_core.data.splitting import flip_labels, groups_of, remove_overlap, share, split_groups, subset
+from sera_core.errors import InputError
 
 if TYPE_CHECKING:
-    from sera_core.rendering import Renderer
+    from sera_core.data.rendering import Renderer
 
 LOG = logging.getLogger("sera.data")
 PAIR_SIDES = ("train", "heldout", "test")
@@ -227,7 +227,7 @@ def render_pairs(attempt: Attempt) -> list[str]:
 
     prompts.parquet holds what may be sampled from: each prompt of a train pair once, and prompt-only rows.
     """
-    from sera_core.rendering import Renderer
+    from sera_core.data.rendering import Renderer
 
     data = attempt.input("data")
     arguments = attempt.fields.get("template_kwargs")

@@ -11,10 +11,17 @@ import pyarrow as pa
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import finite
 from sera_core.artifacts.step import Attempt
-from sera_core.convergence import Decision, Signals, Verdict, accuracy_falls, decide, verdict
-from sera_core.diagnostics import Alarm, amplification_alarm, correctness, jaccard, ks_distance, sign_changes
-from sera_core.judging import prompt_groups
-from sera_core.winrate import Rate
+from sera_core.method.convergence import Decision, Signals, Verdict, accuracy_falls, decide, verdict
+from sera_core.method.diagnostics import (
+    Alarm,
+    amplification_alarm,
+    correctness,
+    jaccard,
+    ks_distance,
+    sign_changes,
+)
+from sera_core.method.reviewers import prompt_groups
+from sera_core.method.win_rates import Rate
 
 UNLIMITED = 10**9
 """`max_rounds` is no decision about a round: the run derives it from its limits; raising them re-opens it."""

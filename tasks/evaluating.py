@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sera_core import diagnostics
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
-from sera_core.judging import interleaved, judge_responses, prompt_groups, rounding, scored_table
-from sera_core.winrate import Rate, bootstrap_interval, win_rate
+from sera_core.method import diagnostics
+from sera_core.method.reviewers import interleaved, judge_responses, prompt_groups, rounding, scored_table
+from sera_core.method.win_rates import Rate, bootstrap_interval, win_rate
 
 Metrics = dict[str, Any]
 

@@ -16,7 +16,7 @@ from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.step import Attempt
 from sera_core.artifacts.streaming import Lookup, Scatter, Writer, numbers, row_groups, strings, texts
 from sera_core.errors import SeraError
-from sera_core.mixing import mix, training_order
+from sera_core.method.mixing import mix, training_order
 
 
 def mix_pairs(attempt: Attempt) -> list[str]:

@@ -11,7 +11,8 @@ from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.step import Attempt
 from sera_core.errors import SeraError
-from sera_core.judging import (
+from sera_core.method.noise import noise_floor
+from sera_core.method.reviewers import (
     NOISE,
     Sweep,
     interleaved,
@@ -22,8 +23,7 @@ from sera_core.judging import (
     selection_table,
     sweep_of_pairs,
 )
-from sera_core.noise import noise_floor
-from sera_core.selection import select
+from sera_core.method.selection import select
 
 _SETTINGS = ("fraction", "k", "threshold", "min_margin", "direction")
 

@@ -17,11 +17,11 @@ import pyarrow as pa
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.step import Attempt
-from sera_core.devices import device_of
+from sera_core.data.rendering import Renderer
 from sera_core.errors import SeraError
-from sera_core.policies import shared_policy
-from sera_core.rendering import Renderer
-from sera_core.rewards import quantise
+from sera_core.method.rewards import quantise
+from sera_core.models.devices import device_of
+from sera_core.models.policies import shared_policy
 from tasks.engines.sampler import Finished, Request, Sampler, Settings, open_sampler, position_limit, unheard
 
 SHARD_PROMPTS = 64
@@ -236,7 +236,7 @@ def _probe(attempt: Attempt, prompts: Sequence[Prompt], sampled: pa.Table) -> No
     Raises:
         SeraError: they differ by more than `max_parity_nats` although both compute in the same arithmetic.
     """
-    from sera_core.logprobs import score_tokens, sequence_logps
+    from sera_core.models.logprobs import score_tokens, sequence_logps
 
     fields = attempt.fields
     ids = {prompt.prompt_id: prompt.ids for prompt in prompts}

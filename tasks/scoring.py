@@ -9,10 +9,10 @@ import numpy as np
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
 from sera_core.artifacts.streaming import Lookup, Rows, Writer, strings
-from sera_core.devices import device_of
 from sera_core.errors import SeraError
-from sera_core.policies import shared_policy
-from sera_core.rewards import quantise
+from sera_core.method.rewards import quantise
+from sera_core.models.devices import device_of
+from sera_core.models.policies import shared_policy
 
 SHARD_ROWS = 128
 """Rows a shard: fixed, so that batches are formed from the same responses whatever the machine."""
@@ -50,7 +50,7 @@ def score_texts(attempt: Attempt) -> list[str]:
 
 def _score_probe(attempt: Attempt) -> list[str]:
     """A few rows spread over the file, each response by the plain loop: what the others' noise is held to."""
-    from sera_core.logprobs import plain_sequence_logps, score_tokens
+    from sera_core.models.logprobs import plain_sequence_logps, score_tokens
 
     file = _Texts(attempt)
     picked = np.unique(np.linspace(0, file.rows - 1, attempt.fields["probe"]).astype(int))
@@ -135,7 +135,7 @@ def _load(attempt: Attempt) -> Any:
 def _score_shard(
     attempt: Attempt, policy: Any, number: int, shard: Sequence[Text], done: int, total: int
 ) -> dict[str, Any]:
-    from sera_core.logprobs import score_tokens, sequence_logps
+    from sera_core.models.logprobs import score_tokens, sequence_logps
 
     items = [(text.prompt_ids, text.response_ids) for text in shard]
     values = sequence_logps(

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sera_core.architecture import refuse_beyond_sparse_sight
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.step import Attempt
 from sera_core.config import TrainConfig
-from sera_core.devices import device_of
 from sera_core.errors import InputError, SeraError
-from sera_core.policies import load_policy, load_tokenizer, save_policy, weights_digest
+from sera_core.models.architecture import refuse_beyond_sparse_sight
+from sera_core.models.devices import device_of
+from sera_core.models.policies import load_policy, load_tokenizer, save_policy, weights_digest
 from tasks.engines.library_logs import is_heard
 from tasks.engines.start_check import Probe, StartCheck, StartDiffersError
 from tasks.engines.tracking import PROJECT, ended, refuse_missing, report_to, trackers
@@ -136,7 +136,7 @@ class TrainingRun:
         from datasets import Dataset
         from datasets.table import InMemoryTable
 
-        from sera_core.dropout import disable_dropout
+        from sera_core.models.dropout import disable_dropout
         from tasks.engines.dpo_trainer import ReviewedDPOTrainer, StepHooks
         from tasks.engines.pair_forward import can_share_prompt
 

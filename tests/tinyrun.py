@@ -5,16 +5,16 @@ from pathlib import Path
 
 import tiny
 
-from flows import opening
+from flows.display.progress import reporter
 from flows.experiments import without_idle
-from flows.session import Session
-from flows.showing.progress import reporter
-from flows.working import PAUSED, report_test_side, work_through
+from flows.running import open_run
+from flows.running.rounds import PAUSED, report_test_side, work_through
+from flows.running.session import Session
 from sera_core.artifacts.lease import hold
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
-from tasks.work import do_work
+from tasks.step_functions import do_work
 
 WORDS = [
     "capital", "river", "answer", "short", "clear", "vague", "story", "boat",
@@ -107,7 +107,7 @@ def _toml(value: object) -> str:
 
 def work(config: SeraConfig, store: Path | str, run: str = "tiny") -> RunStore:
     """All rounds, with the wiring of flows/sera.py and no Prefect."""
-    records = opening.open_run(config, run, str(open_store(str(store)).url))
+    records = open_run.open_run(config, run, str(open_store(str(store)).url))
 
     def runner(spec):
         with reporter(spec.step) as progress:

@@ -15,7 +15,7 @@ from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec
 from sera_core.artifacts.step import Attempt, quiet, run_step
 from sera_core.artifacts.store import Store, open_store
 from sera_core.config import ExecutionConfig, TrainConfig
-from sera_core.policies import load_policy
+from sera_core.models.policies import load_policy
 from tasks.training import train_policy
 
 CPU = ExecutionConfig(device="cpu", micro_batch=2, checkpoint_steps=0)

@@ -1,0 +1,1 @@
+"""The commands of `sera`, one file a command or a family."""

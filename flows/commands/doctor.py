@@ -16,13 +16,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.commands.answers import answer, quiet_stdout, say
-from flows.serving.authentication import NO_PASSWORD, asks_for_no_password
+from flows.commands.output import answer, quiet_stdout, say
+from flows.orchestration.authentication import NO_PASSWORD, asks_for_no_password
 from sera_core.artifacts.folders import cache_folder
 from sera_core.artifacts.probing import probe
 from sera_core.artifacts.store import LocalStore, Store, open_store
 from sera_core.errors import InputError
-from sera_core.memory import main_memory
+from sera_core.guards.memory import main_memory
 
 Status = Literal["ok", "warning", "failed"]
 MEMORY_GIB, DISK_GIB = 4.0, 5.0
@@ -175,7 +175,7 @@ def check_memory() -> Check:
 
 def check_model(source: str | None) -> Check:
     """The model source resolves; a hub id to a commit."""
-    from sera_core.model_sources import resolve_source, source_digest
+    from sera_core.models.model_sources import resolve_source, source_digest
 
     text = source or _demo_model()
     try:
@@ -201,7 +201,7 @@ def _model_remedy(source: str | None) -> str:
 
 def check_template(source: str | None, model: Check) -> Check:
     """A conversation rendered to token ids reads back as itself, and its answer ends with an end of turn."""
-    from sera_core.model_sources import resolve_source
+    from sera_core.models.model_sources import resolve_source
 
     if model.status != "ok":
         return Check("template", "warning", "not checked: there is no model", "see the check `model`")
@@ -212,8 +212,8 @@ def check_template(source: str | None, model: Check) -> Check:
 
 def _tokenizer_folder(source: Any, scratch: Path) -> Path:
     """A folder with at least the model's tokenizer files; of a remote source no weights are fetched."""
-    from sera_core.model_sources import materialise
-    from sera_core.policies import CONFIG_FILES, TOKENIZER_FILES
+    from sera_core.models.model_sources import materialise
+    from sera_core.models.policies import CONFIG_FILES, TOKENIZER_FILES
 
     names = (*CONFIG_FILES, *TOKENIZER_FILES)
     if source.kind == "folder":
@@ -237,7 +237,7 @@ def _tokenizer_folder(source: Any, scratch: Path) -> Path:
 
 
 def _template_round_trip(folder: Path) -> Check:
-    from sera_core.rendering import Renderer
+    from sera_core.data.rendering import Renderer
 
     renderer = Renderer(folder)
     said = ("What is 2 + 2?", "It is 4.", "And 13 + 8, naïve as I am?", "That is 21.")

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from flows.commands.printing import print_table
-from flows.opening import test_record
-from flows.showing.looking import against_round_0, verdict_words
-from flows.showing.round_card import with_interval
+from flows.commands.tables import print_table
+from flows.display.round_card import with_interval
+from flows.display.run_view import against_round_0, verdict_words
+from flows.running.open_run import test_record
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.reporting.examples import example_pairs
 from sera_core.reporting.round_page import title_of

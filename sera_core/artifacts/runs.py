@@ -23,7 +23,7 @@ from sera_core.artifacts.records import FORMAT, Noun, read_record, read_series, 
 from sera_core.artifacts.store import Store, create_json
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError, StoreError
-from sera_core.urls import clean_sources
+from sera_core.guards.urls import clean_sources
 
 DecisionName = Literal["promote", "hold", "roll_back", "stop"]
 STOP_REASONS = ("converged", "max_rounds", "degraded", "no_pairs", "budget", "reviewer")

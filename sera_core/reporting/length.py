@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sera_core.diagnostics import longer_share
+from sera_core.method.diagnostics import longer_share
 from sera_core.reporting import words
 from sera_core.reporting.evidence import Line, rate_line
 from sera_core.reporting.files import RoundFiles, Row

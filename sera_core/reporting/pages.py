@@ -6,8 +6,8 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from sera_core.guards.shown import shown
 from sera_core.reporting import words
-from sera_core.shown import shown
 
 GENERATOR = "sera-flow report"
 """What the pages' `generator` says: how a page of ours is told from another file."""

@@ -11,8 +11,8 @@ from typing import Any
 from markupsafe import Markup
 
 from sera_core.artifacts.manifest import Artifact
-from sera_core.diagnostics import MIN_PAIRS_A_SIDE
-from sera_core.judging import NOISE
+from sera_core.method.diagnostics import MIN_PAIRS_A_SIDE
+from sera_core.method.reviewers import NOISE
 from sera_core.reporting import evidence as evidences
 from sera_core.reporting import flow, length, plots, words
 from sera_core.reporting.examples import examples

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sera_core.parsing import KINDS
+from sera_core.data.parsing import KINDS
 
 Rate = Mapping[str, Any]
 """A rate as it stands in records: value, low, high, n."""

@@ -29,10 +29,10 @@ from sera_core.artifacts.manifest import StepRecord, StepSpec, find_record
 from sera_core.artifacts.step import Progress, run_step
 from sera_core.artifacts.store import open_store
 from sera_core.config import ExecutionConfig
-from sera_core.devices import device_of
 from sera_core.errors import SeraError
-from sera_core.orphans import end_with, guarded_group
-from sera_core.shown import shown
+from sera_core.guards.orphans import end_with, guarded_group
+from sera_core.guards.shown import shown
+from sera_core.models.devices import device_of
 from tasks.engines.library_logs import TALKATIVE, hear_libraries
 
 Log = Callable[[str], None]

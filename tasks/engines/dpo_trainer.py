@@ -23,7 +23,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from sera_core.config import TrainConfig
-from sera_core.losses import cdpo_loss, simpo_loss
+from sera_core.models.losses import cdpo_loss, simpo_loss
 from tasks.engines.pair_forward import PairCollator, add_pair_forward
 
 

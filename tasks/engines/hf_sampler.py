@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from sera_core.config import Dtype
 from sera_core.errors import InputError
-from sera_core.policies import shared_policy
+from sera_core.models.policies import shared_policy
 from tasks.engines.sampler import Finished, Request, Sampled, Settings, check_requests, unheard
 
 _GROWTH = 64

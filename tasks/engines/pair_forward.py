@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from sera_core.architecture import keeps_state, rope_boundary, text_config, unsupported, window
-from sera_core.logprobs import CANNOT, plain_sequence_logps, probe_items, scoring_mode
+from sera_core.models.architecture import keeps_state, rope_boundary, text_config, unsupported, window
+from sera_core.models.logprobs import CANNOT, plain_sequence_logps, probe_items, scoring_mode
 
 Row = dict[str, Any]
 UNNEEDED = ("entropy", "mean_logits", "is_top1")

@@ -48,7 +48,7 @@ class StartCheck:
 
     def score(self, policy: Any, tokens_per_batch: int) -> Probe:
         """The scorer's values of the longest pairs, under the start policy in the dtype of training."""
-        from sera_core.logprobs import sequence_logps
+        from sera_core.models.logprobs import sequence_logps
 
         rows = sorted(self.rows, key=lambda row: -self.mixture.tokens[row])[:PROBE_PAIRS]
         pairs = self.mixture.table.take(rows).to_pylist()

@@ -17,7 +17,7 @@ from typing import Any
 
 from sera_core.config import Dtype
 from sera_core.errors import InputError
-from sera_core.policies import load_policy, save_policy
+from sera_core.models.policies import load_policy, save_policy
 from tasks.engines.sampler import (
     Finished,
     Request,

@@ -258,7 +258,7 @@ def scorer(model: Any) -> tuple[str, float]:
     """(mode, largest difference in nats) of the scorer."""
     import numpy as np
 
-    from sera_core.logprobs import scoring_mode, sequence_logps
+    from sera_core.models.logprobs import scoring_mode, sequence_logps
 
     items = [(prompt, side) for prompt, *sides in pairs_of(model) for side in sides]
     found = sequence_logps(model, items)  # first: what has no plain pass is to be refused
@@ -272,9 +272,9 @@ def trainer(model: Any) -> tuple[str, float]:
     import numpy as np
     import torch
 
-    from sera_core.architecture import refuse_beyond_sparse_sight
-    from sera_core.dropout import disable_dropout
-    from sera_core.logprobs import scoring_mode
+    from sera_core.models.architecture import refuse_beyond_sparse_sight
+    from sera_core.models.dropout import disable_dropout
+    from sera_core.models.logprobs import scoring_mode
     from tasks.engines.pair_forward import PairCollator, add_pair_forward, can_share_prompt, packed_length
 
     disable_dropout(model)

@@ -26,7 +26,7 @@ from sera_core.artifacts.manifest import StepRef, StepSpec
 from sera_core.artifacts.step import Attempt, run_step
 from sera_core.artifacts.store import Store, open_store
 from sera_core.config import ExecutionConfig
-from tasks.work import work_of
+from tasks.step_functions import work_of
 
 STEPS = ("logps", "pair", "mix")
 RESPONSES = 8

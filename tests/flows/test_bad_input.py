@@ -8,10 +8,10 @@ import pytest
 import tiny
 import tinyrun
 
-from flows import opening
 from flows.cli import main
-from flows.session import Session
-from flows.working import work_through
+from flows.running import open_run
+from flows.running.rounds import work_through
+from flows.running.session import Session
 from sera_core.errors import InputError
 from tasks.engines.tracking import refuse_missing
 
@@ -200,7 +200,7 @@ def test_a_folder_that_a_tracker_left_is_not_its_package(capsys, folder, monkeyp
 
 def test_a_round_elsewhere_is_refused_before_its_first_step_too(folder, no_trackers):
     config = tinyrun.config(folder)
-    records = opening.open_run(config, "tiny", str(folder / "store"))
+    records = open_run.open_run(config, "tiny", str(folder / "store"))
     session = Session(records.store.url, "tiny", lambda spec: pytest.fail(f"{spec.step} was done"))
     session.config = tinyrun.config(folder, execution={"tracking": "wandb"})
     with pytest.raises(InputError, match="pip install wandb"):

@@ -20,15 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from flows.planning import plan
-from flows.showing.card_text import escape, quote, verbatim
-from flows.showing.cards import index_card, key_of, plan_card
-from flows.showing.looking import against_round_0, verdict_words
-from flows.showing.round_card import round_card
+from flows.display.cards import index_card, key_of, plan_card
+from flows.display.markdown import escape, quote, verbatim
+from flows.display.round_card import round_card
+from flows.display.run_view import against_round_0, verdict_words
+from flows.planning.plan import plan
 from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import Artifact
+from sera_core.guards.shown import shown
 from sera_core.reporting.examples import example_pairs
-from sera_core.shown import shown
 
 pytestmark = pytest.mark.slow
 
@@ -276,9 +276,11 @@ def test_keys_are_valid_and_differ_where_names_do():
 PUBLISH = """
 import logging, sys, threading, time
 from prefect import flow, task
-from flows.showing import cards, events, progress
-from flows.showing.logs import library_logs, run_log
-from flows.planning import plan
+from flows.display import cards
+from flows.display import events
+from flows.display import progress
+from flows.display.logs import library_logs, run_log
+from flows.planning.plan import plan
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 
@@ -409,7 +411,7 @@ def test_events_say_what_happened_and_hold_no_text(published, records):
 
 def test_without_a_server_events_are_silent_and_progress_goes_to_stderr(records):
     code = (
-        "import sys; from flows.showing import events, progress; from flows.showing.logs import run_log\n"
+        "import sys; from flows.display import events, progress; from flows.display.logs import run_log\n"
         "from sera_core.artifacts.runs import RunStore; from sera_core.artifacts.store import open_store\n"
         "records = RunStore(open_store(sys.argv[1]), 'tiny'); progress.LINE_SECONDS = 0\n"
         "events.round_completed(records.rounds()[1], sys.argv[1]); events.run_stopped(records)\n"

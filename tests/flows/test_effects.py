@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from flows.cli import main
 from flows.experiments import load_experiment
-from flows.serving.form import config_of
+from flows.orchestration.form import config_of
 from sera_core.config import SeraConfig
 from sera_core.effects import EFFECTS
 

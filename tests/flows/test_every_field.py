@@ -11,8 +11,8 @@ import tinyrun
 from pydantic import BaseModel, ValidationError
 
 from flows.experiments import without_idle
-from flows.opening import resolved, source_digests
-from flows.planning import walk_rounds
+from flows.planning.plan import walk_rounds
+from flows.running.open_run import resolved, source_digests
 from sera_core.artifacts.manifest import StepRef
 from sera_core.artifacts.runs import History
 from sera_core.artifacts.store import open_store

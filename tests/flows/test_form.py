@@ -7,7 +7,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from flows.experiments import load_experiment
-from flows.serving.form import FormConfig, config_of
+from flows.orchestration.form import FormConfig, config_of
 from sera_core.config import SeraConfig
 
 SNAPSHOT = Path(__file__).with_name("form_schema.json")
@@ -29,7 +29,7 @@ def leaves(part: dict, definitions: dict) -> list[str]:
 
 
 def test_the_schema_of_the_form_is_what_it_was():
-    """Renew it with: python -m flows.serving.form > tests/flows/form_schema.json."""
+    """Renew it with: python -m flows.orchestration.form > tests/flows/form_schema.json."""
     assert schema() == json.loads(SNAPSHOT.read_text())
 
 

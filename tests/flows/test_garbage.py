@@ -13,9 +13,9 @@ import tinyrun
 from fixtures import make_store
 
 from flows.cli import main
-from flows.keeping import garbage
-from flows.keeping.garbage import collect
-from flows.keeping.verifying import verify
+from flows.store_tools import garbage
+from flows.store_tools.garbage import collect
+from flows.store_tools.verify import verify
 from sera_core.artifacts.lease import claim_path, hold, look, take
 from sera_core.artifacts.local_store import LocalStore
 from sera_core.artifacts.records import FORMAT
@@ -373,7 +373,7 @@ def test_an_age_without_a_unit_or_in_other_digits_is_refused(text):
 
 @pytest.mark.flow
 def test_the_flow_does_the_same_as_the_command(kept_store, prefect_server):
-    from flows.collecting import sera_gc
+    from flows.collect_garbage import sera_gc
 
     shutil.rmtree(aged(kept_store) / "runs" / "second")
     found = sera_gc(str(kept_store), delete=True, older_than="1d")

@@ -12,8 +12,14 @@ import urllib.request
 
 import pytest
 
-from flows.serving.authentication import CLIENT_SECRET, SERVER_SECRET, ask, asks_for_no_password, secret_of
-from flows.serving.embedded_server import (
+from flows.orchestration.authentication import (
+    CLIENT_SECRET,
+    SERVER_SECRET,
+    ask,
+    asks_for_no_password,
+    secret_of,
+)
+from flows.orchestration.embedded_server import (
     QUIET,
     free_port,
     open_private,
@@ -21,7 +27,7 @@ from flows.serving.embedded_server import (
     private_folder,
     wait_until_healthy,
 )
-from flows.serving.guarding import refusal
+from flows.orchestration.origins import refusal
 from sera_core.errors import InputError
 
 
@@ -92,7 +98,7 @@ def test_a_page_of_another_origin_starts_nothing(tmp_path):
     url = f"http://127.0.0.1:{port}/api"
     environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home), "PREFECT_API_URL": url}
     environment["PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED"] = "false"  # the guard alone refuses
-    command = [sys.executable, "-P", "-m", "flows.serving.embedded_server", str(port), str(os.getpid())]
+    command = [sys.executable, "-P", "-m", "flows.orchestration.embedded_server", str(port), str(os.getpid())]
     with log.open("wb") as output:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:

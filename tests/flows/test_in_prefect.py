@@ -11,8 +11,8 @@ import tinyrun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 import sera_core
-from flows.keeping.garbage import collect
-from flows.serving.holding import make_limit
+from flows.orchestration.limits import make_limit
+from flows.store_tools.garbage import collect
 from sera_core.artifacts.store import open_store
 
 pytestmark = pytest.mark.flow

@@ -12,9 +12,9 @@ import tinyrun
 from fixtures import make_store
 
 from flows.cli import main
-from flows.keeping.garbage import collect
-from flows.keeping.verifying import verify
-from flows.planning import plan
+from flows.planning.plan import plan
+from flows.store_tools.garbage import collect
+from flows.store_tools.verify import verify
 from sera_core.artifacts import lease
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.records import FORMAT

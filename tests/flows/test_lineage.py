@@ -10,14 +10,14 @@ import tinyrun
 from fixtures import make_store
 
 from flows.cli import main
-from flows.exporting.lineage import Lineage, display_name, lineage
-from flows.exporting.model_card import model_card
-from flows.showing.looking import run_records
+from flows.display.run_view import run_records
+from flows.exports.lineage import Lineage, display_name, lineage
+from flows.exports.model_card import model_card
 from sera_core.artifacts.canonical import files_digest
 from sera_core.artifacts.manifest import StepSpec
 from sera_core.artifacts.step import code_digest
 from sera_core.artifacts.store import open_store
-from sera_core.model_sources import source_digest
+from sera_core.models.model_sources import source_digest
 
 pytestmark = pytest.mark.slow
 
@@ -156,7 +156,7 @@ def card_with(kept_store, change: dict, **manifest) -> str:
     chain = lineage(records, records.rounds()[1])
     found = records.rounds()[1].model_copy(update=manifest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.exporting.model_card.since_round_0", lambda *_: Change(**change))
+        patch.setattr("flows.exports.model_card.since_round_0", lambda *_: Change(**change))
         return model_card(records, found, chain)
 
 
@@ -164,7 +164,7 @@ class Change:
     """A paired change, with the fields of a rate."""
 
     def __new__(cls, **values):
-        from sera_core.winrate import Rate
+        from sera_core.method.win_rates import Rate
 
         return Rate(**values)
 

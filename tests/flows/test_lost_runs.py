@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-from flows.serving.lost_runs import Seen
+from flows.orchestration.lost_runs import Seen
 
 SECRET = "sera:a password"
 LONG_AGO = datetime.now(UTC) - timedelta(hours=1)

@@ -12,15 +12,15 @@ import tinyrun
 from marks import Marks
 
 from flows.cli import main
-from flows.keeping.verifying import verify
+from flows.store_tools.verify import verify
 from sera_core.artifacts.manifest import StepSpec, check_file_name
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import open_store
 from sera_core.config import ExecutionConfig
 from sera_core.errors import InputError, StoreError
-from sera_core.model_sources import materialise, resolve_source
-from sera_core.policies import load_policy, load_tokenizer
+from sera_core.models.model_sources import materialise, resolve_source
+from sera_core.models.policies import load_policy, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FOREIGN = [

@@ -7,7 +7,7 @@ import pytest
 import tinyrun
 
 import sera_core
-from flows.keeping.verifying import verify
+from flows.store_tools.verify import verify
 
 pytestmark = pytest.mark.s3
 

@@ -15,8 +15,8 @@ import tinyrun
 
 from flows.cli import main, parser
 from flows.experiments import load_settings
-from flows.serving import named_server
-from flows.serving.embedded_server import free_port, never_proxy_loopback, prefect_api
+from flows.orchestration import configured_server
+from flows.orchestration.embedded_server import free_port, never_proxy_loopback, prefect_api
 from sera_core.artifacts.folders import cache_folder
 from sera_core.errors import InputError
 
@@ -170,12 +170,12 @@ def test_a_prefect_server_that_nobody_runs_is_named_at_once(monkeypatch):
 
 
 def test_a_prefect_server_that_is_silent_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(named_server, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(configured_server, "ANSWER_SECONDS", 0.2)
     with (
         answering(b"") as url,
         pytest.raises(InputError, match=r"no Prefect server answers there .*timed out"),
     ):
-        named_server.check_server(url)
+        configured_server.check_server(url)
 
 
 def test_a_run_with_a_server_that_is_another_ones_says_what_to_do(tmp_path):

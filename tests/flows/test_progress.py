@@ -3,7 +3,7 @@
 import time
 from itertools import pairwise
 
-from flows.showing import progress
+from flows.display import progress
 
 
 class Clock:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tinyrun
 
-from flows.keeping.verifying import verify
+from flows.store_tools.verify import verify
 
 pytestmark = pytest.mark.flow
 
@@ -19,10 +19,10 @@ TESTS = Path(__file__).parents[1]
 KILLER = """
 import os, signal, sys
 from sera_core.artifacts import step
-from tasks import work
+from tasks import step_functions
 point, round, args = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 if point == "train:2":
-    work.WORK["train"] = "childwork:train_and_wait"  # a child must not finish before its parent is killed
+    step_functions.WORK["train"] = "childwork:train_and_wait"  # it outlives its parent
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 if point == "commit":
@@ -34,7 +34,7 @@ if point == "commit":
     step.create_json = create_json
 else:
     name, calls = point.split(":")
-    real = work.do_work
+    real = step_functions.do_work
     def do_work(store, spec, execution, progress, *log):
         seen = []
         def report(done, total, unit):
@@ -42,7 +42,7 @@ else:
             if spec.step == name and spec.fields.get("round") == round and len(seen) >= int(calls):
                 die()
         return real(store, spec, execution, report, *log)
-    work.do_work = do_work
+    step_functions.do_work = do_work
 from flows.cli import main
 sys.exit(main(args))
 """
@@ -108,7 +108,7 @@ def gone_within(seconds: float, pid: int) -> None:
     raise AssertionError(f"still running: {left}")
 
 
-OURS = {"flows.serving.embedded_server", "tasks.engines.child"}
+OURS = {"flows.orchestration.embedded_server", "tasks.engines.child"}
 
 
 def children_of(pid: int) -> list[str]:

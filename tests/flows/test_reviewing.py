@@ -4,7 +4,7 @@ import pytest
 import tinyrun
 
 from flows.cli import main
-from flows.serving.asking import FirstReview, Review
+from flows.orchestration.reviews import FirstReview, Review
 from sera_core.artifacts.canonical import sha256_json
 from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.runs import RunStore

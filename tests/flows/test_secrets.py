@@ -10,7 +10,7 @@ import tinyrun
 from hidden import ACTING, hidden_in
 
 from flows.cli import main
-from flows.serving.form import config_of
+from flows.orchestration.form import config_of
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 

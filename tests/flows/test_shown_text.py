@@ -7,12 +7,12 @@ import tinyrun
 from hidden import ACTING, hidden_in
 
 from flows.cli import main
-from flows.commands.serving import _welcome
+from flows.commands.deploy import _welcome
 from flows.commands.summary import closing_lines
+from flows.display import logs
+from flows.display.cards import index_card, plan_card
+from flows.display.round_card import round_card
 from flows.experiments import load_experiment
-from flows.showing import logs
-from flows.showing.cards import index_card, plan_card
-from flows.showing.round_card import round_card
 from sera_core.errors import InputError, SeraError, StoreError
 from sera_core.reporting.examples import example_pairs
 from sera_core.reporting.round_page import title_of

@@ -6,7 +6,7 @@ import pytest
 import tinyrun
 
 from flows.cli import main
-from flows.showing.looking import show
+from flows.display.run_view import show
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.commands.printing import print_table
+from flows.commands.tables import print_table
 
 REPOSITORY = Path(__file__).parents[2]
 SERA = [sys.executable, "-P", "-m", "flows.start"]

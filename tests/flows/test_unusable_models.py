@@ -8,7 +8,7 @@ import tinyrun
 
 from flows.cli import main
 from sera_core.errors import InputError
-from sera_core.model_sources import materialise
+from sera_core.models.model_sources import materialise
 
 CUTTING = tiny.CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
 OPENING = tiny.CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")

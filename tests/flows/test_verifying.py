@@ -11,7 +11,7 @@ import tinyrun
 from fixtures import make_store
 
 from flows.cli import main
-from flows.keeping.verifying import verify
+from flows.store_tools.verify import verify
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.errors import StoreError

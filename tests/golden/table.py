@@ -29,7 +29,7 @@ from sera_core.artifacts.step import Attempt
 from sera_core.artifacts.store import Store
 from sera_core.config import TrainConfig
 from sera_core.steps import VERSIONS
-from tasks import work
+from tasks import step_functions
 from tasks.engines.sampler import Request, Sampled, Settings
 
 FILE = Path(__file__).parent / "steps.json"
@@ -99,12 +99,15 @@ def numbered_policy(attempt: Attempt) -> list[str]:
 def numbers_from_hashes() -> Iterator[None]:
     """Replace what a model computes; all else is the product's own."""
     with (
-        patch("sera_core.logprobs.sequence_logps", logps),
-        patch("sera_core.logprobs.plain_sequence_logps", lambda policy, items: logps(policy, items) + 1e-6),
+        patch("sera_core.models.logprobs.sequence_logps", logps),
+        patch(
+            "sera_core.models.logprobs.plain_sequence_logps",
+            lambda policy, items: logps(policy, items) + 1e-6,
+        ),
         patch("tasks.scoring.shared_policy", lambda folder, *_: folder),
         patch("tasks.sampling.shared_policy", lambda folder, *_: folder),
         patch("tasks.sampling.open_sampler", lambda engine, policy, **_: HashSampler(policy)),
-        patch.dict(work.WORK, {"train": "golden.table:numbered_policy"}),
+        patch.dict(step_functions.WORK, {"train": "golden.table:numbered_policy"}),
     ):
         yield
 

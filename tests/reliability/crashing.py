@@ -27,7 +27,7 @@ import objectstores
 import tiny
 import tinyrun
 
-from flows.keeping.verifying import verify
+from flows.store_tools.verify import verify
 from sera_core.artifacts import local_store, s3_store, step
 from sera_core.artifacts.local_store import LocalStore
 from sera_core.artifacts.probing import PASSED
@@ -281,7 +281,7 @@ def warm_up() -> None:
     import torch
     import transformers  # noqa: F401
 
-    import tasks.work
+    import tasks.step_functions
     from tasks.engines import dpo_trainer, hf_sampler  # noqa: F401
 
     torch.set_num_threads(1)
@@ -289,8 +289,8 @@ def warm_up() -> None:
     definitions.load_data_with_path("endpoints")
     for kind in ("service-2", "endpoint-rule-set-1"):
         definitions.load_service_model("s3", kind)
-    for name in tasks.work.WORK:
-        tasks.work.work_of(name)
+    for name in tasks.step_functions.WORK:
+        tasks.step_functions.work_of(name)
     with tempfile.TemporaryDirectory(prefix="sera-warm-") as folder:  # what is made at the first use
         os.environ["SERA_CACHE"] = f"{folder}/cache"
         tinyrun.work(smallest_run(Path(folder)), f"{folder}/store")

@@ -9,7 +9,7 @@ import pytest
 import tinyrun
 from reliability.crashing import count_commits
 
-from flows import opening
+from flows.running import open_run
 from sera_core.artifacts.probing import PASSED, RACES, check_shared, probe
 from sera_core.artifacts.s3_store import S3Store
 from sera_core.artifacts.store import open_store
@@ -60,9 +60,9 @@ def test_a_run_does_not_begin_in_a_racy_store(moto, monkeypatch, tmp_path, capsy
     monkeypatch.setattr(S3Store, "create", racy)
     url = moto.bucket()
     with pytest.raises(StoreError, match="accept_racy_store"):
-        opening.open_run(tinyrun.config(tmp_path), "tiny", url)
+        open_run.open_run(tinyrun.config(tmp_path), "tiny", url)
     assert moto.objects(url) == {}
-    opening.open_run(tinyrun.config(tmp_path, execution={"accept_racy_store": True}), "tiny", url)
+    open_run.open_run(tinyrun.config(tmp_path, execution={"accept_racy_store": True}), "tiny", url)
     assert "WARNING: " in capsys.readouterr().err
 
 

@@ -265,7 +265,7 @@ def test_a_relabelled_pair_counts_by_its_new_labels_among_the_kept_lengths(made)
 
 def test_reports_and_examples_import_neither_torch_nor_prefect():
     code = (
-        "import sys; import flows.showing.run_report, tasks.reporting, sera_core.reporting.examples;"
+        "import sys; import flows.display.run_report, tasks.reporting, sera_core.reporting.examples;"
         "print(sorted({'torch', 'prefect', 'transformers', 'trl'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,8 +14,8 @@ from tiny import tiny_policy
 
 from flows.cli import main
 from sera_core.errors import InputError
-from sera_core.model_sources import materialise, resolve_source
-from sera_core.policies import load_policy
+from sera_core.models.model_sources import materialise, resolve_source
+from sera_core.models.policies import load_policy
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"

@@ -5,7 +5,7 @@
 import pytest
 
 from sera_core.errors import InputError
-from sera_core.logprobs import sequence_logps
+from sera_core.models.logprobs import sequence_logps
 from tests.benchmarks.architectures import NATS, WINDOW, answer, plain, tiny_model
 
 pytestmark = pytest.mark.slow

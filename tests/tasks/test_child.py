@@ -15,7 +15,7 @@ import tinyrun
 from sera_core.artifacts.manifest import StepRecord, StepSpec
 from sera_core.config import ExecutionConfig, SeraConfig
 from sera_core.errors import BudgetReached, InputError, SeraError
-from tasks.work import WORK, do_work, in_child
+from tasks.step_functions import WORK, do_work, in_child
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ WHERE = {"child": "always", "here": "never"}
 
 PARENT = """
 import signal, sys
-import tasks.work as work
+import tasks.step_functions as work
 from sera_core.artifacts.manifest import StepSpec
 from sera_core.config import ExecutionConfig
 

@@ -15,10 +15,10 @@ from sera_core.artifacts.manifest import Artifact, StepRecord, StepSpec
 from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import LocalStore
 from sera_core.config import ExecutionConfig, SeraConfig
+from sera_core.data.parsing import parse_pair, parse_prompt
+from sera_core.data.sources import Row, source_digest
+from sera_core.data.splitting import group_key
 from sera_core.errors import InputError
-from sera_core.parsing import parse_pair, parse_prompt
-from sera_core.sources import Row, source_digest
-from sera_core.splitting import group_key
 from tasks.data import load_pairs, render_pairs
 
 PAIR_SIDES = ("train", "heldout", "test")

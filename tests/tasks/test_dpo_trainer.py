@@ -9,7 +9,7 @@ from tiny import tiny_policy
 from trainable import logps, random_pairs
 
 from sera_core.config import TrainConfig
-from sera_core.policies import load_policy, load_tokenizer
+from sera_core.models.policies import load_policy, load_tokenizer
 
 pytestmark = pytest.mark.slow
 BETA = 0.3

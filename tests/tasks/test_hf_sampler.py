@@ -9,8 +9,8 @@ from scipy import stats
 from tiny import tiny_policy
 
 from sera_core.errors import InputError
-from sera_core.logprobs import plain_sequence_logps
-from sera_core.policies import load_policy
+from sera_core.models.logprobs import plain_sequence_logps
+from sera_core.models.policies import load_policy
 from tasks.engines.hf_sampler import HFSampler, draw, uniforms
 from tasks.engines.sampler import Request, Settings
 

@@ -12,8 +12,8 @@ import tinyrun
 from sera_core.artifacts.manifest import StepSpec
 from sera_core.config import ExecutionConfig
 from tasks.engines.library_logs import hear_libraries, is_heard
+from tasks.step_functions import WORK, do_work
 from tasks.training import quiet
-from tasks.work import WORK, do_work
 
 VLLM = """
 import logging

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tinyrun
 
-from flows.showing.run_report import write_run_report
+from flows.display.run_report import write_run_report
 from sera_core import steps
 from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import Artifact

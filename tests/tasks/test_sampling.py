@@ -13,8 +13,8 @@ from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import open_store
 from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
-from sera_core.logprobs import plain_sequence_logps
-from sera_core.policies import load_policy
+from sera_core.models.logprobs import plain_sequence_logps
+from sera_core.models.policies import load_policy
 from tasks import sampling
 from tasks.engines.sampler import Sampled
 

@@ -13,7 +13,7 @@ from trainable import CPU, Bench, shas
 from sera_core.artifacts.manifest import Artifact, StepRecord
 from sera_core.config import TrainConfig
 from sera_core.errors import InputError, SeraError
-from sera_core.policies import load_policy, weights_digest
+from sera_core.models.policies import load_policy, weights_digest
 from tasks.engines.training_data import training_order
 from tasks.training import TrainingRun, warmed_up
 

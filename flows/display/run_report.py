@@ -1,0 +1,303 @@
+"""A run's report: index.html for the run, beside it a copy of each round's page. No Prefect, no torch."""
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flows.display.run_view import against_round_0, verdict_words
+from flows.outputs import check_place
+from flows.running.open_run import test_record
+from sera_core.artifacts.folders import write_whole
+from sera_core.artifacts.manifest import Artifact, find_record
+from sera_core.artifacts.records import read_record
+from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore, differences, flatten
+from sera_core.artifacts.store import open_store
+from sera_core.config import SeraConfig
+from sera_core.errors import InputError
+from sera_core.reporting import words
+from sera_core.reporting.evidence import Line, rate_line
+from sera_core.reporting.pages import GENERATOR, render
+from sera_core.reporting.plots import Point, Series, lines
+
+DEFAULT_STORE = "./sera-store"
+TEST_RATES = (
+    ("reward accuracy", "test/rewards/accuracies", 3),
+    ("mean margin, nats", "test/margin", 3),
+    ("chosen answer is the longer one", "test/chosen_longer", 3),
+    ("preferred answer is the longer one", "test/preferred_longer", 3),
+)
+
+
+def write_run_report(store_url: str, run: str, out: Path) -> list[Path]:
+    """Write `out`/index.html and `out`/round-000.html, …; returns their paths.
+
+    Raises:
+        InputError: no such run, `out` is a file, or a file there with one of these names is not ours.
+    """
+    records = RunStore(open_store(store_url), run)
+    if not records.configs():
+        raise InputError(f"run {run!r}: not in the store {store_url}; `sera list` names the runs there")
+    pages = {_page(m): _round_page(records, m) for m in records.history().rounds}
+    pages = {"index.html": _index(records, store_url).encode(), **pages}
+    _refuse_foreign(out, list(pages))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, page in pages.items():
+        write_whole(out / name, page)
+    return [out / name for name in pages]
+
+
+def _page(manifest: RoundManifest) -> str:
+    return f"round-{manifest.round:03d}.html"
+
+
+def _round_page(records: RunStore, manifest: RoundManifest) -> bytes:
+    return Artifact(records.store, manifest.steps["report"]).path("report.html").read_bytes()
+
+
+def _refuse_foreign(out: Path, names: Sequence[str]) -> None:
+    if os.path.lexists(out) and not out.is_dir():
+        raise InputError(f"--out {out}: this is a file or a link to nothing; name a folder for the report")
+    check_place(out / "index.html")
+    for name in names:
+        path = out / name
+        if path.is_symlink():
+            raise InputError(f"{path}: this is a link, and nothing is written through one; remove it")
+        if path.exists() and not _is_report(path):
+            raise InputError(
+                f"{path}: exists and is not a report of ours; give --out another folder, or move it away"
+            )
+
+
+def _is_report(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return f'content="{GENERATOR}"' in stream.read(2000).decode(errors="replace")
+
+
+def _index(records: RunStore, store_url: str) -> str:
+    configs, history = records.configs(), records.history()
+    config = configs[-1].settings
+    stop_reason, best, test = records.stop_reason(), history.best, test_record(records)
+    rounds = [_row(manifest, best) for manifest in history.rounds]
+    return render(
+        "run.html.j2",
+        run=records.run,
+        stop_reason=stop_reason,
+        state=records.state(),
+        state_words=_state_words(records, config, stop_reason),
+        verdict=verdict_words(against_round_0(records)),
+        best=None if best is None else best.round,
+        best_words=_best_words(best),
+        overlap_words=_overlap_words(history),
+        rounds=rounds,
+        increment=config.review.reference == "previous",
+        plots=trends(history.rounds) + _lengths(history.rounds),
+        lesson=_lesson(history),
+        test=None if test is None else _test_lines(test["metrics"]),
+        test_round=None if test is None else test["round"],
+        export=_export(records.run, store_url),
+        heads=[(m.round, m.artifacts["policy"]["sha256"]) for m in history.lineage],
+        chain=[(m.round, m.parent_sha256) for m in history.rounds],
+        config_sha256=configs[-1].config_sha256,
+        changed=differences(configs[0].config, configs[-1].config),
+        config=_settings(configs[-1]),
+        rerun=_rerun(records, history, stop_reason),
+    )
+
+
+def _row(manifest: RoundManifest, best: RoundManifest | None) -> dict[str, Any]:
+    m = manifest.metrics
+    accuracy = m.get("heldout/rewards/accuracies")
+    return {
+        "round": manifest.round,
+        "page": _page(manifest),
+        "best": best is not None and manifest.round == best.round,
+        "decision": manifest.decision,
+        "reason": manifest.reason,
+        "stop_reason": manifest.stop_reason,
+        "human": manifest.pairs["human"],
+        "generated": manifest.pairs["generated"],
+        "share": manifest.generated_share,
+        "target": manifest.target_share,
+        "accuracy": accuracy,
+        "few": words.too_few(accuracy) and "too few" not in manifest.reason,
+        "change": m.get("heldout/accuracy_change"),
+        "trained": m.get("trained/margin"),
+        "heldout": m.get("heldout/margin"),
+        "kl": m.get("samples/kl_reference"),
+        "answer_tokens": m.get("samples/tokens"),
+        "preferred_longer": m.get("heldout/preferred_longer"),
+        "alarm": m.get("alarm"),
+        "tokens": m.get("tokens"),
+        "seconds": m.get("seconds"),
+    }
+
+
+def _state_words(records: RunStore, config: SeraConfig, stop_reason: str | None) -> str:
+    done = words.plural(records.history().next_round, "round")
+    if stop_reason is not None:
+        said = f"Stopped after {done} ({stop_reason}): {words.STOPS.get(stop_reason, stop_reason)}."
+        return said + _budget_words(records, stop_reason)
+    waiting = records.waiting()
+    if waiting is not None:
+        until = f"until {waiting['until']}: `sera review {records.run}`"
+        return f"Waiting for a person to decide on round {waiting['round']}, {until}."
+    return f"Open: {done} of at most {config.limits.rounds} finished; run the experiment again to go on."
+
+
+def _budget_words(records: RunStore, stop_reason: str) -> str:
+    if stop_reason != "budget":
+        return ""
+    stop = read_record(records.store, f"{records.path}/stop-{len(records.configs()) - 1:03d}.json")
+    return "" if stop is None else f" {stop['after']}."
+
+
+def _best_words(best: RoundManifest | None) -> str:
+    if best is None:
+        return "No round was promoted, so there is no best round."
+    accuracy = best.metrics["heldout/rewards/accuracies"]
+    return (
+        f"Round {best.round} is the best: of the promoted rounds it has the largest held-out reward "
+        f"accuracy, {words.interval(accuracy)} on {words.plural(accuracy['n'], 'pair')} (a tie goes to the "
+        "earlier round)."
+    )
+
+
+def _overlap_words(history: History) -> str:
+    """Which promoted rounds the evidence cannot tell from the best one."""
+    best = history.best
+    if best is None:
+        return ""
+    low = best.metrics["heldout/rewards/accuracies"]["low"]
+    near = [
+        str(m.round)
+        for m in history.promoted
+        if m is not best
+        and low is not None
+        and (high := m.metrics["heldout/rewards/accuracies"]["high"]) is not None
+        and high >= low
+    ]
+    if not near:
+        return ""
+    others = f"round{'s' if len(near) > 1 else ''} {', '.join(near)}"
+    return f"Its interval overlaps with that of {others}, so the order between them may be chance."
+
+
+def _series(rounds: Sequence[RoundManifest], key: str, name: str, style: str) -> list[Series]:
+    rates = [(m.round, m.metrics.get(key)) for m in rounds]
+    points = [
+        Point(number, rate["value"], rate["low"], rate["high"])
+        for number, rate in rates
+        if rate and rate["value"] is not None
+    ]
+    return [Series(name, style, points)] if points else []
+
+
+def trends(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
+    """(plot, caption) of held-out accuracy and mean margins over the rounds, what was measured of it."""
+    margins = _series(rounds, "trained/margin", "trained pairs", "b") + _series(
+        rounds, "heldout/margin", "held-out pairs", "a"
+    )
+    wanted = [
+        (
+            lines(
+                _series(rounds, "heldout/rewards/accuracies", "held-out accuracy", "a"),
+                "round",
+                "accuracy",
+                0.5,
+            ),
+            "Held-out reward accuracy; 0.5 is a coin.",
+        ),
+        (
+            lines(margins, "round", "mean margin", 0.0),
+            "Mean margin in nats of the human pairs trained on and of held-out pairs.",
+        ),
+    ]
+    return [(plot, caption) for plot, caption in wanted if plot is not None]
+
+
+def _lengths(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
+    """(plot, caption) of how length moves over the rounds."""
+    wanted = [
+        (
+            lines(_series(rounds, "samples/tokens", "tokens of an answer", "c"), "round", "length"),
+            "Mean length of sampled answers to held-out prompts.",
+        ),
+        (
+            lines(
+                _series(rounds, "heldout/preferred_longer", "policy prefers the longer", "a")
+                + _series(rounds, "heldout/chosen_longer", "chosen is the longer", "c"),
+                "round",
+                "share of longer answers",
+                0.5,
+            ),
+            "Held-out pairs: how often the policy prefers the longer answer, beside how often people did.",
+        ),
+    ]
+    return [(plot, caption) for plot, caption in wanted if plot is not None]
+
+
+def _lesson(history: History) -> list[str]:
+    """Whether margins grew from the first to the last head without accuracy."""
+    heads = history.lineage
+    if len(heads) < 2:
+        return []
+    first, last = heads[0].metrics, heads[-1].metrics
+    margin = [m["heldout/margin"]["value"] for m in (first, last)]
+    accuracy = [m["heldout/rewards/accuracies"] for m in (first, last)]
+    if None in margin or None in (accuracy[0]["value"], accuracy[1]["low"]) or not margin[1] > margin[0]:
+        return []
+    said = f"From round {heads[0].round} to {heads[-1].round} the mean held-out margin grew from "
+    said += f"{words.number(margin[0])} to {words.number(margin[1])} nats"
+    if words.too_few(accuracy[1]):
+        return [f"{said}; {accuracy[1]['n']} held-out pairs are too few pairs to tell whether accuracy grew."]
+    if accuracy[1]["low"] > accuracy[0]["value"]:
+        return [f"{said}, and held-out accuracy grew with it."]
+    return [
+        f"{said}, while held-out accuracy went from {words.number(accuracy[0]['value'])} to "
+        f"{words.interval(accuracy[1])}: growing margins are not growing accuracy."
+    ]
+
+
+def _test_lines(metrics: dict[str, Any]) -> list[Line]:
+    made = [rate_line(name, metrics[key], digits) for name, key, digits in TEST_RATES if metrics.get(key)]
+    by_length = metrics.get("test/accuracy_by_length") or {}
+    for key, name in (("chosen_longer", "longer"), ("chosen_shorter", "shorter")):
+        if key in by_length:
+            made.append(rate_line(f"accuracy where the better answer is {name}", by_length[key]))
+    return made
+
+
+def _export(run: str, store_url: str) -> str:
+    store = "" if store_url == DEFAULT_STORE else f" --store {shlex.quote(store_url)}"
+    return f"sera export {run} --to policy{store}"
+
+
+def _settings(record: RunRecord) -> list[tuple[str, str]]:
+    return [
+        (key, json.dumps(value, ensure_ascii=False)) for key, value in sorted(flatten(record.config).items())
+    ]
+
+
+def _rerun(records: RunStore, history: History, stop_reason: str | None) -> str:
+    """What the same experiment again would compute: what the store holds is not done twice."""
+    used = {ref.key: ref for manifest in history.rounds for ref in manifest.used}
+    missing = [ref.step for ref in used.values() if _lost(records, ref)]
+    said = "The same experiment under this name recomputes no finished round: the manifests above stand."
+    if stop_reason is None:
+        said += f" It goes on with round {history.next_round}."
+    held = len(used) - len(missing)
+    steps = words.plural(len(used), "step")
+    said += f" Under another name it would find {held:,} of these rounds' {steps} in the store"
+    if not missing:
+        return f"{said} and recompute none of them."
+    return f"{said} and redo the others ({', '.join(sorted(set(missing)))}), and whatever rests on them."
+
+
+def _lost(records: RunStore, ref: Any) -> bool:
+    record = find_record(records.store, ref.step, ref.key)
+    return record is None or record.digest != ref.digest

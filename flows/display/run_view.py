@@ -1,0 +1,106 @@
+"""Reading a run for people and programs: the JSON of `sera show`, and whether its rounds helped."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sera_core.artifacts.manifest import Artifact, find_record
+from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.store import Store
+from sera_core.errors import InputError
+from sera_core.method.diagnostics import correctness
+from sera_core.method.reviewers import prompt_groups
+from sera_core.method.win_rates import Rate, bootstrap_difference
+
+
+def run_records(store: Store, run: str) -> RunStore:
+    """The records of a run that exists.
+
+    Raises:
+        InputError: there is no such run.
+    """
+    records = RunStore(store, run)
+    if not records.configs():
+        raise InputError(
+            f"run {run!r}: not in the store {store.url}; `sera list --store {store.url}` names the runs there"
+        )
+    return records
+
+
+def show(records: RunStore) -> dict[str, Any]:
+    """The run as `sera show --json` gives it."""
+    history = records.history()
+    return {
+        "run": records.run,
+        "config_sha256": records.configs()[-1].config_sha256,
+        "stop_reason": records.stop_reason(),
+        "waiting": records.waiting(),
+        "head": history.head.round if history.head else None,
+        "best_round": history.best.round if history.best else None,
+        "rounds": [_round(records, manifest) for manifest in history.rounds],
+    }
+
+
+def _round(records: RunStore, manifest: RoundManifest) -> dict[str, Any]:
+    names = ("round", "decision", "reason", "pairs", "target_share", "generated_share", "metrics")
+    artifacts = {
+        role: {
+            "uri": uri_of(records.store, place),
+            **{name: place[name] for name in ("sha256", "bytes", "rows")},
+        }
+        for role, place in manifest.artifacts.items()
+    }
+    return {**{name: getattr(manifest, name) for name in names}, "artifacts": artifacts}
+
+
+def uri_of(store: Store, place: dict[str, Any]) -> str:
+    """Where an artifact of a manifest lies: a file, or a folder of files."""
+    record = find_record(store, place["step"], place["key"])
+    if record is None:
+        return f"{store.url}/steps/{place['step']}/{place['key']}"
+    path = place["path"]
+    name = next(name for name in record.files if name.startswith(path))
+    return f"{store.url}/steps/{place['step']}/{place['key']}/{record.files[name].attempt}/{path}".rstrip("/")
+
+
+def against_round_0(records: RunStore) -> Rate | None:
+    """Change of held-out accuracy from round 0 to the head, on the same pairs; None without a later head.
+
+    Each round is judged against the head before it; a slow slide shows only here.
+    """
+    head = records.history().head
+    return None if head is None else since_round_0(records, head)
+
+
+def since_round_0(records: RunStore, manifest: RoundManifest) -> Rate | None:
+    """Change of held-out accuracy from round 0 to a later round, on the same pairs; None for round 0."""
+    if manifest.round == 0 or "evidence" not in manifest.steps:
+        return None
+    now, then = (_margins(records.store, r) for r in (manifest, records.rounds()[0]))
+    both = np.isfinite(now) & np.isfinite(then)
+    groups = _heldout_groups(records.store, manifest)[both]
+    return bootstrap_difference(correctness(now[both]), correctness(then[both]), seed=0, groups=groups)
+
+
+def verdict_words(change: Rate | None) -> str | None:
+    """What the self-reviewed rounds did, in one honest sentence."""
+    if change is None:
+        return None
+    said = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] on {change.n} held-out pairs"
+    if change.low > 0:
+        return f"The reviewed rounds helped: accuracy of the head against round 0 {said}."
+    if change.high < 0:
+        return f"The reviewed rounds did harm: accuracy of the head against round 0 {said}."
+    return f"No evidence that the reviewed rounds helped: accuracy of the head against round 0 {said}."
+
+
+def _heldout_groups(store: Store, manifest: RoundManifest) -> np.ndarray:
+    evidence, pairs = (Artifact(store, manifest.steps[role]) for role in ("evidence", "pairs"))
+    ids = pq.read_table(evidence.path("heldout.parquet"), columns=["pair_id"])["pair_id"].to_pylist()
+    return prompt_groups(pairs.path("heldout.parquet"), ids)
+
+
+def _margins(store: Store, manifest: RoundManifest) -> np.ndarray:
+    evidence = Artifact(store, manifest.steps["evidence"])
+    return pq.read_table(evidence.path("heldout.parquet"), columns=["margin"])["margin"].to_numpy()

@@ -1,1 +1,0 @@
-"""Handing a policy on: where it comes from, its card, the hub."""

@@ -1,0 +1,166 @@
+"""The card beside an exported policy: what it is, what made it, whether the method helped. No Prefect.
+
+It is written for people who were not there, so it holds no path of the machine, and says plainly where the
+evidence does not show that the rounds helped.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from flows.display.markdown import escape, table
+from flows.display.round_card import with_interval
+from flows.display.run_view import since_round_0
+from flows.exports.lineage import Lineage
+from flows.running.open_run import test_record
+from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.guards.shown import shown_line
+from sera_core.reporting import words
+
+ROUND_METRICS = ("heldout/rewards/accuracies", "heldout/accuracy_change", "samples/kl_reference")
+LIMITS = (
+    "Held-out accuracy is the share of held-out pairs that the policy's own implicit reward ranks as their "
+    "labels do. It is no human judgement of its answers, and says nothing about safety or facts.",
+    "What is wrong or one-sided in the preference data may be in the policy too; self-review can make it "
+    "stronger.",
+)
+
+
+def model_card(records: RunStore, manifest: RoundManifest, chain: Lineage) -> str:
+    """README.md of an exported policy."""
+    parts = [
+        _front_matter(chain),
+        f"# {escape(records.run)}, round {manifest.round}",
+        "A policy aligned by self-review (SeRA, self-reviewing and alignment): direct alignment on "
+        "preference pairs that the policy itself reviewed, and on pairs of its own answers. Made with "
+        "sera-flow "
+        f"{_code(chain.code[-1].version)}.",
+        "## Did it help?",
+        "\n".join(f"* {line}" for line in _verdict(records, manifest)),
+        "## Rounds",
+        _rounds(records, manifest),
+        "Values are with their 95 % intervals and the number of pairs or answers they rest on. KL is to the "
+        "start policy, in nats an answer.",
+        "## What it was made from",
+        "\n".join(f"* {line}" for line in _sources(chain)),
+        "## How",
+        table(["setting", "value"], _settings(records)),
+        "## Use",
+        _use(),
+        "## Limits",
+        "\n".join(f"* {line}" for line in LIMITS),
+        "## Licence",
+        "Not stated here: it follows from the licences of the start policy and of the data, which whoever "
+        "publishes this policy has to check and to name in the metadata above (`license:`).",
+        "## Provenance",
+        "\n".join(f"* {line}" for line in _provenance(chain)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(chain: Lineage) -> str:
+    """Metadata as the hub reads it. JSON strings are YAML strings, whatever a name holds."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if chain.start.is_on_hub:
+        lines += [f"base_model: {json.dumps(chain.start.name)}", "base_model_relation: finetune"]
+    hub = sorted({s.name.removeprefix("hub:").split("@")[0] for s in chain.data if s.is_on_hub})
+    lines += ["datasets:", *(f"  - {json.dumps(name)}" for name in hub)] if hub else []
+    return "\n".join([*lines, "tags:", "  - sera-flow", "  - sera", "  - preference-optimization", "---"])
+
+
+def _verdict(records: RunStore, manifest: RoundManifest) -> Iterator[str]:
+    """What the evidence says of this round, good or bad."""
+    accuracy = with_interval(manifest.metrics.get("heldout/rewards/accuracies"))
+    yield f"Decision: **{manifest.decision}**. {escape(manifest.reason)}."
+    yield f"Held-out accuracy: {accuracy}."
+    change = since_round_0(records, manifest)
+    if change is None:
+        yield "This is round 0: plain direct alignment on the given pairs, before any self-review."
+    else:
+        yield _since(asdict(change))
+    final = test_record(records)
+    if final is not None and final["round"] == manifest.round:
+        test = with_interval(final["metrics"].get("test/rewards/accuracies"))
+        yield f"Accuracy on the test side, which decided nothing: {test}."
+    alarm: str | None = manifest.metrics.get("alarm")
+    if alarm is not None:
+        yield f"Does it favour length? {escape(words.ALARMS.get(alarm, alarm))}"
+
+
+def _since(change: words.Rate) -> str:
+    said = f"{words.interval(change, signed=True)} on the same {change['n']:,} held-out pairs"
+    if not (words.finite(change["low"]) and words.finite(change["high"])):
+        return "Against round 0 (the same training without self-review) it could not be compared."
+    if change["low"] > 0:
+        return f"Against round 0 (before any self-review) accuracy rose: {said}."
+    if change["high"] < 0:
+        return f"**The self-reviewed rounds did harm**: accuracy against round 0 {said}."
+    few = " There are too few pairs to tell." if words.too_few(change) else ""
+    return f"**No evidence that the self-reviewed rounds helped**: accuracy against round 0 {said}.{few}"
+
+
+def _rounds(records: RunStore, manifest: RoundManifest) -> str:
+    rows = []
+    for r in records.rounds()[: manifest.round + 1]:
+        shown = [with_interval(r.metrics.get(name)) for name in ROUND_METRICS]
+        pairs = [f"{r.pairs['human']:,}", f"{r.pairs['generated']:,}"]
+        rows.append([str(r.round), r.decision, *pairs, *shown])
+    header = ["round", "decision", "human pairs", "generated pairs", "held-out accuracy"]
+    return table([*header, "its change since the head before", "KL"], rows)
+
+
+def _sources(chain: Lineage) -> Iterator[str]:
+    yield f"start policy: {_code(chain.start.name)}, digest {_code(chain.start.digest)}"
+    for source in chain.data:
+        share = "" if source.weight == 1.0 else f", weight {source.weight:g}"
+        yield f"{source.side} data: {_code(source.name)}{share}, digest {_code(source.digest)}"
+
+
+def _settings(records: RunStore) -> list[list[str]]:
+    config = records.configs()[0].settings
+    train = config.train
+    rows = [
+        ("losses", ", ".join(train.losses)),
+        ("β", f"{train.beta:g}"),
+        ("method", f"LoRA, rank {train.lora_rank}" if train.method == "lora" else "all weights"),
+        ("learning rate", f"{config.learning_rate:g}"),
+        ("batch, epochs a round", f"{train.batch}, {train.epochs}"),
+        ("arithmetic", config.model.dtype),
+        ("review", f"score {config.score}, ensemble {config.review.ensemble}"),
+        ("selection", f"{config.select.rule} ({config.select.fraction:g})"),
+        ("sampling", f"{config.sampling.engine}, temperature {config.sampling.temperature:g}"),
+        ("seed", str(config.seed)),
+    ]
+    return [list(row) for row in rows]
+
+
+def _use() -> str:
+    return "\n".join(
+        [
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'folder = "."  # or the name of this repository',
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            "policy = AutoModelForCausalLM.from_pretrained(folder)",
+            "```",
+        ]
+    )
+
+
+def _provenance(chain: Lineage) -> Iterator[str]:
+    yield (
+        "`lineage.json`, beside this card, names every step from the data and the start policy to these "
+        "weights: settings, inputs, sha256 of every file, code, environment and seed"
+    )
+    yield f"policy: {_code(chain.policy.sha256)}; its weights: {_code(chain.policy.weights)}"
+    yield f"configuration: {_code(chain.config_sha256)}"
+    for code in chain.code:
+        yield f"code: sera-flow {_code(code.version)}, source files {_code(code.digest or 'not recorded')}"
+
+
+def _code(text: str) -> str:
+    """Text in a code span that it cannot leave."""
+    plain = re.sub(r"[`\s]+", " ", shown_line(text))
+    return f"`{plain}`"

@@ -1,1 +1,0 @@
-"""Keeping a store: verified, compared, and rid of what nothing refers to."""

@@ -1,0 +1,267 @@
+"""What a Prefect server needs to drive runs: pool, limit, variable, automations, deployments. Repeatable.
+
+deploy(store="s3://bucket/runs")
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import yaml
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import (
+    GlobalConcurrencyLimitCreate,
+    VariableCreate,
+    VariableUpdate,
+    WorkPoolCreate,
+    WorkPoolUpdate,
+)
+from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.events.schemas.automations import AutomationCore
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+from prefect.utilities.asyncutils import run_coro_as_sync
+from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
+
+from flows.orchestration.authentication import NO_PASSWORD, asks_for_no_password
+from flows.orchestration.configured_server import check_server
+from flows.orchestration.limits import DEVICE_LIMIT
+from sera_core.data.sources import bundled_file
+from sera_core.errors import InputError, SeraError
+
+POOL = "sera"
+STORE_VARIABLE = "sera_store"
+NOTIFY_BLOCK = "sera-notify"
+CREDENTIALS_BLOCK = "sera-store"
+"""A Secret block of earlier versions: environment variables of the object store, as one JSON object."""
+_REFERENCE = f"prefect.blocks.secret.{CREDENTIALS_BLOCK}."
+
+
+def deploy(
+    pool_type: str = "process",
+    store: str | None = None,
+    notify: str | None = None,
+) -> dict[str, dict[str, str]]:
+    """Make what is missing, change what differs, leave the rest; ids (of variables: values) by kind and name.
+
+    Args:
+        pool_type: Type of a work pool made now; a pool that is there keeps its own.
+        store: Folder or URL that flow runs use by default. None: the one the server has, else ./sera-store.
+        notify: URL that is told when a run stops or its alarm is raised, by POST of a JSON `text`.
+
+    Raises:
+        InputError: no server answers, or the pool's type is unknown.
+    """
+    with _client() as client:
+        made = {
+            "work_pools": {POOL: str(_work_pool(client, pool_type))},
+            "limits": {DEVICE_LIMIT: str(_device_limit(client))},
+            "variables": {STORE_VARIABLE: _store_variable(client, store)},
+            "automations": _automations(client, notify),
+        }
+        made["deployments"] = _deployments(client)
+    return made
+
+
+@contextmanager
+def _client() -> Iterator[SyncPrefectClient]:
+    url = get_current_settings().api.url
+    if url is None:
+        raise InputError("no Prefect server is named: set PREFECT_API_URL, or start one with `sera up`")
+    check_server(url)
+    with get_client(sync_client=True) as client:
+        if (problem := client.api_healthcheck()) is not None:
+            raise InputError(
+                f"PREFECT_API_URL={url}: no Prefect server answers there ({problem}); `sera up` starts one"
+            )
+        yield client
+
+
+def warnings() -> list[str]:
+    """What makes the server of PREFECT_API_URL unsafe, one line each, with the remedy."""
+    with _client() as client:
+        found = []
+        if asks_for_no_password(str(get_current_settings().api.url)):
+            found.append(NO_PASSWORD)
+        if _credentials_are_kept(client):
+            found.append(
+                f"the block {CREDENTIALS_BLOCK} of an earlier version hands the store's credentials to "
+                "whoever may use this server: set them in the worker's environment, then "
+                f"`prefect block delete secret/{CREDENTIALS_BLOCK}` and `sera deploy`"
+            )
+        return found
+
+
+def _credentials_are_kept(client: SyncPrefectClient) -> bool:
+    try:
+        client.read_block_document_by_name(CREDENTIALS_BLOCK, "secret", include_secrets=False)
+    except ObjectNotFound:
+        return False
+    return True
+
+
+def _work_pool(client: SyncPrefectClient, pool_type: str) -> UUID:
+    """The pool, whose jobs take the store from the server's variable each time one starts."""
+    try:
+        pool = client.read_work_pool(POOL)
+    except ObjectNotFound:
+        template = run_coro_as_sync(get_default_base_job_template_for_infrastructure_type(pool_type))
+        if template is None:
+            raise InputError(
+                f"--pool-type {pool_type}: this installation of Prefect does not know it; `prefect work-pool "
+                "create --help` says more, and a pool named sera made by hand is used as it is"
+            ) from None
+        template = _closed(template, keep_references=False)
+        return client.create_work_pool(
+            WorkPoolCreate(name=POOL, type=pool_type, base_job_template=template)
+        ).id
+    template = _closed(pool.base_job_template, keep_references=_credentials_are_kept(client))
+    if template != pool.base_job_template:
+        client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
+    return pool.id
+
+
+def _closed(template: dict[str, Any], keep_references: bool) -> dict[str, Any]:
+    """The job template with our defaults, and without a command that a flow run could bring along.
+
+    Args:
+        template: What the pool's jobs are made from.
+        keep_references: Whether variables taken from the block of an earlier version stay.
+    """
+    properties = dict(template["variables"]["properties"])
+    configuration = template["job_configuration"]
+    if "command" in properties:
+        configuration = _with_command(configuration, properties.pop("command").get("default"))
+    env = {
+        "SERA_STORE": f"{{{{ prefect.variables.{STORE_VARIABLE} }}}}",
+        **(properties["env"].get("default") or {}),
+    }
+    if not keep_references:
+        env = {name: value for name, value in env.items() if _REFERENCE not in str(value)}
+    properties = {**properties, "env": {**properties["env"], "default": env}}
+    if "working_dir" in properties and not properties["working_dir"].get("default"):
+        # Without one each flow run gets a temporary folder, deleted under the feet of a run resumed at once.
+        properties["working_dir"] = {**properties["working_dir"], "default": "/"}
+    variables = {**template["variables"], "properties": properties}
+    return {**template, "job_configuration": configuration, "variables": variables}
+
+
+def _with_command(template: Any, command: str | None) -> Any:
+    """A part of a job template with a command (None: the one Prefect makes) in place of the variable."""
+    if isinstance(template, list):
+        return [_with_command(part, command) for part in template]
+    if not isinstance(template, dict):
+        return template
+    given = {key: command if part == "{{ command }}" else part for key, part in template.items()}
+    return {key: _with_command(part, command) for key, part in given.items() if part is not None}
+
+
+def _device_limit(client: SyncPrefectClient) -> UUID:
+    """One step at a time on the device; a limit somebody raised stays raised."""
+    try:
+        return client.read_global_concurrency_limit_by_name(DEVICE_LIMIT).id
+    except ObjectNotFound:
+        return client.create_global_concurrency_limit(
+            GlobalConcurrencyLimitCreate(name=DEVICE_LIMIT, limit=1)
+        )
+
+
+def _store_variable(client: SyncPrefectClient, store: str | None) -> str:
+    """Set the variable where a store is named or none is set; its value now."""
+    variable = client.read_variable_by_name(STORE_VARIABLE)
+    if variable is not None and store is None:
+        return str(variable.value)
+    url = absolute_store(store or "./sera-store")
+    if variable is None:
+        client.create_variable(VariableCreate(name=STORE_VARIABLE, value=url))
+    elif variable.value != url:
+        client.update_variable(VariableUpdate(name=STORE_VARIABLE, value=url))
+    return url
+
+
+def absolute_store(store: str) -> str:
+    """The store as it can be named from any folder."""
+    return store if "://" in store else str(Path(store).expanduser().absolute())
+
+
+def _automations(client: SyncPrefectClient, notify: str | None) -> dict[str, str]:
+    """The automations of automations.yaml, by name; whether one is switched on is left as it is."""
+    block = None if notify is None else _notification_block(notify)
+    made = {}
+    for entry in yaml.safe_load(bundled_file("", "automations.yaml").read_text())["automations"]:
+        for action in entry["actions"]:
+            if action.get("block_document_id") == "{{ notify }}":
+                action["block_document_id"] = block
+        existing = client.read_automations_by_name(entry["name"])
+        if None not in (action.get("block_document_id", "") for action in entry["actions"]):
+            made[entry["name"]] = str(_automation(client, AutomationCore.model_validate(entry), existing))
+        elif existing:  # made with --notify before
+            made[entry["name"]] = str(existing[0].id)
+    return made
+
+
+def _automation(client: SyncPrefectClient, wanted: AutomationCore, existing: list[Any]) -> UUID:
+    if not existing:
+        return client.create_automation(wanted)
+    found = existing[0]
+    wanted.enabled = found.enabled
+    if AutomationCore.model_validate(found.model_dump()) != wanted:
+        client.update_automation(found.id, wanted)
+    return found.id
+
+
+def _notification_block(url: str) -> UUID:
+    """Posts a JSON `text`, which chat programs take; the URL is kept as a secret, since it often is one."""
+    block = CustomWebhookNotificationBlock(
+        name="sera",
+        url="{{url}}",
+        json_data={"text": "{{subject}}\n{{body}}"},
+        headers=None,
+        cookies=None,
+        secrets={"url": url},  # pyright: ignore[reportArgumentType]
+    )
+    saved = block.save(NOTIFY_BLOCK, overwrite=True)
+    assert isinstance(saved, UUID)
+    return saved
+
+
+def _deployments(client: SyncPrefectClient) -> dict[str, str]:
+    """The deployments of prefect.yaml, with schedules switched on and off as they were."""
+    file = bundled_file("", "prefect.yaml")
+    entrypoints = {entry["entrypoint"] for entry in yaml.safe_load(file.read_text())["deployments"]}
+    before = {
+        (deployment.id, schedule.slug): schedule.active
+        for deployment in _deployed(client, entrypoints)
+        for schedule in deployment.schedules
+    }
+    _prefect_deploy(file)
+    made = {}
+    for deployment in _deployed(client, entrypoints):
+        made[deployment.name] = str(deployment.id)
+        for schedule in deployment.schedules:
+            was_active = before.get((deployment.id, schedule.slug), schedule.active)
+            if was_active != schedule.active:
+                client.update_deployment_schedule(deployment.id, schedule.id, active=was_active)
+    return made
+
+
+def _deployed(client: SyncPrefectClient, entrypoints: set[str]) -> list[DeploymentResponse]:
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+    found = client.read_deployments(work_pool_filter=pool)
+    return [deployment for deployment in found if deployment.entrypoint in entrypoints]
+
+
+def _prefect_deploy(file: Path) -> None:
+    """Prefect's own command does it; -P: a folder `flows` where the command was given is not ours."""
+    command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(
+        [*command, "--prefect-file", str(file)], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise SeraError(f"`prefect deploy` of {file} failed:\n{(done.stdout + done.stderr)[-3000:]}")

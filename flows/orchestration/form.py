@@ -1,0 +1,277 @@
+"""Prefect's form: the few settings a run is started with in the browser, made from SeraConfig's own fields.
+
+A field left empty takes the preset's value; what the form does not show is given in `overrides`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    TypeAdapter,
+    WithJsonSchema,
+    create_model,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+
+from flows.experiments import load_settings, merged, parse_config, without_idle
+from sera_core.config import SeraConfig
+from sera_core.errors import InputError
+from sera_core.guards.urls import CLEAN_PATTERN, refuse_secrets
+
+Preset = Literal["quick", "demo", "full"]
+
+SHOWN = {
+    "model": ("dtype",),
+    "review": ("gamma", "show_text"),
+    "select": ("rule", "fraction"),
+    "sampling": ("responses", "temperature", "max_tokens"),
+    "mix": ("shares",),
+    "train": ("losses", "method", "beta", "learning_rate"),
+    "decide": ("review", "review_hours"),
+    "limits": ("rounds",),
+}
+"""Settings in the form, by section; with the named ones below at most 25."""
+
+_BOUNDS = {
+    "minimum": "at least {}",
+    "exclusiveMinimum": "above {}",
+    "maximum": "at most {}",
+    "exclusiveMaximum": "below {}",
+}
+
+_EMPTY = re.compile(r"[.;] [Ee]mpty: .*(?=\.$)")
+"""What an empty setting means in a file; in the form it means the preset's."""
+
+
+def _in_order(schema: dict[str, Any]) -> None:
+    """The form shows fields by position: Postgres keeps a JSON object's keys in an order of its own."""
+    for position, field in enumerate(schema.get("properties", {}).values()):
+        field["position"] = position
+
+
+class FormPart(BaseModel):
+    """A section of the form: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,
+        json_schema_extra=_in_order,
+    )
+
+
+class TransformersEngine(FormPart):
+    """Samples with transformers: no further package, CPU or GPU."""
+
+    model_config = ConfigDict(title="transformers")
+
+    engine: Literal["transformers"] = "transformers"
+    """The engine's name."""
+    batch: Annotated[int, Field(ge=1)] = 32
+    """Responses sampled at once; changes no result (at least 1)."""
+
+    def settings(self) -> dict[str, Any]:
+        """What this choice says in SeraConfig."""
+        return {"sampling": {"engine": self.engine}, "execution": {"sampling_batch": self.batch}}
+
+
+class VllmEngine(FormPart):
+    """Samples with vLLM, which the worker must have installed."""
+
+    model_config = ConfigDict(title="vllm")
+
+    engine: Literal["vllm"]
+    """The engine's name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of sampling; where it differs from the model's, samples are scored again."""
+
+    def settings(self) -> dict[str, Any]:
+        """What this choice says in SeraConfig."""
+        return {"sampling": {"engine": self.engine, "dtype": self.dtype}}
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    """An empty field is left out of the request, so the form must not send null for it."""
+    schema.pop("default", None)
+
+
+def _optional(field: FieldInfo) -> tuple[Any, Any]:
+    """A setting of SeraConfig as a form field that may stay empty; its range in words."""
+    if field.annotation is bool:  # a switch has no empty place
+        return bool, Field(default=field.default, description=" ".join((field.description or "").split()))
+    schema = TypeAdapter(field.rebuild_annotation()).json_schema()
+    if "anyOf" in schema:
+        schema = next(kind for kind in schema["anyOf"] if kind.get("type") != "null")
+    words = [text.format(schema[bound]) for bound, text in _BOUNDS.items() if bound in schema]
+    text = _EMPTY.sub("", " ".join((field.description or "").split()))
+    text += f" Range: {', '.join(words)}." if any(word not in text for word in words) else ""
+    kind = Annotated[field.annotation | None, WithJsonSchema(schema)]
+    return kind, Field(
+        default=None, description=f"{text} Empty: the preset's.", json_schema_extra=_without_default
+    )
+
+
+def _section(name: str, **named: Any) -> type[FormPart]:
+    """A section of the form with SeraConfig's help texts."""
+    part = SeraConfig.model_fields[name].annotation
+    assert isinstance(part, type) and issubclass(part, BaseModel)
+    fields: dict[str, Any] = {key: _optional(part.model_fields[key]) for key in SHOWN.get(name, ())}
+    doc = " ".join((part.__doc__ or "").split())
+    return create_model(f"{name.capitalize()}Section", __base__=FormPart, __doc__=doc, **named, **fields)
+
+
+_CLEAN: dict[str, Any] = {"pattern": CLEAN_PATTERN}
+"""In the schema alone, by which the server refuses a URL with credentials before it stores it."""
+
+
+def _clean(depth: int) -> dict[str, Any]:
+    """A schema of values in which no text down to this depth is a URL with credentials."""
+    inner = {"items": _clean(depth - 1), "additionalProperties": _clean(depth - 1)} if depth else {}
+    return {**_CLEAN, **inner}
+
+
+def _clean_optional(schema: dict[str, Any]) -> None:
+    _without_default(schema)
+    schema.update(_CLEAN)
+
+
+_SOURCE = (
+    str,
+    Field(
+        description="Hub id, absolute folder, URL, or `package:<distribution>/<file>.gguf`.",
+        json_schema_extra=_CLEAN,
+    ),
+)
+_TRAIN = (
+    str,
+    Field(
+        description="Preference pairs: absolute path or URL of a jsonl, json, csv or parquet file, "
+        "`hub:<id>`, or `bundled:<name>`.",
+        json_schema_extra=_CLEAN,
+    ),
+)
+_HELDOUT = (
+    Annotated[str | None, WithJsonSchema({"type": "string"})],
+    Field(
+        default=None,
+        description="Held-out pairs, named likewise. Empty: split off the train pairs.",
+        json_schema_extra=_clean_optional,
+    ),
+)
+_ENGINE = (
+    TransformersEngine | VllmEngine,
+    Field(default_factory=TransformersEngine, description="What samples the responses."),
+)
+
+
+def _filled(name: str, **named: Any) -> tuple[Any, Any]:
+    section = _section(name, **named)
+    return section, Field(default_factory=section, description=section.__doc__)
+
+
+_NAMED: dict[str, dict[str, Any]] = {"sampling": {"engine": _ENGINE}}
+"""Fields that are not SeraConfig's own."""
+
+_SECTIONS: dict[str, Any] = {
+    "model": (_section("model", source=_SOURCE), Field(description="The start policy.")),
+    "data": (_section("data", train=_TRAIN, heldout=_HELDOUT), Field(description="The preference pairs.")),
+    "preset": (
+        Preset,
+        Field(
+            default="demo",
+            description="Where empty fields come from: quick (a minute on two cores), demo (ten minutes; at "
+            "most 64 train pairs), full (the method's defaults; all pairs, long answers: a GPU's work).",
+        ),
+    ),
+    **{name: _filled(name, **_NAMED.get(name, {})) for name in SHOWN if name != "model"},
+    "overrides": (
+        dict[str, Any],
+        Field(
+            default_factory=dict,
+            description="Any other setting of the configuration, as JSON with its sections: "
+            '{"train": {"epochs": 2}}. It wins over the fields above.',
+            json_schema_extra={"additionalProperties": _clean(3)},  # data, train, first, path
+        ),
+    ),
+}
+
+RunForm: type[FormPart] = create_model(
+    "RunForm",
+    __base__=FormPart,
+    __doc__="A run: name a model and a data set; everything else has a value.",
+    **_SECTIONS,
+)
+"""What the browser shows and the API takes."""
+
+_PRESETS = {"quick": "bundled:demo-quick", "demo": "bundled:demo"}
+
+
+def config_of(given: Mapping[str, Any]) -> SeraConfig:
+    """The configuration a filled-in form asks for: preset, then fields, then overrides.
+
+    Raises:
+        InputError: a setting that is unknown or out of range, by name; a relative path.
+    """
+    form = RunForm.model_validate(given)
+    said = form.model_dump(mode="json", exclude_none=True, exclude={"preset", "overrides"})
+    if isinstance(losses := said["train"].get("losses"), str):
+        said["train"]["losses"] = [losses]
+    said["sampling"].pop("engine")
+    preset = getattr(form, "preset")  # noqa: B009 - the model is made at run time
+    base = load_settings(_PRESETS[preset]) if preset in _PRESETS else {}
+    base.pop("model", None)
+    base.get("data", {}).pop("train", None)
+    asked: dict[str, Any] = {}
+    for more in (form.sampling.engine.settings(), said, form.overrides):  # type: ignore[attr-defined]
+        base, asked = merged(base, more), merged(asked, more)
+    for side in ("train", "heldout", "test", "prompts"):
+        given_side = base["data"].get(side)
+        if isinstance(given_side, str):
+            base["data"][side] = [{"path": given_side}]
+        for source in base["data"].get(side, ()):
+            _check_absolute(source["path"] if isinstance(source, dict) else source, f"data.{side}")
+    return parse_config(without_idle(base, asked), "form")
+
+
+def _check_absolute(path: str, field: str) -> None:
+    refuse_secrets(path, field)
+    if ":" not in path and not path.startswith("/"):
+        raise InputError(
+            f"{field}: {path!r} is a relative path, which means nothing on a worker; "
+            "give an absolute path or a URL"
+        )
+
+
+class _Form:
+    """Marks a SeraConfig parameter whose form is RunForm."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Accept a SeraConfig as it is and a filled-in form as what it asks for; show the form's schema."""
+
+        def convert(value: Any) -> Any:
+            return config_of(value) if isinstance(value, Mapping) else value
+
+        return core_schema.no_info_before_validator_function(
+            convert, handler(source), json_schema_input_schema=handler.generate_schema(RunForm)
+        )
+
+
+FormConfig = Annotated[SeraConfig, _Form()]
+"""A SeraConfig that Prefect's form and API give as RunForm."""
+
+
+if (
+    __name__ == "__main__"
+):  # python -m flows.orchestration.form: the form's schema, as the snapshot test keeps it
+    import json
+    import sys
+
+    json.dump(TypeAdapter(FormConfig).json_schema(), sys.stdout, indent=1, ensure_ascii=False, sort_keys=True)
+    sys.stdout.write("\n")

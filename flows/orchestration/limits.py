@@ -1,0 +1,72 @@
+"""One flow run at a time: on a run, by its name; on a device, by the limit that stands for it.
+
+Prefect's limits only save work. Correctness rests on the store's create-only records.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from prefect import get_client
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists
+
+from flows.display.deployed import in_deployed_run
+from sera_core.config import ExecutionConfig
+from sera_core.errors import BusyError
+from sera_core.models.devices import device_of
+from tasks.step_functions import DEVICE_STEPS
+
+DEVICE_LIMIT = "sera-device"
+LEASE_SECONDS = 60
+"""A slot whose holder was killed frees itself after this long (Prefect's default is five minutes)."""
+WAIT_SECONDS = 120
+
+
+@contextmanager
+def hold_run(run: str, wait: float = WAIT_SECONDS) -> Iterator[None]:
+    """Be the only flow run of a deployment that works on this run.
+
+    Raises:
+        BusyError: another one does, and did not end while a killed one's slot would have freed itself.
+    """
+    if not in_deployed_run():  # a server of one's own, or a plain call: nobody else is there
+        yield
+        return
+    limit = f"sera-run-{run}"
+    make_limit(limit)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(
+                concurrency(
+                    limit,
+                    timeout_seconds=wait,
+                    lease_duration=LEASE_SECONDS,
+                    strict=True,
+                    raise_on_lease_renewal_failure=False,
+                )
+            )
+        except TimeoutError as error:
+            raise BusyError(
+                f"run {run!r}: another flow run works on it (Prefect limit {limit!r}, waited {wait:.0f} s); "
+                "it goes on by itself, or cancel it and trigger this one again"
+            ) from error
+        yield
+
+
+def make_limit(name: str) -> None:
+    """A limit of one slot. Two flow runs that make it in the same moment both find it made."""
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.upsert_global_concurrency_limit_by_name(name, 1)
+
+
+@contextmanager
+def hold_device(step: str, execution: ExecutionConfig) -> Iterator[None]:
+    """Hold a slot of the device's limit while a step uses it: an accelerator's always, a CPU's if named."""
+    limit = None
+    if step in DEVICE_STEPS and in_deployed_run():
+        limit = execution.limit or (DEVICE_LIMIT if device_of(execution.device) != "cpu" else None)
+    if limit is None:
+        yield
+        return
+    with concurrency(limit, lease_duration=LEASE_SECONDS, strict=True):
+        yield

@@ -1,0 +1,170 @@
+"""How many tokens, seconds and bytes a step will take: a guess, mended by what was measured."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sera_core.artifacts.manifest import Artifact, StepRecord, StepSpec, find_record
+from sera_core.artifacts.runs import RunStore
+from sera_core.artifacts.store import Store
+from sera_core.config import SeraConfig
+from sera_core.models.model_sources import resolve_source
+
+CHARACTERS_A_TOKEN = 4.2
+COST = {"logps": 1.0, "sample": 2.5, "train": 3.0}
+"""Work of one token against one forward pass, as measured on two CPU cores.
+
+Training is full fine-tuning; an adapter saves a third."""
+EFFICIENCY = 0.7
+"""Share of the matrix product's speed that a forward pass reaches."""
+SAMPLED_SHARE = 0.8
+"""Mean length of a sampled response as a share of its limit."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of the data: pairs by side, mean tokens of a prompt and of an answer, parameters of the model."""
+
+    train: int
+    heldout: int
+    test: int
+    prompt: float
+    answer: float
+    parameters: float | None
+
+
+def _length(message: dict[str, Any]) -> int:
+    return len(message["content"]) + len(message.get("reasoning_content") or "")
+
+
+def workload(config: SeraConfig, data: StepRecord, store: Store) -> Workload:
+    """Sizes from the data step's record, and its texts."""
+    table = pq.read_table(
+        Artifact(store, data.ref).path("train.parquet"), columns=["prompt", "chosen", "rejected"]
+    ).to_pylist()
+    prompt = [sum(map(_length, row["prompt"])) for row in table]
+    answer = [sum(map(_length, row["chosen"] + row["rejected"])) / 2 for row in table]
+    train, heldout, test = (data.counts.get(side, 0) for side in ("train", "heldout", "test"))
+    return Workload(train, heldout, test, _tokens(prompt), _tokens(answer), parameters_of(config))
+
+
+def _tokens(characters: Sequence[float]) -> float:
+    return float(np.mean(characters)) / CHARACTERS_A_TOKEN + 10 if characters else 0.0
+
+
+def parameters_of(config: SeraConfig) -> float | None:
+    """Parameters of the model, from its files; None for a model that is not on this machine."""
+    source = resolve_source(config.model.source, config.model.revision)
+    if source.kind == "package":
+        from gguf import GGUFReader
+
+        return float(sum(int(np.prod(tensor.shape)) for tensor in GGUFReader(source.location).tensors))
+    if source.kind != "folder":
+        return None
+    from safetensors import safe_open
+
+    total = 0.0
+    for file in Path(source.location).glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            total += sum(float(np.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def gigaflops(seconds: float = 1.0) -> float:
+    """Speed of this machine's float32 matrix product, in GFLOP/s: the best of many, as on an idle one."""
+    a = np.ones((768, 768), dtype=np.float32)
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        np.matmul(a, a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 768**3 / best / 1e9
+
+
+class Estimator:
+    """Expected cost of steps of one run."""
+
+    def __init__(self, config: SeraConfig, store: Store, records: RunStore, size: Workload) -> None:
+        self.config, self.size = config, size
+        self.rate = gigaflops() * 1e9 * EFFICIENCY * (1.7 if config.model.dtype == "bfloat16" else 1.0)
+        self.measured = _measured(store, records)
+
+    def expected(self, spec: StepSpec) -> dict[str, Any]:
+        """{"tokens", "seconds", "bytes"} of a step to be done; seconds are None for a model not at hand."""
+        tokens = self._tokens(spec)
+        return {
+            "tokens": int(tokens),
+            "seconds": self._seconds(spec.step, tokens),
+            "bytes": self._bytes(spec),
+        }
+
+    def _tokens(self, spec: StepSpec) -> float:
+        size, config = self.size, self.config
+        pair = size.prompt + 2 * size.answer
+        if spec.step == "logps":
+            if "probe" in spec.fields:
+                responses = 2 if spec.fields["file"] == "train.parquet" else 1
+                return spec.fields["probe"] * responses * (size.prompt + size.answer)
+            counts = {"train.parquet": size.train, "heldout.parquet": size.heldout, "test.parquet": size.test}
+            if spec.fields["file"] in counts:
+                return counts[spec.fields["file"]] * pair
+            if spec.fields["file"] == "pairs.parquet":
+                return size.train * pair
+            part, most = config.sampling, size.train
+            if spec.where.get("side") == "heldout":
+                part, most = config.evaluate, size.heldout
+            limit = part.max_tokens * SAMPLED_SHARE
+            return min(part.prompts or most, most) * (size.prompt + part.responses * limit)
+        if spec.step == "sample":
+            held = spec.fields["side"] == "heldout"
+            prompts = min(spec.fields["prompts"] or size.train, size.heldout if held else size.train)
+            return prompts * spec.fields["responses"] * spec.fields["max_tokens"] * SAMPLED_SHARE
+        if spec.step == "train":
+            pairs = config.mix.size or size.train * (
+                1.0 if spec.fields["round"] == 0 else config.select.fraction
+            )
+            return pairs * (2 * size.prompt + 2 * size.answer) * config.train.epochs
+        return 0.0
+
+    def _seconds(self, step: str, tokens: float) -> float | None:
+        if step in self.measured:
+            return round(tokens * self.measured[step], 1)
+        if not tokens:
+            return 1.0
+        if self.size.parameters is None:
+            return None
+        cost = COST[step] * (0.7 if step == "train" and self.config.train.method == "lora" else 1.0)
+        return round(tokens * 2 * self.size.parameters * cost / self.rate + 2, 1)
+
+    def _bytes(self, spec: StepSpec) -> int | None:
+        size = self.size
+        if spec.step in ("model", "train") and size.parameters is None:
+            return None
+        if spec.step == "model" or (spec.step == "train" and self.config.train.method == "full"):
+            return int((size.parameters or 0) * 4)
+        if spec.step == "train":
+            return int((size.parameters or 0) * 4 * 0.002 * self.config.train.lora_rank)
+        return 3_000 * (size.train + size.heldout + size.test)
+
+
+def _measured(store: Store, records: RunStore) -> dict[str, float]:
+    """Seconds a token of each step in the run's finished rounds."""
+    tokens: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    for manifest in records.rounds():
+        for ref in manifest.used:
+            record = find_record(store, ref.step, ref.key)
+            if record is not None and (count := _counted(record)):
+                tokens[ref.step] = tokens.get(ref.step, 0) + count
+                seconds[ref.step] = seconds.get(ref.step, 0) + record.seconds
+    return {step: seconds[step] / count for step, count in tokens.items()}
+
+
+def _counted(record: StepRecord) -> int:
+    names = {"logps": "tokens/scored", "sample": "tokens/sampled", "train": "tokens/trained"}
+    return int(record.metrics.get(names.get(record.step, ""), 0))

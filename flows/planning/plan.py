@@ -1,0 +1,178 @@
+"""What a run would do, without doing it: the algorithm box walked with a `do` that only looks things up."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flows import round as box
+from flows.planning.estimates import Estimator, workload
+from flows.round import Past, Ref, Steps
+from flows.running.open_run import check_template, load_data, resolved, source_digests
+from sera_core import steps
+from sera_core.artifacts.canonical import sha256_json
+from sera_core.artifacts.manifest import StepRef, StepSpec, find_record
+from sera_core.artifacts.runs import History, RunStore, differences
+from sera_core.artifacts.store import Store, numbered, open_store
+from sera_core.config import SeraConfig
+
+UNKNOWN = "?"
+"""Begins the digest of what a step not done would make: no file has it, yet two steps differ in it."""
+
+
+Answers = Callable[[int], Mapping[str, Any] | None]
+"""What a person answered about a round, if anything."""
+
+
+def unanswered(round: int) -> None:
+    """No person was asked."""
+
+
+class Walk:
+    """A `do` that notes each step: reuse, run or depends, and why."""
+
+    def __init__(self, store_url: str, estimator: Estimator | None = None) -> None:
+        self.store, self.estimator = open_store(store_url), estimator
+        self.rows: list[dict[str, Any]] = []
+        self.round: int | None = None
+        self._seen: set[str] = set()
+
+    def do(self, spec: StepSpec) -> Ref:
+        """Note the step; the pointer to it, or to what it would be."""
+        unknown = [name for name, ref in spec.inputs.items() if ref and ref.digest.startswith(UNKNOWN)]
+        record = None if unknown else find_record(self.store, spec.step, spec.key)
+        key = spec.key or ""
+        if key not in self._seen:
+            self._seen.add(key)
+            self.rows.append(self._row(spec, unknown, reuse=record is not None))
+        return record.ref if record else StepRef(step=spec.step, key=key, digest=UNKNOWN + key)
+
+    def _row(self, spec: StepSpec, unknown: list[str], reuse: bool) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "round": self.round,
+            "step": spec.step,
+            "key": None if unknown else spec.key,
+        }
+        cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "bytes": 0}
+        if reuse:
+            return row | {"status": "reuse", "why": "its record is in the store"} | cost
+        if self.estimator is not None:
+            cost = self.estimator.expected(spec)
+        if unknown:
+            return row | {"status": "depends", "why": f"on {', '.join(unknown)}"} | cost
+        parts = sum(1 for _ in numbered(self.store, spec.path + "/part-{:05d}.json"))
+        why = f"goes on after {parts} finished parts" if parts else "no record of it in the store"
+        return row | {"status": "run", "why": why} | cost
+
+
+def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
+    """Every step of a run: `reuse`, `run` or `depends`, why, and what it is expected to cost."""
+    digests = source_digests(config)
+    check_template(config)
+    records = RunStore(open_store(store_url), run)
+    history, note = _history(config, records, digests)
+    with tempfile.TemporaryDirectory(prefix="sera-plan-") as scratch:
+        data = load_data(open_store(scratch), config, digests)
+        size = workload(config, data, open_store(scratch))
+    estimator = Estimator(config, records.store, records, size)
+    walk = Walk(store_url, estimator)
+    walk_rounds(config, digests, history, walk, records.given_answer)
+    todo = [row for row in walk.rows if row["status"] != "reuse"]
+    seconds = [row["seconds"] for row in todo]
+    return {
+        "run": run,
+        "note": note,
+        "formats": data.metrics["formats"],
+        "steps": walk.rows,
+        "reuse": len(walk.rows) - len(todo),
+        "run_now": sum(row["status"] == "run" for row in todo),
+        "depends": sum(row["status"] == "depends" for row in todo),
+        "tokens": sum(row["tokens"] for row in todo),
+        "seconds": None if None in seconds else round(sum(seconds), 1),
+        "bytes": sum(row["bytes"] or 0 for row in todo),
+    }
+
+
+def _history(config: SeraConfig, records: RunStore, digests: Mapping[str, Any]) -> tuple[History, str | None]:
+    configs = records.configs()
+    if not configs:
+        return History([]), None
+    now = resolved(config, dict(digests))
+    if sha256_json(now) == configs[-1].config_sha256:
+        return records.history(), None
+    changed = "; ".join(differences(configs[0].resolved, now))
+    note = f"run {records.run!r} exists with another configuration ({changed}): `sera run` would refuse it; "
+    return History([]), note + "planned as under a new --name"
+
+
+def walk_rounds(
+    config: SeraConfig,
+    digests: Mapping[str, Any],
+    history: History,
+    walk: Walk,
+    answer_of: Answers = unanswered,
+) -> box.Sides:
+    """Walk every round up to the limit; rounds to come are taken as promoted."""
+    sides = box.prepare(config, digests, walk.do)
+    heads: list[Mapping[str, Ref]] = []
+    told: list[dict[str, Any]] = []
+    stopped = bool(history.rounds) and history.rounds[-1].stop_reason is not None
+    last = history.next_round if stopped else max(config.limits.rounds, history.next_round)
+    for number in range(last):
+        walk.round = number
+        before = History(history.rounds[:number]) if number <= history.next_round else None
+        entries = told if before is None or not before.rounds else before.entries()
+        head_accuracy = before.head.accuracy if before is not None and before.head else _last_accuracy(told)
+        made = _round(config, sides, Past(list(heads)), number, entries, head_accuracy, walk, answer_of)
+        told = [*entries, _entry(walk, number, made)]
+        if number < history.next_round:
+            heads = [manifest.steps for manifest in History(history.rounds[: number + 1]).lineage]
+        else:
+            heads.append(made)
+    return sides
+
+
+def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
+    """What a round to come will say of itself: its records', where another run has done it already."""
+    evidence, decision = made["evidence"], made["decision"]
+    record = evidence and find_record(walk.store, evidence.step, evidence.key)
+    accuracy = record.metrics["heldout/rewards/accuracies"]["value"] if record else None
+    found = decision and find_record(walk.store, decision.step, decision.key)
+    return {
+        "round": number,
+        "decision": found.metrics["decision"] if found else "promote",
+        "accuracy": accuracy,
+    }
+
+
+def _asks(store: Store, decision: Ref) -> bool:
+    """Whether a decision that was made already is a question to a person."""
+    found = decision and find_record(store, decision.step, decision.key)
+    return bool(found and found.metrics["ask"])
+
+
+def _last_accuracy(told: list[dict[str, Any]]) -> float | None:
+    promoted = [entry["accuracy"] for entry in told if entry["decision"] == "promote"]
+    return promoted[-1] if promoted else None
+
+
+def _round(
+    config: SeraConfig,
+    sides: box.Sides,
+    past: Past,
+    number: int,
+    entries: list[dict[str, Any]],
+    head_accuracy: float | None,
+    walk: Walk,
+    answer_of: Answers,
+) -> Steps:
+    made = box.self_review(config, sides, past, number, walk.do)
+    made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
+    made["policy"] = box.align(config, sides, past, number, made["mixture"], walk.do)
+    made["evidence"] = box.gather_evidence(
+        config, sides, past, number, made["mixture"], made["policy"], walk.do
+    )
+    made["decision"] = box.judge(config, past, number, made, entries, head_accuracy, None, walk.do)
+    if _asks(walk.store, made["decision"]) and (answer := answer_of(number)) is not None:
+        made["decision"] = box.judge(config, past, number, made, entries, head_accuracy, answer, walk.do)
+    walk.do(steps.report(number, {r: ref for r, ref in made.items() if r not in ("data", "model")}))
+    return made

@@ -1,0 +1,108 @@
+"""Turn a finished round into its manifest: the record that makes it count."""
+
+from typing import Any
+
+from flows.round import Steps
+from flows.running.session import Session, tokens_of
+from sera_core.artifacts.canonical import files_digest
+from sera_core.artifacts.manifest import StepRecord
+from sera_core.artifacts.records import FORMAT
+from sera_core.artifacts.runs import RoundManifest, now
+
+FILES = {
+    "policy": ("policy", "policy/"),
+    "pairs": ("pairs", "train.parquet"),
+    "scored": ("scored", "scored.parquet"),
+    "ledger": ("mixture", "ledger.parquet"),
+    "responses": ("responses", "responses.parquet"),
+    "mixture": ("mixture", "mixture.parquet"),
+    "report": ("report", "report.html"),
+}
+"""What a person looks for: role -> (role of the step, file or folder in it)."""
+
+
+def manifest_of(session: Session, round: int, made: Steps) -> RoundManifest:
+    """The manifest of a round whose steps are done; without pairs it has no policy, evidence or decision."""
+    records = {role: session.record_of(ref) for role, ref in made.items() if ref is not None}
+    mixture = records["mixture"].metrics
+    decision = _decision(records, mixture)
+    accuracy = None
+    if "evidence" in records:
+        accuracy = records["evidence"].metrics["heldout/rewards/accuracies"]["value"]
+    return RoundManifest(
+        format=FORMAT,
+        run=session.run,
+        round=round,
+        config_sha256=session.record.config_sha256,
+        parent_sha256=None,
+        steps={role: record.ref for role, record in records.items()},
+        used=[record.ref for record in session.used.values()],
+        artifacts=artifacts_of(records),
+        pairs={"human": mixture["pairs/human"], "generated": mixture["pairs/generated"]},
+        target_share=mixture["target_share"],
+        generated_share=mixture["generated_share"] or 0.0,
+        metrics=_metrics(session, records),
+        accuracy=accuracy,
+        created=now(),
+        **decision,
+    )
+
+
+def artifacts_of(records: dict[str, StepRecord]) -> dict[str, dict[str, Any]]:
+    """The round's artifacts: step and path, sha256 (of a folder: its digest), bytes and rows."""
+    found = {}
+    for role, (step, path) in FILES.items():
+        if step in records and any(name.startswith(path) for name in records[step].files):
+            found[role] = artifact(records[step], path)
+    return found
+
+
+def artifact(record: StepRecord, path: str) -> dict[str, Any]:
+    """One artifact of a step: a file, or a folder (its path ends with a slash)."""
+    place = {"step": record.step, "key": record.key, "path": path}
+    if not path.endswith("/"):
+        file = record.files[path]
+        return {**place, "sha256": file.sha256, "bytes": file.bytes, "rows": file.rows}
+    files = {name.removeprefix(path): file for name, file in record.files.items() if name.startswith(path)}
+    digest = files_digest({name: file.sha256 for name, file in files.items()})
+    return {**place, "sha256": digest, "bytes": sum(file.bytes for file in files.values()), "rows": None}
+
+
+def _decision(records: dict[str, StepRecord], mixture: dict[str, Any]) -> dict[str, Any]:
+    if mixture["reason"] == "no_pairs":
+        reason = "no pairs are left to train on: see the ledger for why each was dropped"
+        return {"decision": "stop", "reason": reason, "stop_reason": "no_pairs"}
+    return {name: records["decision"].metrics[name] for name in ("decision", "reason", "stop_reason")}
+
+
+def _metrics(session: Session, records: dict[str, StepRecord]) -> dict[str, Any]:
+    """What a person compares between rounds; the whole evidence stands in its own artifact."""
+    metrics: dict[str, Any] = {}
+    for role in ("evidence", "policy", "mixture"):
+        metrics |= records[role].metrics if role in records else {}
+    metrics |= records["mixture"].counts  # <origin>/<reason> of every pair and prompt, from the whole ledger
+    for role in ("scored", "responses"):
+        if role in records:
+            metrics |= {n: v for n, v in records[role].metrics.items() if n.startswith("margin_noise")}
+    if "responses" in records:
+        metrics |= {
+            name: v for name, v in records["responses"].metrics.items() if name.startswith("responses")
+        }
+        metrics |= {n: c for n, c in records["responses"].counts.items() if n.startswith("prompts")}
+    if "decision" in records:
+        metrics |= {name: records["decision"].metrics[name] for name in ("verdict", "alarm", "overlap", "ks")}
+    earlier = {ref.key for manifest in session.history.rounds for ref in manifest.used}
+    new = [record for key, record in session.used.items() if key not in earlier]
+    metrics |= _token_counts(new)
+    metrics["tokens"] = sum(tokens_of(record) for record in new)
+    metrics["seconds"] = round(sum(record.seconds for record in new), 3)
+    return metrics
+
+
+def _token_counts(records: list[StepRecord]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for record in records:
+        for name, value in record.metrics.items():
+            if name.startswith("tokens/"):
+                counts[name] = counts.get(name, 0) + int(value)
+    return counts

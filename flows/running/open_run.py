@@ -1,0 +1,150 @@
+"""Opening a run: what its sources hold, is its name free, is it finished, waiting or open. No Prefect."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.display.logs import run_log
+from flows.round import Ref
+from flows.running.session import Session
+from sera_core import steps
+from sera_core.artifacts.manifest import StepRecord
+from sera_core.artifacts.probing import check_shared
+from sera_core.artifacts.records import FORMAT
+from sera_core.artifacts.runs import RunStore, now
+from sera_core.artifacts.step import run_step
+from sera_core.artifacts.store import Store, create_json, open_store
+from sera_core.config import SeraConfig
+from sera_core.data.chat_templates import default_template, refuse_unused, template_text
+from sera_core.data.sources import source_digest
+from sera_core.errors import InputError
+from sera_core.models.model_sources import resolve_source
+from sera_core.models.model_sources import source_digest as model_digest
+from sera_core.models.policies import read_settings
+from tasks.engines.tracking import refuse_missing
+
+Digests = dict[str, Any]
+
+
+def source_digests(config: SeraConfig) -> Digests:
+    """Content digests of the model's source and of every data source, by side.
+
+    Raises:
+        InputError: a source that is missing or cannot be read.
+    """
+    data = {
+        side: [source_digest(source.path, source.split) for source in getattr(config.data, side)]
+        for side in steps.SIDES
+    }
+    return {"data": data, "model": model_digest(resolve_source(config.model.source, config.model.revision))}
+
+
+def resolved(config: SeraConfig, digests: Digests) -> dict[str, Any]:
+    """What a run's config_sha256 covers: fields that change a result, paths replaced by what they hold."""
+    fields = config.result_fields()
+    fields["model"].pop("source")
+    fields["model"].pop("revision")
+    for side in steps.SIDES:
+        for source in fields["data"][side]:
+            source.pop("path")
+    return {**fields, "digests": digests}
+
+
+def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
+    """Check the input, then create the run or find it. Bad data is refused before any model is loaded.
+
+    Raises:
+        InputError: a bad name, source or row, a tracker that is not installed, or a configuration that is not
+            the run's.
+    """
+    store = open_store(store_url, remember=True)
+    if (warning := check_shared(store, config.execution.accept_racy_store)) is not None:
+        run_log()(warning)
+    records = RunStore(store, run)
+    if records.state() == "open":  # one that has stopped trains no more
+        refuse_missing(config.execution.tracking)
+    digests = source_digests(config)
+    check_template(config)
+    load_data(store, config, digests)
+    records.open(config, resolved(config, digests))
+    return records
+
+
+def check_template(config: SeraConfig) -> None:
+    """A model folder must know how to render a conversation, or be told.
+
+    Raises:
+        InputError: the folder has no chat template, or several and no default one, and model.chat_template
+            gives none.
+    """
+    if config.model.chat_template is not None:
+        refuse_unused(template_text(config.model.chat_template), config.model.template_kwargs)
+        return
+    source = resolve_source(config.model.source, config.model.revision)
+    if source.kind != "folder":
+        return
+    folder = Path(source.location)
+    if (folder / "chat_template.jinja").is_file():
+        text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    else:
+        held = read_settings(folder / "tokenizer_config.json").get("chat_template")
+        text = default_template(config.model.source, held)
+    if text is not None:
+        refuse_unused(text, config.model.template_kwargs)
+    elif not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
+        raise InputError(
+            f"model {config.model.source}: has no chat template, so pairs cannot be rendered; "
+            'set model.chat_template to "chatml", a Jinja file or Jinja text'
+        )
+
+
+def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> StepRecord:
+    """Do the data step: every row is checked here.
+
+    Raises:
+        InputError: a row that cannot be used, an overlap of the sides, or a side that ends up empty.
+    """
+    from tasks.step_functions import work_of
+
+    record = run_step(store, steps.data(config, digests["data"]), work_of("data"), config.execution)
+    if not record.counts.get("train"):
+        raise InputError(
+            f"no train pair is left: {dict(record.counts)}; check data.train and the split fractions"
+        )
+    if not record.counts.get("heldout"):
+        raise InputError(
+            f"no held-out pair: {dict(record.counts)}; give data.heldout, or a data.heldout_fraction above 0 "
+            "(every decision rests on pairs the policy was not trained on)"
+        )
+    return record
+
+
+def ask(session: Session, round: int, decision: Ref) -> dict[str, Any] | None:
+    """Put the round to a person; returns the answer when there is one."""
+    found = session.record_of(decision).metrics
+    evidence = {name: found[name] for name in ("decision", "reason", "verdict", "alarm")}
+    decide = session.config.decide
+    session.records.ask(round, evidence, decide.review_hours, decide.review_default)
+    return session.records.answer_of(round)
+
+
+def commit_test(session: Session, round: int, ref: Ref) -> None:
+    """Record the evidence on the test side beside the run."""
+    record = session.record_of(ref)
+    final = {
+        "format": FORMAT,
+        "round": round,
+        "step": record.ref.model_dump(),
+        "metrics": {
+            name: None if isinstance(v, float) and math.isnan(v) else v for name, v in record.metrics.items()
+        },
+        "created": now(),
+    }
+    create_json(session.store, f"{session.records.path}/final-{round:03d}.json", final)
+
+
+def test_record(records: RunStore) -> dict[str, Any] | None:
+    """The evidence on the test side under the best round's policy, once it was made."""
+    best = records.history().best
+    return None if best is None else records.test_evidence(best.round)

@@ -1,0 +1,73 @@
+"""Working through one round, and the last word once a run has stopped.
+
+Plain Python: Prefect wraps it (flows/sera.py).
+"""
+
+from flows import round
+from flows.running import manifests, open_run
+from flows.running.session import Session
+from sera_core import steps
+from sera_core.artifacts.manifest import Artifact
+from sera_core.artifacts.runs import RunStore
+from sera_core.config import LimitsConfig
+from sera_core.errors import BudgetReached
+from tasks.engines.tracking import refuse_missing
+
+PAUSED = ("waiting", "budget")
+"""States in which a run may go on later, so that its last word is not said yet."""
+
+
+def work_through(session: Session, number: int) -> str:
+    """Do a round's steps and commit its manifest. Returns `open`, a stop reason, `waiting` or `budget`.
+
+    Raises:
+        InputError: the tracker that the training will tell is not installed here.
+    """
+    refuse_missing(session.config.execution.tracking)
+    try:
+        return _steps_of(session, number)
+    except BudgetReached as reached:
+        session.records.commit_stop("budget", str(reached))
+        return "budget"
+
+
+def _steps_of(session: Session, number: int) -> str:
+    config, past, history, do = session.config, session.past(), session.history, session.do
+    sides = session.prepare()
+    made = round.self_review(config, sides, past, number, do)
+    made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
+    if session.record_of(made["mixture"]).metrics["reason"] != "no_pairs":
+        made["policy"] = round.align(config, sides, past, number, made["mixture"], do)
+        made["evidence"] = round.gather_evidence(
+            config, sides, past, number, made["mixture"], made["policy"], do
+        )
+        told, accuracy = history.entries(), history.head.accuracy if history.head else None
+        made["decision"] = round.judge(config, past, number, made, told, accuracy, None, do)
+        if session.record_of(made["decision"]).metrics["ask"]:
+            answer = open_run.ask(session, number, made["decision"])
+            if answer is None:
+                return "waiting"
+            made["decision"] = round.judge(config, past, number, made, told, accuracy, answer, do)
+    made["report"] = do(
+        steps.report(number, {role: ref for role, ref in made.items() if role not in ("data", "model")})
+    )
+    session.records.commit_round(manifests.manifest_of(session, number, made))
+    return session.records.state()
+
+
+def report_test_side(session: Session) -> None:
+    """The test side under the best round's policy, once the run has stopped. It decides nothing."""
+    session.meter.limits = LimitsConfig()  # the run has stopped already: its last figures have no limit
+    best = session.history.best
+    if best is None or not test_side_is_open(session.records):
+        return
+    ref = round.test_evidence(session.config, session.prepare(), best.steps["policy"], session.do)
+    open_run.commit_test(session, best.round, ref)
+
+
+def test_side_is_open(records: RunStore) -> bool:
+    """Whether there is a test side that the best round's policy was not held against yet."""
+    best = records.history().best
+    if best is None or open_run.test_record(records) is not None:
+        return False
+    return bool(Artifact(records.store, best.steps["pairs"]).record.files["test.parquet"].rows)

@@ -1,0 +1,1 @@
+"""Tools for a whole store: verify, diff, and delete unreferenced steps."""

@@ -1,0 +1,252 @@
+"""Checking a run: every record follows from the one before, every file holds what its record says.
+
+run-000.json -> round manifests (each with its parent's sha256) -> the steps they name -> their inputs -> the
+data and the model, whose digests stand in run-000.json again. Files are read from the store itself, not from
+a cache beside it.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from flows.running.manifests import artifact
+from sera_core.artifacts.canonical import sha256_json
+from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec, find_record, parse_part
+from sera_core.artifacts.records import read_record, read_series
+from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore
+from sera_core.artifacts.upkeep import upkeep
+from sera_core.errors import StoreError
+from sera_core.steps import SIDES
+
+Told = Callable[[int, int, str], None]
+AT_ONCE = 4
+"""Files that are read at the same time."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked and holds."""
+
+    rounds: int
+    steps: int
+    links: int
+    files: int
+    bytes: int
+
+
+def verify(records: RunStore, progress: Told = lambda done, total, unit: None) -> Verified:
+    """Follow every link of a run's chain, then hash every file of every step in it.
+
+    A local store may hold no symbolic link, and a finished step's folder no file that no record names.
+
+    Raises:
+        StoreError: the first thing that does not hold, by name.
+    """
+    chain = Chain(records)
+    chain.follow()
+    upkeep(records.store).refuse_links()
+    chain.refuse_unrecorded()
+    files = [(record, name) for record in chain.steps.values() for name in record.files]
+    size = sum(record.files[name].bytes for record, name in files)
+    done = 0
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            for read in pool.map(chain.check_file, *zip(*files, strict=True)) if files else ():
+                done += read
+                progress(done, size, "bytes")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return Verified(chain.rounds, len(chain.steps), chain.links, len(files), done)
+
+
+class Chain:
+    """The links of a run, each followed once."""
+
+    def __init__(self, records: RunStore) -> None:
+        self.records, self.store = records, records.store
+        self.steps: dict[str, StepRecord] = {}
+        self.links = self.rounds = 0
+
+    def follow(self) -> None:
+        """From the run's configuration to the data and the model."""
+        configs = self.records.configs()
+        for number, config in enumerate(configs):
+            self._check_config(number, config, configs[0])
+        rounds = self.records.rounds()  # which checks each parent's sha256
+        for number, manifest in enumerate(rounds):
+            self._check_manifest(manifest, configs[0])
+            for ref in [*manifest.used, *manifest.steps.values()]:
+                self._step(ref, self._round_path(number))
+            self._check_sources(manifest, configs[0])
+            self._check_policies(manifest, History(rounds[:number]))
+            self._check_answer(manifest)
+            self._check_artifacts(manifest)
+        for number in range(len(rounds)):
+            path = f"{self.records.path}/final-{number:03d}.json"
+            if (final := read_record(self.store, path)) is not None:
+                self._step(StepRef.model_validate(final["step"]), path)
+        self.rounds = len(rounds)
+
+    def refuse_unrecorded(self) -> None:
+        """Refuse files that lie beside those of the steps, and that no record names."""
+        found = [path for record in self.steps.values() for path in self._unrecorded(record)]
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            self._broken(
+                found[0],
+                f"no record names this file{more}: the step that finished here did not write it. Nothing of "
+                "the run was made from it; remove it",
+            )
+
+    def _unrecorded(self, record: StepRecord) -> list[str]:
+        """Files in the folder of the attempt that finished; other attempts' leftovers are for gc."""
+        recorded = {f"{file.attempt}/{name}" for name, file in record.files.items()}
+        attempts = sorted({file.attempt for file in record.files.values()})
+        beside = [
+            path
+            for attempt in attempts
+            for name in upkeep(self.store).files_below(f"{_folder(record)}/{attempt}")
+            if (path := f"{attempt}/{name}") not in recorded
+        ]
+        if beside:  # rare, so that the parts are read only then
+            recorded |= self._in_parts(record)
+        return [f"{_folder(record)}/{path}" for path in beside if path not in recorded]
+
+    def _in_parts(self, record: StepRecord) -> set[str]:
+        """Files that a finished shard or a checkpoint of the step names."""
+        found = set()
+        for number, data in read_series(self.store, _folder(record) + "/part-{:05d}.json"):
+            part = parse_part(data, f"{self.store.url}/{_folder(record)}/part-{number:05d}.json")
+            found |= {f"{file.attempt}/{name}" for name, file in part.files.items()}
+        return found
+
+    def check_file(self, record: StepRecord, name: str) -> int:
+        """Hash one file as the store holds it; returns its size."""
+        file = record.files[name]
+        path = f"{_folder(record)}/{file.attempt}/{name}"
+        found = upkeep(self.store).hashed(path)
+        if found is None:
+            self._broken(path, "missing; restore it from a copy of the store")
+        if found != (file.sha256, file.bytes):
+            said = f"{file.bytes:,} bytes, sha256 {file.sha256[:12]}…"
+            self._broken(
+                path,
+                f"{found[1]:,} bytes, sha256 {found[0][:12]}… where its record says {said}; it was changed",
+            )
+        return file.bytes
+
+    # ------------------------------------------------------------------------------------------- records
+
+    def _check_config(self, number: int, config: RunRecord, first: RunRecord) -> None:
+        path = f"{self.records.path}/run-{number:03d}.json"
+        self._hold(config.run == self.records.run, path, f"is the record of the run {config.run!r}")
+        self._hold(
+            config.config_sha256 == sha256_json(config.resolved) == first.config_sha256,
+            path,
+            "config_sha256 is not the hash of the configuration it stands beside",
+        )
+
+    def _check_manifest(self, manifest: RoundManifest, config: RunRecord) -> None:
+        path = self._round_path(manifest.round)
+        self._hold(manifest.run == self.records.run, path, f"is a round of the run {manifest.run!r}")
+        self._hold(
+            manifest.config_sha256 == config.config_sha256, path, "was made under another configuration"
+        )
+
+    def _check_sources(self, manifest: RoundManifest, config: RunRecord) -> None:
+        """Data and model are those the configuration names."""
+        digests, path = config.resolved["digests"], self._round_path(manifest.round)
+        data = self.steps[manifest.steps["data"].key].fields
+        for side in SIDES:
+            found = [source["digest"] for source in data[side]]
+            self._hold(found == digests["data"][side], path, f"was made from other {side} data")
+        model = self.steps[manifest.steps["model"].key].fields
+        self._hold(model["source_digest"] == digests["model"], path, "was made from another start policy")
+
+    def _check_policies(self, manifest: RoundManifest, before: History) -> None:
+        """What it started from and what sampled for it: the head of that time, or the start policy."""
+        path = self._round_path(manifest.round)
+        own = {manifest.steps["model"].digest}
+        own |= {head.steps["policy"].digest for head in before.lineage}
+        for role, source in (("policy", "start"), ("samples", "policy")):
+            if role in manifest.steps:
+                ref = self.steps[manifest.steps[role].key].inputs[source]
+                self._hold(ref.digest in own, path, f"{role}: not from a policy of this run's own lineage")
+
+    def _check_answer(self, manifest: RoundManifest) -> None:
+        """A decision that a person made is the answer that was recorded."""
+        if "decision" not in manifest.steps:
+            return
+        told = self.steps[manifest.steps["decision"].key].fields["answer"]
+        if told is not None:
+            given = self.records.given_answer(manifest.round) or {}
+            path = f"{self.records.path}/review-{manifest.round:03d}-answer.json"
+            self._hold({name: given.get(name) for name in told} == told, path, "is not what was decided by")
+
+    def _check_artifacts(self, manifest: RoundManifest) -> None:
+        for role, place in manifest.artifacts.items():
+            record = self.steps.get(place["key"])
+            self._hold(
+                record is not None and _artifact(record, place["path"]) == place,
+                self._round_path(manifest.round),
+                f"the artifact {role} is not what its step recorded (steps/{place['step']}/{place['key']})",
+            )
+
+    # --------------------------------------------------------------------------------------------- steps
+
+    def _step(self, ref: StepRef, named_by: str) -> None:
+        """A step and, from it, every step it was made from."""
+        waiting = [(ref, named_by)]
+        while waiting:
+            ref, named_by = waiting.pop()
+            self.links += 1
+            record = self.steps.get(ref.key) or self._read(ref, named_by)
+            self._hold(
+                record.digest == ref.digest,
+                f"{_folder(record)}/done.json",
+                f"holds other content (digest {record.digest[:12]}…) than {named_by} names "
+                f"({ref.digest[:12]}…)",
+            )
+            if ref.key not in self.steps:
+                self.steps[ref.key] = record
+                waiting += [(source, f"{_folder(record)}/done.json") for source in record.inputs.values()]
+
+    def _read(self, ref: StepRef, named_by: str) -> StepRecord:
+        path = f"steps/{ref.step}/{ref.key}"
+        record = find_record(self.store, ref.step, ref.key)
+        if record is None:
+            self._broken(f"{path}/done.json", f"missing, and {named_by} names it; run the experiment again")
+        spec = StepSpec(
+            step=record.step, version=record.version, fields=record.fields, inputs=dict(record.inputs)
+        )
+        self._hold(
+            (record.step, record.key, spec.key) == (ref.step, ref.key, ref.key),
+            f"{path}/done.json",
+            "its settings and inputs are not those its key stands for",
+        )
+        for name in record.parts:
+            data = read_record(self.store, f"{path}/{name}")
+            self._hold(data is not None, f"{path}/{name}", "missing, and the step was made from it")
+            parse_part(data, f"{self.store.url}/{path}/{name}")
+        return record
+
+    def _round_path(self, number: int) -> str:
+        return f"{self.records.path}/round-{number:03d}.json"
+
+    def _hold(self, holds: bool, path: str, what: str) -> None:
+        if not holds:
+            self._broken(path, f"{what}; restore it from a copy of the store")
+
+    def _broken(self, path: str, what: str) -> NoReturn:
+        raise StoreError(f"{self.store.url}/{path}: {what}")
+
+
+def _folder(record: StepRecord) -> str:
+    return f"steps/{record.step}/{record.key}"
+
+
+def _artifact(record: StepRecord, path: str) -> dict[str, Any] | None:
+    """The artifact as the step's own record has it; None where it names no such file."""
+    return artifact(record, path) if path.endswith("/") or path in record.files else None

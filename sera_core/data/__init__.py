@@ -1,0 +1,1 @@
+"""Preference data: from a source's rows to checked pairs, splits and token ids."""

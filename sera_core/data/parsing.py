@@ -1,0 +1,330 @@
+"""Rows to pairs: every form TRL reads, checked, in one shape.
+
+A pair's prompt is all messages before the last assistant turn (a system message included), which chosen and
+rejected must share. A malformed row refuses its file, naming the row, or is dropped and counted (`reading`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sera_core.data.chat_templates import REASONING_NAMES
+from sera_core.data.formats import holds_prompt
+from sera_core.data.preferences import Message, Pair, Prompt
+from sera_core.data.sources import Row
+from sera_core.errors import InputError
+
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_TOOLS = ("tools", "tool_calls", "function_call", "tool_call_id", "functions")
+KINDS = {
+    "empty_answer": "an answer without text",
+    "empty_turn": "an earlier message without text",
+    "no_user_turn": "no prompt",
+    "roles_out_of_order": "turns that are not user and assistant in alternation",
+    "system_not_first": "a system message that is not the first",
+    "diverges": "conversations that differ before the last turn",
+}
+"""Kinds of malformed rows that data.on_bad_row may drop."""
+
+
+class BadRowError(InputError):
+    """A row that cannot be used; `kind` is one of KINDS."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def parse_pair(row: Row, on_diverge: str = "refuse", implicit: bool = True) -> Pair:
+    """Read a preference row: standard or conversational, explicit or implicit prompt, any number of turns.
+
+    Args:
+        row: fields `chosen`, `rejected` and, unless it is their common beginning, `prompt`; `system` is the
+            first message.
+        on_diverge: what becomes of conversations that differ before the last turn: `refuse`, or `split` at
+            the first difference (the first differing assistant turn is the answer, later turns are cut).
+        implicit: whether the common beginning of two texts may be the prompt: not where other rows of the
+            source have one.
+
+    Raises:
+        BadRowError: the row is malformed in a way that data.on_bad_row may drop.
+        InputError: it is malformed otherwise; the message names the row and what to do.
+    """
+    _refuse_unsupported(row.where, row.data)
+    form, chosen, rejected = _conversations(row, implicit)
+    _check_turns(row.where, "chosen", chosen)
+    _check_turns(row.where, "rejected", rejected)
+    if chosen[:-1] != rejected[:-1]:
+        chosen, rejected = _split_at_difference(row.where, chosen, rejected, on_diverge)
+    return Pair(form, chosen[:-1], chosen[-1:], rejected[-1:], row.where)
+
+
+def parse_prompt(row: Row) -> Prompt:
+    """Read a prompt-only row: `prompt` is text, or messages that end with a user turn.
+
+    Raises:
+        BadRowError: the row is malformed in a way that data.on_bad_row may drop.
+        InputError: it is malformed otherwise.
+    """
+    _refuse_unsupported(row.where, row.data)
+    if "prompt" in row.data and _absent(row.data["prompt"]):
+        raise BadRowError("no_user_turn", f"{row.where}: prompt is empty; remove the row, or give it text")
+    prompt = _with_system(row, _messages(row.where, "prompt", _value(row, "prompt"), role="user"))
+    _check_order(row.where, "prompt", prompt)
+    if prompt[-1]["role"] != "user":
+        kind = "no_user_turn" if len(prompt) == 1 else "roles_out_of_order"
+        raise BadRowError(
+            kind,
+            f"{row.where}: the last message of prompt is from {prompt[-1]['role']}; it must be from user",
+        )
+    return Prompt(prompt, row.where)
+
+
+def _conversations(row: Row, implicit: bool) -> tuple[str, list[Message], list[Message]]:
+    """Format and both whole conversations of a row."""
+    chosen, rejected = _value(row, "chosen"), _value(row, "rejected")
+    prompt = row.data.get("prompt")
+    prompt = None if _absent(prompt) else prompt
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise InputError(
+            f"{row.where}: one of chosen and rejected is text and the other is not; give both in one form"
+        )
+    standard = isinstance(chosen, str) and not isinstance(prompt, list)
+    if isinstance(chosen, str) and prompt is None:
+        _refuse_invention(row, implicit)
+        prompt, chosen, rejected = _extract_prompt(row.where, chosen, rejected)
+    answers = [
+        _messages(row.where, name, value, role="assistant")
+        for name, value in (("chosen", chosen), ("rejected", rejected))
+    ]
+    start = [] if prompt is None else _messages(row.where, "prompt", prompt, role="user")
+    if start and all(answer[0]["role"] != "assistant" for answer in answers):
+        start = _not_repeated(row.where, isinstance(prompt, str), start, answers)
+    whole = [_with_system(row, start + answer) for answer in answers]
+    return "standard" if standard else "conversational", whole[0], whole[1]
+
+
+def _absent(value: Any) -> bool:
+    """Null, blank text and an empty list all say that there is none."""
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _refuse_invention(row: Row, implicit: bool) -> None:
+    """No prompt is made of the answers where the row or its source has one elsewhere."""
+    if holds_prompt(row.data):
+        found = ", ".join(sorted(key for key, held in row.data.items() if not _absent(held)))
+        raise InputError(
+            f'{row.where}: no field "prompt" (found: {found}); say which column holds it: '
+            '[data.columns] prompt = "…" (--columns prompt=…)'
+        )
+    if not implicit:
+        raise BadRowError(
+            "no_user_turn",
+            f"{row.where}: prompt is empty, and other rows have one; remove the row, or give it text",
+        )
+
+
+def _not_repeated(
+    where: str, text: bool, start: list[Message], answers: Sequence[list[Message]]
+) -> list[Message]:
+    """What stands before conversations that begin with a turn of their own: nothing, if they repeat it.
+
+    As in TRL, a text prompt beside whole conversations only repeats what they say; it must be in them.
+    """
+    said = start[0]["content"].strip()
+    repeated = all(
+        any(said in message["content"] for message in answer) if text else answer[: len(start)] == start
+        for answer in answers
+    )
+    if repeated:
+        return []
+    if text:
+        raise InputError(
+            f"{where}: chosen and rejected are whole conversations, and prompt says something that is not in "
+            "them; leave prompt out, or give only the answers"
+        )
+    return start
+
+
+def _with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages behind the row's `system` column, unless they begin with it already."""
+    system = row.data.get("system")
+    if _absent(system):
+        return messages
+    first = {"role": "system", "content": _content(row.where, "system", system)}
+    if messages[0]["role"] != "system":
+        return [first, *messages]
+    if messages[0] != first:
+        raise InputError(
+            f"{row.where}: the column system and the first message of the conversation differ; keep one"
+        )
+    return messages
+
+
+def _extract_prompt(where: str, chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The common beginning of two texts, cut back so that no word is divided and no answer is left empty.
+
+    White space at the cut goes with the answers, as in TRL's `extract_prompt`, which also cuts inside words.
+    """
+    shorter = min(len(chosen), len(rejected))
+    end = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+    one_ended = end == shorter
+    inside_word = one_ended or chosen[end].isalnum() or rejected[end].isalnum()
+    while one_ended and end > 0 and not chosen[end - 1].isalnum():
+        end -= 1
+    while inside_word and end > 0 and chosen[end - 1].isalnum():
+        end -= 1
+    end = len(chosen[:end].rstrip())
+    if end == 0:
+        raise BadRowError(
+            "no_user_turn",
+            f'{where}: no field "prompt", and chosen and rejected have no common beginning that could be it; '
+            "add the field",
+        )
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _value(row: Row, name: str) -> Any:
+    """A field that must be there and hold something."""
+    value = row.data.get(name)
+    if name not in row.data or (value is None and name == "prompt"):
+        found = ", ".join(sorted(key for key, held in row.data.items() if not _absent(held))) or "none"
+        raise InputError(
+            f'{row.where}: no field "{name}" (found: {found}); rename or add it, or map the columns: '
+            f'[data.columns] {name} = "…" (--columns {name}=…)'
+        )
+    if _absent(value):
+        raise BadRowError("empty_answer", f"{row.where}: {name} is empty; remove the row, or give it text")
+    return value
+
+
+def _messages(where: str, name: str, value: Any, role: str) -> list[Message]:
+    """Messages of role and content; plain text is one message from `role`."""
+    if isinstance(value, str):
+        return [{"role": role, "content": _content(where, name, value)}]
+    if not isinstance(value, list):
+        raise InputError(f"{where}: {name} is neither text nor a list of messages; correct the row")
+    return [_message(where, f"{name} message {number}", message) for number, message in enumerate(value, 1)]
+
+
+def _message(where: str, name: str, message: Any) -> Message:
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        raise InputError(f"{where}: {name} has no role and content; write {{'role': …, 'content': …}}")
+    _refuse_unsupported(f"{where}: {name}", message)
+    if message["role"] not in ("system", "user", "assistant"):
+        what = "tool calls are not supported" if message["role"] in ("tool", "function") else "unknown role"
+        raise InputError(f"{where}: {name} has role {message['role']!r}: {what}; remove the row")
+    content = _content(where, name, message["content"])
+    return {"role": message["role"], "content": content} | _reasoning(where, name, message)
+
+
+def _reasoning(where: str, name: str, message: dict[str, Any]) -> Message:
+    """The reasoning that a message has apart from its content, under the first name of `REASONING_NAMES`."""
+    held = {key: message[key] for key in REASONING_NAMES if message.get(key)}
+    texts = {_content(where, f"{key} of {name}", value) for key, value in held.items()}
+    if len(texts) > 1:
+        raise InputError(f"{where}: {name} has {' and '.join(held)}, which differ; leave one of them out")
+    text = "".join(texts)
+    if text.strip() and message["role"] != "assistant":
+        raise InputError(
+            f"{where}: {name} (from {message['role']}) has {next(iter(held))}, which only an assistant has; "
+            "remove it"
+        )
+    return {REASONING_NAMES[0]: text} if text.strip() else {}
+
+
+def _content(where: str, name: str, content: Any) -> str:
+    if not isinstance(content, str):
+        raise InputError(
+            f"{where}: the content of {name} is not text (images and other parts are not supported); "
+            "remove the row"
+        )
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: {name} holds half a surrogate pair, which is no character; correct the text"
+        ) from error
+    return content
+
+
+def _refuse_unsupported(where: str, data: dict[str, Any]) -> None:
+    for names, what in ((_TOOLS, "tool calls"), (_MEDIA, "images, video and audio")):
+        held = [name for name in names if _holds(data.get(name))]
+        if held:
+            raise InputError(
+                f"{where}: has {held[0]!r}; {what} are not supported: remove the row or the field"
+            )
+
+
+def _holds(value: Any) -> bool:
+    """Whether a field holds something; a list or object may be written out as text."""
+    return bool(value.strip(" []{}\n") not in ("", "null") if isinstance(value, str) else value)
+
+
+def _check_turns(where: str, name: str, messages: Sequence[Message]) -> None:
+    """A whole conversation: turns in order, the last one the assistant's, and at least one before it."""
+    if messages[-1]["role"] != "assistant":
+        raise BadRowError(
+            "roles_out_of_order",
+            f"{where}: the last message of {name} is from {messages[-1]['role']}; it must be from assistant",
+        )
+    if not messages[-1]["content"].strip():
+        raise BadRowError(
+            "empty_answer", f"{where}: the answer of {name} is empty; remove the row, or give it text"
+        )
+    _check_order(where, f"prompt and {name}", messages)
+
+
+def _check_order(where: str, name: str, messages: Sequence[Message]) -> None:
+    """A system message first, if any, then user and assistant in turn, each with text."""
+    roles = [message["role"] for message in messages]
+    if "user" not in roles:
+        raise BadRowError(
+            "no_user_turn", f"{where}: no message of {name} is from user, so there is no prompt; add it"
+        )
+    first = 1 if roles[0] == "system" else 0
+    for number, role in enumerate(roles[first:]):
+        expected = ("user", "assistant")[number % 2]
+        if role != expected:
+            raise BadRowError(
+                "system_not_first" if role == "system" else "roles_out_of_order",
+                f"{where}: roles out of order: message {first + number + 1} of {name} is from {role} where "
+                f"{expected} was expected (a system message first, if any, then user and assistant in turn); "
+                "correct the row",
+            )
+    for number, message in enumerate(messages, 1):
+        if not message["content"].strip() and message["role"] != "system":
+            raise BadRowError(
+                "empty_turn",
+                f"{where}: message {number} of {name} ({message['role']}) is empty; remove the row, or give "
+                "it text",
+            )
+
+
+def _split_at_difference(
+    where: str, chosen: list[Message], rejected: list[Message], on_diverge: str
+) -> tuple[list[Message], list[Message]]:
+    """Both conversations up to and including the first differing assistant turn."""
+    shorter = min(len(chosen), len(rejected))
+    first = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
+    if first is None:
+        raise BadRowError(
+            "diverges",
+            f"{where}: diverges_before_last_turn: one conversation is the beginning of the other, so no two "
+            "answers can be compared; remove the row",
+        )
+    roles = {chosen[first]["role"], rejected[first]["role"]}
+    if roles != {"assistant"}:
+        raise BadRowError(
+            "diverges",
+            f"{where}: diverges_before_last_turn: chosen and rejected first differ in message {first + 1} "
+            f"(from {' and '.join(sorted(roles))}), so they answer different prompts; remove the row",
+        )
+    if on_diverge == "refuse":
+        raise BadRowError(
+            "diverges",
+            f"{where}: diverges_before_last_turn: chosen and rejected differ in message {first + 1}, before "
+            'the last answer; make them share all earlier messages, or set data.on_diverge = "split" '
+            "(--on-diverge split)",
+        )
+    return chosen[: first + 1], rejected[: first + 1]

@@ -1,0 +1,142 @@
+"""Pairs and prompts, and those that are well formed but not used: counted, never lost."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from sera_core.artifacts import canonical
+from sera_core.data.sources import Row
+from sera_core.errors import InputError
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A row that was dropped before it was a pair or a prompt."""
+
+    row: Row
+    pair_id: None = None
+
+    @cached_property
+    def prompt_id(self) -> str:
+        """First 16 hex digits of the hash of the row as it was read: there is no prompt to hash."""
+        return canonical.sha256_json(json.loads(json.dumps(self.row.data, default=str)))[:16]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt without answers."""
+
+    prompt: list[Message]
+    where: str = field(default="", compare=False)
+    pair_id: None = None
+
+    @cached_property
+    def prompt_id(self) -> str:
+        """First 16 hex digits of the hash of the prompt (DESIGN, section 4)."""
+        return canonical.prompt_id(self.prompt)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with a chosen and a rejected answer, each one assistant message.
+
+    Attributes:
+        format: `standard` if the row was plain text, else `conversational`; not part of the pair's identity.
+        where: file and row, for messages.
+    """
+
+    format: str
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    where: str = field(default="", compare=False)
+
+    @cached_property
+    def pair_id(self) -> str:
+        """First 16 hex digits of the hash of prompt, chosen and rejected."""
+        return canonical.pair_id(self.prompt, self.chosen, self.rejected)
+
+    @cached_property
+    def prompt_id(self) -> str:
+        """First 16 hex digits of the hash of the prompt."""
+        return canonical.prompt_id(self.prompt)
+
+    @property
+    def turned(self) -> "Pair":
+        """The same pair under the other label."""
+        return Pair(self.format, self.prompt, self.rejected, self.chosen, self.where)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A well-formed pair or prompt that is not used, and why.
+
+    Attributes:
+        side: `train`, `heldout`, `test` or `prompts`: where it was given, or where it had been put.
+        reason: `equal`, `duplicate`, `not_drawn`, `overlap`, `over_limit`, `tied_ratings` or one of
+            `parsing.KINDS`.
+    """
+
+    side: str
+    item: Pair | Prompt | Unread
+    reason: str
+
+
+# ------------------------------------------------------------------------------------------- degenerate pairs
+
+
+def drop_degenerate(
+    side: str, pairs: Iterable[Pair], on_equal: str = "drop"
+) -> tuple[list[Pair], list[Drop]]:
+    """Take out pairs with equal answers, and every repetition of a pair but the first.
+
+    Returns:
+        the pairs kept in the order of (prompt_id, pair_id), and what was dropped.
+
+    Raises:
+        InputError: equal answers with on_equal = "refuse".
+    """
+    dropped, different = [], []
+    for pair in pairs:
+        if pair.chosen != pair.rejected:
+            different.append(pair)
+        elif on_equal == "refuse":
+            raise InputError(
+                f"{pair.where} (pair {pair.pair_id}): chosen and rejected are the same text; remove the row, "
+                'or set data.on_equal = "drop"'
+            )
+        else:
+            dropped.append(Drop(side, pair, "equal"))
+    kept, repeated = _first_of_each(side, sorted(different, key=lambda pair: (*order(pair), pair.format)))
+    return kept, dropped + repeated
+
+
+def drop_repeated_prompts(prompts: Iterable[Prompt]) -> tuple[list[Prompt], list[Drop]]:
+    """Prompts in the order of prompt_id, each once, and the repetitions."""
+    return _first_of_each("prompts", sorted(prompts, key=order))
+
+
+def _first_of_each(side: str, items: Sequence[Any]) -> tuple[list[Any], list[Drop]]:
+    kept, dropped, seen = [], [], set()
+    for item in items:
+        if order(item) in seen:
+            dropped.append(Drop(side, item, "duplicate"))
+        else:
+            seen.add(order(item))
+            kept.append(item)
+    return kept, dropped
+
+
+def order(item: Pair | Prompt) -> tuple[str, str]:
+    """The order of rows in every file, so that content decides it: (prompt_id, pair_id)."""
+    return item.prompt_id, item.pair_id or ""
+
+
+def under_both_labels(pairs: Sequence[Pair]) -> set[str]:
+    """pair_ids of the pairs whose turned pair is there too."""
+    ids = {pair.pair_id for pair in pairs}
+    return {pair.pair_id for pair in pairs if pair.turned.pair_id in ids}

@@ -1,0 +1,1 @@
+"""SeRA's mathematics: arrays in, arrays out. No torch, no files."""

@@ -1,0 +1,185 @@
+"""The mix a round trains on: human and generated pairs, with a generated share that grows by round."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from sera_core.method.selection import round_half_up
+
+ON_SHORT = ("keep-share", "fill")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The pairs of a mix, as indices into what was given, each side in its selection's own order."""
+
+    human: Int[np.ndarray, " human_kept"]
+    generated: Int[np.ndarray, " generated_kept"]
+    target_share: float
+    share: float
+    """The share of generated pairs that was achieved; 0 for an empty mix."""
+    over_share_human: Bool[np.ndarray, " human"]
+    """Human pairs the mix has no place for, in input order."""
+    over_share_generated: Bool[np.ndarray, " generated"]
+    reason: str | None
+    """`no_pairs` where generated pairs are wanted and there are none, or the mix is empty; else None."""
+
+
+def share_for_round(
+    t: int, shares: Sequence[float | int] | None, ramp: tuple[float | int, float | int, int] | None
+) -> float:
+    """Target share of generated pairs in round t.
+
+    Round 0 has none. From round 1 on it is `shares[t − 1]`, whose last value repeats, or a straight line from
+    `start` in round 1 to `end` in round `rounds`, then constant. That the share grows is SeRA's (arXiv
+    2410.09362); no schedule is published, so any values are ours.
+
+    Args:
+        t: the round, >= 0.
+        shares: one target a round, each in [0, 1]; or None.
+        ramp: (start, end, rounds), rounds >= 1; or None.
+
+    Raises:
+        ValueError: not exactly one schedule, a share outside [0, 1], a negative round.
+    """
+    if t < 0:
+        raise ValueError(f"A round is numbered from 0, but t = {t}.")
+    if (shares is None) == (ramp is None):
+        raise ValueError("Give the growing share either as a list of shares or as a ramp, and not as both.")
+    ends = tuple(shares) if shares is not None else ramp[:2]  # type: ignore[index]
+    if not ends or not all(0 <= share <= 1 for share in ends):
+        raise ValueError(
+            f"Every share of generated pairs must lie in [0, 1] and there must be one, but got {ends}."
+        )
+    if t == 0:
+        return 0.0
+    if shares is not None:
+        return float(shares[min(t, len(shares)) - 1])
+    start, end, rounds = ramp  # type: ignore[misc]
+    if rounds < 1:
+        raise ValueError(f"The ramp must run over at least one round, but runs over {rounds}.")
+    if t >= rounds:
+        return float(end)
+    return float(start + (end - start) * (t - 1) / (rounds - 1))
+
+
+def mix(
+    human: Int[np.ndarray, " human"],
+    human_ids: Sequence[str] | np.ndarray,
+    generated: Int[np.ndarray, " generated"],
+    generated_ids: Sequence[str] | np.ndarray,
+    *,
+    share: float | int,
+    size: int | None = None,
+    on_short: str = "keep-share",
+    seed: int,
+) -> Mixture:
+    """Mix the kept human and generated pairs so that the generated ones make up `share`.
+
+    With target share s, H human and G generated pairs and N = `size` (default H):
+
+        keep-share   n = ⌊min(N, H/(1−s), G/s)⌋,  n_g = round(s·n),  n_h = n − n_g
+        fill         n = min(N, H + G),           n_g = round(s·n),  what one side lacks comes from the other
+
+    Halves are rounded up. Each side is taken in its selection's own order, so that a control stays one: the
+    preferred pairs first where the rule prefers, a draw where it does not. Equal places (all of them, for a
+    rule without an order) go by a seeded hash of the id. The formula is ours.
+
+    Args:
+        human: place of each kept human pair in its selection's order, the smallest first.
+        human_ids: their ids.
+        generated: places of the kept generated pairs.
+        generated_ids: their ids.
+        share: target share s of generated pairs, in [0, 1].
+        size: pairs in the mix; None for as many as there are human pairs.
+        on_short: what to do when a side has too few pairs.
+        seed: of the order among equal places.
+
+    Raises:
+        ValueError: a share outside [0, 1], a size below 1, an unknown on_short, ids that do not fit.
+    """
+    _check(human, human_ids, generated, generated_ids, share, size, on_short)
+    n_human, n_generated = _counts(human.size, generated.size, float(share), size, on_short)
+    no_pairs = (share > 0 and generated.size == 0) or n_human + n_generated == 0
+    if no_pairs:
+        n_human = n_generated = 0
+    human_kept = _in_order(human, human_ids, seed)[:n_human]
+    generated_kept = _in_order(generated, generated_ids, seed)[:n_generated]
+    return Mixture(
+        human=human_kept,
+        generated=generated_kept,
+        target_share=float(share),
+        share=n_generated / max(n_human + n_generated, 1),
+        over_share_human=~np.isin(np.arange(human.size), human_kept),
+        over_share_generated=~np.isin(np.arange(generated.size), generated_kept),
+        reason="no_pairs" if no_pairs else None,
+    )
+
+
+def training_order(ids: Sequence[str] | np.ndarray, seed: int) -> Int[np.ndarray, " pair"]:
+    """Indices of the pairs in the order they are trained on: seeded, and the same for any order of the input.
+
+    Pairs are sorted by sha256 of seed and id, so one pair more or less leaves the others' order as it was.
+
+    Raises:
+        ValueError: ids repeat.
+    """
+    if np.unique(np.asarray(ids)).size != len(ids):
+        raise ValueError(
+            "Some ids repeat, so their order would hang on the input's; drop duplicate pairs first."
+        )
+    return np.argsort(_hashes("order", ids, seed), kind="stable").astype(np.int64)
+
+
+def _counts(h: int, g: int, s: float, size: int | None, on_short: str) -> tuple[int, int]:
+    """How many human and generated pairs the mix gets."""
+    asked = h if size is None else size
+    if on_short == "fill":
+        n = min(asked, h + g)
+        n_human = min(n - min(round_half_up(s * n), g), h)
+        return n_human, n - n_human
+    bounds = [asked]
+    bounds += [h / (1 - s)] if s < 1 else []
+    bounds += [g / s] if s > 0 else []
+    n = int(np.floor(min(bounds) + 1e-9))  # 7/0.7 must be 10 even where the quotient falls just short of it
+    n_generated = round_half_up(s * n)
+    return n - n_generated, n_generated
+
+
+def _in_order(
+    places: Int[np.ndarray, " pair"], ids: Sequence[str] | np.ndarray, seed: int
+) -> Int[np.ndarray, " pair"]:
+    return np.lexsort((_hashes("tie", ids, seed), places)).astype(np.int64)
+
+
+def _hashes(purpose: str, ids: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
+    """A hash for each id that depends on nothing but the id, the seed and what it is for."""
+    digests = (hashlib.sha256(f"{purpose}:{seed}:{i}".encode()).digest() for i in ids)
+    return np.fromiter(digests, dtype="S32", count=len(ids))
+
+
+def _check(
+    human: Int[np.ndarray, " human"],
+    human_ids: Sequence[str] | np.ndarray,
+    generated: Int[np.ndarray, " generated"],
+    generated_ids: Sequence[str] | np.ndarray,
+    share: float | int,
+    size: int | None,
+    on_short: str,
+) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(
+            f"share is the generated pairs' part of the mix and must lie in [0, 1], but is {share}."
+        )
+    if size is not None and size < 1:
+        raise ValueError(
+            f"The mix must have at least one pair, but size = {size}; leave it out for the human count."
+        )
+    if on_short not in ON_SHORT:
+        raise ValueError(f"on_short = {on_short!r} is unknown; choose 'keep-share' or 'fill'.")
+    for name, places, ids in (("human", human, human_ids), ("generated", generated, generated_ids)):
+        if places.size != len(ids):
+            raise ValueError(f"There are {places.size} {name} places but {len(ids)} ids; give one id a pair.")

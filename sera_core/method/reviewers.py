@@ -1,0 +1,264 @@
+"""From stored log-probabilities to rewards, margins and the ledger of a selection.
+
+The one place where policies, references and ensembles meet.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sera_core.artifacts import schema
+from sera_core.data.splitting import group_key
+from sera_core.errors import SeraError
+from sera_core.method.noise import Noise, response_noise
+from sera_core.method.rewards import (
+    ensemble_reward,
+    length_penalty_sweep,
+    nearest_zero,
+    penalty_grid,
+    quantise,
+    score_responses,
+)
+from sera_core.method.selection import Selection, select
+
+Nats = np.ndarray
+Sweep = Callable[[Nats], float]
+"""Mean length difference, in tokens, of the pairs that these rewards would make; nan without any."""
+NOISE = "margin_noise_nats"
+"""Metric of a review: what a human pair's margin stays below by noise alone; `…_generated` of a pairing."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Rewards of responses under the newest policy, and under the ensemble (which orders pairs)."""
+
+    reward: Nats
+    ensemble: Nats
+    penalty: dict[str, Any] | None
+    """DICE's sweep: alphas (nats a token), mean length differences (tokens), and the alpha taken."""
+
+
+def judge_responses(
+    score: str,
+    beta: float,
+    weights: Sequence[float],
+    policies: Sequence[Nats],
+    references: Sequence[Nats],
+    tokens: np.ndarray,
+    sweep: Sweep | None = None,
+) -> Judgement:
+    """Rewards β·s of every response, newest policy first.
+
+    Scores are rounded without β (1e-6 nats, an average a token 1e-9), so that neither ties nor margins hang
+    on the last bits or on β.
+
+    Args:
+        score: one of `rewards.SCORES`.
+        beta: inverse strength of the KL constraint.
+        weights: weight of each policy's reward, newest first.
+        policies: log π_k(y|x) for each policy, in nats.
+        references: log π_ref,k(y|x) likewise; empty for simpo.
+        tokens: length of each response in tokens.
+        sweep: with DICE's length penalty, what it is fitted by (`sweep_of_responses`, `sweep_of_pairs`); None
+            for no penalty.
+    """
+    refs: Sequence[Nats | None] = references or [None] * len(policies)
+    rewards = [
+        score_responses(score, policy, ref, tokens, beta) for policy, ref in zip(policies, refs, strict=True)
+    ]
+    ensemble = ensemble_reward(rewards, np.asarray(weights))
+    penalty = None
+    if sweep is not None:
+        penalty = _fit_penalty(ensemble, tokens, sweep)
+        slope = penalty["alpha"]
+        rewards[0], ensemble = rewards[0] - slope * tokens, ensemble - slope * tokens
+    step = rounding(score)
+    return Judgement(
+        beta * quantise(rewards[0] / beta, step), beta * quantise(ensemble / beta, step), penalty
+    )
+
+
+def rounding(score: str) -> float:
+    """What a score without β is rounded to, in nats: a sum over tokens, or an average a token."""
+    return 1e-6 if score == "implicit" else 1e-9
+
+
+def _fit_penalty(rewards: Nats, tokens: np.ndarray, sweep: Sweep) -> dict[str, Any]:
+    """DICE's penalty α (arXiv 2406.09760): the one with the mean length difference nearest zero."""
+    finite = np.isfinite(rewards)
+    alphas = penalty_grid(rewards[finite], tokens[finite]) if finite.any() else np.zeros(1)
+    differences = np.array([sweep(rewards - alpha * tokens) for alpha in alphas], dtype=np.float64)
+    told = [None if np.isnan(value) else value for value in differences.tolist()]
+    return {
+        "alpha": nearest_zero(alphas, differences),
+        "alphas": alphas.tolist(),
+        "length_differences": told,
+    }
+
+
+def sweep_of_responses(tokens: np.ndarray, prompts: np.ndarray, usable: np.ndarray) -> Sweep:
+    """Mean of |best| − |worst| in tokens over prompts, of the responses that may be paired.
+
+    Args:
+        tokens: length of each response.
+        prompts: number of each response's prompt.
+        usable: which may be paired; what has no finite reward is left out too.
+    """
+
+    def difference(rewards: Nats) -> float:
+        rows = usable & np.isfinite(rewards)
+        if not rows.any() or np.unique(prompts[rows], return_counts=True)[1].max() < 2:
+            return float("nan")
+        return float(length_penalty_sweep(rewards[rows], tokens[rows], prompts[rows], np.zeros(1))[0])
+
+    return difference
+
+
+def sweep_of_pairs(
+    tokens: np.ndarray, pair_ids: Sequence[str], beta: float, rules: Mapping[str, Any], seed: int
+) -> Sweep:
+    """Mean of |y_w| − |y_l| in tokens over the human pairs that the selection would keep.
+
+    The labels are given, so what a penalty can balance is which pairs stay.
+
+    Args:
+        tokens: length of each response, chosen and rejected in turn.
+        rules: arguments of `select`, its rule included.
+        seed: of the selection.
+    """
+
+    def difference(rewards: Nats) -> float:
+        margins = quantise((rewards[0::2] - rewards[1::2]) / beta)
+        kept = select(margins, pair_ids, seed=seed, **rules).kept
+        lengths = (tokens[0::2] - tokens[1::2])[kept]
+        return float(lengths.mean()) if lengths.size else float("nan")
+
+    return difference
+
+
+def probed_noise(
+    score: str,
+    beta: float,
+    weights: Sequence[float],
+    ids: Iterable[str],
+    policies: Sequence[Nats],
+    references: Sequence[Nats],
+    probes: Mapping[str, pa.Table],
+) -> Noise:
+    """The noise in a response's ensemble reward, in nats without β.
+
+    Args:
+        score, beta, weights: as in `judge_responses`.
+        ids: key of each response.
+        policies: log π_k(y|x) as the ensemble reads them, newest first.
+        references: log π_ref,k(y|x) likewise; empty for simpo.
+        probes: the same of a few responses in float32, tables of id, logps and tokens by name:
+            `exact-policy-000`, … and `exact-ref-000`, …; empty where nothing was probed.
+
+    Raises:
+        SeraError: a probe is of other responses.
+    """
+    if not probes:
+        return Noise(0.0, 0)
+    first = next(iter(probes.values()))
+    probed = first["id"].to_pylist()
+    places = dict.fromkeys(probed)
+    places |= {id: row for row, id in enumerate(ids) if id in places}
+    if None in places.values() or any(table["id"] != first["id"] for table in probes.values()):
+        raise SeraError("the noise probe is of other responses than those reviewed; delete that step")
+    tokens = first["tokens"].to_numpy().astype(np.int64)
+    rows = np.array([places[id] for id in probed], dtype=np.int64)
+
+    def ensemble(policy_logps: Sequence[Nats], reference_logps: Sequence[Nats]) -> Nats:
+        refs: Sequence[Nats | None] = reference_logps or [None] * len(policy_logps)
+        rewards = [
+            score_responses(score, policy, ref, tokens, beta)
+            for policy, ref in zip(policy_logps, refs, strict=True)
+        ]
+        return ensemble_reward(rewards, np.asarray(weights))
+
+    exact = {name: table["logps"].to_numpy() for name, table in sorted(probes.items())}
+    used = ensemble([values[rows] for values in policies], [values[rows] for values in references])
+    again = ensemble(
+        [values for name, values in exact.items() if "policy" in name],
+        [values for name, values in exact.items() if "ref" in name],
+    )
+    return response_noise(used / beta, again / beta)
+
+
+def prompt_groups(pairs: Path, pair_ids: Sequence[str]) -> np.ndarray:
+    """Number of each pair's prompt group (as the split has them): pairs of one group move together.
+
+    Args:
+        pairs: a file with the columns `pair_id` and `prompt` that holds all the pairs.
+        pair_ids: the pairs, in the order wanted.
+    """
+    keys = {
+        row["pair_id"]: group_key(row["prompt"]) for row in schema.iter_rows(pairs, ["pair_id", "prompt"])
+    }
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(keys[id], len(numbers)) for id in pair_ids]
+    return np.array(groups, dtype=np.int64)
+
+
+def interleaved(table: pa.Table) -> tuple[Nats, Nats]:
+    """(chosen, rejected) log-probabilities of a logps table of pairs, whose rows alternate."""
+    values = table["logps"].to_numpy()
+    return values[0::2], values[1::2]
+
+
+def scored_table(
+    pair_ids: Sequence[str] | np.ndarray,
+    policy: tuple[Nats, Nats],
+    reference: tuple[Nats, Nats] | None,
+    tokens: tuple[np.ndarray, np.ndarray],
+    reward: tuple[Nats, Nats],
+    ensemble: tuple[Nats, Nats],
+    beta: float,
+    step: float = 1e-6,
+) -> pa.Table:
+    """The columns of scored.parquet; margins are in nats without β, rounded to step. Each tuple is (chosen,
+    rejected)."""
+    columns = {
+        "pair_id": list(pair_ids),
+        "policy_chosen_logps": policy[0],
+        "policy_rejected_logps": policy[1],
+        "chosen_tokens": tokens[0],
+        "rejected_tokens": tokens[1],
+        "chosen_reward": reward[0],
+        "rejected_reward": reward[1],
+        "margin": quantise((reward[0] - reward[1]) / beta, step),
+        "ensemble_margin": quantise((ensemble[0] - ensemble[1]) / beta, step),
+    }
+    if reference is not None:
+        columns |= {"ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
+    return schema.table(schema.SCORED, columns)
+
+
+def selection_table(
+    pair_ids: Sequence[str],
+    prompt_ids: Sequence[str | None],
+    margins: Nats,
+    selection: Selection,
+    origin: str,
+    round: int,
+) -> pa.Table:
+    """The ledger of one selection: each pair's margin in nats, its rank, kept or dropped, and why."""
+    rows = len(pair_ids)
+    reasons = zip(selection.swapped, selection.reason, strict=True)
+    columns = {
+        "pair_id": list(pair_ids),
+        "prompt_id": list(prompt_ids),
+        "origin": [origin] * rows,
+        "round": [round] * rows,
+        "stage": ["select"] * rows,
+        "ensemble_margin": margins,
+        "rank": [int(rank) or None for rank in selection.rank],
+        "kept": selection.kept,
+        "reason": ["relabelled" if turned else str(reason) for turned, reason in reasons],
+    }
+    return schema.table(schema.LEDGER, columns)

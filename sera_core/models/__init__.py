@@ -1,0 +1,1 @@
+"""Policies: sources, folders, weights, and log-probabilities of responses."""

@@ -1,0 +1,338 @@
+"""Policy folders: what the store holds of a model, opened, written and hashed.
+
+config.json, generation_config.json, safetensors, tokenizer files and chat_template.jinja, with no paths in
+them. Weights are only ever read from safetensors, never from a pickle, and remote code is never run.
+
+torch and transformers are imported in the bodies that need them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from sera_core.artifacts.canonical import files_digest, sha256_file
+from sera_core.data.stand_ins import refuse_special, stand_in
+from sera_core.errors import InputError
+from sera_core.models.weights import refuse_misfit, refuse_other_tensors, wrapper_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["float32", "bfloat16"]
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+CONFIG_FILES = ("config.json", "generation_config.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_WEIGHTS_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def load_policy(
+    folder: Path | str,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    base: Path | str | None = None,
+) -> PreTrainedModel:
+    """Open a policy folder as a model in eval mode.
+
+    Args:
+        folder: a policy folder, or an adapter folder (adapter_config.json), which needs `base`.
+        dtype: dtype of the weights in memory.
+        device: where to put it.
+        base: the policy folder an adapter belongs to; the adapter is merged into it in float32.
+
+    Raises:
+        InputError: no policy folder, an adapter without its base, or weights that do not fit config.json.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    adapter = (folder / "adapter_config.json").is_file()
+    weights = Path(base) if adapter and base is not None else folder
+    if adapter and base is None:
+        raise InputError(
+            f"policy folder {folder} holds an adapter: give the policy folder of its base as `base`."
+        )
+    if not (weights / "config.json").is_file():
+        raise InputError(
+            f"policy folder {weights} has no config.json: it is incomplete or not a policy folder."
+        )
+    _refuse_code(weights)
+    _refuse_code(folder)
+    refuse_other_weights(weights)
+    if prefix := wrapper_of(weights):
+        raise InputError(
+            f"policy folder {weights}: every tensor's name begins with {prefix!r}, which is not the model's: "
+            "save the unwrapped model, or give the folder as a run's model.source, which strips it"
+        )
+    with _quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            weights,
+            dtype=torch.float32 if adapter else getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, with the shapes
+            output_loading_info=True,
+            device_map="meta" if device == "meta" else None,
+        )
+        model, loading = loaded
+        refuse_misfit(weights, loading)
+        if adapter:
+            from peft import PeftModel, get_peft_model_state_dict
+
+            model = PeftModel.from_pretrained(model, str(folder))
+            refuse_other_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model))
+            model = model.merge_and_unload()
+    return model.to(device=device, dtype=getattr(torch, dtype)).eval()
+
+
+def shared_policy(folder: Path, dtype: Dtype, device: str, base: Path | None = None) -> PreTrainedModel:
+    """`load_policy` for reading only; on CPU the last three policies stay in memory.
+
+    A round scores several files under each policy and samples from it. On an accelerator nothing is kept: the
+    next step needs the memory. A step's folder never changes, so its path names its content.
+    """
+    load = _kept_policy if device == "cpu" else load_policy
+    return load(folder, dtype, device, base)
+
+
+@lru_cache(maxsize=3)
+def _kept_policy(folder: Path, dtype: Dtype, device: str, base: Path | None) -> PreTrainedModel:
+    return load_policy(folder, dtype, device, base)
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a policy folder.
+
+    Raises:
+        InputError: its files hold no tokenizer that transformers can open.
+    """
+    from transformers import AutoTokenizer
+
+    _refuse_code(Path(folder))
+    try:
+        return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for a file it cannot read
+        raise InputError(
+            f"the tokenizer in {folder} cannot be opened: {error}. Save the model's tokenizer into that "
+            "folder again."
+        ) from error
+
+
+def save_policy(
+    model: Any, tokenizer_source_folder: Path | str, folder: Path | str, dtype: Dtype = "float32"
+) -> Path:
+    """Write a trained policy as a policy folder; the same weights give the same bytes.
+
+    Weights come from the model, everything else from the start policy's folder: configs (with `use_cache` as
+    it was), tokenizer files, chat template. A PEFT model is written as an adapter, without its base's
+    weights.
+
+    Args:
+        model: a transformers model, or a PEFT model round one.
+        tokenizer_source_folder: the policy folder that training started from.
+        folder: where to write.
+        dtype: dtype of the weights on disk.
+    """
+    import torch
+
+    start, folder = Path(tokenizer_source_folder), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "peft_config"):
+        _save_adapter(model, folder)
+    else:
+        state = _cast(model.state_dict(), getattr(torch, dtype))
+        with _quiet_transformers():
+            model.save_pretrained(folder, state_dict=state)
+        write_settings(folder / "config.json", read_settings(start / "config.json") | {"dtype": dtype})
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        _copy_present(start, folder, ("generation_config.json",))
+    _copy_present(start, folder, TOKENIZER_FILES)
+    return folder
+
+
+def _cast(state: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """The state in another dtype; tied weights stay one tensor, so that they are written once."""
+    cast: dict[Any, Any] = {}
+    for tensor in state.values():
+        key, target = (tensor.data_ptr(), tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype
+        if key not in cast:
+            cast[key] = tensor.detach().to(target)
+    return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors, without the base's path and without a model card."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    config = read_settings(folder / "adapter_config.json")
+    config["base_model_name_or_path"] = None
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            config[key] = sorted(value)  # PEFT keeps target_modules as a set, whose order changes by process
+    write_settings(folder / "adapter_config.json", config)
+
+
+def _copy_present(origin: Path, folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, folder / name)
+
+
+def _quiet_transformers() -> Any:
+    """Keep transformers' progress bars and load reports off the terminal meanwhile."""
+    from contextlib import contextmanager
+
+    from transformers.utils import logging
+
+    @contextmanager
+    def quiet() -> Iterator[None]:
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+
+    return quiet()
+
+
+def weights_digest(folder: Path | str) -> str:
+    """Digest of a policy folder's weights alone (safetensors and their index), as a step digest is made.
+
+    Raises:
+        InputError: the folder holds no safetensors.
+    """
+    folder = Path(folder)
+    names = [name for name in policy_files(folder) if ".safetensors" in name]
+    if not names:
+        raise InputError(
+            f"policy folder {folder} holds no *.safetensors file: it is incomplete or not a policy folder."
+        )
+    return files_digest({name: sha256_file(folder / name) for name in names})
+
+
+def policy_files(folder: Path | str) -> list[str]:
+    """Names of the files in a folder that make up a policy, sorted; everything else is left behind.
+
+    Raises:
+        InputError: one is a pipe or a device.
+    """
+    folder = Path(folder)
+    known = [entry for entry in folder.iterdir() if matters(entry.name)]
+    return sorted(entry.name for entry in known if refuse_special(entry).is_file())
+
+
+def matters(name: str) -> bool:
+    """Whether a file of this name belongs to a policy."""
+    known = name in CONFIG_FILES or name in TOKENIZER_FILES or name in ADAPTER_FILES
+    return known or any(PurePosixPath(name).match(pattern) for pattern in WEIGHT_PATTERNS)
+
+
+def _refuse_code(folder: Path) -> None:
+    """Refuse a folder that runs code when it is opened, in whatever way it came to us."""
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        if "auto_map" in read_settings(folder / name):
+            raise InputError(
+                f"policy folder {folder} needs code from its own repository (auto_map in {name}), which is "
+                "never run here: choose a model whose architecture transformers itself has."
+            )
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter and not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"policy folder {folder} holds an adapter without adapter_model.safetensors: weights are read "
+            "from safetensors alone, for a pickle can run code when it is opened; save the adapter again."
+        )
+
+
+def refuse_other_weights(folder: Path) -> None:
+    """Refuse a folder whose index or configuration names weights that are not its own safetensors.
+
+    transformers opens whatever file they name: one of another folder, or a pickle.
+
+    Raises:
+        InputError: a name is no plain `….safetensors`, or there is no such file; the message names it.
+    """
+    named = read_settings(folder / "config.json").get("transformers_weights")
+    if named is not None:
+        _check_weights_name(folder / "config.json", str(named).removesuffix(".index.json"))
+    whole = (folder / "model.safetensors").is_file()  # then nothing reads an index beside it
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        shards = read_settings(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise InputError(f"{index}: holds no weight_map: save the model again.")
+        for shard in sorted({str(shard) for shard in shards.values()}):
+            _check_weights_name(index, shard)
+            if not whole and not (folder / shard).is_file():
+                raise InputError(f"{index}: names {shard}, which is not in its folder: copy it there.")
+
+
+def _check_weights_name(named_by: Path, name: str) -> None:
+    if not _WEIGHTS_NAME.fullmatch(name):
+        raise InputError(
+            f"{named_by}: names {name!r} as weights, which is no *.safetensors file of its own folder: "
+            "weights are read from safetensors alone, for a pickle can run code when it is opened. Save the "
+            "model again with save_pretrained."
+        )
+
+
+def check_settings(folder: Path) -> None:
+    """Read every JSON file of a policy, so that one that is damaged is named.
+
+    Raises:
+        InputError: one is not JSON, or no object.
+    """
+    for name in policy_files(folder):
+        if name.endswith(".json"):
+            read_settings(folder / name)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; empty where there is none.
+
+    Raises:
+        InputError: it is not JSON, or no object.
+    """
+    if not refuse_special(path).is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        if what := stand_in(text.encode()):
+            raise InputError(f"{path}: {what}")
+        value = json.loads(text)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}): save the model again.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not an object with settings: save the model again.")
+    return value
+
+
+def write_settings(path: Path, value: dict[str, Any]) -> None:
+    """JSON with sorted keys: equal settings give equal bytes."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

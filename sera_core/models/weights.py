@@ -1,0 +1,129 @@
+"""Whether a folder's safetensors are the weights its configuration asks for; names wrapped by other tools.
+
+A tensor that is missing would be filled at random and one too many left out, both without an error: every
+value computed from such a model is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from sera_core.data.stand_ins import refuse_special, stand_in
+from sera_core.errors import InputError
+
+WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+"""What torch.compile, DataParallel and peft put before a tensor's name."""
+_SHOWN = 5
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file, from its header.
+
+    Raises:
+        InputError: the file is a Git-LFS pointer, a web page, or no safetensors file.
+    """
+    return [name for name in _header(file) if name != "__metadata__"]
+
+
+def wrapper_of(folder: Path) -> str:
+    """What stands before every tensor's name in a folder's safetensors and is none of the model's; else "".
+
+    Raises:
+        InputError: a file is no safetensors file.
+    """
+    names = [name for file in sorted(folder.glob("*.safetensors")) for name in tensor_names(file)]
+    found = ""
+    while names and (prefix := next((p for p in WRAPPERS if all(n.startswith(p) for n in names)), "")):
+        found += prefix
+        names = [name.removeprefix(prefix) for name in names]
+    return found
+
+
+def strip_wrapper(folder: Path) -> str:
+    """Rewrite a folder's safetensors and their index with the model's own names; what was stripped, or ""."""
+    prefix = wrapper_of(folder)
+    if not prefix:
+        return ""
+    from safetensors.torch import load_file, save_file
+
+    for file in sorted(folder.glob("*.safetensors")):
+        metadata = _header(file).get("__metadata__")
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata=metadata)
+    for file in folder.glob("*.safetensors.index.json"):
+        index = json.loads(file.read_text(encoding="utf-8"))
+        index["weight_map"] = {n.removeprefix(prefix): f for n, f in index["weight_map"].items()}
+        file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return prefix
+
+
+def refuse_misfit(folder: Path, loading: dict[str, Any]) -> None:
+    """Refuse weights that are not those the configuration asks for.
+
+    Args:
+        folder: the policy folder, for the message.
+        loading: what transformers says of the loading: `missing_keys`, `unexpected_keys`, `mismatched_keys`.
+
+    Raises:
+        InputError: a tensor is missing, one too many, or of another shape; the message names them.
+    """
+    told = []
+    shapes = [f"{name} ({_shape(held)} where {_shape(asked)} is asked for)" for name, held, asked in
+              sorted(loading.get("mismatched_keys") or [])]  # fmt: skip
+    for what, names in (
+        ("missing", loading.get("missing_keys") or ()),
+        ("not the model's", loading.get("unexpected_keys") or ()),
+        ("of another shape", shapes),
+    ):
+        if names:
+            told.append(f"{len(names)} {what}: {_some(names)}")
+    if told:
+        raise InputError(
+            f"policy folder {folder}: its weights do not fit its config.json ({'; '.join(told)}): give the "
+            "config.json and the weights of one model, as save_pretrained wrote them"
+        )
+
+
+def refuse_other_tensors(file: Path, expected: Collection[str]) -> None:
+    """Refuse an adapter file whose tensors are not those its configuration asks for.
+
+    Raises:
+        InputError: names differ; the message says which.
+    """
+    held = set(tensor_names(file))
+    loading = {"missing_keys": set(expected) - held, "unexpected_keys": held - set(expected)}
+    refuse_misfit(file.parent, loading)
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with refuse_special(file).open("rb") as stream:
+        start = stream.read(8)
+        rest = stream.read(56)
+        if what := stand_in(start + rest):
+            raise InputError(f"{file}: {what}")
+        try:
+            (length,) = struct.unpack("<Q", start)
+            if length > file.stat().st_size - 8:
+                raise ValueError("its header is longer than the file")
+            stream.seek(8)
+            header = json.loads(stream.read(length))
+            with safe_open(file, framework="numpy"):  # dtypes, places, and whether the file is whole
+                return header
+        except (struct.error, ValueError, RecursionError, SafetensorError) as error:
+            raise InputError(f"{file}: not a safetensors file ({error}): copy it again") from error
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "×".join(map(str, shape))

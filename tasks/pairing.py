@@ -1,0 +1,325 @@
+"""Pairs out of the policy's own answers: its best with its worst, by its own reward."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sera_core.artifacts import schema
+from sera_core.artifacts.canonical import derived_seed, pair_id
+from sera_core.artifacts.step import Attempt
+from sera_core.artifacts.streaming import Lookup, Rows, Writer, numbers, row_groups, strings
+from sera_core.errors import SeraError
+from sera_core.method.noise import noise_floor
+from sera_core.method.pairing import pair_responses
+from sera_core.method.reviewers import (
+    NOISE,
+    Judgement,
+    judge_responses,
+    probed_noise,
+    rounding,
+    scored_table,
+    sweep_of_responses,
+)
+
+FILES = ["responses.parquet", "pairs.parquet", "pair_samples.parquet", "scored.parquet", "ledger.parquet"]
+PAIRS_AT_ONCE = 256
+"""Pairs whose texts are in memory at one time."""
+
+
+class _Samples:
+    """The responses by number: what pairing reads of each; texts and token ids stay in the file."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.path = attempt.input("samples").path("responses.parquet")
+        ids = strings(self.path, schema.RESPONSES, "prompt_id")
+        self.prompts, self.index = np.unique(ids, return_inverse=True)
+        """Distinct prompt_ids, ascending; and the number of each response's."""
+        self.sample = self._numbers("sample")
+        self.tokens = self._numbers("tokens")
+        self.logps = self._numbers("policy_logps")
+        self.empty, self.cut, self.distinct = self._read()
+        self.usable = ~self.empty if attempt.fields["allow_cut"] else ~self.empty & ~self.cut
+        """Whether a response has text, and ended by itself where that is asked for."""
+        if np.count_nonzero(np.diff(self.index)) + 1 > max(1, self.prompts.size):
+            raise SeraError(f"{self.path}: a prompt's responses do not stand together; sample again")
+
+    def __len__(self) -> int:
+        return self.index.size
+
+    def keys(self) -> Iterator[str]:
+        """`<prompt_id>/<sample>` of each response."""
+        return (f"{self.prompts[p]}/{s}" for p, s in zip(self.index, self.sample, strict=True))
+
+    def _numbers(self, name: str) -> np.ndarray:
+        return numbers(self.path, schema.RESPONSES, name)
+
+    def _read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each response: no text, cut by the limit, and a number that is equal for equal token ids."""
+        empty, cut, distinct = (np.zeros(len(self), dtype=kind) for kind in (bool, bool, np.int64))
+        first, names = 0, ["response", "finish_reason", "response_ids"]
+        for table in row_groups(self.path, schema.RESPONSES, names):
+            rows = slice(first, first := first + table.num_rows)
+            empty[rows] = [not text.strip() for text in table["response"].to_pylist()]
+            cut[rows] = [reason == "length" for reason in table["finish_reason"].to_pylist()]
+            distinct[rows] = [_hash(ids) for ids in table["response_ids"].to_pylist()]
+        return empty, cut, distinct
+
+
+def _hash(ids: list[int]) -> int:
+    digest = hashlib.blake2b(np.array(ids, dtype=np.int32).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def pair_samples(attempt: Attempt) -> list[str]:
+    """Write the judged responses, the generated pairs with margins, and a ledger of prompts without one."""
+    samples = _Samples(attempt)
+    policies, references = _inputs(attempt, samples)
+    judged = _judge(attempt, samples, policies, references)
+    _write_responses(attempt, samples, policies, references, judged)
+    valid = _valid(attempt, samples, judged)
+    pairing = pair_responses(
+        np.where(valid, judged.ensemble, 0.0),
+        samples.index,
+        samples.sample,
+        samples.distinct,
+        valid,
+        rule=attempt.fields["rule"],
+        seeds=_seeds(attempt, samples.prompts),
+        prompts=np.arange(samples.prompts.size),
+    )
+    reasons = pairing.prompt_reason.copy()
+    won, lost = _write_pairs(attempt, samples, pairing.chosen, pairing.rejected, reasons)
+    _write_scored(attempt, samples, policies, references, judged, won, lost)
+    _write_ledger(attempt, samples.prompts, reasons)
+    if judged.penalty is None:
+        return FILES
+    attempt.metrics["length_penalty/alpha"] = judged.penalty["alpha"]
+    attempt.write("length_penalty.json").write_text(json.dumps(judged.penalty, indent=1) + "\n")
+    return [*FILES, "length_penalty.json"]
+
+
+def _inputs(attempt: Attempt, samples: _Samples) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """log π of every response, newest first: policies' and references'.
+
+    The newest policy's come with the samples unless scored apart.
+    """
+    inputs = sorted(attempt.spec.inputs)
+    policies = [_values(attempt, name) for name in inputs if name.startswith("policy-")]
+    references = [_values(attempt, name) for name in inputs if name.startswith("reference-")]
+    if len(policies) < len(attempt.fields["weights"]):
+        policies = [samples.logps, *policies]
+    return policies, references
+
+
+def _judge(
+    attempt: Attempt, samples: _Samples, policies: list[np.ndarray], references: list[np.ndarray]
+) -> Judgement:
+    """Rewards of every response; the metrics tell the noise in a generated pair's margin."""
+    fields = attempt.fields
+    sweep, tokens = None, samples.tokens.astype(np.int64)
+    if fields["length_penalty"] == "dice":
+        sweep = sweep_of_responses(tokens, samples.index, samples.usable)
+    judged = judge_responses(
+        fields["score"],
+        fields["beta"],
+        fields["weights"],
+        policies,
+        references,
+        tokens,
+        sweep,
+    )
+    noise = probed_noise(
+        fields["score"],
+        fields["beta"],
+        fields["weights"],
+        samples.keys(),
+        policies,
+        references,
+        {
+            name: schema.read_table(attempt.input(name).path("logps.parquet"), schema.LOGPS)
+            for name in attempt.spec.inputs
+            if name.startswith("exact-")
+        },
+    )
+    attempt.metrics[f"{NOISE}_generated"] = round(noise_floor(noise, fields["responses"]), 6)
+    return judged
+
+
+def _values(attempt: Attempt, name: str) -> np.ndarray:
+    return numbers(attempt.input(name).path("logps.parquet"), schema.LOGPS, "logps")
+
+
+def _write_responses(
+    attempt: Attempt,
+    samples: _Samples,
+    policies: list[np.ndarray],
+    references: list[np.ndarray],
+    judged: Judgement,
+) -> None:
+    """The samples with their log-probabilities and rewards."""
+    first, given = 0, schema.RESPONSES.names[:7]
+    with Writer(attempt.write("responses.parquet"), schema.RESPONSES) as out:
+        for table in row_groups(samples.path, schema.RESPONSES, given):
+            rows = slice(first, first := first + table.num_rows)
+            filled: dict[str, Any] = {
+                "policy_logps": policies[0][rows],
+                "past_logps": _lists(policies[1:], rows, table.num_rows),
+                "past_ref_logps": _lists(references[1:], rows, table.num_rows),
+                "reward": judged.reward[rows],
+                "ensemble_reward": judged.ensemble[rows],
+            }
+            if references:
+                filled["ref_logps"] = references[0][rows]
+            out.write(schema.table(schema.RESPONSES, {n: table[n].combine_chunks() for n in given} | filled))
+
+
+def _lists(values: list[np.ndarray], rows: slice, count: int) -> list[list[float]]:
+    return np.stack([value[rows] for value in values], axis=1).tolist() if values else [[]] * count
+
+
+def _valid(attempt: Attempt, samples: _Samples, judged: Judgement) -> np.ndarray:
+    """A response may be paired when it has text, ended by itself (or may be cut), and has a finite reward."""
+    finite = np.isfinite(judged.ensemble)
+    attempt.metrics |= {
+        "responses": len(samples),
+        "responses/empty": int(samples.empty.sum()),
+        "responses/cut_by_limit": int(samples.cut.sum()),
+        "responses/non_finite": int((~finite).sum()),
+        "responses/mean_tokens": float(np.mean(samples.tokens)) if len(samples) else None,
+    }
+    return finite & samples.usable
+
+
+def _seeds(attempt: Attempt, prompts: np.ndarray) -> dict[int, int] | None:
+    if "seed" not in attempt.fields:
+        return None
+    seed, round = attempt.fields["seed"], attempt.fields["round"]
+    return {
+        number: derived_seed(seed, round, str(prompt), "rejected") for number, prompt in enumerate(prompts)
+    }
+
+
+def _write_pairs(
+    attempt: Attempt, samples: _Samples, chosen: np.ndarray, rejected: np.ndarray, reasons: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write the pairs; returns the numbers of their responses, (chosen, rejected). `reasons` is amended."""
+    order = np.lexsort((rejected, chosen))
+    chosen, rejected = chosen[order], rejected[order]
+    kept = np.zeros(chosen.size, dtype=bool)
+    sources = _Sources(attempt, samples)
+    last, seen = -1, set[str]()
+    with (
+        Writer(attempt.write("pairs.parquet"), sources.schema) as pairs,
+        Writer(attempt.write("pair_samples.parquet"), schema.PAIR_SAMPLES) as numbered,
+    ):
+        for start in range(0, chosen.size, PAIRS_AT_ONCE):
+            rows = slice(start, start + PAIRS_AT_ONCE)
+            found = list(sources.pairs(chosen[rows], rejected[rows]))
+            for number, (pair, _) in enumerate(found, start):
+                prompt = samples.index[chosen[number]]
+                if prompt != last:
+                    last, seen = prompt, set()
+                if pair["chosen"] == pair["rejected"]:  # other token ids, the same text
+                    reasons[prompt] = "equal_text"
+                elif pair["pair_id"] not in seen:
+                    seen.add(pair["pair_id"])
+                    kept[number] = True
+            left = [both for both, keep in zip(found, kept[rows], strict=True) if keep]
+            pairs.write(schema.from_rows(schema.PAIRS, [pair for pair, _ in left]))
+            numbered.write(schema.from_rows(schema.PAIR_SAMPLES, [sample for _, sample in left]))
+    attempt.counts["pairs"] = int(kept.sum())
+    return chosen[kept], rejected[kept]
+
+
+class _Sources:
+    """Responses and prompts by number, and the pairs they make."""
+
+    def __init__(self, attempt: Attempt, samples: _Samples) -> None:
+        self._round = attempt.fields["round"]
+        path = attempt.input("rendered").path("prompts.parquet")
+        self.schema = schema.as_held(schema.PAIRS, pq.read_schema(path))
+        self._lookup = Lookup(strings(path, schema.PROMPTS, "prompt_id"))
+        self._prompts = Rows(path, ["prompt_id", "prompt", "prompt_ids"])
+        self._responses = Rows(samples.path, ["prompt_id", "sample", "response", "response_ids"])
+        self._samples = samples
+
+    def pairs(
+        self, chosen: np.ndarray, rejected: np.ndarray
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """(row of pairs.parquet, row of pair_samples.parquet) of each."""
+        places = self._lookup.places(self._samples.prompts[self._samples.index[chosen]])
+        if (places < 0).any():
+            raise SeraError(f"{self._samples.path}: answers a prompt that is not among the rendered ones")
+        prompts = self._prompts.take(places)
+        responses = self._responses.take(np.concatenate([chosen, rejected]))
+        for prompt, best, worst in zip(
+            prompts, responses[: chosen.size], responses[chosen.size :], strict=True
+        ):
+            yield _pair(prompt, best, worst, self._round)
+
+
+def _pair(
+    prompt: dict[str, Any], best: dict[str, Any], worst: dict[str, Any], round: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    texts = {"chosen": best, "rejected": worst}
+    answers = {side: [{"role": "assistant", "content": r["response"]}] for side, r in texts.items()}
+    id = pair_id(prompt["prompt"], answers["chosen"], answers["rejected"])
+    row = {
+        "pair_id": id,
+        "prompt_id": best["prompt_id"],
+        "format": "conversational",
+        "prompt": prompt["prompt"],
+        **answers,
+        "prompt_ids": prompt["prompt_ids"],
+        **{f"{side}_ids": r["response_ids"] for side, r in texts.items()},
+        "origin": "generated",
+        "round": round,
+    }
+    return row, {"pair_id": id, "chosen_sample": best["sample"], "rejected_sample": worst["sample"]}
+
+
+def _write_scored(
+    attempt: Attempt,
+    samples: _Samples,
+    policies: list[np.ndarray],
+    references: list[np.ndarray],
+    judged: Judgement,
+    won: np.ndarray,
+    lost: np.ndarray,
+) -> None:
+    def both(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return values[won], values[lost]
+
+    scored = scored_table(
+        strings(attempt.folder / "pairs.parquet", schema.PAIRS, "pair_id"),
+        both(policies[0]),
+        both(references[0]) if references else None,
+        both(samples.tokens),
+        both(judged.reward),
+        both(judged.ensemble),
+        attempt.fields["beta"],
+        rounding(attempt.fields["score"]),
+    )
+    schema.write_table(scored, attempt.write("scored.parquet"))
+
+
+def _write_ledger(attempt: Attempt, prompts: np.ndarray, reasons: np.ndarray) -> None:
+    """Prompts that gave no pair, and why (the pairs themselves are in the selection's ledger)."""
+    attempt.counts["prompts"] = prompts.size
+    counts = Counter(map(str, reasons))
+    attempt.counts.update({f"prompts/{reason}": count for reason, count in counts.items()})
+    left = np.flatnonzero(reasons != "paired")
+    columns = {
+        "prompt_id": prompts[left],
+        "origin": ["generated"] * left.size,
+        "round": [attempt.fields["round"]] * left.size,
+        "stage": ["pair"] * left.size,
+        "kept": [False] * left.size,
+        "reason": list(map(str, reasons[left])),
+    }
+    schema.write_table(schema.table(schema.LEDGER, columns), attempt.write("ledger.parquet"))
