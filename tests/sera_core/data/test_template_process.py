@@ -146,7 +146,7 @@ def test_threads_and_forks_get_their_own_texts():
 
 def test_no_process_outlives_the_one_it_works_for():
     command = (
-        "from sera_core.data.template_process import *; from sera_core import template_process as t\n"
+        "from sera_core.data.template_process import *; from sera_core.data import template_process as t\n"
         "render('', {}, Limits()); print(t._shared.held.process.pid, flush=True); input()"
     )
     ours = subprocess.Popen(
