@@ -1,0 +1,1 @@
+"""Evidence about a round as mathematics: features, reliance, decisions, the alarm. Arrays in, arrays out."""
