@@ -28,8 +28,9 @@ _REFUSALS = (
 _REFUSAL = re.compile(rf"\b(?:{'|'.join(_REFUSALS)})", re.IGNORECASE | re.DOTALL)
 _OPENINGS = (
     "sure", "certainly", "of course", "absolutely", "definitely", "great question", "good question",
-    "as an ai", "i(?:['’]m| am) sorry", "i apologi[sz]e", "thank you for", "thanks for", "i(?:['’]d| would) be happy to",
-    "i(?:['’]m| am) happy to", "happy to help", "here (?:is|are)", "here['’]s", "no problem", "hello", "hi",
+    "as an ai", "i(?:['’]m| am) sorry", "i apologi[sz]e", "thank you for", "thanks for",
+    "i(?:['’]d| would) be happy to", "i(?:['’]m| am) happy to", "happy to help", "here (?:is|are)",
+    "here['’]s", "no problem", "hello", "hi",
 )  # fmt: skip
 _OPENING = re.compile(rf"(?:{'|'.join(_OPENINGS)})\b", re.IGNORECASE)
 
