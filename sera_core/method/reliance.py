@@ -12,7 +12,7 @@ Balanced and worst-side accuracy are those of group robustness (Sagawa et al., a
 feature's direction as the group; reliance is ours. Margins are in nats, without β.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +26,7 @@ from sera_core.method.estimates import (
     Quantity,
     check_finite,
     estimate,
+    prompt_sums,
     prompts_in,
     ratio,
     simultaneous,
@@ -113,7 +114,7 @@ def reliance(
     check_finite({"difference": difference, "margins": margins, **given})
     how = {"seed": seed, "resamples": resamples, "level": level}
     correct = correctness(margins)
-    accuracies = {name: _accuracy(correct, difference, groups, name, how) for name in QUANTITIES}
+    accuracies = {name: score(correct, difference, name, groups, **how) for name in QUANTITIES}
     varies = difference != 0
     prefers = np.where(difference > 0, correct, 1 - correct) * varies
     return Reliance(
@@ -129,11 +130,6 @@ def reliance(
 
 def _mean(sums: Float[np.ndarray, "resample 2"]) -> Float[np.ndarray, " resample"]:
     return ratio(sums[:, 0], sums[:, 1])
-
-
-def _accuracy(correct: np.ndarray, difference: np.ndarray, groups, name: str, how: dict) -> Estimate:
-    quantity = partial(of_sides, quantity=name)
-    return _estimated(side_columns(correct, difference), quantity, groups, pairs_of(name, difference), how)
 
 
 def _estimated(columns: np.ndarray, quantity: Quantity, groups, of: np.ndarray, how: dict) -> Estimate:
@@ -219,3 +215,86 @@ def changes(
         resamples=resamples,
         level=level,
     )
+
+
+def score(
+    correct: Float[np.ndarray, " pair"],
+    difference: Float[np.ndarray, " pair"],
+    quantity: str,
+    groups: Int[np.ndarray, " pair"] | None = None,
+    *,
+    seed: int,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Estimate:
+    """One of QUANTITIES with its cluster bootstrap interval.
+
+    Args:
+        correct: correctness (or wins) of each pair, in [0, 1].
+        difference: d of each pair; only its sign counts.
+        groups: number of each pair's prompt; None: each pair stands for itself.
+    """
+    how = {"seed": seed, "resamples": resamples, "level": level}
+    of, columns = pairs_of(quantity, difference), side_columns(correct, difference)
+    return _estimated(columns, partial(of_sides, quantity=quantity), groups, of, how)
+
+
+def trend(
+    rounds: Sequence[Float[np.ndarray, " pair"]],
+    difference: Float[np.ndarray, " pair"],
+    quantity: str,
+    groups: Int[np.ndarray, " pair"] | None = None,
+    *,
+    seed: int,
+    resamples: int = 2000,
+    level: float = 0.9,
+) -> Estimate:
+    """Change of a quantity a round: the least-squares slope through rounds, with its cluster bootstrap
+    interval.
+
+        Σ_k (k − k̄) q_k / Σ_k (k − k̄)²
+
+    Through three rounds its standard error is half that of the change between two neighbours.
+
+    Args:
+        rounds: correctness (or wins) of each pair, one array a round, oldest first; at least two.
+        difference: d of each pair; only its sign counts.
+        quantity: one of QUANTITIES.
+        groups: number of each pair's prompt; None: each pair stands for itself.
+    """
+    at = np.arange(len(rounds)) - (len(rounds) - 1) / 2
+    weights = at / (at**2).sum()
+
+    def slope(sums: Float[np.ndarray, "resample column"]) -> Float[np.ndarray, " resample"]:
+        parts = [of_sides(sums[:, 6 * k : 6 * (k + 1)], quantity) for k in range(len(rounds))]
+        return np.stack(parts, axis=1) @ weights
+
+    columns = np.concatenate([side_columns(values, difference) for values in rounds], axis=1)
+    how = {"seed": seed, "resamples": resamples, "level": level}
+    return _estimated(columns, slope, groups, pairs_of(quantity, difference), how)
+
+
+def design_effect(
+    change: Float[np.ndarray, " pair"],
+    difference: Float[np.ndarray, " pair"],
+    quantity: str,
+    groups: Int[np.ndarray, " pair"] | None,
+) -> float:
+    """How many times fewer independent pairs there are because pairs of one prompt move together (Kish 1965).
+
+        Σ_prompts (Σ_pairs ψ)² / Σ_pairs ψ²,   ψ a pair's part in the change, centred on its side
+
+    In [1, pairs a prompt]; where nothing varies, pairs a prompt: then nothing says that they are independent.
+    """
+    if groups is None or not change.size:
+        return 1.0
+    part = np.zeros(len(change))
+    sides = [pairs_of("accuracy", difference)] if quantity == "accuracy" else [difference > 0, difference < 0]
+    for side in sides:
+        if side.any():
+            part[side] = (change[side] - change[side].mean()) / side.sum()
+    most = len(change) / len(np.unique(groups))
+    apart = float((part**2).sum())
+    if apart < 1e-18:
+        return most
+    return float(np.clip((prompt_sums(part[:, None], groups) ** 2).sum() / apart, 1.0, most))
