@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sera_core.method.estimates import Estimate
-from sera_core.method.reliance import changes, of_sides, score, side_columns
+from sera_core.method.reliance import sides_of
 
 
 def choosing_half(prompts: Sequence[str], seed: int) -> Bool[np.ndarray, " pair"]:
@@ -81,18 +81,18 @@ def best_of(
     scores = {number: _score(values, difference, chooses, quantity) for number, values in promoted.items()}
     best = max(sorted(scores), key=lambda number: _or_least(scores[number]))
     rest = ~chooses
-    how = {"seed": seed, "resamples": resamples, "level": level}
     part = None if groups is None else groups[rest]
-    found = score(promoted[best][rest], difference[rest], quantity, part, **how)
-    now, then = promoted[best][rest], {"round 0": promoted[first][rest]}
-    gain = changes(now, then, difference[rest], quantity, part, **how)["round 0"]
+    rounds = [promoted[best][rest], promoted[first][rest]]
+    sides = sides_of(rounds, difference[rest], part, seed=seed, resamples=resamples)
+    found = sides.score(quantity, level=level)
+    gain = sides.changes(quantity, {"round 0": 1}, level)["round 0"]
     return Best(best, scores[best], found, gain, quantity, _sentence(best, first, found, gain, quantity))
 
 
 def _score(values: np.ndarray, difference: np.ndarray, of: np.ndarray, quantity: str) -> float | None:
-    sums = side_columns(values[of], difference[of]).sum(axis=0, keepdims=True)
-    value = float(of_sides(sums, quantity)[0])
-    return round(value, 12) if np.isfinite(value) else None  # ties are ties whatever the order of the sums
+    sides = sides_of([values[of]], difference[of], None, seed=0)
+    value = sides.sample.value(sides.of(quantity))
+    return None if value is None else round(value, 12)  # ties are ties whatever the order of the sums
 
 
 def _or_least(value: float | None) -> float:

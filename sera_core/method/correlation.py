@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 
-from sera_core.method.estimates import Estimate, check_finite, estimate, prompts_in, ratio
+from sera_core.method.estimates import Estimate, Resampled, check_finite, estimate, prompts_in, ratio
 
 _TINY = 1e-12  # a rounding of 0 in a variance of ranks that are scaled to [0, 1]
 
@@ -76,8 +76,8 @@ def _correlated(columns: np.ndarray, quantity, groups, seed: int, resamples: int
     prompts = prompts_in(groups, np.ones(pairs, dtype=bool))
     if pairs < 2:
         return Estimate(None, None, None, pairs, prompts)
-    how = {"seed": seed, "resamples": resamples, "level": level}
-    return estimate(columns, quantity, groups, pairs=pairs, prompts=prompts, **how)
+    sample = Resampled(columns, groups, seed, resamples)
+    return estimate(sample, quantity, pairs=pairs, prompts=prompts, level=level)
 
 
 def _scaled_ranks(values: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from sera_core.convergence import Verdict
 from sera_core.method.best import Best, best_of
 from sera_core.method.estimates import Estimate, check_finite
-from sera_core.method.reliance import changes, design_effect, score, trend
+from sera_core.method.reliance import design_effect, sides_of
 
 METRICS = ("balanced", "accuracy", "worst-side", "win-rate")
 _QUANTITY = {
@@ -137,25 +137,18 @@ def judge_round(
     """
     _check_given(now, promoted, line, heldout)
     quantity = _in_force(heldout.difference, rule)
-    how = {"seed": seed, "resamples": rule.resamples}
     least = _least_half_width(now, promoted[line[-1]], heldout, quantity)
-    against = {
-        int(name): _widened(change, least)
-        for name, change in changes(
-            now,
-            {str(number): values for number, values in promoted.items()},
-            heldout.difference,
-            quantity,
-            heldout.groups,
-            level=rule.level,
-            **how,
-        ).items()
-    }
+    how = {"seed": seed, "resamples": rule.resamples}
+    place = {number: at for at, number in enumerate(promoted, start=1)}
+    rounds = [now, *promoted.values()]
+    sides = sides_of(rounds, heldout.difference, heldout.groups, equal=quantity == "accuracy", **how)
+    changes = sides.changes(quantity, {str(number): at for number, at in place.items()}, rule.level)
+    against = {number: _widened(changes[str(number)], least) for number in promoted}
     slope = None
     if len(line) >= rule.window:
-        rounds = [*(promoted[number] for number in line[-rule.window :]), now]
-        slope = _widened(trend(rounds, heldout.difference, quantity, heldout.groups, level=0.9, **how), least)
-    found = score(now, heldout.difference, quantity, heldout.groups, level=rule.level, **how)
+        window = [*(place[number] for number in line[-rule.window :]), 0]
+        slope = _widened(sides.trend(quantity, window), least)
+    found = sides.score(quantity, level=rule.level)
     best = best_of(
         promoted, heldout.difference, heldout.groups, heldout.chooses, quantity, level=rule.level, **how
     )

@@ -8,7 +8,7 @@ interval, and two quantities of one round are resampled alike.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -60,20 +60,44 @@ def prompt_sums(
     """Sums of each prompt's pairs; groups None: each pair stands for itself."""
     if groups is None:
         return columns
-    _, numbers = np.unique(groups, return_inverse=True)
-    count = int(numbers.max()) + 1 if numbers.size else 0
-    return np.stack([np.bincount(numbers, column, count) for column in columns.T], axis=1)
+    kinds, numbers = np.unique(groups, return_inverse=True)
+    return np.stack([np.bincount(numbers, column, len(kinds)) for column in columns.T], axis=1)
 
 
-def resampled_sums(sums: Float[np.ndarray, "prompt column"], *, seed: int, resamples: int) -> Sums:
-    """Sums over as many prompts drawn with replacement as there are, once a resample."""
-    prompts = len(sums)
-    if prompts * resamples <= _CELLS:
-        return _weights(seed, prompts, resamples) @ sums
-    rng = np.random.default_rng(seed)
-    step = max(1, _CELLS // prompts)
-    sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
-    return np.concatenate([_drawn(rng, prompts, size) @ sums for size in sizes])
+@dataclass(frozen=True)
+class Resampled:
+    """Columns over pairs, and their sums over as many prompts drawn with replacement as there are."""
+
+    columns: Float[np.ndarray, "pair column"]
+    groups: Int[np.ndarray, " pair"] | None
+    """Number of each pair's prompt; None: each pair stands for itself."""
+    seed: int
+    resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.resamples < 2:
+            raise ValueError(f"An interval needs at least two resamples, but resamples = {self.resamples}.")
+
+    @cached_property
+    def total(self) -> Sums:
+        """Sums over all pairs: one row."""
+        return self.columns.sum(axis=0, keepdims=True)
+
+    @cached_property
+    def draws(self) -> Sums:
+        """Sums over the prompts drawn: a row a resample."""
+        sums = prompt_sums(self.columns, self.groups)
+        prompts = len(sums)
+        if prompts * self.resamples <= _CELLS:
+            return _weights(self.seed, prompts, self.resamples) @ sums
+        rng, step = np.random.default_rng(self.seed), max(1, _CELLS // prompts)
+        sizes = [min(step, self.resamples - start) for start in range(0, self.resamples, step)]
+        return np.concatenate([_drawn(rng, prompts, size) @ sums for size in sizes])
+
+    def value(self, quantity: Quantity) -> float | None:
+        """The quantity of all pairs; None where it cannot be measured."""
+        value = float(quantity(self.total)[0])
+        return value if np.isfinite(value) else None
 
 
 @lru_cache(maxsize=4)
@@ -88,31 +112,25 @@ def _drawn(rng: np.random.Generator, prompts: int, resamples: int) -> Float[np.n
 
 
 def estimate(
-    columns: Float[np.ndarray, "pair column"],
-    quantity: Quantity,
-    groups: Int[np.ndarray, " pair"] | None,
-    *,
-    pairs: int,
-    prompts: int,
-    seed: int,
-    resamples: int = 2000,
-    level: float = 0.95,
+    sample: Resampled, quantity: Quantity, *, pairs: int, prompts: int, level: float = 0.95
 ) -> Estimate:
     """A quantity with its percentile bootstrap interval.
 
     Args:
-        columns: what the quantity is a function of the sums of.
-        groups: number of each pair's prompt; None: each pair stands for itself.
+        sample: columns whose sums the quantity is a function of.
         pairs, prompts: what the value is of, for the record.
 
     Not measurable where the quantity is nan; without an interval where fewer than two prompts stand behind
     it.
+
+    Raises:
+        ValueError: a level outside (0, 1).
     """
-    check(resamples, level)
-    value = _of_all(columns, quantity)
+    _check_level(level)
+    value = sample.value(quantity)
     if value is None or prompts < 2:
         return Estimate(value, None, None, pairs, prompts)
-    draws = quantity(resampled_sums(prompt_sums(columns, groups), seed=seed, resamples=resamples))
+    draws = quantity(sample.draws)
     draws = draws[np.isfinite(draws)]
     if not draws.size:
         return Estimate(value, None, None, pairs, prompts)
@@ -121,15 +139,7 @@ def estimate(
 
 
 def simultaneous(
-    columns: Float[np.ndarray, "pair column"],
-    quantities: Mapping[str, Quantity],
-    groups: Int[np.ndarray, " pair"] | None,
-    *,
-    pairs: int,
-    prompts: int,
-    seed: int,
-    resamples: int = 2000,
-    level: float = 0.95,
+    sample: Resampled, quantities: Mapping[str, Quantity], *, pairs: int, prompts: int, level: float = 0.95
 ) -> dict[str, Estimate]:
     """Several quantities with intervals that hold all together at the level: the max-t bootstrap.
 
@@ -138,15 +148,17 @@ def simultaneous(
     s_k is the standard deviation of the draws (Westfall and Young 1993; Hothorn, Bretz and Westfall 2008).
     Unlike Bonferroni's intervals these use that comparisons of one round are alike. A quantity that no draw
     moves has the interval [value, value].
+
+    Raises:
+        ValueError: a level outside (0, 1).
     """
-    check(resamples, level)
-    values = {name: _of_all(columns, quantity) for name, quantity in quantities.items()}
+    _check_level(level)
+    values = {name: sample.value(quantity) for name, quantity in quantities.items()}
     blank = {name: Estimate(value, None, None, pairs, prompts) for name, value in values.items()}
     known = [name for name, value in values.items() if value is not None]
     if prompts < 2 or not known:
         return blank
-    drawn = resampled_sums(prompt_sums(columns, groups), seed=seed, resamples=resamples)
-    draws = np.stack([quantities[name](drawn) for name in known], axis=1)
+    draws = np.stack([quantities[name](sample.draws) for name in known], axis=1)
     draws = draws[np.isfinite(draws).all(axis=1)]
     if len(draws) < 2:
         return blank
@@ -161,11 +173,6 @@ def simultaneous(
     return blank | {name: Estimate(values[name], *ends[name], pairs, prompts) for name in known}
 
 
-def _of_all(columns: Float[np.ndarray, "pair column"], quantity: Quantity) -> float | None:
-    value = float(quantity(columns.sum(axis=0, keepdims=True))[0])
-    return value if np.isfinite(value) else None
-
-
 def prompts_in(groups: Int[np.ndarray, " pair"] | None, of: np.ndarray) -> int:
     """Number of different prompts among the pairs marked in `of`."""
     return int(of.sum()) if groups is None else len(np.unique(groups[of]))
@@ -176,14 +183,7 @@ def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom != 0)
 
 
-def check(resamples: int, level: float) -> None:
-    """Refuse a number of resamples or a level that cannot be.
-
-    Raises:
-        ValueError: fewer than two resamples, or a level outside (0, 1).
-    """
-    if resamples < 2:
-        raise ValueError(f"An interval needs at least two resamples, but resamples = {resamples}.")
+def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"The level of an interval must lie between 0 and 1, such as 0.95, but is {level}.")
 

@@ -14,7 +14,6 @@ feature's direction as the group; reliance is ours. Margins are in nats, without
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -24,6 +23,7 @@ from sera_core.method.correlation import partial_rank_correlation, rank_correlat
 from sera_core.method.estimates import (
     Estimate,
     Quantity,
+    Resampled,
     check_finite,
     estimate,
     prompt_sums,
@@ -55,29 +55,91 @@ class Reliance:
     """Pairs on each of SIDES."""
 
 
-def side_columns(
-    correct: Float[np.ndarray, " pair"], difference: Float[np.ndarray, " pair"]
-) -> Float[np.ndarray, "pair 6"]:
-    """(correct, 1) on the aligned, the counter and the equal side; 0 elsewhere."""
-    sides = [difference > 0, difference < 0, difference == 0]
-    return np.stack([column for side in sides for column in (correct * side, side)], axis=1).astype(
-        np.float64
-    )
+@dataclass(frozen=True)
+class Sides:
+    """Rounds' correctness on the sides of a feature, resampled together."""
+
+    sample: Resampled
+    """Columns: number of pairs on each side, then for each round the sum of correctness on each side."""
+    difference: Float[np.ndarray, " pair"]
+    names: tuple[str, ...]
+    """The sides there are: SIDES, or the first two."""
+
+    def of(self, quantity: str, at: int = 0) -> Quantity:
+        """One of QUANTITIES of a round (by place), from sums; nan where a side it needs has no pair."""
+
+        def value(sums: Float[np.ndarray, "resample column"]) -> Float[np.ndarray, " resample"]:
+            k = len(self.names)
+            counts, hits = sums[:, :k], sums[:, k * (at + 1) : k * (at + 2)]
+            if quantity == "accuracy":
+                return ratio(hits.sum(axis=1), counts.sum(axis=1))
+            if quantity in SIDES:
+                side = self.names.index(quantity)
+                return ratio(hits[:, side], counts[:, side])
+            aligned, counter = (ratio(hits[:, side], counts[:, side]) for side in (0, 1))
+            if quantity == "reliance":
+                return aligned - counter
+            return (aligned + counter) / 2 if quantity == "balanced" else np.minimum(aligned, counter)
+
+        return value
+
+    def score(self, quantity: str, at: int = 0, level: float = 0.95) -> Estimate:
+        """One of QUANTITIES of a round, with its interval."""
+        return estimate(self.sample, self.of(quantity, at), **self._counts(quantity), level=level)
+
+    def changes(self, quantity: str, against: Mapping[str, int], level: float = 0.95) -> dict[str, Estimate]:
+        """Paired changes of round 0 (by place) against others, by name, with simultaneous intervals."""
+        now = self.of(quantity)
+        parts = {name: _less(now, self.of(quantity, at)) for name, at in against.items()}
+        return simultaneous(self.sample, parts, **self._counts(quantity), level=level)
+
+    def trend(self, quantity: str, places: Sequence[int], level: float = 0.9) -> Estimate:
+        """Change of a quantity a round: the least-squares slope through rounds, by place, oldest first.
+
+            Σ_k (k − k̄) q_k / Σ_k (k − k̄)²
+
+        Through three rounds its standard error is half that of the change between two neighbours.
+        """
+        at = np.arange(len(places)) - (len(places) - 1) / 2
+        weights = at / (at**2).sum()
+        parts = [self.of(quantity, place) for place in places]
+
+        def slope(sums: Float[np.ndarray, "resample column"]) -> Float[np.ndarray, " resample"]:
+            return np.stack([part(sums) for part in parts], axis=1) @ weights
+
+        return estimate(self.sample, slope, **self._counts(quantity), level=level)
+
+    def _counts(self, quantity: str) -> dict[str, int]:
+        of = pairs_of(quantity, self.difference)
+        return {"pairs": int(of.sum()), "prompts": prompts_in(self.sample.groups, of)}
 
 
-def of_sides(sums: Float[np.ndarray, "resample 6"], quantity: str) -> Float[np.ndarray, " resample"]:
-    """One of QUANTITIES from sums of `side_columns`; nan where a side it needs has no pair."""
-    aligned, counter, equal = (ratio(sums[:, k], sums[:, k + 1]) for k in (0, 2, 4))
-    if quantity == "accuracy":
-        return ratio(sums[:, 0::2].sum(axis=1), sums[:, 1::2].sum(axis=1))
-    return {
-        "aligned": aligned,
-        "counter": counter,
-        "equal": equal,
-        "reliance": aligned - counter,
-        "balanced": (aligned + counter) / 2,
-        "worst_side": np.minimum(aligned, counter),
-    }[quantity]
+def _less(now: Quantity, then: Quantity) -> Quantity:
+    return lambda sums: now(sums) - then(sums)
+
+
+def sides_of(
+    rounds: Sequence[Float[np.ndarray, " pair"]],
+    difference: Float[np.ndarray, " pair"],
+    groups: Int[np.ndarray, " pair"] | None,
+    *,
+    seed: int,
+    resamples: int = 2000,
+    equal: bool = True,
+) -> Sides:
+    """Rounds' correctness (or wins) on the sides of a feature.
+
+    Args:
+        rounds: correctness of each pair, one array a round, in [0, 1].
+        difference: d of each pair; only its sign counts.
+        groups: number of each pair's prompt; None: each pair stands for itself.
+        seed: of the resamples.
+        equal: whether the equal side is asked about (accuracy needs it).
+    """
+    masks = [difference > 0, difference < 0, difference == 0][: 3 if equal else 2]
+    columns = [*masks, *(values * mask for values in rounds for mask in masks)]
+    sample = Resampled(np.stack(columns, axis=1).astype(np.float64), groups, seed, resamples)
+    return Sides(sample, difference, SIDES[: len(masks)])
 
 
 def pairs_of(quantity: str, difference: Float[np.ndarray, " pair"]) -> Bool[np.ndarray, " pair"]:
@@ -112,16 +174,18 @@ def reliance(
     """
     given = {} if length_difference is None else {"length_difference": length_difference}
     check_finite({"difference": difference, "margins": margins, **given})
-    how = {"seed": seed, "resamples": resamples, "level": level}
     correct = correctness(margins)
-    accuracies = {name: score(correct, difference, name, groups, **how) for name in QUANTITIES}
+    sides = sides_of([correct], difference, groups, seed=seed, resamples=resamples)
     varies = difference != 0
     prefers = np.where(difference > 0, correct, 1 - correct) * varies
+    preferring = Resampled(np.stack([prefers, varies], axis=1).astype(np.float64), groups, seed, resamples)
+    how = {"seed": seed, "resamples": resamples, "level": level}
+    everything = {"pairs": len(margins), "prompts": prompts_in(groups, np.ones(len(margins), dtype=bool))}
     return Reliance(
-        accuracies,
-        _estimated(np.stack([prefers, varies], axis=1).astype(np.float64), _mean, groups, varies, how),
+        {name: sides.score(name, level=level) for name in QUANTITIES},
+        estimate(preferring, _mean, pairs=int(varies.sum()), prompts=prompts_in(groups, varies), level=level),
         rank_correlation(difference, margins, groups, **how),
-        Estimate(None, None, None, len(margins), prompts_in(groups, np.ones(len(margins), dtype=bool)))
+        Estimate(None, None, None, **everything)
         if length_difference is None
         else partial_rank_correlation(difference, margins, length_difference, groups, **how),
         {side: int(pairs_of(side, difference).sum()) for side in SIDES},
@@ -130,10 +194,6 @@ def reliance(
 
 def _mean(sums: Float[np.ndarray, "resample 2"]) -> Float[np.ndarray, " resample"]:
     return ratio(sums[:, 0], sums[:, 1])
-
-
-def _estimated(columns: np.ndarray, quantity: Quantity, groups, of: np.ndarray, how: dict) -> Estimate:
-    return estimate(columns, quantity, groups, pairs=int(of.sum()), prompts=prompts_in(groups, of), **how)
 
 
 def reliance_changes(
@@ -162,116 +222,10 @@ def reliance_changes(
         ValueError: arrays of different lengths, or a value that is no finite number.
     """
     check_finite({"difference": difference, "this round": now, **before})
-    correct = {name: correctness(margins) for name, margins in {"": now, **before}.items()}
-    return {
-        quantity: changes(
-            correct[""],
-            {name: correct[name] for name in before},
-            difference,
-            quantity,
-            groups,
-            seed=seed,
-            resamples=resamples,
-            level=level,
-        )
-        for quantity in QUANTITIES
-    }
-
-
-def changes(
-    now: Float[np.ndarray, " pair"],
-    before: Mapping[str, Float[np.ndarray, " pair"]],
-    difference: Float[np.ndarray, " pair"],
-    quantity: str,
-    groups: Int[np.ndarray, " pair"] | None = None,
-    *,
-    seed: int,
-    resamples: int = 2000,
-    level: float = 0.95,
-) -> dict[str, Estimate]:
-    """Paired changes of one quantity against other rounds, with simultaneous intervals (max-t bootstrap).
-
-    Args:
-        now: correctness (or wins) of each pair in this round, in [0, 1].
-        before: likewise of the rounds to compare with, by name.
-        difference: d of each pair; only its sign counts.
-        quantity: one of QUANTITIES.
-        groups: number of each pair's prompt; None: each pair stands for itself.
-    """
-    columns = np.concatenate([side_columns(values, difference) for values in (now, *before.values())], axis=1)
-
-    def change(sums: Float[np.ndarray, "resample column"], at: int) -> Float[np.ndarray, " resample"]:
-        then = sums[:, 6 * at : 6 * (at + 1)]
-        return of_sides(sums[:, :6], quantity) - of_sides(then, quantity)
-
-    of = pairs_of(quantity, difference)
-    return simultaneous(
-        columns,
-        {name: partial(change, at=at) for at, name in enumerate(before, start=1)},
-        groups,
-        pairs=int(of.sum()),
-        prompts=prompts_in(groups, of),
-        seed=seed,
-        resamples=resamples,
-        level=level,
-    )
-
-
-def score(
-    correct: Float[np.ndarray, " pair"],
-    difference: Float[np.ndarray, " pair"],
-    quantity: str,
-    groups: Int[np.ndarray, " pair"] | None = None,
-    *,
-    seed: int,
-    resamples: int = 2000,
-    level: float = 0.95,
-) -> Estimate:
-    """One of QUANTITIES with its cluster bootstrap interval.
-
-    Args:
-        correct: correctness (or wins) of each pair, in [0, 1].
-        difference: d of each pair; only its sign counts.
-        groups: number of each pair's prompt; None: each pair stands for itself.
-    """
-    how = {"seed": seed, "resamples": resamples, "level": level}
-    of, columns = pairs_of(quantity, difference), side_columns(correct, difference)
-    return _estimated(columns, partial(of_sides, quantity=quantity), groups, of, how)
-
-
-def trend(
-    rounds: Sequence[Float[np.ndarray, " pair"]],
-    difference: Float[np.ndarray, " pair"],
-    quantity: str,
-    groups: Int[np.ndarray, " pair"] | None = None,
-    *,
-    seed: int,
-    resamples: int = 2000,
-    level: float = 0.9,
-) -> Estimate:
-    """Change of a quantity a round: the least-squares slope through rounds, with its cluster bootstrap
-    interval.
-
-        Σ_k (k − k̄) q_k / Σ_k (k − k̄)²
-
-    Through three rounds its standard error is half that of the change between two neighbours.
-
-    Args:
-        rounds: correctness (or wins) of each pair, one array a round, oldest first; at least two.
-        difference: d of each pair; only its sign counts.
-        quantity: one of QUANTITIES.
-        groups: number of each pair's prompt; None: each pair stands for itself.
-    """
-    at = np.arange(len(rounds)) - (len(rounds) - 1) / 2
-    weights = at / (at**2).sum()
-
-    def slope(sums: Float[np.ndarray, "resample column"]) -> Float[np.ndarray, " resample"]:
-        parts = [of_sides(sums[:, 6 * k : 6 * (k + 1)], quantity) for k in range(len(rounds))]
-        return np.stack(parts, axis=1) @ weights
-
-    columns = np.concatenate([side_columns(values, difference) for values in rounds], axis=1)
-    how = {"seed": seed, "resamples": resamples, "level": level}
-    return _estimated(columns, slope, groups, pairs_of(quantity, difference), how)
+    rounds = [correctness(margins) for margins in (now, *before.values())]
+    sides = sides_of(rounds, difference, groups, seed=seed, resamples=resamples)
+    places = {name: at for at, name in enumerate(before, start=1)}
+    return {quantity: sides.changes(quantity, places, level) for quantity in QUANTITIES}
 
 
 def design_effect(

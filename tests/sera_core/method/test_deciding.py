@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sera_core.convergence import VERDICTS
 from sera_core.method.best import best_of, choosing_half
 from sera_core.method.deciding import METRICS, Heldout, Rule, judge_round
-from sera_core.method.reliance import design_effect, score, trend
+from sera_core.method.reliance import design_effect, sides_of
 from sera_core.method.standing import decide_round, standing
 
 light = settings(max_examples=40, deadline=None, derandomize=True)
@@ -165,9 +165,10 @@ def test_the_trend_is_the_least_squares_slope():
     rng = np.random.default_rng(0)
     rounds = [rng.integers(0, 2, 200).astype(np.float64) for _ in range(4)]
     difference = rng.integers(-1, 2, 200).astype(np.float64)
+    sides = sides_of(rounds, difference, None, seed=0, resamples=500)
     for quantity in ("balanced", "accuracy", "worst_side"):
-        scores = [score(r, difference, quantity, seed=0, resamples=2).value for r in rounds]
-        got = trend(rounds, difference, quantity, seed=0, resamples=500)
+        scores = [sides.score(quantity, at).value for at in range(4)]
+        got = sides.trend(quantity, range(4))
         assert got.value == pytest.approx(np.polyfit(range(4), scores, 1)[0])
         assert got.low < got.value < got.high
 
@@ -200,7 +201,7 @@ def chosen_list(chooses):
 
 
 def test_the_pairs_that_report_have_no_say_in_the_choice():
-    """The rounds are equal; on the choosing half round 1 seems best, by chance alone: reported is the truth."""
+    """The rounds are equal; one seems best on the choosing half, by chance; the other half has the truth."""
     rng = np.random.default_rng(3)
     heldout = heldout_of()
     apart = []

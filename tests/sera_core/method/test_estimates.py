@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sera_core.method import estimates
-from sera_core.method.estimates import Estimate, estimate, resampled_sums, simultaneous
+from sera_core.method.estimates import Estimate, Resampled, estimate, simultaneous
 from sera_core.winrate import bootstrap_interval, wilson_interval
 
 light = settings(max_examples=40, deadline=None, derandomize=True)
@@ -18,11 +18,10 @@ def mean(sums):
     return estimates.ratio(sums[:, 0], sums[:, 1])
 
 
-def estimated(values, groups=None, **how):
+def estimated(values, groups=None, level=0.95, seed=0, resamples=2000):
     prompts = estimates.prompts_in(groups, np.ones(len(values), dtype=bool))
-    return estimate(
-        columns_of(values), mean, groups, pairs=len(values), prompts=prompts, **({"seed": 0} | how)
-    )
+    sample = Resampled(columns_of(values), groups, seed, resamples)
+    return estimate(sample, mean, pairs=len(values), prompts=prompts, level=level)
 
 
 def test_the_interval_of_a_share_is_near_wilsons():
@@ -77,7 +76,7 @@ def test_the_numbers_of_groups_and_the_order_of_pairs_do_not_matter(seed, size):
 def test_weights_too_many_to_hold_are_drawn_in_pieces(monkeypatch):
     sums = np.ones((50, 1))
     monkeypatch.setattr(estimates, "_CELLS", 120)
-    pieces = resampled_sums(sums, seed=0, resamples=11)
+    pieces = Resampled(sums, None, 0, 11).draws
     assert pieces[:, 0].tolist() == [50.0] * 11
 
 
@@ -93,10 +92,10 @@ def shifted(offsets, n=400, seed=0):
 
 def test_simultaneous_intervals_lie_between_single_and_bonferronis_ones():
     columns, quantities = shifted([0.0, 0.1, 0.2])
-    how = {"pairs": 400, "prompts": 400, "seed": 0, "resamples": 4000}
-    together = simultaneous(columns, quantities, None, **how)
-    alone = simultaneous(columns, {"0": quantities["0"]}, None, **how)["0"]
-    bonferroni = simultaneous(columns, {"0": quantities["0"]}, None, level=1 - 0.05 / 3, **how)["0"]
+    sample, how = Resampled(columns, None, 0, 4000), {"pairs": 400, "prompts": 400}
+    together = simultaneous(sample, quantities, **how)
+    alone = simultaneous(sample, {"0": quantities["0"]}, **how)["0"]
+    bonferroni = simultaneous(sample, {"0": quantities["0"]}, level=1 - 0.05 / 3, **how)["0"]
     assert alone.high < together["0"].high < bonferroni.high
     assert together["2"].value == pytest.approx(columns[:, 2].mean())
 
@@ -105,7 +104,7 @@ def test_simultaneous_intervals_all_cover_in_about_95_of_100_samples():
     covered = 0
     for seed in range(300):
         columns, quantities = shifted([0.0, 0.1, 0.2], n=150, seed=seed)
-        found = simultaneous(columns, quantities, None, pairs=150, prompts=150, seed=0, resamples=500)
+        found = simultaneous(Resampled(columns, None, 0, 500), quantities, pairs=150, prompts=150)
         covered += all(
             e.low <= offset <= e.high for e, offset in zip(found.values(), [0, 0.1, 0.2], strict=True)
         )
@@ -113,10 +112,8 @@ def test_simultaneous_intervals_all_cover_in_about_95_of_100_samples():
 
 
 def test_a_quantity_that_nothing_moves_has_no_width_and_one_without_pairs_no_value():
-    columns = np.ones((10, 2))
-    found = simultaneous(
-        columns, {"same": mean, "none": lambda s: np.full(len(s), np.nan)}, None, pairs=10, prompts=10, seed=0
-    )
+    quantities = {"same": mean, "none": lambda s: np.full(len(s), np.nan)}
+    found = simultaneous(Resampled(np.ones((10, 2)), None, 0), quantities, pairs=10, prompts=10)
     assert found["same"] == Estimate(1.0, 1.0, 1.0, 10, 10)
     assert found["none"] == Estimate(None, None, None, 10, 10)
     assert not found["none"].measurable

@@ -6,7 +6,7 @@ from scipy import stats
 
 from sera_core.method.correlation import partial_rank_correlation, rank_correlation
 from sera_core.method.estimates import check_finite
-from sera_core.method.reliance import QUANTITIES, changes, reliance, reliance_changes
+from sera_core.method.reliance import QUANTITIES, reliance, reliance_changes, sides_of
 
 light = settings(max_examples=60, deadline=None, derandomize=True)
 QUICK = {"seed": 0, "resamples": 50}
@@ -189,6 +189,7 @@ def test_a_paired_change_has_mcnemars_standard_error():
     """1,000 pairs, 60 better and 40 worse than before: change .02, SE √(100/1000 − .02²)/√1000 = .00998."""
     now = np.concatenate([np.ones(60), np.zeros(40), np.ones(500), np.zeros(400)])
     then = np.concatenate([np.zeros(60), np.ones(40), np.ones(500), np.zeros(400)])
-    got = changes(now, {"then": then}, np.zeros(1000), "accuracy", seed=0, resamples=4000)["then"]
+    sides = sides_of([now, then], np.zeros(1000), None, seed=0, resamples=4000)
+    got = sides.changes("accuracy", {"then": 1})["then"]
     assert got.value == pytest.approx(0.02)
     assert (got.high - got.low) / 2 == pytest.approx(1.96 * 0.00998, rel=0.06)
