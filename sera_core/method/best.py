@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sera_core.method.estimates import Estimate
-from sera_core.method.reliance import sides_of
+from sera_core.method.sides import sides_of
 
 
 def choosing_half(prompts: Sequence[str], seed: int) -> Bool[np.ndarray, " pair"]:

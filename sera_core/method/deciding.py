@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from sera_core.convergence import Verdict
 from sera_core.method.best import Best, best_of
 from sera_core.method.estimates import Estimate, check_finite
-from sera_core.method.reliance import design_effect, sides_of
+from sera_core.method.sides import design_effect, sides_of
 
 METRICS = ("balanced", "accuracy", "worst-side", "win-rate")
 _QUANTITY = {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sera_core.convergence import VERDICTS
 from sera_core.method.best import best_of, choosing_half
 from sera_core.method.deciding import METRICS, Heldout, Rule, judge_round
-from sera_core.method.reliance import design_effect, sides_of
+from sera_core.method.sides import design_effect, sides_of
 from sera_core.method.standing import decide_round, standing
 
 light = settings(max_examples=40, deadline=None, derandomize=True)

@@ -6,7 +6,8 @@ from scipy import stats
 
 from sera_core.method.correlation import partial_rank_correlation, rank_correlation
 from sera_core.method.estimates import check_finite
-from sera_core.method.reliance import QUANTITIES, reliance, reliance_changes, sides_of
+from sera_core.method.reliance import reliance, reliance_changes
+from sera_core.method.sides import QUANTITIES, sides_of
 
 light = settings(max_examples=60, deadline=None, derandomize=True)
 QUICK = {"seed": 0, "resamples": 50}
