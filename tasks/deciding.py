@@ -20,8 +20,8 @@ from sera_core.method.diagnostics import (
     ks_distance,
     sign_changes,
 )
-from sera_core.method.reviewers import prompt_groups
 from sera_core.method.win_rates import Rate
+from sera_core.reviewers import prompt_groups
 
 UNLIMITED = 10**9
 """`max_rounds` is no decision about a round: the run derives it from its limits; raising them re-opens it."""

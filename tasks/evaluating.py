@@ -10,8 +10,8 @@ import pyarrow as pa
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
 from sera_core.method import diagnostics
-from sera_core.method.reviewers import interleaved, judge_responses, prompt_groups, rounding, scored_table
 from sera_core.method.win_rates import Rate, bootstrap_interval, win_rate
+from sera_core.reviewers import interleaved, judge_responses, prompt_groups, rounding, scored_table
 
 Metrics = dict[str, Any]
 

@@ -16,7 +16,7 @@ from sera_core.artifacts.streaming import Lookup, Rows, Writer, numbers, row_gro
 from sera_core.errors import SeraError
 from sera_core.method.noise import noise_floor
 from sera_core.method.pairing import pair_responses
-from sera_core.method.reviewers import (
+from sera_core.reviewers import (
     NOISE,
     Judgement,
     judge_responses,

@@ -12,7 +12,8 @@ from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.step import Attempt
 from sera_core.errors import SeraError
 from sera_core.method.noise import noise_floor
-from sera_core.method.reviewers import (
+from sera_core.method.selection import select
+from sera_core.reviewers import (
     NOISE,
     Sweep,
     interleaved,
@@ -23,7 +24,6 @@ from sera_core.method.reviewers import (
     selection_table,
     sweep_of_pairs,
 )
-from sera_core.method.selection import select
 
 _SETTINGS = ("fraction", "k", "threshold", "min_margin", "direction")
 

@@ -41,9 +41,9 @@ from flows.display.progress import reporter
 from sera_core.data.preferences import Drop
 from sera_core.errors import InputError
 from sera_core.method.diagnostics import reward_accuracy
-from sera_core.method.reviewers import judge_responses, rounding, scored_table
 from sera_core.method.rewards import quantise
 from sera_core.models.model_sources import Source
+from sera_core.reviewers import judge_responses, rounding, scored_table
 from tasks.engines.sampler import position_limit
 
 

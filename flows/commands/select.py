@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from flows.commands.output import answer, check_output, count_lines, write_output
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.errors import InputError
-from sera_core.method.reviewers import selection_table
 from sera_core.method.selection import select as select_pairs
+from sera_core.reviewers import selection_table
 
 
 def select(args: argparse.Namespace) -> int:

@@ -10,8 +10,8 @@ from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.artifacts.store import Store
 from sera_core.errors import InputError
 from sera_core.method.diagnostics import correctness
-from sera_core.method.reviewers import prompt_groups
 from sera_core.method.win_rates import Rate, bootstrap_difference
+from sera_core.reviewers import prompt_groups
 
 
 def run_records(store: Store, run: str) -> RunStore:

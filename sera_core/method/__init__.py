@@ -1,1 +1,1 @@
-"""SeRA's mathematics: arrays in, arrays out. No torch, no files."""
+"""SeRA's mathematics and the evidence about a round: arrays in, arrays out. No torch, no files."""

@@ -12,13 +12,13 @@ from markupsafe import Markup
 
 from sera_core.artifacts.manifest import Artifact
 from sera_core.method.diagnostics import MIN_PAIRS_A_SIDE
-from sera_core.method.reviewers import NOISE
 from sera_core.reporting import evidence as evidences
 from sera_core.reporting import flow, length, plots, words
 from sera_core.reporting.examples import examples
 from sera_core.reporting.files import RoundFiles, Row
 from sera_core.reporting.pages import render
 from sera_core.reporting.plots import Point, Series
+from sera_core.reviewers import NOISE
 
 
 def round_page(number: int, artifacts: Mapping[str, Artifact]) -> str:

@@ -26,7 +26,7 @@ def test_best_and_worst_of_pure_noise_stay_below_the_floor_in_95_of_100(response
 def test_the_noise_is_the_root_mean_square_error_of_finite_responses():
     # errors 3 and 4, the third is no number: sqrt((9 + 16) / 2)
     noise = response_noise(np.array([3.0, 5.0, np.inf]), np.array([0.0, 1.0, 0.0]))
-    assert noise == Noise(pytest.approx(12.5**0.5), 2)
+    assert noise.sigma == pytest.approx(12.5**0.5) and noise == Noise(noise.sigma, 2)
 
 
 def test_without_error_there_is_no_floor_and_one_response_makes_no_pair():

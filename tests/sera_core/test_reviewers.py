@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from sera_core.method.reviewers import judge_responses, sweep_of_pairs, sweep_of_responses
 from sera_core.method.selection import select
+from sera_core.reviewers import judge_responses, sweep_of_pairs, sweep_of_responses
 
 RULES = {"rule": "top-fraction", "fraction": 0.7, "min_margin": 0.0, "direction": "large"}
 

@@ -1,0 +1,158 @@
+"""The panel by name: the built-in features, functions of the user's own, and columns given as numbers."""
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from typing import cast
+
+import numpy as np
+from jaxtyping import Float
+
+from sera_core.errors import InputError
+from sera_core.method import features
+
+Feature = Callable[[str, str], float]
+"""(prompt, response) -> value."""
+
+FEATURES: dict[str, Feature] = {
+    function.__name__: function
+    for function in (
+        features.characters,
+        features.words,
+        features.sentences,
+        features.list_items,
+        features.headings,
+        features.bold,
+        features.code_fences,
+        features.markdown,
+        features.refusal,
+        features.opening,
+        features.word_overlap,
+        features.trigram_overlap,
+    )
+}
+"""The built-in features by name."""
+
+
+def feature_named(name: str, allowed: Iterable[str] | None = None) -> Feature:
+    """A built-in feature, or `module:function` of the user's own.
+
+    Args:
+        name: of FEATURES, or `module:function` with a function(prompt, response) -> float.
+        allowed: modules that may be imported; None: any.
+
+    Raises:
+        InputError: an unknown name (the nearest is named), a module that is not allowed or cannot be
+            imported, or something in it that cannot be called.
+    """
+    if ":" in name:
+        return _imported(name, allowed)
+    if name in FEATURES:
+        return FEATURES[name]
+    near = difflib.get_close_matches(name, FEATURES, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise InputError(
+        f"feature {name!r} is unknown; {hint}there are {', '.join(FEATURES)}, and module:function for one of "
+        "your own"
+    )
+
+
+def _imported(name: str, allowed: Iterable[str] | None) -> Feature:
+    module_name, _, function_name = name.partition(":")
+    if allowed is not None and module_name not in set(allowed):
+        raise InputError(
+            f"feature {name!r}: the module {module_name!r} is not allowed here; whoever runs the work must "
+            "name it among the allowed modules"
+        )
+    try:
+        module = import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            f"feature {name!r}: the module {module_name!r} cannot be imported ({error}); give "
+            "module:function of something on the Python path"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(
+            f"feature {name!r}: {module_name!r} has no function {function_name!r}; it must take (prompt, "
+            "response) and return a number"
+        )
+    return cast(Feature, function)
+
+
+def feature_values(
+    name: str, feature: Feature, prompts: Sequence[str], responses: Sequence[str]
+) -> Float[np.ndarray, " response"]:
+    """A feature of each response, in the feature's own unit.
+
+    Raises:
+        InputError: the feature raises, or gives something that is no finite number; says where.
+    """
+    if len(prompts) != len(responses):
+        raise InputError(f"{len(prompts)} prompts for {len(responses)} responses; give one each")
+    found = np.empty(len(responses), dtype=np.float64)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        try:
+            found[row] = float(feature(prompt, response))
+        except Exception as error:  # the user's own code may raise anything
+            raise InputError(f"feature {name!r}, row {row}: {type(error).__name__}: {error}") from error
+        if not np.isfinite(found[row]):
+            raise InputError(f"feature {name!r}, row {row}: {found[row]} is no finite number")
+    return found
+
+
+def feature_differences(
+    named: dict[str, Feature], prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str]
+) -> dict[str, Float[np.ndarray, " pair"]]:
+    """feature(chosen) − feature(rejected) of every pair, by feature.
+
+    Args:
+        named: features by name.
+        prompts, chosen, rejected: the texts of the pairs, in one order.
+
+    Raises:
+        InputError: as `feature_values`.
+    """
+    return {
+        name: feature_values(name, feature, prompts, chosen)
+        - feature_values(name, feature, prompts, rejected)
+        for name, feature in named.items()
+    }
+
+
+def column_difference(
+    name: str, chosen: Sequence[object], rejected: Sequence[object]
+) -> Float[np.ndarray, " pair"]:
+    """chosen − rejected of a user's column, in its own unit.
+
+    Args:
+        chosen, rejected: the column's values for both answers of each pair, in one order.
+
+    Raises:
+        InputError: a value is missing or no finite number, or the answers of every pair have the same
+            value, so that the column can tell nothing.
+    """
+    if len(chosen) != len(rejected):
+        raise InputError(f"column {name!r}: {len(chosen)} chosen and {len(rejected)} rejected values")
+    sides = [_numbers(name, "chosen", chosen), _numbers(name, "rejected", rejected)]
+    difference = sides[0] - sides[1]
+    if difference.size and not difference.any():
+        raise InputError(
+            f"column {name!r}: both answers have the same value in all {difference.size} pairs, so nothing "
+            "can be said of it; leave it out"
+        )
+    return difference
+
+
+def _numbers(name: str, side: str, values: Sequence[object]) -> Float[np.ndarray, " pair"]:
+    found = np.full(len(values), np.nan)
+    for row, value in enumerate(values):
+        if isinstance(value, bool | int | float | np.number):
+            found[row] = float(value)
+    bad = np.flatnonzero(~np.isfinite(found))
+    if bad.size:
+        raise InputError(
+            f"column {name!r}: {bad.size} of {len(values)} {side} values are missing or no finite number "
+            f"(first: row {bad[0]}: {values[bad[0]]!r}); fill them, or leave the column out"
+        )
+    return found
