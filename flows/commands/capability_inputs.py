@@ -247,12 +247,26 @@ def _tell(read: loading.Read, reading: Reading) -> None:
 
 
 def _own_ids(row: Row, pair: Pair) -> PairIds | None:
-    """Token ids of a row that this project wrote: they are the record, text is only a view of them."""
+    """Token ids of a row that this project wrote: they are the record, text is only a view of them.
+
+    Raises:
+        InputError: what stands there are no token ids.
+    """
     held = [row.data.get(name) for name in _ID_COLUMNS]
     if row.data.get("pair_id") != pair.pair_id or not all(held):
         return None
+    for name, ids in zip(_ID_COLUMNS, held, strict=True):
+        if not _are_ids(ids):
+            raise InputError(
+                f"{row.where}: {name} holds no list of token ids; leave out {', '.join(_ID_COLUMNS)}, or "
+                "give the parquet file as it was written"
+            )
     prompt, chosen, rejected = (_packed(ids) for ids in held if ids)
     return prompt, chosen, rejected
+
+
+def _are_ids(ids: Any) -> bool:
+    return isinstance(ids, list) and all(type(one) is int and 0 <= one < 2**31 for one in ids)
 
 
 def render_pairs(
@@ -285,6 +299,9 @@ def _token_ids(renderer: "Renderer", given: Sequence[GivenPair]) -> list[PairIds
     if strange:
         say(f"{strange} prompts have token ids of another tokenizer or template: every text is rendered anew")
         return fresh
+    for g in given:
+        with _of_row(g.pair.where):
+            renderer.refuse_unknown([one for ids in g.ids or () for one in ids])
     return [g.ids or ids for g, ids in zip(given, fresh, strict=True)]
 
 

@@ -12,7 +12,6 @@ from flows.outputs import check_place
 from flows.running.open_run import test_record
 from sera_core.artifacts.folders import write_whole
 from sera_core.artifacts.manifest import Artifact, find_record
-from sera_core.artifacts.records import read_record
 from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore, differences, flatten
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
@@ -152,8 +151,8 @@ def _state_words(records: RunStore, config: SeraConfig, stop_reason: str | None)
 def _budget_words(records: RunStore, stop_reason: str) -> str:
     if stop_reason != "budget":
         return ""
-    stop = read_record(records.store, f"{records.path}/stop-{len(records.configs()) - 1:03d}.json")
-    return "" if stop is None else f" {stop['after']}."
+    stop = records.stop()
+    return "" if stop is None else f" {stop.after}."
 
 
 def _best_words(best: RoundManifest | None) -> str:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from sera_core.artifacts.manifest import Artifact, find_record
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.artifacts.store import Store
-from sera_core.errors import InputError
+from sera_core.errors import InputError, StoreError
 from sera_core.method.diagnostics import correctness
 from sera_core.method.win_rates import Rate, bootstrap_difference
 from sera_core.reviewers import prompt_groups
@@ -60,7 +60,12 @@ def uri_of(store: Store, place: dict[str, Any]) -> str:
     if record is None:
         return f"{store.url}/steps/{place['step']}/{place['key']}"
     path = place["path"]
-    name = next(name for name in record.files if name.startswith(path))
+    name = next((name for name in record.files if name.startswith(path)), None)
+    if name is None:
+        raise StoreError(
+            f"{store.url}/steps/{record.step}/{record.key}/done.json: names no file {path!r:.120}; "
+            "restore it from a copy of the store"
+        )
     return f"{store.url}/steps/{place['step']}/{place['key']}/{record.files[name].attempt}/{path}".rstrip("/")
 
 

@@ -134,7 +134,7 @@ def lineage(records: RunStore, manifest: RoundManifest) -> Lineage:
             round=manifest.round,
             step=policy.ref,
             sha256=manifest.artifacts["policy"]["sha256"],
-            weights=policy.metrics["weights/result"],
+            weights=policy.metric("weights/result"),
         ),
         config_sha256=config.config_sha256,
         config=config.resolved,

@@ -11,7 +11,7 @@ from flows.running.open_run import check_template, load_data, resolved, source_d
 from sera_core import steps
 from sera_core.artifacts.canonical import sha256_json
 from sera_core.artifacts.manifest import StepRef, StepSpec, find_record
-from sera_core.artifacts.runs import History, RunStore, differences
+from sera_core.artifacts.runs import ACCURACY, History, RunStore, differences
 from sera_core.artifacts.store import Store, numbered, open_store
 from sera_core.config import SeraConfig
 
@@ -135,11 +135,11 @@ def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
     """What a round to come will say of itself: its records', where another run has done it already."""
     evidence, decision = made["evidence"], made["decision"]
     record = evidence and find_record(walk.store, evidence.step, evidence.key)
-    accuracy = record.metrics["heldout/rewards/accuracies"]["value"] if record else None
+    accuracy = record.metric(ACCURACY)["value"] if record else None
     found = decision and find_record(walk.store, decision.step, decision.key)
     return {
         "round": number,
-        "decision": found.metrics["decision"] if found else "promote",
+        "decision": found.metric("decision") if found else "promote",
         "accuracy": accuracy,
     }
 
@@ -147,7 +147,7 @@ def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
 def _asks(store: Store, decision: Ref) -> bool:
     """Whether a decision that was made already is a question to a person."""
     found = decision and find_record(store, decision.step, decision.key)
-    return bool(found and found.metrics["ask"])
+    return bool(found and found.metric("ask"))
 
 
 def _last_accuracy(told: list[dict[str, Any]]) -> float | None:

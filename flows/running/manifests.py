@@ -1,5 +1,6 @@
 """Turn a finished round into its manifest: the record that makes it count."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.round import Steps
@@ -7,7 +8,7 @@ from flows.running.session import Session, tokens_of
 from sera_core.artifacts.canonical import files_digest
 from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.records import FORMAT
-from sera_core.artifacts.runs import RoundManifest, now
+from sera_core.artifacts.runs import ACCURACY, RoundManifest, now
 
 FILES = {
     "policy": ("policy", "policy/"),
@@ -24,11 +25,7 @@ FILES = {
 def manifest_of(session: Session, round: int, made: Steps) -> RoundManifest:
     """The manifest of a round whose steps are done; without pairs it has no policy, evidence or decision."""
     records = {role: session.record_of(ref) for role, ref in made.items() if ref is not None}
-    mixture = records["mixture"].metrics
-    decision = _decision(records, mixture)
-    accuracy = None
-    if "evidence" in records:
-        accuracy = records["evidence"].metrics["heldout/rewards/accuracies"]["value"]
+    earlier = {ref.key for manifest in session.history.rounds for ref in manifest.used}
     return RoundManifest(
         format=FORMAT,
         run=session.run,
@@ -38,14 +35,31 @@ def manifest_of(session: Session, round: int, made: Steps) -> RoundManifest:
         steps={role: record.ref for role, record in records.items()},
         used=[record.ref for record in session.used.values()],
         artifacts=artifacts_of(records),
-        pairs={"human": mixture["pairs/human"], "generated": mixture["pairs/generated"]},
-        target_share=mixture["target_share"],
-        generated_share=mixture["generated_share"] or 0.0,
-        metrics=_metrics(session, records),
-        accuracy=accuracy,
         created=now(),
-        **decision,
+        **told_by(records, [record for key, record in session.used.items() if key not in earlier]),
     )
+
+
+def told_by(records: Mapping[str, StepRecord], new: Sequence[StepRecord]) -> dict[str, Any]:
+    """What a manifest says of a round, from the records of its steps.
+
+    Args:
+        records: of the round's own steps, by role.
+        new: of all the steps that the round used and none before it: their tokens and seconds are its.
+
+    Raises:
+        StoreError: a record lacks a metric.
+    """
+    mixture = records["mixture"]
+    evidence = records.get("evidence")
+    return {
+        "pairs": {"human": mixture.metric("pairs/human"), "generated": mixture.metric("pairs/generated")},
+        "target_share": mixture.metric("target_share"),
+        "generated_share": mixture.metric("generated_share") or 0.0,
+        "metrics": _metrics(records, new),
+        "accuracy": None if evidence is None else evidence.metric(ACCURACY)["value"],
+        **_decision(records),
+    }
 
 
 def artifacts_of(records: dict[str, StepRecord]) -> dict[str, dict[str, Any]]:
@@ -68,14 +82,14 @@ def artifact(record: StepRecord, path: str) -> dict[str, Any]:
     return {**place, "sha256": digest, "bytes": sum(file.bytes for file in files.values()), "rows": None}
 
 
-def _decision(records: dict[str, StepRecord], mixture: dict[str, Any]) -> dict[str, Any]:
-    if mixture["reason"] == "no_pairs":
+def _decision(records: Mapping[str, StepRecord]) -> dict[str, Any]:
+    if records["mixture"].metric("reason") == "no_pairs":
         reason = "no pairs are left to train on: see the ledger for why each was dropped"
         return {"decision": "stop", "reason": reason, "stop_reason": "no_pairs"}
-    return {name: records["decision"].metrics[name] for name in ("decision", "reason", "stop_reason")}
+    return {name: records["decision"].metric(name) for name in ("decision", "reason", "stop_reason")}
 
 
-def _metrics(session: Session, records: dict[str, StepRecord]) -> dict[str, Any]:
+def _metrics(records: Mapping[str, StepRecord], new: Sequence[StepRecord]) -> dict[str, Any]:
     """What a person compares between rounds; the whole evidence stands in its own artifact."""
     metrics: dict[str, Any] = {}
     for role in ("evidence", "policy", "mixture"):
@@ -90,16 +104,14 @@ def _metrics(session: Session, records: dict[str, StepRecord]) -> dict[str, Any]
         }
         metrics |= {n: c for n, c in records["responses"].counts.items() if n.startswith("prompts")}
     if "decision" in records:
-        metrics |= {name: records["decision"].metrics[name] for name in ("verdict", "alarm", "overlap", "ks")}
-    earlier = {ref.key for manifest in session.history.rounds for ref in manifest.used}
-    new = [record for key, record in session.used.items() if key not in earlier]
+        metrics |= {name: records["decision"].metric(name) for name in ("verdict", "alarm", "overlap", "ks")}
     metrics |= _token_counts(new)
     metrics["tokens"] = sum(tokens_of(record) for record in new)
     metrics["seconds"] = round(sum(record.seconds for record in new), 3)
     return metrics
 
 
-def _token_counts(records: list[StepRecord]) -> dict[str, int]:
+def _token_counts(records: Sequence[StepRecord]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for record in records:
         for name, value in record.metrics.items():

@@ -36,14 +36,14 @@ def _steps_of(session: Session, number: int) -> str:
     sides = session.prepare()
     made = round.self_review(config, sides, past, number, do)
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
-    if session.record_of(made["mixture"]).metrics["reason"] != "no_pairs":
+    if session.record_of(made["mixture"]).metric("reason") != "no_pairs":
         made["policy"] = round.align(config, sides, past, number, made["mixture"], do)
         made["evidence"] = round.gather_evidence(
             config, sides, past, number, made["mixture"], made["policy"], do
         )
         told, accuracy = history.entries(), history.head.accuracy if history.head else None
         made["decision"] = round.judge(config, past, number, made, told, accuracy, None, do)
-        if session.record_of(made["decision"]).metrics["ask"]:
+        if session.record_of(made["decision"]).metric("ask"):
             answer = open_run.ask(session, number, made["decision"])
             if answer is None:
                 return "waiting"

@@ -8,8 +8,8 @@ from prefect.runtime import flow_run
 
 from flows.running import open_run
 from sera_core.artifacts.canonical import sha256_json
-from sera_core.artifacts.records import FORMAT, read_record
-from sera_core.artifacts.runs import RunStore, check_name, now
+from sera_core.artifacts.records import FORMAT, read_typed
+from sera_core.artifacts.runs import Finished, RunStore, check_name, now
 from sera_core.artifacts.store import Store, create_json
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
@@ -72,8 +72,8 @@ def remember(records: RunStore) -> None:
 def done_before(store: Store, config: SeraConfig) -> str | None:
     """The run that did exactly this (same settings, same content of model and data) to its end, or None."""
     resolved = open_run.resolved(config, open_run.source_digests(config))
-    found = read_record(store, _finished_path(resolved, config.limits.model_dump(mode="json")))
-    return None if found is None else found["run"]
+    found = read_typed(store, _finished_path(resolved, config.limits.model_dump(mode="json")), Finished)
+    return None if found is None else found.run
 
 
 def _limits(records: RunStore) -> dict[str, Any]:

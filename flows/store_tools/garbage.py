@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.store_tools.roots import COLLECTED, Place, Roots, is_claimed
+from flows.store_tools.roots import COLLECTED, Collected, Place, Roots, is_claimed
 from sera_core.artifacts.canonical import canonical_json
 from sera_core.artifacts.lease import lease_path, look
-from sera_core.artifacts.manifest import StepRecord, parse_part
-from sera_core.artifacts.records import FORMAT, read_record
-from sera_core.artifacts.runs import RunStore, list_runs
+from sera_core.artifacts.manifest import StepRecord, parse_part, parse_record
+from sera_core.artifacts.records import FORMAT, read_record, read_typed
+from sera_core.artifacts.runs import Finished, RunStore, list_runs
 from sera_core.artifacts.store import Store, create_json
 from sera_core.artifacts.upkeep import Stored, Upload, upkeep
 from sera_core.errors import BusyError, InputError, StoreError
@@ -211,13 +211,13 @@ class Pass:
         """Notes that a run did exactly this, when that run is no more."""
         for name in self.store.names("finished"):
             path = f"finished/{name}"
-            found = read_record(self.store, path)
+            found = read_typed(self.store, path, Finished)
             age = upkeep(self.store).age(path)
             if found is None or age is None or age < self.older_than:
                 continue
-            if not RunStore(self.store, found["run"]).configs():
+            if not RunStore(self.store, found.run).configs():
                 yield Garbage(
-                    path, f"a note of the run {found['run']}, which is no more", [Stored(path, 0, age)]
+                    path, f"a note of the run {found.run}, which is no more", [Stored(path, 0, age)]
                 )
 
     def _young(self, files: Sequence[Stored]) -> bool:
@@ -304,9 +304,10 @@ def take_record(store: Store, place: Place) -> None:
 def put_back(store: Store, place: Place) -> None:
     """Make the step exist again, if it did."""
     path = f"steps/{place[0]}/{place[1]}"
-    copy = read_record(store, f"{path}/{COLLECTED}")
-    if copy is not None and copy["record"] is not None:
-        create_json(store, f"{path}/done.json", copy["record"])
+    copy = read_typed(store, f"{path}/{COLLECTED}", Collected)
+    if copy is not None and copy.record is not None:
+        parse_record(copy.record, f"{store.url}/{path}/{COLLECTED}")
+        create_json(store, f"{path}/done.json", copy.record)
     upkeep(store).delete([f"{path}/{COLLECTED}"])
 
 

@@ -5,13 +5,14 @@ of every run that may go on (its steps recomputed as `sera plan` does), and step
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from flows import round as box
 from flows.planning.plan import Walk, walk_rounds
 from flows.running.open_run import test_record
 from sera_core.artifacts.lease import claim_path, look
 from sera_core.artifacts.manifest import StepRecord, StepRef, find_record, parse_record
-from sera_core.artifacts.records import read_record
+from sera_core.artifacts.records import Noun, read_typed
 from sera_core.artifacts.runs import RunStore, list_runs
 from sera_core.artifacts.store import Store
 
@@ -19,6 +20,13 @@ COLLECTED = "collected.json"
 """The copy of a step's record that was taken away, kept until its files go too."""
 Place = tuple[str, str]
 """Name and key of a step."""
+
+
+class Collected(Noun):
+    """What `COLLECTED` holds."""
+
+    format: int
+    record: dict[str, Any] | None
 
 
 class Roots:
@@ -48,10 +56,10 @@ class Roots:
 def _collected(store: Store, place: Place) -> StepRecord | None:
     """The copy of a record that an earlier pass took away."""
     path = f"steps/{place[0]}/{place[1]}/{COLLECTED}"
-    copy = read_record(store, path)
-    if copy is None or copy["record"] is None:
+    copy = read_typed(store, path, Collected)
+    if copy is None or copy.record is None:
         return None
-    return parse_record(copy["record"], f"{store.url}/{path}")
+    return parse_record(copy.record, f"{store.url}/{path}")
 
 
 def is_claimed(store: Store, place: Place) -> bool:

@@ -5,16 +5,17 @@ data and the model, whose digests stand in run-000.json again. Files are read fr
 a cache beside it.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from flows.running.manifests import artifact
-from sera_core.artifacts.canonical import sha256_json
-from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec, find_record, parse_part
+from flows.running.manifests import artifact, told_by
+from sera_core.artifacts.canonical import canonical_json
+from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef, find_record, parse_part
 from sera_core.artifacts.records import read_record, read_series
-from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore
+from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore, changes
 from sera_core.artifacts.upkeep import upkeep
 from sera_core.errors import StoreError
 from sera_core.steps import SIDES
@@ -58,6 +59,7 @@ def verify(records: RunStore, progress: Told = lambda done, total, unit: None) -
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    chain.check_evidence()
     return Verified(chain.rounds, len(chain.steps), chain.links, len(files), done)
 
 
@@ -83,10 +85,8 @@ class Chain:
             self._check_policies(manifest, History(rounds[:number]))
             self._check_answer(manifest)
             self._check_artifacts(manifest)
-        for number in range(len(rounds)):
-            path = f"{self.records.path}/final-{number:03d}.json"
-            if (final := read_record(self.store, path)) is not None:
-                self._step(StepRef.model_validate(final["step"]), path)
+            self._check_told(manifest, {ref.key for before in rounds[:number] for ref in before.used})
+            self._check_final(manifest)
         self.rounds = len(rounds)
 
     def refuse_unrecorded(self) -> None:
@@ -142,10 +142,9 @@ class Chain:
     def _check_config(self, number: int, config: RunRecord, first: RunRecord) -> None:
         path = f"{self.records.path}/run-{number:03d}.json"
         self._hold(config.run == self.records.run, path, f"is the record of the run {config.run!r}")
+        self._hold(config.changed is None, path, f"{config.changed} is not what its config_sha256 covers")
         self._hold(
-            config.config_sha256 == sha256_json(config.resolved) == first.config_sha256,
-            path,
-            "config_sha256 is not the hash of the configuration it stands beside",
+            config.config_sha256 == first.config_sha256, path, "is of another configuration than run-000.json"
         )
 
     def _check_manifest(self, manifest: RoundManifest, config: RunRecord) -> None:
@@ -194,6 +193,68 @@ class Chain:
                 f"the artifact {role} is not what its step recorded (steps/{place['step']}/{place['key']})",
             )
 
+    def _check_told(self, manifest: RoundManifest, earlier: Collection[str]) -> None:
+        """What a round says of itself is what its steps recorded, and it names all that it rests on.
+
+        Args:
+            manifest: the round's.
+            earlier: keys of the steps that earlier rounds used.
+        """
+        path = self._round_path(manifest.round)
+        records = {role: self.steps[ref.key] for role, ref in manifest.steps.items()}
+        new = [self.steps[ref.key] for ref in manifest.used if ref.key not in earlier]
+        for name, told in told_by(records, new).items():
+            found = getattr(manifest, name)
+            other = canonical_json(found) != canonical_json(told)
+            what = (
+                next(iter(changed for changed, *_ in changes({name: told}, {name: found})), name)
+                if other
+                else ""
+            )
+            self._hold(not other, path, f"{what} is not what the round's steps recorded")
+        used = {ref.key for ref in manifest.used} | set(earlier)
+        for record in self._reached(list(records.values())):
+            self._hold(record.key in used, path, f"rests on {_folder(record)}, which `used` does not name")
+
+    def _reached(self, records: list[StepRecord]) -> Iterator[StepRecord]:
+        """The steps and all they were made from."""
+        seen = set()
+        while records:
+            record = records.pop()
+            if record.key not in seen:
+                seen.add(record.key)
+                yield record
+                records += [self.steps[ref.key] for ref in record.inputs.values()]
+
+    def _check_final(self, manifest: RoundManifest) -> None:
+        """The evidence on the test side is that of the round's own policy."""
+        final = self.records.test_evidence(manifest.round)
+        if final is None:
+            return
+        path = f"{self.records.path}/final-{manifest.round:03d}.json"
+        self._step(StepRef.model_validate(final["step"]), path)
+        record = self.steps[final["step"]["key"]]
+        self._hold(record.step == "test", path, f"its step is {record.step!r}, not the test side's")
+        judged = self.steps[record.inputs["policy_test"].key].inputs["policy"]
+        self._hold(judged == manifest.steps.get("policy"), path, "is not from the policy of its round")
+        same = canonical_json(final["metrics"]) == canonical_json(record.metrics)
+        self._hold(same, path, "its metrics are not what its step recorded")
+
+    def check_evidence(self) -> None:
+        """What the evidence steps recorded is what their files hold, whose hashes are checked."""
+        for record in self.steps.values():
+            if record.step in ("evaluate", "test"):
+                file = Artifact(self.store, record.ref).path("evidence.json")
+                held = {
+                    name: None if value in ("inf", "-inf") else value
+                    for name, value in record.metrics.items()
+                }
+                self._hold(
+                    canonical_json(json.loads(file.read_text())) == canonical_json(held),
+                    f"{_folder(record)}/done.json",
+                    "its metrics are not those of its evidence.json",
+                )
+
     # --------------------------------------------------------------------------------------------- steps
 
     def _step(self, ref: StepRef, named_by: str) -> None:
@@ -218,14 +279,6 @@ class Chain:
         record = find_record(self.store, ref.step, ref.key)
         if record is None:
             self._broken(f"{path}/done.json", f"missing, and {named_by} names it; run the experiment again")
-        spec = StepSpec(
-            step=record.step, version=record.version, fields=record.fields, inputs=dict(record.inputs)
-        )
-        self._hold(
-            (record.step, record.key, spec.key) == (ref.step, ref.key, ref.key),
-            f"{path}/done.json",
-            "its settings and inputs are not those its key stands for",
-        )
         for name in record.parts:
             data = read_record(self.store, f"{path}/{name}")
             self._hold(data is not None, f"{path}/{name}", "missing, and the step was made from it")

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from sera_core.artifacts.canonical import files_digest, sha256_json
+from sera_core.artifacts.measures import Metrics
 from sera_core.artifacts.recorded import copy_recorded, refuse_unrecorded
 from sera_core.artifacts.records import Noun, read_record, typed
 from sera_core.artifacts.store import Store
@@ -82,7 +83,7 @@ class StepRecord(Noun):
     files: dict[str, FileRecord]
     parts: list[str]
     counts: dict[str, int]
-    metrics: dict[str, Any]
+    metrics: Metrics
     environment: dict[str, Any]
     started: str
     seconds: float
@@ -97,6 +98,24 @@ class StepRecord(Noun):
         """The pointer to this record."""
         return StepRef(step=self.step, key=self.key, digest=self.digest)
 
+    @property
+    def spec(self) -> StepSpec:
+        """What it was made for; its key is the record's, unless that was tampered with."""
+        return StepSpec(step=self.step, version=self.version, fields=self.fields, inputs=dict(self.inputs))
+
+    def metric(self, name: str) -> Any:
+        """A metric that every record of this step has.
+
+        Raises:
+            StoreError: this one has not.
+        """
+        if name not in self.metrics:
+            raise StoreError(
+                f"steps/{self.step}/{self.key}/done.json: has no metric {name!r}; restore it from a copy of "
+                "the store"
+            )
+        return self.metrics[name]
+
 
 def find_record(store: Store, step: str, key: str | None) -> StepRecord | None:
     """The record of a finished step, or None. A record of a newer format is refused by name."""
@@ -104,7 +123,15 @@ def find_record(store: Store, step: str, key: str | None) -> StepRecord | None:
         return None
     path = f"steps/{step}/{key}/done.json"
     data = read_record(store, path)
-    return None if data is None else parse_record(data, f"{store.url}/{path}")
+    if data is None:
+        return None
+    record = parse_record(data, f"{store.url}/{path}")
+    if (record.step, record.key, record.spec.key) != (step, key, key):
+        raise StoreError(
+            f"{store.url}/{path}: its settings and inputs are not those its key stands for; restore it from "
+            "a copy of the store"
+        )
+    return record
 
 
 def parse_record(data: Any, where: str) -> StepRecord:
@@ -161,7 +188,13 @@ class Artifact:
         self.record = record
 
     def path(self, name: str) -> Path:
-        """Local path of one file, its hash checked."""
+        """Local path of one file, its hash checked.
+
+        Raises:
+            StoreError: the record names no such file, or the file does not hold.
+        """
+        if name not in self.record.files:
+            raise self._names_no(name)
         file = self.record.files[name]
         step = f"steps/{self.ref.step}/{self.ref.key}/{file.attempt}/{name}"
         return self.store.fetch(step, file.sha256, file.bytes, name)
@@ -205,11 +238,14 @@ class Artifact:
     def _below(self, under: str) -> list[str]:
         names = [name for name in self.record.files if PurePosixPath(under) in PurePosixPath(name).parents]
         if not names:
-            raise StoreError(
-                f"{self.store.url}/steps/{self.ref.step}/{self.ref.key}/done.json: names no file below "
-                f"{under!r}; restore it from a copy of the store"
-            )
+            raise self._names_no(f"{under}/…")
         return names
+
+    def _names_no(self, name: str) -> StoreError:
+        return StoreError(
+            f"{self.store.url}/steps/{self.ref.step}/{self.ref.key}/done.json: names no file {name!r}; "
+            "restore it from a copy of the store"
+        )
 
 
 def _root(path: Path, name: str) -> Path:

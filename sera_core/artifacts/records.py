@@ -10,15 +10,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sera_core.artifacts.store import Store, numbered, read_json
 from sera_core.errors import StoreError
+from sera_core.guards.shown import shown_line
 
 FORMAT = 1
 """Version of every record's layout."""
 
 
 class Noun(BaseModel):
-    """A frozen record that refuses keys it does not know."""
+    """A frozen record that refuses keys it does not know, and values of another type than theirs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, ser_json_inf_nan="strings"
+    )
 
 
 AnyNoun = TypeVar("AnyNoun", bound=Noun)
@@ -42,11 +45,11 @@ def read_series(store: Store, pattern: str) -> Iterator[tuple[int, dict[str, Any
 
 def checked(data: Any, where: str) -> dict[str, Any]:
     """A record as it was read, once its format is one this version knows."""
-    if not isinstance(data, dict) or not isinstance(data.get("format"), int) or data["format"] < 1:
+    if not isinstance(data, dict) or type(data.get("format")) is not int or data["format"] < 1:
         raise StoreError(f"{where}: not a record of sera-flow; restore it from a copy of the store")
     if data["format"] > FORMAT:
         raise StoreError(
-            f"{where}: written by a newer sera-flow (format {data['format']}); this one reads up to "
+            f"{where}: written by a newer sera-flow (format {data['format']!s:.20}); this one reads up to "
             f"{FORMAT}. Upgrade it: pip install --upgrade sera-flow"
         )
     return data
@@ -61,8 +64,24 @@ def typed(kind: type[AnyNoun], data: Any, where: str) -> AnyNoun:
     try:
         return kind.model_validate(checked(data, where))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
         raise StoreError(
-            f"{where}: is no {kind.__name__} ({field}: {first['msg']}); restore it from a copy of the store"
+            f"{where}: is no {kind.__name__} ({first_wrong(error)}); restore it from a copy of the store"
         ) from error
+
+
+def first_wrong(error: ValidationError) -> str:
+    """The first field that is wrong, and how, on one line."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{shown_line(f'{field}: {message}' if field else message):.300}"
+
+
+def read_typed(store: Store, path: str, kind: type[AnyNoun]) -> AnyNoun | None:
+    """A record of one kind, or None when it does not exist.
+
+    Raises:
+        StoreError: it is none of this kind.
+    """
+    data = read_json(store, path)
+    return None if data is None else typed(kind, data, f"{store.url}/{path}")

@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
 
-from pydantic import ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sera_core.artifacts import lease
-from sera_core.artifacts.canonical import sha256_json
+from sera_core.artifacts.canonical import canonical_json, sha256_json
 from sera_core.artifacts.manifest import StepRef
-from sera_core.artifacts.records import FORMAT, Noun, read_record, read_series, typed
+from sera_core.artifacts.measures import Metrics, is_rate
+from sera_core.artifacts.records import FORMAT, Noun, first_wrong, read_series, read_typed, typed
 from sera_core.artifacts.store import Store, create_json
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError, StoreError
@@ -29,6 +30,25 @@ DecisionName = Literal["promote", "hold", "roll_back", "stop"]
 STOP_REASONS = ("converged", "max_rounds", "degraded", "no_pairs", "budget", "reviewer")
 HEADLESS_DECISIONS: tuple[DecisionName, ...] = ("promote", "stop")
 """Answers while no round is promoted: without a head there is no policy to hold, or to go back to."""
+ALWAYS = ("data", "model", "pairs", "scored", "human", "mixture")
+"""Roles of the steps that every round has."""
+STEP_OF = {
+    "data": "data",
+    "model": "model",
+    "pairs": "render",
+    "scored": "review",
+    "human": "select",
+    "samples": "sample",
+    "responses": "pair",
+    "generated": "select",
+    "mixture": "mix",
+    "policy": "train",
+    "evidence": "evaluate",
+    "decision": "decide",
+    "report": "report",
+}
+"""What does the step of a role."""
+ACCURACY = "heldout/rewards/accuracies"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -49,22 +69,62 @@ class RunRecord(Noun):
         """Earlier versions recorded URLs as they were given; whoever reads one here sees no password."""
         return clean_sources(config)
 
+    @model_validator(mode="after")
+    def _is_hashed(self) -> "RunRecord":
+        if sha256_json(self.resolved) != self.config_sha256:
+            raise ValueError("config_sha256 is not the hash of `resolved`, which it stands beside")
+        return self
+
+    @property
+    def changed(self) -> str | None:
+        """The first setting that is another in `config` than in `resolved`, which is hashed; or None."""
+        covered = {name: value for name, value in self.resolved.items() if name != "digests"}
+        return _first_other(covered, self.config, "")
+
     @property
     def settings(self) -> SeraConfig:
         """The configuration, checked.
 
         Raises:
-            StoreError: this version knows no such setting or value; the first one is named.
+            StoreError: this version knows no such setting or value, or it is not what the hash covers; the
+                first one is named.
         """
         try:
-            return SeraConfig.stored(self.config)
+            config = SeraConfig.stored(self.config)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            field = ".".join(str(part) for part in first["loc"])
             raise StoreError(
-                f"run {self.run!r}: the recorded configuration cannot be read ({field}: {first['msg']}); "
+                f"run {self.run!r}: the recorded configuration cannot be read ({first_wrong(error)}); "
                 "restore the record from a copy of the store, or use the version that wrote it"
             ) from error
+        if self.changed is not None:
+            raise StoreError(
+                f"run {self.run!r}: the recorded configuration was changed ({self.changed} is not what its "
+                "config_sha256 covers); restore the record from a copy of the store"
+            )
+        return config
+
+
+def _first_other(covered: Any, config: Any, name: str) -> str | None:
+    """Dotted name of the first setting that is covered by the hash and another in the configuration."""
+    if isinstance(covered, dict) and isinstance(config, dict):
+        inner = [(key, value, config.get(key)) for key, value in covered.items()]
+    elif isinstance(covered, list) and isinstance(config, list) and len(covered) == len(config):
+        inner = [(str(n), *both) for n, both in enumerate(zip(covered, config, strict=True))]
+    else:
+        return None if canonical_json(covered) == canonical_json(config) else name.rstrip(".")
+    found = (_first_other(was, now, f"{name}{key}.") for key, was, now in inner)
+    return next((other for other in found if other is not None), None)
+
+
+class Place(Noun):
+    """Where an artifact of a round lies, and what it holds: a file, or a folder (its path ends with `/`)."""
+
+    step: str
+    key: str
+    path: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+    rows: int | None
 
 
 class RoundManifest(Noun):
@@ -84,7 +144,7 @@ class RoundManifest(Noun):
     pairs: dict[str, int]
     target_share: float
     generated_share: float
-    metrics: dict[str, Any]
+    metrics: Metrics
     decision: DecisionName
     reason: str
     stop_reason: str | None
@@ -92,6 +152,100 @@ class RoundManifest(Noun):
     created: str
     epoch: int | None = None
     """Epoch of the lease it was committed under; None where nobody else could be at work."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "RoundManifest":
+        """Whoever reads a round finds in it what every round has."""
+        if self.pairs.keys() != {"human", "generated"} or min(self.pairs.values()) < 0:
+            raise ValueError("pairs: counts of human and of generated ones were expected")
+        if self.stop_reason not in (None, *STOP_REASONS):
+            raise ValueError(f"stop_reason: {self.stop_reason!r:.60} is none")
+        for role, ref in self.steps.items():
+            if ref.step != STEP_OF.get(role, ref.step):
+                raise ValueError(f"steps.{role}: is a step {ref.step!r:.60}, not {STEP_OF[role]!r}")
+        made = {(ref.step, ref.key) for ref in self.steps.values()}
+        for role, held in self.artifacts.items():
+            try:
+                place = Place.model_validate(held)
+            except ValidationError as error:
+                raise ValueError(f"artifacts.{role}: {first_wrong(error)}") from error
+            if (place.step, place.key) not in made:
+                raise ValueError(f"artifacts.{role}: is of none of the round's steps")
+        return self
+
+    @model_validator(mode="after")
+    def _has_its_steps(self) -> "RoundManifest":
+        """Steps that every round has, and those that one with a trained policy has."""
+        trained = () if self.stop_reason == "no_pairs" else ("policy", "evidence", "decision")
+        absent = [role for role in (*ALWAYS, *trained) if role not in self.steps] if self.steps else []
+        if absent:
+            raise ValueError(f"steps: names no {absent[0]}")
+        if "evidence" in self.steps and not is_rate(self.metrics.get(ACCURACY)):
+            raise ValueError(f"metrics: has no {ACCURACY}")
+        if "policy" in self.steps and "policy" not in self.artifacts:
+            raise ValueError("artifacts: names no policy")
+        if "evidence" in self.steps and self.accuracy != self.metrics[ACCURACY]["value"]:
+            raise ValueError(f"accuracy: is not that of {ACCURACY}")
+        return self
+
+
+class Question(Noun):
+    """`review-000.json`: what a person is asked about a round."""
+
+    format: int
+    round: int
+    evidence: Metrics
+    until: str
+    default: DecisionName
+
+    @field_validator("until", mode="after")
+    @classmethod
+    def _is_time(cls, until: str) -> str:
+        if datetime.fromisoformat(until).tzinfo is None:
+            raise ValueError("a time with its zone was expected")
+        return until
+
+
+class Answer(Noun):
+    """`review-000-answer.json`: what a person said, or the default after the deadline."""
+
+    format: int
+    decision: DecisionName
+    note: str
+    who: str
+    when: str
+
+
+class Stop(Noun):
+    """`stop-000.json`: the budget that ended a run."""
+
+    format: int
+    reason: Literal["budget"]
+    after: str
+    created: str
+
+
+class Finished(Noun):
+    """`finished/….json`: the run that did exactly this (the hash in the name) to its end."""
+
+    format: int
+    run: str
+    created: str
+
+    @field_validator("run", mode="after")
+    @classmethod
+    def _is_run(cls, run: str) -> str:
+        return check_name(run)
+
+
+class Final(Noun):
+    """`final-000.json`: the evidence on the test side under the policy of a round."""
+
+    format: int
+    round: int
+    step: StepRef
+    metrics: Metrics
+    created: str
 
 
 def check_name(run: str) -> str:
@@ -214,7 +368,13 @@ class RunStore:
 
     def test_evidence(self, round: int) -> dict[str, Any] | None:
         """The evidence on the test side under a round's policy, if it was recorded."""
-        return read_record(self.store, f"{self.path}/final-{round:03d}.json")
+        found = read_typed(self.store, f"{self.path}/final-{round:03d}.json", Final)
+        if found is not None and found.round != round:
+            raise StoreError(
+                f"{self._where(f'final-{round:03d}')}: is that of round {found.round}; restore it from a "
+                "copy of the store"
+            )
+        return None if found is None else found.model_dump()
 
     def history(self) -> History:
         """The run's history."""
@@ -302,8 +462,12 @@ class RunStore:
         limits = records[-1].settings.limits
         if history.next_round >= limits.rounds:
             return "max_rounds"
-        stop = read_record(self.store, f"{self.path}/stop-{len(records) - 1:03d}.json")
-        return "open" if stop is None else stop["reason"]
+        stop = self.stop()
+        return "open" if stop is None else stop.reason
+
+    def stop(self) -> Stop | None:
+        """What ended the run under its current configuration, if a budget did."""
+        return read_typed(self.store, f"{self.path}/stop-{len(self.configs()) - 1:03d}.json", Stop)
 
     def decisions(self) -> tuple[DecisionName, ...]:
         """The answers the open round may get: those that leave the run with a head, or end it."""
@@ -348,11 +512,13 @@ class RunStore:
 
     def question(self, round: int) -> dict[str, Any] | None:
         """The question asked of a round, or None."""
-        return read_record(self.store, f"{self.path}/review-{round:03d}.json")
+        found = read_typed(self.store, f"{self.path}/review-{round:03d}.json", Question)
+        return None if found is None else found.model_dump()
 
     def given_answer(self, round: int) -> dict[str, Any] | None:
         """The answer that stands in the store, whatever the time is."""
-        return read_record(self.store, f"{self.path}/review-{round:03d}-answer.json")
+        found = read_typed(self.store, f"{self.path}/review-{round:03d}-answer.json", Answer)
+        return None if found is None else found.model_dump()
 
     def answer_of(self, round: int) -> dict[str, Any] | None:
         """The answer to a round's question; after the deadline the default is written and returned."""

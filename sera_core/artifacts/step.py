@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from sera_core import __version__
-from sera_core.artifacts.canonical import files_digest, sha256_file
+from sera_core.artifacts.canonical import files_digest, finite, sha256_file
 from sera_core.artifacts.local_store import no_room
 from sera_core.artifacts.manifest import (
     Artifact,
@@ -163,7 +163,7 @@ class Attempt:
             files={relative: self._commit(relative) for relative in sorted(files)},
             parts=self._used,
             counts=dict(sorted(self.counts.items())),
-            metrics=self.metrics,
+            metrics=finite(self.metrics),
             environment=environment(),
             started=started.isoformat(timespec="seconds"),
             seconds=round(seconds, 3),

@@ -19,7 +19,10 @@ from sera_core.artifacts.canonical import finite
 from sera_core.artifacts.checks import Blob, Progress, check_url
 from sera_core.artifacts.local_store import LocalStore
 from sera_core.artifacts.s3_store import S3Store
+from sera_core.data.expanding import DEPTH, is_deep
+from sera_core.data.sources import json_value
 from sera_core.errors import InputError, StoreError
+from sera_core.guards.shown import shown_line
 
 __all__ = [
     "LocalStore",
@@ -32,6 +35,9 @@ __all__ = [
     "read_json",
     "remove_workspace",
 ]
+
+_LARGEST = 1e300
+"""No record holds a larger number, so that none overflows in arithmetic."""
 
 
 def default_store() -> str:
@@ -104,21 +110,55 @@ def open_store(url: str, remember: bool = False) -> Store:
 def read_json(store: Store, path: str) -> Any | None:
     """A record's JSON, or None; a record that is not JSON is named."""
     data = store.read_bytes(path)
-    if data is None:
-        return None
+    return None if data is None else parsed(data, f"{store.url}/{path}")
+
+
+def parsed(data: bytes, where: str) -> Any:
+    """The JSON of a record, as `create_json` writes it.
+
+    Raises:
+        StoreError: it is no JSON in UTF-8, names a key twice, is nested too deeply, or holds a number that is
+            not finite or half a character.
+    """
     try:
-        return json.loads(data)
+        value = json_value(data.decode(), parse_int=_whole, parse_float=_finite, parse_constant=_no_number)
+        if value is None:  # which would read as a record that is not there
+            raise ValueError("null")
+        if is_deep(value):
+            raise ValueError(f"lists and objects nested more than {DEPTH} deep")
+        if b"\\ud" in data.lower():  # half of a surrogate pair, perhaps
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
+        said = shown_line(str(error))
         raise StoreError(
-            f"{store.url}/{path}: not valid JSON ({error}); restore it from a copy of the store"
+            f"{where}: not valid JSON ({said:.200}); restore it from a copy of the store"
         ) from error
+    return value
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if abs(value) > _LARGEST:
+        raise ValueError("a number that is too large")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if abs(value) > _LARGEST:
+        raise ValueError(f"the number {text:.20} is too large")
+    return value
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def create_json(store: Store, path: str, value: Any) -> tuple[Any, bool]:
     """Create a record. Returns (the record that is there now, whether it is ours)."""
     data = (json.dumps(finite(value), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
     winner = store.create(path, data)
-    return json.loads(winner), winner == data
+    return parsed(winner, f"{store.url}/{path}"), winner == data
 
 
 def numbered(store: Store, pattern: str, first: int = 0) -> Iterator[tuple[int, Any]]:

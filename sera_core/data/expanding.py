@@ -143,13 +143,20 @@ def check_depth(where: str, value: Any) -> None:
     Raises:
         InputError: deeper than `DEPTH` levels.
     """
+    if is_deep(value):
+        raise InputError(
+            f"{where}: lists and objects nested more than {DEPTH} deep, which no row of messages is; "
+            "correct the row"
+        )
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects lie in each other for more than `DEPTH` levels."""
     level, depth = [value], 0
     while level := [inner for outer in level for inner in _inside(outer)]:
         if (depth := depth + 1) > DEPTH:
-            raise InputError(
-                f"{where}: lists and objects nested more than {DEPTH} deep, which no row of messages is; "
-                "correct the row"
-            )
+            return True
+    return False
 
 
 def check_rows(name: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -11,6 +11,7 @@ Messages of any format may be written as `from` and `value`, with the roles huma
 content, or as JSON text (CSV has no lists). A `system` column becomes the first message.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -239,7 +240,8 @@ def rating_of(completion: Mapping[str, Any]) -> float | None:
     UltraFeedback's overall_score is known to be wrong in part (a critique's "1" read as 10), its aspects'
     ratings are not.
     """
-    aspects = (completion.get("annotations") or {}).values()
+    annotations = completion.get("annotations")
+    aspects = annotations.values() if isinstance(annotations, dict) else ()
     rated = [_number(aspect.get("Rating")) for aspect in aspects if isinstance(aspect, dict)]
     numbers = [number for number in rated if number is not None]
     if numbers:
@@ -249,10 +251,12 @@ def rating_of(completion: Mapping[str, Any]) -> float | None:
 
 
 def _number(value: Any) -> float | None:
+    """A finite number, also one that is written as text; of anything else none: it orders no answers."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None
 
 
 _READERS: dict[str, Callable[[str, Data, Reading], Data]] = {

@@ -247,6 +247,14 @@ class Renderer:
         """Whether the text of any message spells a special token of the tokenizer."""
         return self._encoder.spell_special_tokens(message["content"] for message in messages)
 
+    def refuse_unknown(self, ids: Sequence[int]) -> None:
+        """Refuse token ids that the model has no embedding for.
+
+        Raises:
+            InputError: names the largest, and both sizes.
+        """
+        self._checked(list(ids))
+
     def text(self, ids: Sequence[int]) -> str:
         """What ids say, for people: special tokens left out."""
         return str(

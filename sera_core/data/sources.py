@@ -241,14 +241,18 @@ def _jsonl(name: str, data: bytes) -> Iterator[Row]:
             yield _row(where, value)
 
 
-def json_value(text: str) -> Any:
+def json_value(text: str, **parsers: Any) -> Any:
     """JSON in which no object names a key twice: which value was meant could only be guessed.
+
+    Args:
+        text: the JSON.
+        parsers: of its numbers, as `json.loads` takes them.
 
     Raises:
         InputError: one does.
         ValueError, RecursionError: it is no JSON that Python reads.
     """
-    return json.loads(text, object_pairs_hook=_once_each)
+    return json.loads(text, object_pairs_hook=_once_each, **parsers)
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def put_another_file_into_a_record(store: Path) -> Path:
 
 
 def change_an_earlier_round(store: Path) -> Path:
-    change(store / "runs" / "first" / "round-000.json", accuracy=0.123)
+    change(store / "runs" / "first" / "round-000.json", created="2026-01-01T00:00:00+00:00")
     return store / "runs" / "first" / "round-001.json"
 
 

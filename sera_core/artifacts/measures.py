@@ -1,0 +1,120 @@
+"""Metrics as records hold them: what a name stands for is checked before anything is decided, drawn or told.
+
+A metric is a number, a rate (`value`, `low`, `high`, `n`), text, or a list or table of these. What was not
+measured is null, and an infinite number is its name (`"inf"`), as `canonical.finite` writes it.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+_RATES = frozenset(
+    {
+        "heldout/accuracy_change",
+        "heldout/chosen_longer",
+        "heldout/margin",
+        "heldout/margin_change",
+        "heldout/preferred_longer",
+        "heldout/rewards/accuracies",
+        "samples/cut_by_limit",
+        "samples/kl_previous",
+        "samples/kl_reference",
+        "samples/tokens",
+        "test/chosen_longer",
+        "test/margin",
+        "test/preferred_longer",
+        "test/rewards/accuracies",
+        "trained/margin",
+        "trained/rewards/accuracies",
+    }
+)
+_TABLES = frozenset({"heldout/accuracy_by_length", "test/accuracy_by_length"})
+"""Rates by name."""
+_TEXTS = frozenset(
+    {"alarm", "decision", "reason", "stop_reason", "verdict", "weights/result", "weights/start"}
+)
+_TRUTHS = frozenset({"ask"})
+_COUNTED = ("human/", "generated/", "prompts/", "tokens/")
+"""Beginnings of names that count pairs, prompts and tokens."""
+_COUNTS = frozenset({"pairs/human", "pairs/generated", "tokens", "flipped", "flipped/dropped"})
+_NUMBERS = frozenset(
+    {
+        "flipped/dropped_by_chance",
+        "generated_share",
+        "ks",
+        "margin_noise_nats",
+        "overlap",
+        "seconds",
+        "sign_changes",
+        "target_share",
+        "train_loss",
+    }
+)
+_INFINITE = ("inf", "-inf")
+
+
+def checked_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics, each what its name stands for.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    for name, value in metrics.items():
+        if not _fits(name, value):
+            raise ValueError(f"metric {name!r}: {_wanted(name)} was expected, and found {value!r:.60}")
+    return metrics
+
+
+Metrics = Annotated[dict[str, Any], AfterValidator(checked_metrics)]
+"""By name; a name that is not known here may hold whatever a record can."""
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name in _RATES:
+        return value is None or is_rate(value)
+    if name in _TABLES:
+        return value is None or (isinstance(value, dict) and all(map(is_rate, value.values())))
+    if name in _TEXTS:
+        return value is None or isinstance(value, str)
+    if name in _TRUTHS:
+        return isinstance(value, bool)
+    if _is_count(name):
+        return _is_whole(value) and value >= 0
+    return name not in _NUMBERS or value is None or _is_number(value)
+
+
+def _wanted(name: str) -> str:
+    kinds = (
+        (_RATES, "a rate (value, low, high, n)"),
+        (_TABLES, "rates by name"),
+        (_TEXTS, "text"),
+        (_TRUTHS, "true or false"),
+    )
+    told = next((what for names, what in kinds if name in names), "a number")
+    return "a count" if _is_count(name) else told
+
+
+def is_rate(value: Any) -> bool:
+    """Whether this is a rate: numbers by name, `value`, `low`, `high` and the number of observations."""
+    if not isinstance(value, Mapping) or not {"value", "low", "high", "n"} <= value.keys():
+        return False
+    numbers = (held for name, held in value.items() if name != "n")
+    return _is_whole(value["n"]) and all(held is None or _is_finite(held) for held in numbers)
+
+
+def _is_count(name: str) -> bool:
+    return name in _COUNTS or name.startswith(_COUNTED)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_finite(value) or (isinstance(value, str) and value in _INFINITE)
