@@ -8,7 +8,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows.display.logs import run_log
-from flows.orchestration.limits import hold_run
+from flows.orchestration.limits import run_slot
 from flows.sera import finish, one_round
 from sera_core.artifacts.lease import hold
 from sera_core.artifacts.runs import RunStore, list_runs
@@ -59,7 +59,7 @@ def advance_one(records: RunStore, store: str) -> str:
     if not records.configs():
         raise InputError(f"run {records.run!r}: not in the store {store}; `sera list` names the runs there")
     if records.state() == "open":
-        with hold_run(records.run, wait=5), hold(records.store, records.run, run_log()):
+        with run_slot(records.run, wait=5), hold(records.store, records.run, run_log()):
             if records.state() == "open":
                 one_round(records, store)
                 finish(records, store)

@@ -42,7 +42,7 @@ class Past:
 
 
 @dataclass(frozen=True)
-class Judges:
+class Reviewers:
     """Who judges a response: policies and their references, newest first, and the weight of each."""
 
     weights: list[float]
@@ -115,7 +115,7 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
 
 
 def noise_probes(
-    config: SeraConfig, sides: Sides, judges: Judges, texts: Ref, file: str, do: Do
+    config: SeraConfig, sides: Sides, judges: Reviewers, texts: Ref, file: str, do: Do
 ) -> Mapping[str, Ref]:
     """A few of the responses under every judge once more, in float32: the noise of the margins."""
 
@@ -199,16 +199,16 @@ def generated_share(config: SeraConfig, round: int) -> float:
     return share_for_round(round, None, (part.ramp_start, part.ramp_end, part.ramp_rounds))
 
 
-def judges_of(config: SeraConfig, model: Ref, past: Past) -> Judges:
+def judges_of(config: SeraConfig, model: Ref, past: Past) -> Reviewers:
     """The head and the past heads the ensemble names, each with the judging reference of its own round."""
     policies = past.policies() or [model]
     weights = [float(w) for w in ensemble_weights(config.review.ensemble, config.review.gamma, len(policies))]
     policies = policies[: len(weights)]
     if config.score == "simpo":
-        return Judges(weights, policies, [])
+        return Reviewers(weights, policies, [])
     before = [*past.policies()[1:], model] if past.heads else [model]
     references = [model] * len(policies) if config.review.reference == "initial" else before[: len(policies)]
-    return Judges(weights, policies, references)
+    return Reviewers(weights, policies, references)
 
 
 def training_reference(config: SeraConfig, sides: Sides, past: Past) -> Ref:
@@ -216,7 +216,7 @@ def training_reference(config: SeraConfig, sides: Sides, past: Past) -> Ref:
     return past.policies()[0] if past.heads and config.train.reference == "previous" else sides.model
 
 
-def generated_reference(judges: Judges, reference: Ref) -> str:
+def generated_reference(judges: Reviewers, reference: Ref) -> str:
     """Where the reference's log-probabilities of generated responses stand already (DESIGN, law 7)."""
     if judges.references and reference == judges.references[0]:
         return "ref_logps"

@@ -18,11 +18,11 @@ from flows.display.deployed import in_deployed_run
 from flows.display.logs import library_logs, run_log, show_prefects_lines
 from flows.display.progress import reporter
 from flows.orchestration.form import FormConfig
-from flows.orchestration.limits import hold_device, hold_run
+from flows.orchestration.limits import device_slot, run_slot
 from flows.orchestration.reviews import ask_person
 from flows.planning.plan import plan
 from flows.running import open_run, run_names
-from flows.running.rounds import PAUSED, report_test_side, test_side_is_open, work_through
+from flows.running.rounds import PAUSED, report_test_side, run_round, test_side_is_open
 from flows.running.session import Runner, Session
 from sera_core.artifacts.lease import hold
 from sera_core.artifacts.manifest import StepRecord, StepSpec
@@ -55,13 +55,13 @@ def sera(
         dry_run: Publish the plan as an artifact and do nothing.
     """
     store = store or default_store()
-    name = run_names.settle(run, config)
+    name = run_names.resolve_run_name(run, config)
     if dry_run:
         cards.publish_plan(name, plan(config, name, store))
         return Completed(message="planned; nothing was done", data="planned")
-    if "{date}" in run and (before := run_names.done_before(open_store(store), config)) not in (None, name):
+    if "{date}" in run and (before := run_names.find_finished(open_store(store), config)) not in (None, name):
         return Completed(message=f"nothing new: run {before} did exactly this", data="nothing new")
-    with hold_run(name):  # opening reads the data: of two triggers at one moment one does
+    with run_slot(name):  # opening reads the data: of two triggers at one moment one does
         records = open_run.open_run(config, name, store)
     if is_over(records):
         reason = records.state()
@@ -96,7 +96,7 @@ def check_restarts(records: RunStore) -> None:
 def until_it_stops(records: RunStore, store: str) -> str:
     """All rounds, asking a person where the run is to; the stop reason, or `waiting`."""
     while True:
-        with hold_run(records.run), hold(records.store, records.run, run_log()):
+        with run_slot(records.run), hold(records.store, records.run, run_log()):
             while records.state() == "open":
                 one_round(records, store)
             finish(records, store)
@@ -120,7 +120,7 @@ def finish(records: RunStore, store: str) -> None:
         return
     if state not in PAUSED:
         report_test_side(Session(store, records.run, runner(records)))
-    run_names.remember(records)
+    run_names.record_finished(records)
     events.run_stopped(records)
 
 
@@ -146,7 +146,7 @@ def work_round(run: str, store: str, round: int) -> str:
     """One round, from the head to a decision. Returns `open`, a stop reason, `waiting` or `budget`."""
     records = RunStore(open_store(store), run)
     session = Session(store, run, runner(records))
-    state = work_through(session, round)
+    state = run_round(session, round)
     if state not in PAUSED:
         manifest = records.rounds()[round]
         cards.publish_round(records, manifest, session.config.review.show_text)
@@ -175,7 +175,7 @@ def runner(records: RunStore) -> Runner:
 def do_step(spec: StepSpec, store: str, execution: ExecutionConfig) -> StepRecord:
     """Do one step: read refs, work, commit the record."""
     with library_logs(), reporter(TITLES[spec.step]) as progress:
-        return do_work(store, spec, execution, progress, run_log(), hold_device(spec.step, execution))
+        return do_work(store, spec, execution, progress, run_log(), device_slot(spec.step, execution))
 
 
 TITLES = {

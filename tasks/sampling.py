@@ -22,7 +22,15 @@ from sera_core.errors import SeraError
 from sera_core.method.rewards import quantise
 from sera_core.models.devices import device_of
 from sera_core.models.policies import shared_policy
-from tasks.engines.sampler import Finished, Request, Sampler, Settings, open_sampler, position_limit, unheard
+from tasks.engines.sampler import (
+    Finished,
+    Request,
+    Sampler,
+    Settings,
+    no_progress,
+    open_sampler,
+    position_limit,
+)
 
 SHARD_PROMPTS = 64
 """Prompts a shard: fixed, so that batches are formed from the same responses whatever the machine."""
@@ -47,7 +55,7 @@ def sample_prompts(
     responses: int,
     seed: int,
     round: int = 0,
-    finished: Finished = unheard,
+    finished: Finished = no_progress,
 ) -> pa.Table:
     """The rows of responses.parquet for these prompts, in their order, samples 0 … `responses` − 1 of each.
 

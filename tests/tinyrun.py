@@ -8,7 +8,7 @@ import tiny
 from flows.display.progress import reporter
 from flows.experiments import without_idle
 from flows.running import open_run
-from flows.running.rounds import PAUSED, report_test_side, work_through
+from flows.running.rounds import PAUSED, report_test_side, run_round
 from flows.running.session import Session
 from sera_core.artifacts.lease import hold
 from sera_core.artifacts.runs import RunStore
@@ -115,7 +115,7 @@ def work(config: SeraConfig, store: Path | str, run: str = "tiny") -> RunStore:
 
     with hold(records.store, run, print):
         while (state := records.state()) == "open":
-            state = work_through(Session(str(store), run, runner), records.history().next_round)
+            state = run_round(Session(str(store), run, runner), records.history().next_round)
             if state in PAUSED:
                 return records
         if state not in PAUSED:

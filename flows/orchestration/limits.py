@@ -23,7 +23,7 @@ WAIT_SECONDS = 120
 
 
 @contextmanager
-def hold_run(run: str, wait: float = WAIT_SECONDS) -> Iterator[None]:
+def run_slot(run: str, wait: float = WAIT_SECONDS) -> Iterator[None]:
     """Be the only flow run of a deployment that works on this run.
 
     Raises:
@@ -60,7 +60,7 @@ def make_limit(name: str) -> None:
 
 
 @contextmanager
-def hold_device(step: str, execution: ExecutionConfig) -> Iterator[None]:
+def device_slot(step: str, execution: ExecutionConfig) -> Iterator[None]:
     """Hold a slot of the device's limit while a step uses it: an accelerator's always, a CPU's if named."""
     limit = None
     if step in DEVICE_STEPS and in_deployed_run():

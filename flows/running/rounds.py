@@ -17,7 +17,7 @@ PAUSED = ("waiting", "budget")
 """States in which a run may go on later, so that its last word is not said yet."""
 
 
-def work_through(session: Session, number: int) -> str:
+def run_round(session: Session, number: int) -> str:
     """Do a round's steps and commit its manifest. Returns `open`, a stop reason, `waiting` or `budget`.
 
     Raises:
@@ -27,7 +27,7 @@ def work_through(session: Session, number: int) -> str:
     try:
         return _steps_of(session, number)
     except BudgetReached as reached:
-        session.records.commit_stop("budget", str(reached))
+        session.records.record_stop("budget", str(reached))
         return "budget"
 
 

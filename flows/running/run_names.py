@@ -18,7 +18,7 @@ LABEL = "sera.run"
 _PARTS = ("date", "data")
 
 
-def settle(template: str, config: SeraConfig) -> str:
+def resolve_run_name(template: str, config: SeraConfig) -> str:
     """The run's name, filled in once: a flow run that is retried on another day keeps its first name.
 
     `{date}` is today in UTC, `{data}` eight hex digits of the sha256 of what the data sources hold.
@@ -63,13 +63,13 @@ def _label(name: str) -> None:
             client.update_flow_run(flow_run.id, name=name)
 
 
-def remember(records: RunStore) -> None:
+def record_finished(records: RunStore) -> None:
     """Record that a run with this content and these limits has stopped; the first one stands."""
     path = _finished_path(records.configs()[-1].resolved, _limits(records))
     create_json(records.store, path, {"format": FORMAT, "run": records.run, "created": now()})
 
 
-def done_before(store: Store, config: SeraConfig) -> str | None:
+def find_finished(store: Store, config: SeraConfig) -> str | None:
     """The run that did exactly this (same settings, same content of model and data) to its end, or None."""
     resolved = open_run.resolved(config, open_run.source_digests(config))
     found = read_typed(store, _finished_path(resolved, config.limits.model_dump(mode="json")), Finished)

@@ -434,7 +434,7 @@ class RunStore:
         held.check()
         return held.number
 
-    def commit_stop(self, reason: str, after: str) -> None:
+    def record_stop(self, reason: str, after: str) -> None:
         """Record that the budget ended the run under its current configuration.
 
         Raises:

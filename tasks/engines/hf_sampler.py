@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from sera_core.config import Dtype
 from sera_core.errors import InputError
 from sera_core.models.policies import shared_policy
-from tasks.engines.sampler import Finished, Request, Sampled, Settings, check_requests, unheard
+from tasks.engines.sampler import Finished, Request, Sampled, Settings, check_requests, no_progress
 
 _GROWTH = 64
 """Columns the slots grow by: few enough to waste little, many enough that copying costs nothing."""
@@ -63,7 +63,7 @@ class HFSampler:
         self.windows = _windows(self.model)
 
     def sample(
-        self, requests: Sequence[Request], settings: Settings, finished: Finished = unheard
+        self, requests: Sequence[Request], settings: Settings, finished: Finished = no_progress
     ) -> list[Sampled]:
         """See `Sampler.sample`. Longest prompts first, so that the slots seldom grow."""
         if self.model is None:

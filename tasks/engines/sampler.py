@@ -14,7 +14,7 @@ Finished = Callable[[int], None]
 """finished(n): so many responses of the call are complete by now."""
 
 
-def unheard(done: int) -> None:
+def no_progress(done: int) -> None:
     """Nobody listens to the progress of a call."""
 
 
@@ -67,7 +67,7 @@ class Sampler(Protocol):
     """An engine that holds one policy."""
 
     def sample(
-        self, requests: Sequence[Request], settings: Settings, finished: Finished = unheard
+        self, requests: Sequence[Request], settings: Settings, finished: Finished = no_progress
     ) -> list[Sampled]:
         """One response for each request, in the order of the requests.
 

@@ -24,8 +24,8 @@ from tasks.engines.sampler import (
     Sampled,
     Settings,
     check_requests,
+    no_progress,
     position_limit,
-    unheard,
 )
 
 _ENVIRONMENT = {
@@ -78,7 +78,7 @@ class VLLMSampler:
             self.llm: Any = _engine(folder, dtype, device, length)
 
     def sample(
-        self, requests: Sequence[Request], settings: Settings, finished: Finished = unheard
+        self, requests: Sequence[Request], settings: Settings, finished: Finished = no_progress
     ) -> list[Sampled]:
         """See `Sampler.sample`."""
         from vllm import SamplingParams

@@ -10,7 +10,7 @@ import tinyrun
 
 from flows.cli import main
 from flows.running import open_run
-from flows.running.rounds import work_through
+from flows.running.rounds import run_round
 from flows.running.session import Session
 from sera_core.errors import InputError
 from tasks.engines.tracking import refuse_missing
@@ -204,7 +204,7 @@ def test_a_round_elsewhere_is_refused_before_its_first_step_too(folder, no_track
     session = Session(records.store.url, "tiny", lambda spec: pytest.fail(f"{spec.step} was done"))
     session.config = tinyrun.config(folder, execution={"tracking": "wandb"})
     with pytest.raises(InputError, match="pip install wandb"):
-        work_through(session, 0)
+        run_round(session, 0)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "socket"])

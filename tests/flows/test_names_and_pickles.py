@@ -120,7 +120,7 @@ def test_a_run_behind_a_link_that_leads_out_of_the_store_is_refused(kept_store, 
     assert main(["show", "linked", "--store", str(kept_store)]) == 1
     assert "a link leads out of the store" in capsys.readouterr().err
     with pytest.raises(StoreError, match="a link leads out of the store"):
-        RunStore(open_store(str(kept_store)), "linked").commit_stop("budget", "")
+        RunStore(open_store(str(kept_store)), "linked").record_stop("budget", "")
     assert sorted(outside.rglob("*")) == before
 
 

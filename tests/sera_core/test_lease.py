@@ -209,7 +209,7 @@ def test_a_round_is_not_committed_under_an_epoch_that_is_over(store):
         with pytest.raises(BusyError, match=r"process 7 of ada on far took over"):
             records.commit_round(manifest())
         with pytest.raises(BusyError):
-            records.commit_stop("budget", "")
+            records.record_stop("budget", "")
     assert records.rounds() == []
     assert store.names("runs/r") == ["lease"]
 
