@@ -166,12 +166,12 @@ def open_policy(flag: str, folder: Path, dtype: Any, device: str) -> Any:
     Raises:
         InputError: transformers cannot open the folder.
     """
-    from sera_core.policies import load_policy
+    from sera_core.policies import load_policy, one_line
 
     try:
         return load_policy(folder, dtype, device)
     except (ValueError, OSError) as error:
-        raise InputError(f"{flag}: {folder} cannot be opened as a model: {error}") from error
+        raise InputError(f"{flag}: {folder} cannot be opened as a model: {one_line(error)}") from error
 
 
 def check_device(device: str) -> str:

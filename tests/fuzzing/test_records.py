@@ -182,6 +182,7 @@ def test_a_damaged_record_is_refused_by_name_or_changes_no_result(kept, data):
     try:
         told = kept.ask(command)
         check_told(told)
+        assert not told.code or str(kept.store) in told.err or "run '" in told.err, told.err
         kept.check_results(path, whole, command, told)
     finally:
         path.write_bytes(whole)
