@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sera_core.artifacts.canonical import files_digest, sha256_file
 from sera_core.errors import InputError, SeraError
-from sera_core.shown import shown_line
+from sera_core.shown import one_line
 from sera_core.stand_ins import refuse_special, stand_in
 from sera_core.weights import (
     refuse_misfit,
@@ -254,12 +254,6 @@ def _quiet_transformers() -> Any:
                 logging.enable_progress_bar()
 
     return quiet()
-
-
-def one_line(error: Exception) -> str:
-    """What a library's error says, as part of a sentence of ours."""
-    said = " ".join(shown_line(" ".join(str(error).split())).split())
-    return f"{said:.300}" if said else type(error).__name__
 
 
 def weights_digest(folder: Path | str) -> str:

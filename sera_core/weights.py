@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sera_core.errors import InputError
+from sera_core.shown import one_line
 from sera_core.stand_ins import refuse_special, stand_in
 
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
@@ -166,7 +167,7 @@ def _header(file: Path) -> dict[str, Any]:
             with safe_open(file, framework="numpy"):  # dtypes, places, and whether the file is whole
                 return header
         except (struct.error, ValueError, RecursionError, SafetensorError) as error:
-            raise InputError(f"{file}: not a safetensors file ({error}): copy it again") from error
+            raise InputError(f"{file}: not a safetensors file ({one_line(error)}): copy it again") from error
 
 
 def _some(names: Iterable[str]) -> str:

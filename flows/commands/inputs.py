@@ -27,6 +27,7 @@ from sera_core.preferences import (
     drop_degenerate,
     drop_repeated_prompts,
 )
+from sera_core.shown import one_line
 from sera_core.sources import Row, read_rows
 from sera_core.weights import wrapper_of
 
@@ -166,7 +167,7 @@ def open_policy(flag: str, folder: Path, dtype: Any, device: str) -> Any:
     Raises:
         InputError: transformers cannot open the folder.
     """
-    from sera_core.policies import load_policy, one_line
+    from sera_core.policies import load_policy
 
     try:
         return load_policy(folder, dtype, device)

@@ -154,6 +154,17 @@ def test_settings_that_no_model_can_be_opened_with_are_refused_in_one_line(model
     assert told.code == 2 and (name in told.err or str(folder) in told.err)
 
 
+def test_a_header_that_safetensors_tells_of_in_lines_is_refused_in_one(model):
+    file = "model-00001-of-00002.safetensors"
+    whole = (model.folder / file).read_bytes()
+    (length,) = struct.unpack("<Q", whole[:HEADER])
+    header = json.loads(whole[HEADER : HEADER + length]) | {"model.embed_tokens.weight": ["\n"]}
+    text = json.dumps(header).encode()
+    told, _ = model.score(model.damaged(file, struct.pack("<Q", len(text)) + text + whole[HEADER + length :]))
+    check_told(told)
+    assert told.code == 2 and file in told.err
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused_with_the_tensors_name(model, number):
     from safetensors.torch import load_file, save_file
