@@ -9,7 +9,7 @@ ALONE := recovery or faults
 APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 
-.PHONY: demo quick up deploy test system fast check recovery faults bench golden reference clean
+.PHONY: demo quick up deploy test system fast check fuzz recovery faults bench golden reference clean
 
 demo: .venv/core            ## the main job: three rounds on a real model and real preferences (about ten minutes)
 	$(BIN)/sera demo
@@ -41,6 +41,9 @@ check: .venv/dev            ## format, lint, types, import directions
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+fuzz: .venv/dev             ## 10,000 damaged records, data files and model folders each (make test: 500, the same ones)
+	SERA_FUZZ_CASES=10000 $(BIN)/python -m pytest -q tests/fuzzing
 
 recovery: system .venv/dev  ## what is killed goes on: the cases alone, and their table tests/recovery/latest.json
 	SERA_WRITE_RECOVERY=1 $(BIN)/python -m pytest -q tests/recovery

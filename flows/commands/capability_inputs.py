@@ -26,6 +26,7 @@ from sera_core.data.preferences import (
 )
 from sera_core.data.sources import Row, read_rows
 from sera_core.errors import InputError
+from sera_core.guards.shown import one_line
 from sera_core.models.model_sources import Source, materialise, resolve_source
 from sera_core.models.policies import check_settings
 from sera_core.models.weights import wrapper_of
@@ -171,7 +172,7 @@ def open_policy(flag: str, folder: Path, dtype: Any, device: str) -> Any:
     try:
         return load_policy(folder, dtype, device)
     except (ValueError, OSError) as error:
-        raise InputError(f"{flag}: {folder} cannot be opened as a model: {error}") from error
+        raise InputError(f"{flag}: {folder} cannot be opened as a model: {one_line(error)}") from error
 
 
 def check_device(device: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from flows.running.manifests import artifact, told_by
-from sera_core.artifacts.canonical import canonical_json
+from sera_core.artifacts.canonical import canonical_json, files_digest
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef, find_record, parse_part
 from sera_core.artifacts.records import read_record, read_series
 from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore, changes
@@ -59,7 +59,7 @@ def verify(records: RunStore, progress: Told = lambda done, total, unit: None) -
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    chain.check_evidence()
+    chain.check_measured()
     return Verified(chain.rounds, len(chain.steps), chain.links, len(files), done)
 
 
@@ -240,20 +240,14 @@ class Chain:
         same = canonical_json(final["metrics"]) == canonical_json(record.metrics)
         self._hold(same, path, "its metrics are not what its step recorded")
 
-    def check_evidence(self) -> None:
-        """What the evidence steps recorded is what their files hold, whose hashes are checked."""
+    def check_measured(self) -> None:
+        """What the steps recorded of evidence, decisions and weights is what their files hold."""
         for record in self.steps.values():
-            if record.step in ("evaluate", "test"):
-                file = Artifact(self.store, record.ref).path("evidence.json")
-                held = {
-                    name: None if value in ("inf", "-inf") else value
-                    for name, value in record.metrics.items()
-                }
-                self._hold(
-                    canonical_json(json.loads(file.read_text())) == canonical_json(held),
-                    f"{_folder(record)}/done.json",
-                    "its metrics are not those of its evidence.json",
-                )
+            held = _measured(Artifact(self.store, record.ref))
+            told = {name: record.metrics.get(name) for name in held}
+            other = next(iter(changes(held, {name: _plain(value) for name, value in told.items()})), None)
+            where = f"{_folder(record)}/done.json"
+            self._hold(other is None, where, f"its metric {other and other[0]} is not that of its files")
 
     # --------------------------------------------------------------------------------------------- steps
 
@@ -303,3 +297,28 @@ def _folder(record: StepRecord) -> str:
 def _artifact(record: StepRecord, path: str) -> dict[str, Any] | None:
     """The artifact as the step's own record has it; None where it names no such file."""
     return artifact(record, path) if path.endswith("/") or path in record.files else None
+
+
+def _measured(artifact: Artifact) -> dict[str, Any]:
+    """Metrics of a step that its files, whose hashes are checked, say too."""
+    step, files = artifact.ref.step, artifact.record.files
+    if step in ("evaluate", "test"):
+        return json.loads(artifact.path("evidence.json").read_text())
+    if step == "decide":
+        told = json.loads(artifact.path("decision.json").read_text())
+        signals = {name: told["signals"][name] for name in ("overlap", "ks", "sign_changes")}
+        named = {"verdict": told["verdict"]["name"], "alarm": told["alarm"] and told["alarm"]["reason"]}
+        return {name: told[name] for name in ("decision", "reason", "stop_reason")} | signals | named
+    if step == "train":
+        weights = {name.removeprefix("policy/"): f.sha256 for name, f in files.items() if _is_weights(name)}
+        return {"weights/result": files_digest(weights)}
+    return {}
+
+
+def _is_weights(name: str) -> bool:
+    return name.startswith("policy/") and ".safetensors" in name
+
+
+def _plain(value: Any) -> Any:
+    """A metric as evidence.json has it, in which an infinite number is null."""
+    return None if value in ("inf", "-inf") else value

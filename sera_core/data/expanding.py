@@ -4,13 +4,18 @@ A server may send without end, and what is larger than memory would end the proc
 megabyte of gzip can hold a gigabyte, and a few hundred kilobytes of parquet millions of long rows.
 """
 
+import faulthandler
 import gzip
 import io
 import os
+import resource
+import signal
+import time
+import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from sera_core.errors import InputError
 from sera_core.guards.memory import main_memory
@@ -32,6 +37,7 @@ _PIECE = 2**20
 _BATCH = 1024
 _HELD = 3
 """How often a text file's bytes are in memory at once, at least: as bytes, as text and in its rows."""
+_METADATA_SECONDS = 10.0
 _VALUE_BYTES = 4
 """What the shortest value takes in memory, at least: its place."""
 
@@ -227,6 +233,7 @@ def parquet_rows(name: str, held: int, file: "pq.ParquetFile") -> Iterator[dict[
         InputError: it, or one of its rows, holds more than allowed.
     """
     limits, found, number = Limits(name, held), 0, 0
+    _try_metadata(name, file)
     _check_metadata(limits, file)
     for group in range(file.num_row_groups):
         for batch in file.iter_batches(_batch_rows(limits, file, group), row_groups=[group]):
@@ -240,11 +247,50 @@ def parquet_rows(name: str, held: int, file: "pq.ParquetFile") -> Iterator[dict[
             yield from plain.to_pylist()
 
 
+def _try_metadata(name: str, file: "pq.ParquetFile") -> None:
+    """Read what the file says of its columns in a copy of this process first.
+
+    pyarrow ends the whole process where a column's part of the metadata is damaged: it does not catch the
+    exception of its own C++ library there.
+
+    Raises:
+        InputError: the copy was ended.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the copy needs none of them
+        child = os.fork()
+    if child == 0:
+        _end_after(lambda: _column_values(file))
+    until = time.monotonic() + _METADATA_SECONDS
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.0005)
+    if ended[1]:
+        raise InputError(f"{name}: not a readable parquet file (its metadata is damaged); write it again")
+
+
+def _end_after(work: Callable[[], object]) -> NoReturn:
+    """Do the work in a copy of the process and end it there, without a word on stderr or a core file."""
+    try:
+        faulthandler.disable()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        work()
+    finally:
+        os._exit(0)
+
+
+def _column_values(file: "pq.ParquetFile") -> int:
+    groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    return sum(group.column(column).num_values for group in groups for column in range(group.num_columns))
+
+
 def _check_metadata(limits: Limits, file: "pq.ParquetFile") -> None:
     """What the file says of itself, before any of it is read."""
     groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
-    values = sum(group.column(column).num_values for group in groups for column in range(group.num_columns))
-    limits.check_expanded(max(sum(group.total_byte_size for group in groups), _VALUE_BYTES * values))
+    held = _VALUE_BYTES * _column_values(file)
+    limits.check_expanded(max(sum(group.total_byte_size for group in groups), held))
     for column in range(len(file.schema)):
         if (depth := file.schema.column(column).path.count(".")) > DEPTH:
             raise InputError(

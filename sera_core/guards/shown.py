@@ -36,6 +36,12 @@ def shown_line(text: str) -> str:
     return shown(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
+def one_line(error: Exception) -> str:
+    """What a library's error says, as part of a sentence of ours."""
+    said = " ".join(shown_line(" ".join(str(error).split())).split())
+    return f"{said:.300}" if said else type(error).__name__
+
+
 def shown_json(value: Any, **layout: Any) -> str:
     """JSON that may be printed: the same value, with JSON's own escapes where needed.
 

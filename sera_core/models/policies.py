@@ -12,14 +12,22 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from sera_core.artifacts.canonical import files_digest, sha256_file
 from sera_core.data.stand_ins import refuse_special, stand_in
-from sera_core.errors import InputError
-from sera_core.models.weights import refuse_misfit, refuse_other_tensors, wrapper_of
+from sera_core.errors import InputError, SeraError
+from sera_core.guards.shown import one_line
+from sera_core.models.weights import (
+    refuse_misfit,
+    refuse_not_finite,
+    refuse_other_tensors,
+    refuse_oversized,
+    wrapper_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +69,8 @@ def load_policy(
         base: the policy folder an adapter belongs to; the adapter is merged into it in float32.
 
     Raises:
-        InputError: no policy folder, an adapter without its base, or weights that do not fit config.json.
+        InputError: no policy folder, an adapter without its base, weights that do not fit config.json or are
+            not finite, or settings that nothing can be computed with.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -85,7 +94,8 @@ def load_policy(
             f"policy folder {weights}: every tensor's name begins with {prefix!r}, which is not the model's: "
             "save the unwrapped model, or give the folder as a run's model.source, which strips it"
         )
-    with _quiet_transformers():
+    refuse_oversized(weights, read_settings(weights / "config.json"))
+    with _quiet_transformers(), _refusing(weights):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             weights,
             dtype=torch.float32 if adapter else getattr(torch, dtype),
@@ -104,7 +114,29 @@ def load_policy(
             model = PeftModel.from_pretrained(model, str(folder))
             refuse_other_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model))
             model = model.merge_and_unload()
-    return model.to(device=device, dtype=getattr(torch, dtype)).eval()
+    model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
+    if device != "meta":
+        refuse_not_finite(weights, model)
+        with _quiet_transformers(), _refusing(weights), torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
+    return model
+
+
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """A folder that the libraries cannot open, or compute with: each of them raises classes of its own."""
+    import torch
+
+    try:
+        yield
+    except (SeraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"policy folder {folder} cannot be opened as a model: its config.json, generation_config.json or "
+            f"weights are damaged, or of an architecture that this version of transformers does not have "
+            f"({one_line(error)}): save the model again"
+        ) from error
 
 
 def shared_policy(folder: Path, dtype: Dtype, device: str, base: Path | None = None) -> PreTrainedModel:
@@ -132,12 +164,17 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
     _refuse_code(Path(folder))
     try:
-        return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            Path(folder), local_files_only=True, trust_remote_code=False
+        )
+        ids = tokenizer("a b", add_special_tokens=False)["input_ids"]  # some settings fail only in use
+        tokenizer.decode([*ids, *tokenizer.all_special_ids])
     except Exception as error:  # the tokenizers library raises bare Exceptions for a file it cannot read
         raise InputError(
-            f"the tokenizer in {folder} cannot be opened: {error}. Save the model's tokenizer into that "
-            "folder again."
+            f"the tokenizer in {folder} cannot be opened: {one_line(error)}. Save the model's tokenizer into "
+            "that folder again."
         ) from error
+    return tokenizer
 
 
 def save_policy(
@@ -202,8 +239,6 @@ def _copy_present(origin: Path, folder: Path, names: Iterable[str]) -> None:
 
 def _quiet_transformers() -> Any:
     """Keep transformers' progress bars and load reports off the terminal meanwhile."""
-    from contextlib import contextmanager
-
     from transformers.utils import logging
 
     @contextmanager

@@ -7,6 +7,8 @@ value computed from such a model is wrong.
 from __future__ import annotations
 
 import json
+import math
+import re
 import struct
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -16,10 +18,13 @@ from safetensors import SafetensorError, safe_open
 
 from sera_core.data.stand_ins import refuse_special, stand_in
 from sera_core.errors import InputError
+from sera_core.guards.shown import one_line
 
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 """What torch.compile, DataParallel and peft put before a tensor's name."""
 _SHOWN = 5
+_LAYERS = re.compile(r"(num|n)(_hidden)?_layers?")
+_SIZE = re.compile(r"(size|dim|embd|inner|heads?|experts?|channels|rank)$")
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -90,6 +95,52 @@ def refuse_misfit(folder: Path, loading: dict[str, Any]) -> None:
         )
 
 
+def refuse_oversized(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a configuration that asks for more than all weights together hold, before it is built.
+
+    Memory and time for it could be without end. Settings of the parts (`text_config`) count too.
+
+    Raises:
+        InputError: a size is larger than the count of all weights, or there are more layers than tensors.
+    """
+    shapes = [
+        entry["shape"]
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, entry in _header(file).items()
+        if name != "__metadata__"
+    ]
+    if not shapes:
+        return
+    numbers = sum(math.prod(shape) for shape in shapes)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name, value in part.items():
+            most = len(shapes) if _LAYERS.fullmatch(name) else numbers if _SIZE.search(name) else math.inf
+            if isinstance(value, int) and value > most:
+                raise InputError(
+                    f"{folder / 'config.json'}: {name} is {value!s:.30}, and all weights together hold "
+                    f"{len(shapes):,} tensors of {numbers:,} numbers: give their own config.json"
+                )
+
+
+def refuse_not_finite(folder: Path, model: Any) -> None:
+    """Refuse weights of which one is NaN or infinite: whatever is computed from them is no number.
+
+    Raises:
+        InputError: names the first tensor.
+    """
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
+            raise InputError(
+                f"policy folder {folder}: the tensor {name} holds NaN or infinity: copy its *.safetensors "
+                "again, or give a model whose training did not diverge"
+            )
+
+
+def _is_finite(tensor: Any) -> bool:
+    low, high = tensor.detach().aminmax()  # NaN if any is
+    return bool(low.isfinite() and high.isfinite())
+
+
 def refuse_other_tensors(file: Path, expected: Collection[str]) -> None:
     """Refuse an adapter file whose tensors are not those its configuration asks for.
 
@@ -116,7 +167,7 @@ def _header(file: Path) -> dict[str, Any]:
             with safe_open(file, framework="numpy"):  # dtypes, places, and whether the file is whole
                 return header
         except (struct.error, ValueError, RecursionError, SafetensorError) as error:
-            raise InputError(f"{file}: not a safetensors file ({error}): copy it again") from error
+            raise InputError(f"{file}: not a safetensors file ({one_line(error)}): copy it again") from error
 
 
 def _some(names: Iterable[str]) -> str:

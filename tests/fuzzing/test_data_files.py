@@ -4,6 +4,7 @@ The rows are those that `json`, `csv` and `pyarrow` give, none lost and none cha
 one pair or is counted as dropped.
 """
 
+import base64
 import csv
 import gzip
 import io
@@ -273,3 +274,22 @@ def test_annotations_that_are_none_leave_a_completion_with_its_score(annotations
 def test_a_score_that_is_not_finite_is_none(score):
     """Nothing is larger than NaN and nothing smaller, so the best of the answers would be chance."""
     assert rating_of({"score": score}) is None
+
+
+def test_a_parquet_file_over_which_pyarrow_ends_its_process_is_refused(tmp_path):
+    """A column's histogram of repetition levels is longer than its type allows."""
+    path = tmp_path / "pairs.parquet"
+    path.write_bytes(gzip.decompress(base64.b64decode(ENDS_PYARROW)))
+    with pytest.raises(InputError, match=r"pairs\.parquet: .*metadata is damaged"):
+        sources.read_rows(str(path))
+
+
+ENDS_PYARROW = """
+H4sIAAAAAAACA42TwU7bQBCGx5vINVKEQtRdeSUfcmHVA6QEFQQoEhqnAaqmJknVWs0tGCtppGDjBCI4VD1UPfXYQ9VTH6BP0ROP
+1d11iAtEqCtrvP535pvfI7uFnSrN0yJ92qSEQgnAcvIA4A+u9inQEmVrUi9Sk5rONjzLK93WcWVFpi2ViYzEMAhIyjIt3VKe2Dl5
+8DaqLIDkpGyr8D8IbzHCUwhvEYI3t8A2x8EgHPWoCbSwSmwzTqJRPFmFpiMTUykYROPw7F/JSsJhGEzC05nICHd4TYBDC3wLzCK/
+5VDCCPtisG+G2BHWw7nwNfkmQKUbkJYJ1JjFBRegXN7BpR407hP7aog/hvhu3B/RQ5rJzQW0uf2Md0PET3J/Xo/x2OccI8JiP3LA
+HbuAnc6xv5fO0v5Fnqu1i2q1MV2vEafo9vEAsY/1vtZcF/GN2tQRX2khu2N65E7Vzpuj6mOF1rUdLQZZvl66Phi9P+/63kbXT9tH
+LeVnKMOOfGocNHSRNtHISj8ocdg73L3u+i9ke53fRret/B2qVi9nzeZF7Xe6wdGdV52hj9yrk83q9HRekp2DXY57yflFOFkP4ni9
+lyTRtHwZJuOP0Vl5c7uyUanymvyy0gt+y4m35P/3FznEe3qEAwAA
+"""

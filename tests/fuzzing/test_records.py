@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from fuzzing.cases import (
+    CASES,
     DEEP,
     Damage,
     Told,
+    at_most,
     changed,
     check_told,
     damaged_bytes,
@@ -23,8 +25,12 @@ from fuzzing.cases import (
     replaced,
     sera,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from flows.running.rounds import work_through
+from flows.running.session import Session
+from sera_core.errors import SeraError
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "store-format-1"
 COMMANDS = (
@@ -54,7 +60,7 @@ FREE = (
     (r"run-\d+\.json", r"created|config\.(execution|limits|model\.(source|revision)|review\.show_text)\b.*"),
     (r"run-\d+\.json", r"config\.data\.\w+\.\d+\.path"),
     (r"(round|final)-\d+\.json", r"created|epoch"),
-    (r"done\.json", r"(environment|started|parts|counts)\b.*|files\..*\.rows"),
+    (r"done\.json", r"(environment|started|seconds|parts|counts)\b.*|files\..*\.rows"),
     (r"review-\d+\.json", r"(evidence|until|default)\b.*"),
     (r"review-\d+-answer\.json", r"decision|note|who|when"),
     (r"stop-\d+\.json", r"after|created"),
@@ -182,7 +188,68 @@ def test_a_damaged_record_is_refused_by_name_or_changes_no_result(kept, data):
     try:
         told = kept.ask(command)
         check_told(told)
+        assert not told.code or str(kept.store) in told.err or "run '" in told.err, told.err
         kept.check_results(path, whole, command, told)
+    finally:
+        path.write_bytes(whole)
+
+
+# ------------------------------------------------------------------------------------------------- going on
+
+
+class Again(Exception):
+    """A step whose record does not serve would be done again: no result comes of the damaged one."""
+
+
+def do_again(spec):
+    raise Again(spec.step)
+
+
+def goes_on(store: Path) -> dict:
+    """The last round committed once more from the records of its steps, as a resumed run does."""
+    for name in ("round-001.json", "final-000.json", "final-001.json"):
+        (store / "runs" / "first" / name).unlink(missing_ok=True)
+    assert work_through(Session(str(store), "first", do_again), 1) == "max_rounds"
+    found = json.loads((store / "runs" / "first" / "round-001.json").read_text())
+    return {name: value for name, value in found.items() if name not in ("created", "epoch", "parent_sha256")}
+
+
+@pytest.fixture(scope="module")
+def finished(_present_store, tmp_path_factory):
+    """A store of this version, its records, and its last round."""
+    store = Path(shutil.copytree(_present_store, tmp_path_factory.mktemp("going") / "store"))
+    last = goes_on(store)
+    used = {ref["key"] for ref in last["used"]}
+    steps = sorted(path for path in store.glob("steps/*/*/done.json") if path.parent.name in used)
+    first = [store / "runs" / "first" / name for name in ("run-000.json", "round-000.json")]
+    kept = Kept(store, steps + first * (len(steps) // 4), {})
+    return kept, last
+
+
+OWN = re.compile(r"done\.json (metrics|seconds|counts|environment|started|parts|files\..*\.rows)\b.*")
+"""What a resumed run takes from a step's record alone: its metrics become the round's as they stand."""
+
+
+@settings(fuzzed, max_examples=max(100, CASES // 5))
+@given(data=st.data())
+def test_a_run_goes_on_from_damaged_records_to_the_same_round_or_not_at_all(finished, data):
+    kept, last = finished
+    path = data.draw(st.sampled_from(kept.records))
+    whole = path.read_bytes()
+    damage: Damage = data.draw(damaged_json(json.loads(whole)) | damaged_bytes(whole))
+    path.write_bytes(damage.data)
+    try:
+        with at_most():
+            found = goes_on(kept.store)
+        if found != last and not is_free(path, whole, damage.data):
+            places = changed(json.loads(whole), json.loads(damage.data))
+            own = all(OWN.fullmatch(f"{path.name} {'.'.join(map(str, place))}") for place in places)
+            assert own or kept.ask(("verify", "first")).code == 1
+    except SeraError as error:
+        if "\n" in str(error):
+            raise AssertionError("more than one line") from error
+    except Again:
+        pass
     finally:
         path.write_bytes(whole)
 
