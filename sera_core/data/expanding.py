@@ -266,7 +266,7 @@ def _try_metadata(name: str, file: "pq.ParquetFile") -> None:
         if time.monotonic() > until:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.0005)
-    if ended[1]:
+    if os.WIFSIGNALED(ended[1]) and os.WTERMSIG(ended[1]) != signal.SIGKILL:  # by us: a busy machine
         raise InputError(f"{name}: not a readable parquet file (its metadata is damaged); write it again")
 
 

@@ -1,12 +1,14 @@
 """Preference pairs out of sampled responses: which of a prompt's responses is chosen, which rejected."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-PAIRING_RULES = ("best-worst", "best-random", "best-mu-2sigma", "all")
+from sera_core.errors import InputError
+from sera_core.extensions import Registry, is_own
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def pair_responses(
     | `best-random`    | argmax r | drawn by the prompt's own seed from those strictly below the best       |
     | `best-mu-2sigma` | argmax r | of those strictly below the best, nearest μ − 2σ (arXiv 2502.16825)     |
     | `all`            | every r  | every response of the prompt with a strictly smaller r                  |
+    | `module:name`    | what the user's own rule says, prompt by prompt (see `sera_core.extensions`)       |
 
     Responses with the same token ids are one response, that of the smallest sample number. Ties of the reward
     go to the smaller sample number. μ and the population σ are over all valid samples, repeated ones
@@ -61,6 +64,7 @@ def pair_responses(
         ValueError: an unknown rule, a valid response with a reward that is not finite, a seed that is
             missing.
     """
+    choose = PAIRING.named(rule)
     _check(rewards, prompt_index, valid, rule, seeds, prompts)
     prompts = np.unique(prompt_index if prompts is None else prompts)
     rows = _first_of_each(prompt_index, sample, distinct, valid)
@@ -75,20 +79,86 @@ def pair_responses(
     reason[np.searchsorted(prompts, present)] = np.where(differs, "paired", one_or_tie)
 
     starts, sizes = starts[differs], sizes[differs]
-    best = rows[starts]
-    if rule == "all":
-        chosen, rejected = _every_pair(rewards, rows, starts, sizes)
-    elif rule == "best-random":
-        chosen, rejected = best, _drawn(rewards, prompt_index, rows, starts, sizes, seeds)
-    elif rule == "best-mu-2sigma":
-        target = _mu_minus_two_sigma(rewards, prompt_index, valid)
-        below = _below_best(rewards, rows, starts, sizes)
-        distance = np.abs(rewards[below] - target[below])
-        chosen, rejected = best, _first_by(below, prompt_index, sample, distance)
-    else:
-        below = _below_best(rewards, rows, starts, sizes)
-        chosen, rejected = best, _first_by(below, prompt_index, sample, rewards[below])
+    groups = Groups(rewards, prompt_index, sample, valid, seeds, rows, starts, sizes)
+    chosen, rejected = _own(choose, rule, groups) if is_own(rule) else choose(groups)
     return Pairing(chosen, rejected, prompts, reason)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The responses of the prompts that can be paired, as a rule sees them."""
+
+    rewards: Float[np.ndarray, " response"]
+    prompt_index: Int[np.ndarray, " response"]
+    sample: Int[np.ndarray, " response"]
+    valid: Bool[np.ndarray, " response"]
+    seeds: Mapping[int, int] | Int[np.ndarray, " seed"] | None
+    rows: Int[np.ndarray, " row"]
+    """Distinct valid responses, prompt by prompt, the best first."""
+    starts: Int[np.ndarray, " paired"]
+    """Where in `rows` each prompt with two different rewards begins."""
+    sizes: Int[np.ndarray, " paired"]
+
+    @property
+    def best(self) -> Int[np.ndarray, " paired"]:
+        """Row of each prompt's best response."""
+        return self.rows[self.starts]
+
+    @property
+    def below(self) -> Int[np.ndarray, " below"]:
+        """Rows whose reward is strictly below their prompt's best."""
+        return _below_best(self.rewards, self.rows, self.starts, self.sizes)
+
+
+Rows = tuple[np.ndarray, np.ndarray]
+"""Rows of the chosen and of the rejected responses."""
+
+
+def _best_worst(g: Groups) -> Rows:
+    return g.best, _first_by(g.below, g.prompt_index, g.sample, g.rewards[g.below])
+
+
+def _best_random(g: Groups) -> Rows:
+    return g.best, _drawn(g.rewards, g.prompt_index, g.rows, g.starts, g.sizes, g.seeds)
+
+
+def _best_mu_2sigma(g: Groups) -> Rows:
+    target = _mu_minus_two_sigma(g.rewards, g.prompt_index, g.valid)
+    return g.best, _first_by(g.below, g.prompt_index, g.sample, np.abs(g.rewards[g.below] - target[g.below]))
+
+
+def _all(g: Groups) -> Rows:
+    return _every_pair(g.rewards, g.rows, g.starts, g.sizes)
+
+
+PAIRING: Registry[Callable[[Groups], Rows]] = Registry(
+    "pairing rule",
+    {
+        "best-worst": _best_worst,
+        "best-random": _best_random,
+        "best-mu-2sigma": _best_mu_2sigma,
+        "all": _all,
+    },
+)
+PAIRING_RULES = tuple(PAIRING.entries)
+
+
+def _own(rule: Callable[..., Any], name: str, g: Groups) -> Rows:
+    """The user's own rule, prompt by prompt; a pair must prefer the response with the larger reward."""
+    chosen, rejected = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    for start, size in zip(g.starts, g.sizes, strict=True):
+        members = g.rows[start : start + size]
+        rewards = g.rewards[members]
+        told = np.asarray(list(rule(rewards.copy())), dtype=np.int64).reshape(-1, 2)
+        inside = bool(((told >= 0) & (told < size)).all())
+        if not inside or not (rewards[told[:, 0]] > rewards[told[:, 1]]).all():
+            raise InputError(
+                f"the pairing rule {name!r} gave {told.tolist()} for rewards {rewards.tolist()}: each pair "
+                "is two places in that list, and the first has the larger reward"
+            )
+        chosen.append(members[told[:, 0]])
+        rejected.append(members[told[:, 1]])
+    return np.concatenate(chosen), np.concatenate(rejected)
 
 
 def _first_of_each(
@@ -184,8 +254,6 @@ def _check(
     seeds: Mapping[int, int] | Int[np.ndarray, " seed"] | None,
     prompts: Int[np.ndarray, " prompt"] | None,
 ) -> None:
-    if rule not in PAIRING_RULES:
-        raise ValueError(f"The pairing rule {rule!r} is unknown; choose one of {', '.join(PAIRING_RULES)}.")
     bad = np.flatnonzero(valid & ~np.isfinite(rewards))
     if bad.size:
         raise ValueError(

@@ -4,13 +4,16 @@ Selection is over the whole set, not per prompt. Ties go by id, so an answer doe
 the input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-SELECTION_RULES = ("top-fraction", "top-k", "threshold", "random", "bottom", "relabel", "none")
+from sera_core.errors import InputError
+from sera_core.extensions import Registry, is_own
+
 UNORDERED_RULES = ("relabel", "none")
 """Rules that prefer no pair to another: what takes a part of theirs has to draw."""
 DIRECTIONS = ("large", "small")
@@ -31,6 +34,38 @@ class Selection:
     reason: np.ndarray
     swapped: Bool[np.ndarray, " pair"]
     """Rule `relabel`: chosen and rejected are to change places."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a rule sees of the pairs, in input order, and its settings."""
+
+    margins: Float[np.ndarray, " pair"]
+    """In nats."""
+    names: np.ndarray
+    """One id a pair."""
+    finite: Bool[np.ndarray, " pair"]
+    above_floor: Bool[np.ndarray, " pair"]
+    """Finite, and above `min_margin`."""
+    preference: Float[np.ndarray, " pair"]
+    """The margin, or its negative where small ones are preferred."""
+    fraction: float | int
+    k: int
+    cut: float | int
+    """Of the preference, by rule `threshold`."""
+    seed: int
+    score_kept: int | None
+
+    @property
+    def achieved(self) -> int:
+        """How many pairs the controls keep: as many as `top-fraction` does, unless given."""
+        if self.score_kept is not None:
+            return self.score_kept
+        return min(round_half_up(self.fraction * self.finite.sum()), int(self.above_floor.sum()))
+
+
+Chosen = tuple[np.ndarray, np.ndarray, str | np.ndarray]
+"""Kept (a bool a pair), rank (from 1; 0 where not finite), and why a finite pair was dropped."""
 
 
 def select(
@@ -57,9 +92,11 @@ def select(
     | `bottom`       | control: the least preferred, as many as `top-fraction` achieved                  |
     | `relabel`      | all; a pair with a negative margin is to be turned, an exact 0 stays as it is     |
     | `none`         | all                                                                               |
+    | `module:name`  | those for which the user's own rule says True (see `sera_core.extensions`)        |
 
-    The first three prefer: they also have the floor margin > `min_margin`, strict, and count a pair that is
-    not above it as `not_preferred` even where the cut would have dropped it too. The fraction is of all
+    The first three and the user's own prefer: they also have the floor margin > `min_margin`, strict, and
+    count a pair that is not above it as `not_preferred` even where the cut would have dropped it too. The
+    fraction is of all
     finite pairs, so the floor can only make the selection smaller. The controls ignore the floor in which
     pairs they take. That only clearly preferred pairs stay is SeRA's (arXiv 2410.09362); every value here is
     ours. Published evidence disagrees on the direction (large: arXiv 2502.14560; small: 2406.17312,
@@ -77,34 +114,89 @@ def select(
     Raises:
         ValueError: an unknown rule or direction, a number out of its range, ids that repeat or do not fit.
     """
-    _check(margins, ids, rule, fraction, k, threshold, min_margin, direction, score_kept)
+    choose = SELECTION.named(rule)
+    _check(margins, ids, fraction, k, threshold, min_margin, direction, score_kept)
     names = np.asarray(ids, dtype=str)
     finite = np.isfinite(margins)
-    preference = margins if direction == "large" else -margins
-    above_floor = finite & (margins > min_margin)
-    achieved = min(round_half_up(fraction * finite.sum()), int(above_floor.sum()))
+    pairs = Pairs(
+        margins=margins,
+        names=names,
+        finite=finite,
+        above_floor=finite & (margins > min_margin),
+        preference=margins if direction == "large" else -margins,
+        fraction=fraction,
+        k=k,
+        cut=threshold if direction == "large" else -threshold,
+        seed=seed,
+        score_kept=score_kept,
+    )
+    kept, rank, dropped = _own(choose, rule, pairs) if is_own(rule) else choose(pairs)
+    reason = np.where(kept, "kept", np.where(finite, dropped, "non_finite")).astype(object)
+    return Selection(kept, rank, reason, kept & (margins < 0) & (rule == "relabel"))
 
-    if rule in ("relabel", "none"):
-        rank = _rank(finite, names, -preference)
-        return _selection(finite, rank, finite, "kept", rule == "relabel", margins)
-    if rule == "random":
-        rank = _random_rank(finite, names, seed)
-        kept = finite & (rank <= (achieved if score_kept is None else score_kept))
-        return _selection(kept, rank, finite, "not_drawn", False, margins)
-    if rule == "bottom":
-        rank = _rank(finite, names, preference)
-        kept = finite & (rank <= (achieved if score_kept is None else score_kept))
-        return _selection(kept, rank, finite, "above_cut", False, margins)
 
+def _by_preference(pairs: Pairs, within: Callable[[np.ndarray], np.ndarray]) -> Chosen:
+    """The rules that prefer: above the floor, and within the cut by rank."""
     # Pairs above the floor come first: with direction "small" the smallest of all would be those below it.
-    rank = _rank(finite, names, -preference, ~above_floor)
-    within_cut = {
-        "top-fraction": rank <= round_half_up(fraction * finite.sum()),
-        "top-k": rank <= k,
-        "threshold": preference >= (threshold if direction == "large" else -threshold),
-    }[rule]
-    dropped = np.where(above_floor, "below_cut", "not_preferred")
-    return _selection(above_floor & within_cut, rank, finite, dropped, False, margins)
+    rank = _rank(pairs.finite, pairs.names, -pairs.preference, ~pairs.above_floor)
+    dropped = np.where(pairs.above_floor, "below_cut", "not_preferred")
+    return pairs.above_floor & within(rank), rank, dropped
+
+
+def _top_fraction(pairs: Pairs) -> Chosen:
+    return _by_preference(pairs, lambda rank: rank <= round_half_up(pairs.fraction * pairs.finite.sum()))
+
+
+def _top_k(pairs: Pairs) -> Chosen:
+    return _by_preference(pairs, lambda rank: rank <= pairs.k)
+
+
+def _threshold(pairs: Pairs) -> Chosen:
+    return _by_preference(pairs, lambda _: pairs.preference >= pairs.cut)
+
+
+def _random(pairs: Pairs) -> Chosen:
+    rank = _random_rank(pairs.finite, pairs.names, pairs.seed)
+    return pairs.finite & (rank <= pairs.achieved), rank, "not_drawn"
+
+
+def _bottom(pairs: Pairs) -> Chosen:
+    rank = _rank(pairs.finite, pairs.names, pairs.preference)
+    return pairs.finite & (rank <= pairs.achieved), rank, "above_cut"
+
+
+def _all(pairs: Pairs) -> Chosen:
+    return pairs.finite, _rank(pairs.finite, pairs.names, -pairs.preference), "kept"
+
+
+SELECTION: Registry[Callable[[Pairs], Chosen]] = Registry(
+    "selection rule",
+    {
+        "top-fraction": _top_fraction,
+        "top-k": _top_k,
+        "threshold": _threshold,
+        "random": _random,
+        "bottom": _bottom,
+        "relabel": _all,
+        "none": _all,
+    },
+)
+SELECTION_RULES = tuple(SELECTION.entries)
+
+
+def _own(rule: Callable[..., Any], name: str, pairs: Pairs) -> Chosen:
+    """The user's own rule, over the finite pairs by id; the floor is ours."""
+    rows = np.flatnonzero(pairs.finite)
+    rows = rows[np.argsort(pairs.names[rows])]
+    told = np.asarray(rule(pairs.margins[rows].copy(), fraction=pairs.fraction, seed=pairs.seed))
+    if told.shape != rows.shape or told.dtype != bool:
+        raise InputError(
+            f"the selection rule {name!r} gave {told.dtype} of shape {told.shape} for {rows.size} pairs; it "
+            "must give a bool a pair"
+        )
+    wanted = np.zeros(pairs.finite.size, dtype=bool)
+    wanted[rows] = told
+    return _by_preference(pairs, lambda _: wanted)
 
 
 def round_half_up(x: float | int | np.floating | np.integer) -> int:
@@ -136,22 +228,9 @@ def _random_rank(finite: Bool[np.ndarray, " pair"], names: np.ndarray, seed: int
     return rank
 
 
-def _selection(
-    kept: Bool[np.ndarray, " pair"],
-    rank: Int[np.ndarray, " pair"],
-    finite: Bool[np.ndarray, " pair"],
-    dropped: str | np.ndarray,
-    relabel: bool,
-    margins: Float[np.ndarray, " pair"],
-) -> Selection:
-    reason = np.where(kept, "kept", np.where(finite, dropped, "non_finite")).astype(object)
-    return Selection(kept, rank, reason, kept & (margins < 0) & relabel)
-
-
 def _check(
     margins: Float[np.ndarray, " pair"],
     ids: Sequence[str] | np.ndarray,
-    rule: str,
     fraction: float | int,
     k: int,
     threshold: float | int,
@@ -159,10 +238,6 @@ def _check(
     direction: str,
     score_kept: int | None,
 ) -> None:
-    if rule not in SELECTION_RULES:
-        raise ValueError(
-            f"The selection rule {rule!r} is unknown; choose one of {', '.join(SELECTION_RULES)}."
-        )
     if direction not in DIRECTIONS:
         raise ValueError(f"The direction {direction!r} is unknown; prefer 'large' or 'small' margins.")
     if not 0 <= fraction <= 1:

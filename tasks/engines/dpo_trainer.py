@@ -23,6 +23,8 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from sera_core.config import TrainConfig
+from sera_core.errors import InputError
+from sera_core.extensions import is_own, own_function
 from sera_core.models.losses import cdpo_loss, simpo_loss
 from tasks.engines.pair_forward import PairCollator, add_pair_forward
 
@@ -180,7 +182,7 @@ class ReviewedDPOTrainer(DPOTrainer):
 
 def trl_losses(train: TrainConfig) -> tuple[list[str], list[float]]:
     """The losses TRL computes, and their weights."""
-    weighted = [(name, weight) for name, weight in _weighted(train) if not _is_own(name, train)]
+    weighted = [(name, weight) for name, weight in _weighted(train) if not _is_ours(name, train)]
     return [name for name, _ in weighted], [weight for _, weight in weighted]
 
 
@@ -188,9 +190,9 @@ def _weighted(train: TrainConfig) -> list[tuple[str, float]]:
     return list(zip(train.losses, train.loss_weights or (1.0,) * len(train.losses), strict=True))
 
 
-def _is_own(name: str, train: TrainConfig) -> bool:
-    """TRL 1.16 has no SimPO in its DPOTrainer, and ignores label smoothing in its sigmoid loss."""
-    return name == "simpo" or (name == "sigmoid" and train.label_smoothing > 0)
+def _is_ours(name: str, train: TrainConfig) -> bool:
+    """A loss TRL does not compute: a user's own, SimPO (TRL 1.16 has none here), sigmoid with smoothing."""
+    return is_own(name) or name == "simpo" or (name == "sigmoid" and train.label_smoothing > 0)
 
 
 def _own_losses(train: TrainConfig) -> list[tuple[float, Callable[..., Tensor]]]:
@@ -202,5 +204,23 @@ def _own_losses(train: TrainConfig) -> list[tuple[float, Callable[..., Tensor]]]
     def cdpo(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, *_: Tensor) -> Tensor:  # noqa: E741
         return cdpo_loss(w, l, ref_w, ref_l, train.beta, train.label_smoothing)
 
-    own = {"simpo": simpo, "sigmoid": cdpo}
-    return [(weight, own[name]) for name, weight in _weighted(train) if _is_own(name, train)]
+    ours = {"simpo": simpo, "sigmoid": cdpo}
+    return [
+        (weight, _users(name, train.beta) if is_own(name) else ours[name])
+        for name, weight in _weighted(train)
+        if _is_ours(name, train)
+    ]
+
+
+def _users(name: str, beta: float) -> Callable[..., Tensor]:
+    """A loss of the user's own: checked to be one number a pair."""
+    function = own_function(name, "loss")
+
+    def loss(*tensors: Tensor) -> Tensor:
+        told = function(*tensors, beta)
+        if not isinstance(told, Tensor) or told.shape != tensors[0].shape:
+            shape = tuple(told.shape) if isinstance(told, Tensor) else type(told).__name__
+            raise InputError(f"the loss {name!r} gave {shape} for {tensors[0].shape[0]} pairs; give one each")
+        return told
+
+    return loss

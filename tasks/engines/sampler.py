@@ -4,10 +4,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from sera_core.config import Dtype
 from sera_core.errors import InputError
+from sera_core.extensions import Registry
 
 FinishReason = Literal["stop", "length"]
 Finished = Callable[[int], None]
@@ -119,7 +120,7 @@ def open_sampler(
     """Load a policy into an engine; what the engine needs is imported here.
 
     Args:
-        engine: `transformers` or `vllm`.
+        engine: `transformers`, `vllm`, or `module:function` that is called as this function is.
         policy: policy or adapter folder.
         base: the policy folder an adapter belongs to.
         dtype: arithmetic.
@@ -127,10 +128,32 @@ def open_sampler(
         batch: responses that the transformers engine has under way at once.
         max_length: longest prompt and response together, in tokens; None: all of the model's positions.
     """
-    if engine == "vllm":
-        from tasks.engines.vllm_sampler import VLLMSampler
+    return ENGINES.named(engine)(
+        policy, base=base, dtype=dtype, device=device, batch=batch, max_length=max_length
+    )
 
-        return VLLMSampler(policy, base=base, dtype=dtype, device=device, max_length=max_length)
+
+def check_engine(engine: str) -> None:
+    """Refuse an engine that does not exist, before anything is loaded.
+
+    Raises:
+        InputError: unknown, not allowed, or not importable.
+    """
+    ENGINES.named(engine)
+
+
+def _transformers(policy: Path, *, max_length: int | None, **settings: Any) -> Sampler:
     from tasks.engines.hf_sampler import HFSampler
 
-    return HFSampler(policy, base=base, dtype=dtype, device=device, batch=batch)
+    return HFSampler(policy, **settings)
+
+
+def _vllm(policy: Path, *, batch: int, **settings: Any) -> Sampler:
+    from tasks.engines.vllm_sampler import VLLMSampler
+
+    return VLLMSampler(policy, **settings)
+
+
+ENGINES: Registry[Callable[..., Sampler]] = Registry(
+    "sampling engine", {"transformers": _transformers, "vllm": _vllm}
+)
