@@ -28,7 +28,7 @@ from fuzzing.cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.running.rounds import work_through
+from flows.running.rounds import run_round
 from flows.running.session import Session
 from sera_core.errors import SeraError
 
@@ -209,7 +209,7 @@ def goes_on(store: Path) -> dict:
     """The last round committed once more from the records of its steps, as a resumed run does."""
     for name in ("round-001.json", "final-000.json", "final-001.json"):
         (store / "runs" / "first" / name).unlink(missing_ok=True)
-    assert work_through(Session(str(store), "first", do_again), 1) == "max_rounds"
+    assert run_round(Session(str(store), "first", do_again), 1) == "max_rounds"
     found = json.loads((store / "runs" / "first" / "round-001.json").read_text())
     return {name: value for name, value in found.items() if name not in ("created", "epoch", "parent_sha256")}
 
