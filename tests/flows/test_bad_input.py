@@ -106,7 +106,7 @@ def test_roles_out_of_order_are_named(refused, folder):
     assert "role" in refused(rows=rows)
 
 
-def test_messages_that_diverge_before_the_last_turn_are_refused():
+def test_messages_that_diverge_before_the_last_turn_are_refused(refused):
     rows = tinyrun.pairs(8)
     rows[3] = {
         "chosen": [turn("user", "hello"), turn("assistant", "a"), turn("user", "x"), turn("assistant", "b")],
@@ -130,7 +130,7 @@ def test_a_value_out_of_range_is_named(refused, folder):
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "/abs", "", ".."])
-def test_a_run_name_with_a_path_in_it_is_refused(name):
+def test_a_run_name_with_a_path_in_it_is_refused(refused, name):
     assert "run name" in refused("--name", name) or not name
 
 
@@ -154,7 +154,7 @@ def test_a_template_argument_that_changes_nothing_is_refused_before_anything_is_
     assert "enable_thinking" in said and "model.template_kwargs" in said
 
 
-def test_a_model_folder_that_is_none_is_refused():
+def test_a_model_folder_that_is_none_is_refused(refused, folder):
     (folder / "empty").mkdir()
     assert "config.json" in refused("--set", f"model.source={folder / 'empty'}")
 
@@ -225,7 +225,7 @@ def test_what_is_no_plain_file_is_refused_wherever_a_file_is_read(refused, folde
     "name",
     ["config.json", "tokenizer_config.json", "tokenizer.json", "more.safetensors", "chat_template.jinja"],
 )
-def test_a_model_folder_with_a_pipe_for_a_file_is_refused(special, name):
+def test_a_model_folder_with_a_pipe_for_a_file_is_refused(refused, folder, special, name):
     experiment = tinyrun.experiment(folder)
     (folder / "policy" / name).unlink(missing_ok=True)
     special("pipe", folder / "policy" / name)
