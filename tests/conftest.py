@@ -41,6 +41,14 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 @pytest.fixture
+def sera(capfd):
+    """Runs a command in this process: `sera("list", "--json").json`."""
+    from commandline import Sera
+
+    return Sera(capfd)
+
+
+@pytest.fixture
 def kept_store(tmp_path):
     """A copy of the small store of format 1: run `first` with two rounds, `second` with the same round 0."""
     return Path(shutil.copytree(Path(__file__).parent / "fixtures" / "store-format-1", tmp_path / "store"))

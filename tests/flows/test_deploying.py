@@ -5,7 +5,6 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import servers
+from commandline import SERA, process
 
 from flows.orchestration import deployments
 
@@ -135,10 +135,9 @@ def test_the_webhook_that_was_named_is_told_of_an_alarm_and_of_the_end(server, t
 
 
 def test_without_a_server_deploying_says_how_to_get_one(tmp_path):
-    command = [sys.executable, "-m", "flows.cli", "deploy"]
     for named in ({}, {"PREFECT_API_URL": f"http://127.0.0.1:{servers.free_port()}/api"}):
         environment = {**alone(), "PREFECT_HOME": str(tmp_path), **named}
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        done = process("deploy", env=environment, cwd=tmp_path)
         assert done.returncode == 2
         assert "PREFECT_API_URL" in done.stderr and "sera up" in done.stderr
 
@@ -147,7 +146,7 @@ def test_without_a_server_deploying_says_how_to_get_one(tmp_path):
 def standing(folder: Path, port: int):
     """`sera up --json` as a process; killed at the end if it is still there."""
     up = subprocess.Popen(
-        command_of(folder / "home", port),
+        [*SERA, *up_at(folder / "home", port)],
         env=alone(),
         cwd=folder,
         stdout=subprocess.PIPE,
@@ -161,8 +160,8 @@ def standing(folder: Path, port: int):
         up.communicate()
 
 
-def command_of(home: Path, port: int) -> list[str]:
-    return [sys.executable, "-m", "flows.cli", "up", "--json", "--home", str(home), "--port", str(port)]
+def up_at(home: Path, port: int) -> list[str]:
+    return ["up", "--json", "--home", str(home), "--port", str(port)]
 
 
 def alone() -> dict[str, str]:
@@ -171,7 +170,7 @@ def alone() -> dict[str, str]:
 
 
 def refused(home: Path, port: int) -> tuple[int, str]:
-    done = subprocess.run(command_of(home, port), env=alone(), capture_output=True, text=True, timeout=60)
+    done = process(*up_at(home, port), env=alone(), timeout=60)
     return done.returncode, done.stderr
 
 

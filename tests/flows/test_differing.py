@@ -5,16 +5,14 @@ import shutil
 
 import pytest
 
-from flows.cli import main
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 
 
 @pytest.fixture
-def diff(kept_store, capsys):
+def diff(kept_store, sera):
     def answer(left: str, right: str) -> dict:
-        assert main(["diff", left, right, "--store", str(kept_store), "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
+        return sera("diff", left, right, "--store", kept_store, "--json").json
 
     return answer
 
@@ -83,9 +81,8 @@ def test_a_run_without_a_finished_round_still_has_settings(diff, kept_store):
     assert found["config"] and {row["why"] for row in found["steps"]} == {"only left"}
 
 
-def test_for_people_it_is_tables(kept_store, capsys):
-    assert main(["diff", "first:0", "second:0", "--store", str(kept_store)]) == 0
-    text = capsys.readouterr().out
+def test_for_people_it_is_tables(kept_store, sera):
+    text = sera("diff", "first:0", "second:0", "--store", kept_store).out
     assert "first:0 against second:0" in text and "Every step of the two holds the same bytes." in text
     assert "select.fraction" in text
 
@@ -93,6 +90,5 @@ def test_for_people_it_is_tables(kept_store, capsys):
 @pytest.mark.parametrize(
     "side", ["first:2", "first:-1", "first:x", "first:", "first:１", "nobody", "nobody:0", "../x"]
 )
-def test_a_run_or_round_that_is_not_there_is_named(kept_store, capsys, side):
-    assert main(["diff", side, "second", "--store", str(kept_store)]) == 2
-    assert repr(side.split(":")[0])[1:-1] in capsys.readouterr().err
+def test_a_run_or_round_that_is_not_there_is_named(kept_store, sera, side):
+    assert repr(side.split(":")[0])[1:-1] in sera("diff", side, "second", "--store", kept_store, code=2).err

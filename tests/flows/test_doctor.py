@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from commandline import Sera
 from tiny import tiny_policy
 
 from flows.cli import main
@@ -111,14 +112,13 @@ def test_telemetry_that_was_turned_on_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_text_names_each_check_and_its_remedy(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sera: Sera, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks = {name: doctor.Check(name, "ok", "fine") for name in NAMES}
     checks["disk"] = doctor.Check("disk", "warning", "1.0 GiB free", "make room")
     for name in NAMES:
         monkeypatch.setattr(doctor, f"check_{name}", lambda *_, name=name: checks[name])
-    assert main(["doctor", "--store", str(tmp_path)]) == 0
-    out, _ = capfd.readouterr()
+    out = sera("doctor", "--store", tmp_path).out
     assert "make room" in out
     assert "9 checks: 0 failed, 1 warnings" in out
 

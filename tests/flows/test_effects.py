@@ -6,7 +6,6 @@ import pytest
 import tinyrun
 from pydantic import ValidationError
 
-from flows.cli import main
 from flows.experiments import load_experiment
 from flows.orchestration.form import config_of
 from sera_core.config import SeraConfig
@@ -92,12 +91,11 @@ def test_a_split_is_refused_for_a_file_and_read_for_a_hub_data_set():
         SeraConfig.model_validate(settings("data.train", [{"path": "a.jsonl", "split": "test"}], {}))
 
 
-def test_the_command_names_every_one_and_writes_nothing(tmp_path, capsys):
+def test_the_command_names_every_one_and_writes_nothing(tmp_path, sera):
     experiment = tinyrun.experiment(
         tmp_path, train={"lora_rank": 8, "losses": ["ipo"], "label_smoothing": 0.1}, select={"k": 4}
     )
-    assert main(["run", str(experiment), "--store", str(tmp_path / "store")]) == 2
-    said = capsys.readouterr().err
+    said = sera("run", experiment, "--store", tmp_path / "store", code=2).err
     lines = [line for line in said.splitlines() if "changes nothing here" in line]
     assert len(lines) == 3 and all("tiny.toml" in line for line in lines)
     assert all(

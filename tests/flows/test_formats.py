@@ -10,7 +10,6 @@ import tinyrun
 from fixtures import make_store
 
 import sera_core
-from flows.cli import main
 from sera_core.artifacts import lease
 from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.store import open_store
@@ -35,12 +34,11 @@ def test_the_kept_stores_are_small_and_hold_no_path_of_the_machine_that_made_the
 
 
 @pytest.mark.parametrize("kept", KEPT, ids=lambda path: path.name)
-def test_an_older_store_is_listed_shown_verified_compared_and_read(kept, tmp_path, capsys):
+def test_an_older_store_is_listed_shown_verified_compared_and_read(kept, tmp_path, sera):
     store = str(shutil.copytree(kept, tmp_path / "store"))
 
     def answer(*args: str) -> dict:
-        assert main([*args, "--store", store, "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
+        return sera(*args, "--store", store, "--json").json
 
     assert [run["run"] for run in answer("list")["runs"]] == ["first", "second"]
     shown = answer("show", "first")
@@ -79,13 +77,12 @@ RECORDS = [
 
 
 @pytest.mark.parametrize(("pattern", "command"), RECORDS, ids=[pattern for pattern, _ in RECORDS])
-def test_a_record_of_a_newer_version_is_refused_by_name(kept_store, capsys, pattern, command):
+def test_a_record_of_a_newer_version_is_refused_by_name(kept_store, sera, pattern, command):
     if command[0] == "advance":  # nothing is held of a run that has stopped: make it open
         (kept_store / "runs" / "first" / "round-001.json").unlink()
     for path in kept_store.glob(pattern):
         path.write_text(json.dumps({**json.loads(path.read_text()), "format": FORMAT + 1, "new": True}))
-    assert main([*command, "--store", str(kept_store)]) == 1
-    said = capsys.readouterr().err
+    said = sera(*command, "--store", kept_store, code=1).err
     assert f"written by a newer sera-flow (format {FORMAT + 1}); this one reads up to {FORMAT}" in said
     assert Path(pattern).name in said
 
@@ -98,10 +95,9 @@ DEEP = '{"a":' * 200_000 + "1" + "}" * 200_000
     ["[]", '"text"', "{}", '{"format": "1"}', '{"format": true}', "{", DEEP],
     ids=["list", "text", "empty", "text format", "true format", "cut off", "deep"],
 )
-def test_what_is_no_record_is_refused_by_name(kept_store, capsys, record):
+def test_what_is_no_record_is_refused_by_name(kept_store, sera, record):
     (kept_store / "runs" / "first" / "run-000.json").write_text(record)
-    assert main(["show", "first", "--store", str(kept_store)]) == 1
-    assert "run-000.json" in capsys.readouterr().err
+    assert "run-000.json" in sera("show", "first", "--store", kept_store, code=1).err
 
 
 @pytest.mark.parametrize(
@@ -114,7 +110,7 @@ def test_what_is_no_record_is_refused_by_name(kept_store, capsys, record):
     ],
 )
 def test_a_recorded_configuration_that_cannot_be_read_names_the_setting(
-    kept_store, capsys, section, name, value
+    kept_store, sera, section, name, value
 ):
     for path in kept_store.glob("runs/first/run-*.json"):
         record = json.loads(path.read_text())
@@ -122,8 +118,7 @@ def test_a_recorded_configuration_that_cannot_be_read_names_the_setting(
         path.write_text(json.dumps(record))
     for command in (["report", "first", "--out", str(kept_store / "page")], ["advance", "first"]):
         (kept_store / "runs" / "first" / "round-001.json").unlink(missing_ok=True)
-        assert main([*command, "--store", str(kept_store)]) == 1
-        said = capsys.readouterr().err
+        said = sera(*command, "--store", kept_store, code=1).err
         assert f"run 'first': the recorded configuration cannot be read ({section}.{name}: " in said
         assert said.count("\n") == 1 and "pydantic" not in said
 

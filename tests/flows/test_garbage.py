@@ -12,7 +12,6 @@ import tiny
 import tinyrun
 from fixtures import make_store
 
-from flows.cli import main
 from flows.store_tools import garbage
 from flows.store_tools.garbage import collect
 from flows.store_tools.verify import verify
@@ -86,27 +85,23 @@ def read_only(kept_store, monkeypatch):
     return kept_store
 
 
-def test_a_store_that_may_only_be_read_is_listed_by_the_machines_clock(read_only, capfd, caplog):
-    assert main(["gc", "--json", "--store", str(read_only)]) == 0
-    assert json.loads(capfd.readouterr().out)["items"]
+def test_a_store_that_may_only_be_read_is_listed_by_the_machines_clock(read_only, sera, caplog):
+    assert sera("gc", "--json", "--store", read_only).json["items"]
     assert caplog.text.count("this machine's clock") == 1
-    assert main(["gc", "--delete", "--store", str(read_only)]) == 1
-    assert "needs the right to write" in capfd.readouterr().err
+    assert "needs the right to write" in sera("gc", "--delete", "--store", read_only, code=1).err
 
 
-def test_without_delete_nothing_changes(kept_store, capsys):
+def test_without_delete_nothing_changes(kept_store, sera):
     shutil.rmtree(aged(kept_store) / "runs" / "second")
     before = files(kept_store)
-    assert main(["gc", "--store", str(kept_store), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = sera("gc", "--store", kept_store, "--json").json
     assert set(found) == {
         "store", "deleted", "older_than_seconds", "steps_kept", "bytes_kept", "bytes", "bytes_later", "items",
         "restored",
     }  # fmt: skip
     assert found["items"] and not found["deleted"] and found["older_than_seconds"] == 7 * DAY
     assert all(set(item) == {"path", "why", "files", "bytes"} for item in found["items"])
-    assert main(["gc", "--store", str(kept_store)]) == 0
-    assert "Nothing was changed: --delete does it." in capsys.readouterr().out
+    assert "Nothing was changed: --delete does it." in sera("gc", "--store", kept_store).out
     assert files(kept_store) == before
 
 

@@ -11,7 +11,6 @@ import tiny
 import tinyrun
 from fixtures import make_store
 
-from flows.cli import main
 from flows.planning.plan import plan
 from flows.store_tools.garbage import collect
 from flows.store_tools.verify import verify
@@ -73,7 +72,7 @@ def test_verify_reads_the_bucket_and_not_the_copies_beside_it(server, url):
     assert f"{url}/{key}" in str(failed.value)
 
 
-def test_what_no_record_names_is_named_by_verify_and_never_fetched(url, tmp_path, capsys):
+def test_what_no_record_names_is_named_by_verify_and_never_fetched(url, tmp_path, sera):
     store = open_store(url)
     records = RunStore(store, "first")
     policy = Artifact(store, records.rounds()[1].steps["policy"])
@@ -82,17 +81,16 @@ def test_what_no_record_names_is_named_by_verify_and_never_fetched(url, tmp_path
     upkeep(store).replace(planted, b"{}")
     assert not (policy.folder("policy") / "added_tokens.json").exists()
     target = tmp_path / "policy"
-    assert main(["export", "first", "--round", "1", "--to", str(target), "--store", url]) == 0
+    sera("export", "first", "--round", "1", "--to", target, "--store", url)
     assert not (target / "added_tokens.json").exists()
     with pytest.raises(StoreError, match="no record names this file") as failed:
         verify(records)
     assert f"{url}/{planted}" in str(failed.value)
 
 
-def test_diff_show_lineage_and_export_read_the_bucket(url, tmp_path, capsys):
+def test_diff_show_lineage_and_export_read_the_bucket(url, tmp_path, sera):
     def answer(*args: str) -> dict:
-        assert main([*args, "--store", url, "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
+        return sera(*args, "--store", url, "--json").json
 
     assert [c["key"] for c in answer("diff", "first", "second")["config"]] == ["select.fraction"]
     shown = answer("show", "first")

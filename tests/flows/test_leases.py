@@ -6,6 +6,7 @@ import time
 
 import pytest
 import tinyrun
+from commandline import process
 
 from sera_core.artifacts.lease import hold
 from sera_core.artifacts.store import open_store
@@ -27,17 +28,11 @@ with hold(open_store(sys.argv[1]), "tiny", print):
 """
 
 
-def sera(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *args], capture_output=True, text=True, timeout=300
-    )
-
-
 def test_a_second_sera_run_of_the_same_run_says_who_holds_it_and_exits_3(tmp_path):
     experiment, store = tinyrun.experiment(tmp_path), str(tmp_path / "store")
     with hold(open_store(store), "tiny", print) as mine:
         began = time.monotonic()
-        refused = sera("run", str(experiment), "--store", store, "--set", "limits.rounds=9")
+        refused = process("run", experiment, "--store", store, "--set", "limits.rounds=9")
         assert time.monotonic() - began < 60
     assert refused.returncode == 3, refused.stderr
     held = mine.epoch.holder
@@ -75,9 +70,9 @@ def test_two_runs_at_the_same_time_do_each_long_step_once(tmp_path):
         )
         for name in ("one", "two")
     ]
-    for process in both:
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said.decode()
+    for one in both:
+        _, said = one.communicate(timeout=300)
+        assert one.returncode == 0, said.decode()
     for step in ("train", "sample", "logps"):
         for folder in (store / "steps" / step).iterdir():
             attempts = [path for path in folder.iterdir() if path.is_dir() and path.name != "claim"]

@@ -1,7 +1,6 @@
 """Where an exported policy comes from, said to programs and to people."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import tiny
 import tinyrun
 from fixtures import make_store
 
-from flows.cli import main
 from flows.display.run_view import run_records
 from flows.exports.lineage import Lineage, display_name, lineage
 from flows.exports.model_card import model_card
@@ -23,12 +21,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def exported(kept_store, tmp_path, capsys):
+def exported(kept_store, tmp_path, sera):
     """(folder, answer) of `sera export` of round 1."""
     folder = tmp_path / "policy"
     command = ["export", "first", "--round", "1", "--to", str(folder), "--store", str(kept_store), "--json"]
-    assert main(command) == 0
-    return folder, json.loads(capsys.readouterr().out)
+    return folder, sera(*command).json
 
 
 def sha256(path: Path) -> str:
@@ -88,23 +85,21 @@ def test_where_the_scorer_scores_the_samples_the_chain_says_so(tmp_path):
     assert chain.code[0].digest == code_digest()
 
 
-def test_the_command_says_the_same_to_programs_and_in_lines(kept_store, capsys):
+def test_the_command_says_the_same_to_programs_and_in_lines(kept_store, sera):
     records = run_records(open_store(str(kept_store)), "first")
-    assert main(["lineage", "first", "--store", str(kept_store), "--json"]) == 0
-    told = Lineage.model_validate_json(capsys.readouterr().out)
+    told = Lineage.model_validate_json(sera("lineage", "first", "--store", kept_store, "--json").out)
     assert told == lineage(records, records.history().best)
-    assert main(["lineage", "first", "--store", str(kept_store)]) == 0
-    lines = capsys.readouterr().out
+    lines = sera("lineage", "first", "--store", kept_store).out
     for step in told.steps:
         assert step.digest[:12] in lines
 
 
-def test_neither_card_nor_chain_holds_a_path_of_the_machine(tmp_path, capsys):
+def test_neither_card_nor_chain_holds_a_path_of_the_machine(tmp_path, sera):
     folder = tmp_path / "secret-project"
     tiny.tiny_policy(folder / "policy", layers=1, hidden=32)
     once = {**make_store.SMALL, "limits": {"rounds": 1}}
     tinyrun.work(tinyrun.config(folder, **once), folder / "store", "first")
-    assert main(["export", "first", "--to", str(tmp_path / "out"), "--store", str(folder / "store")]) == 0
+    sera("export", "first", "--to", tmp_path / "out", "--store", folder / "store")
     for file in (tmp_path / "out").iterdir():
         assert b"secret-project" not in file.read_bytes(), file
         assert str(tmp_path).encode() not in file.read_bytes(), file

@@ -11,7 +11,6 @@ import tiny
 import tinyrun
 from marks import Marks
 
-from flows.cli import main
 from flows.store_tools.verify import verify
 from sera_core.artifacts.manifest import StepSpec, check_file_name
 from sera_core.artifacts.runs import RunStore
@@ -38,7 +37,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_run_cannot_be_named_so_that_it_leaves_the_store(tmp_path, capsys, name):
+def test_a_run_cannot_be_named_so_that_it_leaves_the_store(tmp_path, sera, name):
     store = tmp_path / "deep" / "store"
     store.mkdir(parents=True)
     with pytest.raises(InputError, match="run name"):
@@ -47,12 +46,11 @@ def test_a_run_cannot_be_named_so_that_it_leaves_the_store(tmp_path, capsys, nam
     if name[:1] != "-":
         commands += [["show", name], ["verify", name], ["advance", name]]
     for command in commands:
-        assert main([*command, "--store", str(store)]) == 2
-        assert "run name" in capsys.readouterr().err
+        assert "run name" in sera(*command, "--store", store, code=2).err
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_run_cannot_be_named_with_a_dot_at_its_end(kept_store, tmp_path, capsys):
+def test_a_run_cannot_be_named_with_a_dot_at_its_end(kept_store, tmp_path, sera):
     """No path of a store ends so; what others put there is no run."""
     (kept_store / "runs" / "a.").mkdir()
     for command in (
@@ -60,10 +58,8 @@ def test_a_run_cannot_be_named_with_a_dot_at_its_end(kept_store, tmp_path, capsy
         ["show", "a."],
         ["verify", "a."],
     ):
-        assert main([*command, "--store", str(kept_store)]) == 2
-        assert "does not end with '.'" in capsys.readouterr().err
-    assert main(["list", "--store", str(kept_store)]) == 0
-    assert "a." not in capsys.readouterr().out.split()
+        assert "does not end with '.'" in sera(*command, "--store", kept_store, code=2).err
+    assert "a." not in sera("list", "--store", kept_store).out.split()
 
 
 ODD_FILES = [name for name in FOREIGN if name not in ("a" * 101,)]
@@ -112,13 +108,12 @@ def test_a_manifest_cannot_name_a_step_outside_the_store(kept_store, step, key, 
         verify(RunStore(open_store(str(kept_store)), "first"))
 
 
-def test_a_run_behind_a_link_that_leads_out_of_the_store_is_refused(kept_store, tmp_path, capsys):
+def test_a_run_behind_a_link_that_leads_out_of_the_store_is_refused(kept_store, tmp_path, sera):
     outside = tmp_path / "outside"
     shutil.move(kept_store / "runs" / "second", outside)
     (kept_store / "runs" / "linked").symlink_to(outside)
     before = sorted(outside.rglob("*"))
-    assert main(["show", "linked", "--store", str(kept_store)]) == 1
-    assert "a link leads out of the store" in capsys.readouterr().err
+    assert "a link leads out of the store" in sera("show", "linked", "--store", kept_store, code=1).err
     with pytest.raises(StoreError, match="a link leads out of the store"):
         RunStore(open_store(str(kept_store)), "linked").record_stop("budget", "")
     assert sorted(outside.rglob("*")) == before
@@ -142,7 +137,7 @@ def policy(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_a_model_that_asks_for_its_own_code_is_refused_and_the_code_not_run(policy, tmp_path, capsys, name):
+def test_a_model_that_asks_for_its_own_code_is_refused_and_the_code_not_run(policy, tmp_path, sera, name):
     mark = tmp_path / "mark"
     (policy / "modeling.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Mine: pass\n")
     wanted = {
@@ -162,11 +157,9 @@ def test_a_model_that_asks_for_its_own_code_is_refused_and_the_code_not_run(poli
         with pytest.raises(InputError, match=r"needs code from its own repository \(auto_map"):
             open_it(str(policy))
     experiment = tinyrun.experiment(tmp_path)
-    assert main(["run", str(experiment), "--store", str(tmp_path / "store")]) == 2
-    assert "never run here" in capsys.readouterr().err
+    assert "never run here" in sera("run", experiment, "--store", tmp_path / "store", code=2).err
     pairs = ["--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "scored.parquet")]
-    assert main(["score", "--policy", str(policy), "--score", "simpo", *pairs]) == 2
-    assert "never run here" in capsys.readouterr().err
+    assert "never run here" in sera("score", "--policy", policy, "--score", "simpo", *pairs, code=2).err
     assert not mark.exists() and not (tmp_path / "store").exists()
 
 
@@ -207,12 +200,11 @@ def test_an_adapter_in_a_pickle_is_refused(policy, tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
-def test_preferences_in_a_pickle_are_refused(tmp_path, capsys, policy):
+def test_preferences_in_a_pickle_are_refused(tmp_path, sera, policy):
     data = tmp_path / "pairs.pkl"
     data.write_bytes(pickle.dumps(Marks(tmp_path / "mark")))
     experiment = tinyrun.experiment(tmp_path, data={"train": [{"path": str(data)}]})
-    assert main(["run", str(experiment), "--store", str(tmp_path / "store")]) == 2
-    assert ".pkl files are not read" in capsys.readouterr().err
+    assert ".pkl files are not read" in sera("run", experiment, "--store", tmp_path / "store", code=2).err
     assert not (tmp_path / "mark").exists()
 
 

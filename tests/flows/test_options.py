@@ -64,7 +64,7 @@ def option_run(request, prefect_server, tmp_path_factory):
     return request.param, settings, sera_core.open_run(str(folder / "store"), "tiny"), folder
 
 
-def test_the_run_ends_and_its_ledger_follows_the_rule(option_run, capsys):
+def test_the_run_ends_and_its_ledger_follows_the_rule(option_run):
     _, settings, run, _ = option_run
     assert run.stop_reason == "max_rounds" and len(run) == 3
     rule = settings["select"].get("rule", "top-fraction")
@@ -200,12 +200,7 @@ def test_the_lora_policy_of_each_round_grows_out_of_the_one_before(option_run, t
 
     adapted = AutoModelForCausalLM.from_pretrained(path)
     assert adapted.num_parameters() > 0
-    assert (
-        main(
-            ["export", "tiny", "--round", "2", "--to", str(tmp_path / "p"), "--store", str(folder / "store")]
-        )
-        == 0
-    )
+    sera("export", "tiny", "--round", "2", "--to", tmp_path / "p", "--store", folder / "store")
     assert not (tmp_path / "p" / "adapter_config.json").exists()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "p")
     assert merged.num_parameters() > 0

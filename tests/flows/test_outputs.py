@@ -6,8 +6,6 @@ import pytest
 import tiny
 import tinyrun
 
-from flows.cli import main
-
 
 def report(store: Path, out: object) -> list[str]:
     return ["report", "first", "--out", str(out), "--store", str(store)]
@@ -19,30 +17,31 @@ def export(store: Path, to: object) -> list[str]:
 
 @pytest.mark.parametrize("page", ["index.html", "round-000.html"])
 @pytest.mark.parametrize("dangling", [True, False])
-def test_a_report_is_not_written_through_a_link(kept_store, tmp_path, capsys, page, dangling):
-    assert main(report(kept_store, tmp_path / "report")) == 0
+def test_a_report_is_not_written_through_a_link(kept_store, tmp_path, sera, page, dangling):
+    sera(*report(kept_store, tmp_path / "report"))
     other = tmp_path / "elsewhere.html"
     (tmp_path / "report" / page).rename(other)
     before = other.read_bytes()
     if dangling:
         other.unlink()
     (tmp_path / "report" / page).symlink_to(other)
-    assert main(report(kept_store, tmp_path / "report")) == 2
-    assert f"{tmp_path / 'report' / page}: this is a link" in capsys.readouterr().err
+    assert (
+        f"{tmp_path / 'report' / page}: this is a link"
+        in sera(*report(kept_store, tmp_path / "report"), code=2).err
+    )
     assert not other.exists() if dangling else other.read_bytes() == before
 
 
-def test_a_report_is_written_again_over_itself(kept_store, tmp_path):
+def test_a_report_is_written_again_over_itself(kept_store, tmp_path, sera):
     for _ in range(2):
-        assert main(report(kept_store, tmp_path / "report")) == 0
+        sera(*report(kept_store, tmp_path / "report"))
     found = sorted(path.name for path in (tmp_path / "report").iterdir())
     assert found == ["index.html", "round-000.html", "round-001.html"]
 
 
-def test_a_folder_in_a_pages_place_is_refused(kept_store, tmp_path, capsys):
+def test_a_folder_in_a_pages_place_is_refused(kept_store, tmp_path, sera):
     (tmp_path / "report" / "index.html").mkdir(parents=True)
-    assert main(report(kept_store, tmp_path / "report")) == 2
-    assert "not a report of ours" in capsys.readouterr().err
+    assert "not a report of ours" in sera(*report(kept_store, tmp_path / "report"), code=2).err
 
 
 def places(tmp_path: Path) -> dict[str, Path]:
@@ -60,22 +59,20 @@ def places(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("command", [report, export])
-def test_a_place_that_cannot_be_written_to_is_refused_in_one_line(kept_store, tmp_path, capsys, command):
+def test_a_place_that_cannot_be_written_to_is_refused_in_one_line(kept_store, tmp_path, sera, command):
     for place, path in places(tmp_path).items():
-        assert main(command(kept_store, path)) == 2, place
-        said = capsys.readouterr().err
+        said = sera(*command(kept_store, path), code=2).err
         assert str(path) in said and said.count("\n") == 1, place
     assert not (tmp_path / "nothing").exists()
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_table_is_not_written_to_such_a_place_either(tmp_path, capsys):
+def test_a_table_is_not_written_to_such_a_place_either(tmp_path, sera):
     policy = tiny.tiny_policy(tmp_path / "policy", layers=1, hidden=32)
     pairs = tinyrun.write_rows(tmp_path / "pairs.jsonl", tinyrun.pairs(2))
     command = ["score", "--policy", str(policy), "--score", "simpo", "--pairs", str(pairs), "--out"]
     for place, path in places(tmp_path).items():
-        assert main([*command, str(path)]) == 2, place
-        assert str(path) in capsys.readouterr().err, place
-    assert main([*command, str(tmp_path / "dangling"), "--force"]) == 0
+        assert str(path) in sera(*command, path, code=2).err, place
+    sera(*command, tmp_path / "dangling", "--force")
     assert not (tmp_path / "dangling").is_symlink()  # replaced, not followed
     assert not (tmp_path / "nothing").exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tinyrun
 
-from flows.cli import main, parser
+from flows.cli import parser
 from flows.experiments import load_settings
 from flows.orchestration import configured_server
 from flows.orchestration.embedded_server import free_port, never_proxy_loopback, prefect_api
@@ -118,9 +118,8 @@ def test_a_folder_that_was_named_and_cannot_be_written_to_is_refused_by_that_nam
         pass
 
 
-def test_up_names_the_home_that_cannot_be_written_to(capsys):
-    assert main(["up", "--home", NOT_A_FOLDER]) == 2
-    assert "set --home" in capsys.readouterr().err
+def test_up_names_the_home_that_cannot_be_written_to(sera):
+    assert "set --home" in sera("up", "--home", NOT_A_FOLDER, code=2).err
 
 
 @contextmanager

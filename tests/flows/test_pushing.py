@@ -4,14 +4,12 @@ import base64
 import json
 import os
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
-
-from flows.cli import main
+from commandline import process
 
 pytestmark = pytest.mark.slow
 
@@ -106,13 +104,7 @@ def export(hub, store, *args: str) -> subprocess.CompletedProcess:
         **os.environ, "HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", "export", "first", "--store", str(store), *args],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
+    return process("export", "first", "--store", store, *args, env=environment, timeout=120)
 
 
 def test_a_pushed_policy_is_private_and_whole(hub, kept_store, tmp_path):
@@ -155,13 +147,12 @@ def test_a_refusal_of_the_hub_is_one_line_without_the_token(hub, kept_store):
 
 
 @pytest.mark.parametrize("name", ["policy", "a/b/c", "../x", "team/..", "https://x/y", "tеam/policy", ""])
-def test_what_is_no_repository_is_refused_before_anything_is_written(kept_store, capsys, monkeypatch, name):
+def test_what_is_no_repository_is_refused_before_anything_is_written(kept_store, sera, monkeypatch, name):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert main(["export", "first", "--store", str(kept_store), f"--push-to={name}"]) == 2
-    assert "give ORG/NAME" in capsys.readouterr().err
+    assert "give ORG/NAME" in sera("export", "first", "--store", kept_store, f"--push-to={name}", code=2).err
 
 
-def test_without_a_token_in_the_environment_nothing_begins(kept_store, tmp_path, capsys, monkeypatch):
+def test_without_a_token_in_the_environment_nothing_begins(kept_store, tmp_path, sera, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     command = [
         "export",
@@ -173,12 +164,10 @@ def test_without_a_token_in_the_environment_nothing_begins(kept_store, tmp_path,
         "--to",
         str(tmp_path / "out"),
     ]
-    assert main(command) == 2
-    assert "HF_TOKEN" in capsys.readouterr().err
+    assert "HF_TOKEN" in sera(*command, code=2).err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags", [[], ["--public", "--to", "x"]])
-def test_an_export_to_nowhere_and_a_public_folder_are_refused(kept_store, capsys, flags):
-    assert main(["export", "first", "--store", str(kept_store), *flags]) == 2
-    assert "--push-to" in capsys.readouterr().err
+def test_an_export_to_nowhere_and_a_public_folder_are_refused(kept_store, sera, flags):
+    assert "--push-to" in sera("export", "first", "--store", kept_store, *flags, code=2).err

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tinyrun
+from commandline import SERA, process
 
 from flows.store_tools.verify import verify
 
@@ -81,9 +82,7 @@ def test_a_killed_run_resumes_to_the_policy_of_one_never_killed(never_killed, tm
     gone_within(5, killed.pid)
     kept = (path for path in store.rglob("*") if path.is_file() and "/checkpoint-" not in str(path))
     before = {path: path.read_bytes() for path in kept}
-    again = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *command], capture_output=True, text=True, timeout=600
-    )
+    again = process(*command)
     assert again.returncode == 0, again.stderr
     found = json.loads(again.stdout)
     assert [r["artifacts"]["policy"]["sha256"] for r in found["rounds"]] == expected
@@ -126,7 +125,7 @@ def children_of(pid: int) -> list[str]:
 
 def test_a_killed_run_leaves_no_process(tmp_path):
     experiment = tinyrun.experiment(tmp_path)
-    command = [sys.executable, "-m", "flows.cli", "run", str(experiment), "--store", str(tmp_path / "store")]
+    command = [*SERA, "run", str(experiment), "--store", str(tmp_path / "store")]
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     deadline = time.monotonic() + 300

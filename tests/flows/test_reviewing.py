@@ -3,7 +3,6 @@
 import pytest
 import tinyrun
 
-from flows.cli import main
 from flows.orchestration.reviews import FirstReview, Review
 from sera_core.artifacts.canonical import sha256_json
 from sera_core.artifacts.records import FORMAT
@@ -60,12 +59,12 @@ def test_the_first_form_offers_promote_and_stop_only():
 
 
 @pytest.mark.parametrize("default", ["hold", "roll_back"])
-def test_a_default_that_cannot_answer_for_round_0_is_refused_where_it_is_asked_about(
-    tmp_path, capsys, default
-):
+def test_a_default_that_cannot_answer_for_round_0_is_refused_where_it_is_asked_about(tmp_path, sera, default):
     experiment = tinyrun.experiment(tmp_path, decide={"review": "always", "review_default": default})
-    assert main(["run", str(experiment), "--store", str(tmp_path / "store")]) == 2
-    assert f'decide.review_default = "{default}" cannot answer for round 0' in capsys.readouterr().err
+    assert (
+        f'decide.review_default = "{default}" cannot answer for round 0'
+        in sera("run", experiment, "--store", tmp_path / "store", code=2).err
+    )
     assert not (tmp_path / "store").exists()
     # An alarm is never raised in round 0, so there it can stand.
     tinyrun.config(tmp_path, decide={"review": "alarm", "review_default": default})

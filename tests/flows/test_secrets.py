@@ -53,21 +53,19 @@ def holding(folder: Path) -> list[str]:
 @pytest.mark.parametrize("command", ["run", "plan"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_with_credentials_is_refused_before_anything_is_written(
-    tmp_path, capfd, setting, command, url
+    tmp_path, sera, setting, command, url
 ):
     experiment = tinyrun.experiment(tmp_path)
     store = tmp_path / "store"
-    assert main([command, str(experiment), "--store", str(store), "--set", f"{setting}={url}"]) == 2
-    said = capfd.readouterr()
+    said = sera(command, experiment, "--store", store, "--set", f"{setting}={url}", code=2)
     assert "may hold no credentials" in said.err and SECRET not in said.out + said.err
     assert holding(tmp_path) == [] and not store.exists()
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_an_experiment_file_with_credentials_is_refused_by_the_field(tmp_path, capfd, url):
+def test_an_experiment_file_with_credentials_is_refused_by_the_field(tmp_path, sera, url):
     experiment = tinyrun.experiment(tmp_path, data={"heldout": [{"path": url}]})
-    assert main(["run", str(experiment), "--store", str(tmp_path / "store"), "--debug"]) == 2
-    said = capfd.readouterr()
+    said = sera("run", experiment, "--store", tmp_path / "store", "--debug", code=2)
     assert "data.heldout.0.path" in said.err and SECRET not in said.out + said.err
 
 
@@ -84,11 +82,10 @@ def test_an_experiment_file_with_credentials_is_refused_by_the_field(tmp_path, c
         ["run", "{pairs}", "--set", "{url}"],
     ],
 )
-def test_a_flag_with_credentials_is_refused(tmp_path, capfd, arguments, url):
+def test_a_flag_with_credentials_is_refused(tmp_path, sera, arguments, url):
     tinyrun.settings(tmp_path)
     places = {name: tmp_path / name for name in ("policy", "out")} | {"pairs": tmp_path / "pairs.jsonl"}
-    assert main([text.format(url=url, **places) for text in arguments]) == 2
-    said = capfd.readouterr()
+    said = sera(*(text.format(url=url, **places) for text in arguments), code=2)
     assert "://127.0.0.1:9/p" in said.err or "TOML" in said.err
     assert SECRET not in said.out + said.err and holding(tmp_path) == []
 
@@ -115,16 +112,14 @@ def test_a_record_of_an_older_version_is_read_without_its_credentials(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["show", "list", "lineage", "report", "diff"])
-def test_a_run_of_an_older_version_is_shown_without_its_credentials(old_run, tmp_path, capfd, command):
+def test_a_run_of_an_older_version_is_shown_without_its_credentials(old_run, tmp_path, sera, command):
     arguments = {
         "list": [],
         "report": [RUN, "--out", str(tmp_path / "report")],
         "diff": [f"{RUN}:0", f"{RUN}:0"],
     }
-    assert main([command, *arguments.get(command, [RUN]), "--store", str(old_run)]) == 0
-    assert main([command, *arguments.get(command, [RUN]), "--store", str(old_run), "--json"]) == 0
-    said = capfd.readouterr()
-    assert SECRET not in said.out + said.err and holding(tmp_path) == []
+    given = (command, *arguments.get(command, [RUN]), "--store", old_run)
+    assert SECRET not in "".join([*sera(*given), *sera(*given, "--json")]) and holding(tmp_path) == []
 
 
 @pytest.mark.flow

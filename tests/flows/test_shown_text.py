@@ -44,35 +44,38 @@ def records(folder, experiment):
     return tinyrun.work(load_experiment(str(experiment)), folder / "store")
 
 
-def said(capfd, *args, code=0):
-    """What a command wrote on both streams."""
-    assert main([*args]) == code
-    out, err = capfd.readouterr()
-    assert not hidden_in(out) and not hidden_in(err), args
-    return out + err
+@pytest.fixture
+def said(sera):
+    """What a command wrote on both streams, where nothing hidden may be."""
+
+    def both(*args, code=0):
+        out, err = sera(*args, code=code)
+        assert not hidden_in(out) and not hidden_in(err), args
+        return out + err
+
+    return both
 
 
 @pytest.mark.slow
-def test_no_command_writes_a_character_that_acts(folder, experiment, records, capfd):
-    capfd.readouterr()
+def test_no_command_writes_a_character_that_acts(folder, experiment, records, said):
     store = ["--store", records.store.url]
-    assert r"\x1b]0;owned\x07" in said(capfd, "run", str(experiment), *store)
-    assert r"\x1b]0;owned\x07" in said(capfd, "show", "tiny", *store)
+    assert r"\x1b]0;owned\x07" in said("run", str(experiment), *store)
+    assert r"\x1b]0;owned\x07" in said("show", "tiny", *store)
     for command in (
         ["show", "tiny", "--round", "1"],
         ["list"],
         ["plan", str(experiment)],
         ["lineage", "tiny"],
     ):
-        said(capfd, *command, *store)
-        said(capfd, *command, "--json", *store)
+        said(*command, *store)
+        said(*command, "--json", *store)
 
 
 @pytest.mark.slow
-def test_no_page_and_no_card_holds_one(folder, records, capfd):
+def test_no_page_and_no_card_holds_one(folder, records, said):
     store = ["--store", records.store.url]
-    said(capfd, "report", "tiny", "--out", str(folder / "report"), *store)
-    said(capfd, "export", "tiny", "--to", str(folder / "exported"), *store)
+    said("report", "tiny", "--out", str(folder / "report"), *store)
+    said("export", "tiny", "--to", str(folder / "exported"), *store)
     pages = [*(folder / "report").glob("*.html"), folder / "exported" / "README.md"]
     pages.append(folder / "exported" / "lineage.json")
     cards = [page.read_text(encoding="utf-8") for page in pages]
@@ -87,14 +90,13 @@ def test_no_page_and_no_card_holds_one(folder, records, capfd):
 PLAN = {"reuse": 0, "run_now": 0, "depends": 0, "tokens": 0, "seconds": 0.0, "bytes": 0, "steps": []}
 
 
-def test_a_message_about_the_data_holds_none(tmp_path, capfd):
+def test_a_message_about_the_data_holds_none(tmp_path, said):
     file = tinyrun.write_rows(tmp_path / FILE, tinyrun.pairs(8))
     experiment = tinyrun.experiment(tmp_path, data={"train": [{"path": str(file)}]})
     file.write_text("{not json\n")
-    capfd.readouterr()
-    told = said(capfd, "run", str(experiment), "--store", str(tmp_path / "store"), code=2)
+    told = said("run", str(experiment), "--store", str(tmp_path / "store"), code=2)
     assert r"pairs\x1b[2J\u202elnosj.jsonl" in told
-    with_trace = said(capfd, "run", str(experiment), "--debug", "--store", str(tmp_path / "store"), code=2)
+    with_trace = said("run", str(experiment), "--debug", "--store", str(tmp_path / "store"), code=2)
     assert "Traceback" in with_trace
 
 

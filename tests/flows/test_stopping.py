@@ -1,7 +1,5 @@
 """Why a run stops, holds, rolls back, waits, and goes on again."""
 
-import json
-
 import pytest
 import tinyrun
 
@@ -63,41 +61,31 @@ def test_a_converged_run_stops_before_its_last_round(shared, prefect_server):
     assert found["rounds"][-1]["decision"] == "promote"
 
 
-def test_a_review_waits_and_the_answer_decides(shared, prefect_server, capsys):
+def test_a_review_waits_and_the_answer_decides(shared, prefect_server, sera):
     waiting = run(shared, "review", prefect_server, decide={"review": "always"}, limits={"rounds": 4})
     assert waiting["waiting"]["round"] == 0 and waiting["stop_reason"] is None and not waiting["rounds"]
     store = str(shared / "store")
-    capsys.readouterr()
-    assert main(["review", "review", "--store", store, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["question"]["evidence"]["decision"] == "promote"
+    question = sera("review", "review", "--store", store, "--json").json["question"]
+    assert question["evidence"]["decision"] == "promote"
     for refused in ("hold", "roll_back"):  # they would leave the run without a head
-        assert main(["review", "review", "--decision", refused, "--store", store]) == 2
-        told = capsys.readouterr().err
+        told = sera("review", "review", "--decision", refused, "--store", store, code=2).err
         assert refused in told and "without a head; answer promote or stop" in told
-    assert main(["review", "review", "--store", store]) == 0
-    assert "--decision promote|stop --note" in capsys.readouterr().out
+    assert "--decision promote|stop --note" in sera("review", "review", "--store", store).out
     answers = ["promote", "hold", "roll_back", "stop"]
     for number, answer in enumerate(answers):
-        assert main(["review", "review", "--decision", answer, "--note", "seen", "--store", store]) == 0
+        sera("review", "review", "--decision", answer, "--note", "seen", "--store", store)
         found = run(shared, "review", prefect_server, decide={"review": "always"}, limits={"rounds": 4})
         assert [r["decision"] for r in found["rounds"]] == answers[: number + 1]
     assert found["stop_reason"] == "reviewer" and found["head"] == 0 == found["best_round"]
-    assert main(["review", "review", "--decision", "stop", "--store", store]) == 2
+    sera("review", "review", "--decision", "stop", "--store", store, code=2)
 
 
-def test_a_second_roll_back_stops_as_degraded(shared, prefect_server):
-    limits = {"rounds": 9}
-    run(shared, "degraded", prefect_server, decide={"review": "always"}, limits=limits, mix={"shares": [0.0]})
+def test_a_second_roll_back_stops_as_degraded(shared, prefect_server, sera):
+    settings = {"decide": {"review": "always"}, "limits": {"rounds": 9}, "mix": {"shares": [0.0]}}
+    run(shared, "degraded", prefect_server, **settings)
     for answer in ("promote", "roll_back", "roll_back"):
-        main(["review", "degraded", "--decision", answer, "--store", str(shared / "store")])
-        found = run(
-            shared,
-            "degraded",
-            prefect_server,
-            decide={"review": "always"},
-            limits=limits,
-            mix={"shares": [0.0]},
-        )
+        sera("review", "degraded", "--decision", answer, "--store", shared / "store")
+        found = run(shared, "degraded", prefect_server, **settings)
     assert found["stop_reason"] == "degraded"
 
 

@@ -4,12 +4,12 @@ import json
 import os
 import sqlite3
 import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import tinyrun
+from commandline import process
 
 from tasks.engines.tracking import ended
 
@@ -21,14 +21,8 @@ TOLD = {"tiny-round-0": 3, "tiny-round-1": 3}
 def two_rounds(folder: Path, tracking: str, **environment: str) -> subprocess.CompletedProcess:
     """By command line, in a home of its own."""
     experiment = tinyrun.experiment(folder, limits={"rounds": 2}, execution={"tracking": tracking})
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", str(experiment), "--store", str(folder / "store")],
-        cwd=folder,
-        env={**os.environ, "HOME": str(folder), **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    home = {**os.environ, "HOME": str(folder), **environment}
+    return process("run", experiment, "--store", folder / "store", cwd=folder, env=home)
 
 
 def rows(database: Path, query: str) -> list[tuple]:

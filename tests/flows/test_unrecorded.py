@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from trainable import Bench
 
-from flows.cli import main
 from sera_core import open_run
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.runs import RunStore
@@ -77,10 +76,10 @@ def elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("plant", PLANTED)
-def test_only_recorded_files_are_exported(kept_store, elsewhere, tmp_path, capsys, plant):
+def test_only_recorded_files_are_exported(kept_store, elsewhere, tmp_path, sera, plant):
     plant(policy_folder(kept_store), elsewhere)
     target = tmp_path / "out"
-    assert main(["export", "first", "--round", "1", "--to", str(target), "--store", str(kept_store)]) == 0
+    sera("export", "first", "--round", "1", "--to", target, "--store", kept_store)
     recorded = {Path(n).name for n in artifact_of(kept_store).record.files if n.startswith("policy/")}
     found = {path.relative_to(target).as_posix() for path in target.rglob("*")}
     assert found == recorded | {"lineage.json", "README.md"}
@@ -127,7 +126,7 @@ def test_a_tokenizer_file_planted_while_a_policy_is_trained_does_not_get_into_th
 
 
 @pytest.mark.parametrize("inward", [True, False])
-def test_a_link_in_a_recorded_files_place_is_never_followed(kept_store, elsewhere, tmp_path, inward, capsys):
+def test_a_link_in_a_recorded_files_place_is_never_followed(kept_store, elsewhere, tmp_path, inward, sera):
     """Even where it leads to the right bytes."""
     file = policy_folder(kept_store) / "model.safetensors"
     moved = (kept_store / "moved" if inward else elsewhere) / "model.safetensors"
@@ -137,17 +136,21 @@ def test_a_link_in_a_recorded_files_place_is_never_followed(kept_store, elsewher
     with pytest.raises(StoreError, match="Replace the link by what it points to"):
         artifact_of(kept_store).folder("policy")
     target = tmp_path / "out"
-    assert main(["export", "first", "--round", "1", "--to", str(target), "--store", str(kept_store)]) == 1
-    assert str(file) in capsys.readouterr().err
+    assert (
+        str(file)
+        in sera("export", "first", "--round", "1", "--to", target, "--store", kept_store, code=1).err
+    )
     assert not target.exists()
 
 
-def test_a_changed_file_is_not_exported(kept_store, tmp_path, capsys):
+def test_a_changed_file_is_not_exported(kept_store, tmp_path, sera):
     file = policy_folder(kept_store) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 3}))
     target = tmp_path / "out"
-    assert main(["export", "first", "--round", "1", "--to", str(target), "--store", str(kept_store)]) == 1
-    assert str(file) in capsys.readouterr().err
+    assert (
+        str(file)
+        in sera("export", "first", "--round", "1", "--to", target, "--store", kept_store, code=1).err
+    )
     assert not target.exists()
 
 
@@ -155,25 +158,23 @@ def test_a_changed_file_is_not_exported(kept_store, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("plant", PLANTED)
-def test_verify_names_what_no_record_names(kept_store, elsewhere, capsys, plant):
-    assert main(["verify", "first", "--store", str(kept_store)]) == 0
+def test_verify_names_what_no_record_names(kept_store, elsewhere, sera, plant):
+    sera("verify", "first", "--store", kept_store)
     folder = policy_folder(kept_store)
     name = plant(folder, elsewhere)
-    assert main(["verify", "first", "--store", str(kept_store)]) == 1
-    assert f"{folder / name}: " in capsys.readouterr().err
+    assert f"{folder / name}: " in sera("verify", "first", "--store", kept_store, code=1).err
 
 
-def test_verify_names_a_file_beside_data_and_says_how_many_there_are(kept_store, capsys):
+def test_verify_names_a_file_beside_data_and_says_how_many_there_are(kept_store, sera):
     folder = artifact_of(kept_store, "data").path("train.parquet").parent
     (folder / "a.parquet").write_bytes(b"")
     (policy_folder(kept_store) / "b.json").write_text("{}")
-    assert main(["verify", "first", "--store", str(kept_store)]) == 1
-    said = capsys.readouterr().err
+    said = sera("verify", "first", "--store", kept_store, code=1).err
     assert "no record names this file (and 1 more)" in said
     assert "a.parquet" in said or "b.json" in said
 
 
-def test_verify_leaves_workspaces_and_leftovers_to_gc(kept_store, capsys):
+def test_verify_leaves_workspaces_and_leftovers_to_gc(kept_store, sera):
     artifact = artifact_of(kept_store)
     step = kept_store / "steps" / artifact.ref.step / artifact.ref.key
     attempt = policy_folder(kept_store).parent
@@ -187,37 +188,40 @@ def test_verify_leaves_workspaces_and_leftovers_to_gc(kept_store, capsys):
     number = len(list(step.glob("part-*.json")))
     part = {"format": 1, "files": {"checkpoint-000002/log.json": checkpoint}, "info": {}}
     (step / f"part-{number:05d}.json").write_text(json.dumps(part))
-    assert main(["verify", "first", "--store", str(kept_store)]) == 0, capsys.readouterr().err
+    sera("verify", "first", "--store", kept_store)
 
 
 @pytest.mark.parametrize("place", ["runs/second/extra", "elsewhere", "steps/link", "runs/first/x.json"])
-def test_verify_names_a_link_anywhere_in_the_store(kept_store, elsewhere, capsys, place):
+def test_verify_names_a_link_anywhere_in_the_store(kept_store, elsewhere, sera, place):
     (kept_store / place).symlink_to(elsewhere)
-    assert main(["verify", "first", "--store", str(kept_store)]) == 1
-    assert f"{kept_store / place}: a link leads out of the store" in capsys.readouterr().err
+    assert (
+        f"{kept_store / place}: a link leads out of the store"
+        in sera("verify", "first", "--store", kept_store, code=1).err
+    )
 
 
-def test_verify_names_a_link_that_leads_in_a_circle(kept_store, capsys):
+def test_verify_names_a_link_that_leads_in_a_circle(kept_store, sera):
     link = policy_folder(kept_store) / "vocab.json"
     link.symlink_to(link)
-    assert main(["verify", "first", "--store", str(kept_store)]) == 1
-    assert f"{link}: this is a link" in capsys.readouterr().err
+    assert f"{link}: this is a link" in sera("verify", "first", "--store", kept_store, code=1).err
 
 
-def test_gc_deletes_nothing_through_a_link(kept_store, tmp_path, capsys):
+def test_gc_deletes_nothing_through_a_link(kept_store, tmp_path, sera):
     outside = tmp_path / "outside"
     (kept_store / "steps").rename(outside)
     (kept_store / "steps").symlink_to(outside)
     before = sorted(outside.rglob("*"))
-    assert main(["gc", "--delete", "--older-than", "0", "--store", str(kept_store)]) == 1
-    assert "a link leads out of the store" in capsys.readouterr().err
+    assert (
+        "a link leads out of the store"
+        in sera("gc", "--delete", "--older-than", "0", "--store", kept_store, code=1).err
+    )
     assert sorted(outside.rglob("*")) == before
 
 
-def test_gc_removes_a_planted_link_and_not_what_it_leads_to(kept_store, elsewhere, capsys):
+def test_gc_removes_a_planted_link_and_not_what_it_leads_to(kept_store, elsewhere, sera):
     link = policy_folder(kept_store) / "more"
     link.symlink_to(elsewhere)
-    assert main(["gc", "--delete", "--older-than", "0", "--store", str(kept_store)]) == 0
+    sera("gc", "--delete", "--older-than", "0", "--store", kept_store)
     assert not link.is_symlink()
     assert (elsewhere / "secret.txt").read_text() == "secret"
-    assert main(["verify", "first", "--store", str(kept_store)]) == 0
+    sera("verify", "first", "--store", kept_store)

@@ -10,7 +10,6 @@ import tiny
 import tinyrun
 from fixtures import make_store
 
-from flows.cli import main
 from flows.store_tools.verify import verify
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
@@ -30,9 +29,8 @@ def step_of(store: Path, role: str, round: int = 1) -> Path:
     return store / "steps" / ref.step / ref.key
 
 
-def test_a_whole_run_holds_and_is_counted(kept_store, capsys):
-    assert main(["verify", "first", "--store", str(kept_store), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+def test_a_whole_run_holds_and_is_counted(kept_store, sera):
+    found = sera("verify", "first", "--store", kept_store, "--json").json
     needed = steps_of(kept_store)
     files = [
         file
@@ -88,15 +86,14 @@ def test_one_changed_byte_in_any_file_is_found_and_the_file_is_named(kept_store)
     verify(records_of(kept_store))
 
 
-def test_a_run_without_a_finished_round_has_nothing_to_verify_yet(kept_store, capsys):
+def test_a_run_without_a_finished_round_has_nothing_to_verify_yet(kept_store, sera):
     for path in kept_store.glob("runs/first/*-00*.json"):
         if not path.name.startswith("run-"):
             path.unlink()
-    assert main(["verify", "first", "--store", str(kept_store)]) == 0
-    said = capsys.readouterr().out
+    said = sera("verify", "first", "--store", kept_store).out
     assert "no round is finished, so there is nothing to verify yet" in said and "start policy" not in said
     change(kept_store / "runs" / "first" / "run-000.json", config_sha256="0" * 64)
-    assert main(["verify", "first", "--store", str(kept_store)]) == 1
+    sera("verify", "first", "--store", kept_store, code=1)
 
 
 def cut_off(store: Path) -> Path:
@@ -212,10 +209,9 @@ def change_the_test_sides_evidence(store: Path) -> Path:
         change_the_test_sides_evidence,
     ],
 )
-def test_what_does_not_hold_is_named(kept_store, tamper, capsys):
+def test_what_does_not_hold_is_named(kept_store, tamper, sera):
     named = tamper(kept_store)
-    assert main(["verify", "first", "--store", str(kept_store)]) == 1
-    assert str(named) in capsys.readouterr().err
+    assert str(named) in sera("verify", "first", "--store", kept_store, code=1).err
 
 
 def test_an_answer_changed_after_the_decision_is_found(tmp_path):

@@ -6,8 +6,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from flows.cli import main
-
 WELL_FORMED = b"<html><body><h1>404 Not Found</h1></body></html>"
 AS_SERVERS_WRITE_IT = b"<!DOCTYPE html><html><head><meta charset=utf-8><title>404</title><hr>nginx</html>"
 REDIRECT = (
@@ -57,7 +55,7 @@ def answering(status, body, headers):
 @pytest.mark.s3
 @pytest.mark.parametrize("kind", ANSWERS)
 @pytest.mark.parametrize("command", ["list", "gc"])
-def test_an_endpoint_that_is_not_the_buckets_is_named_in_one_line(kind, command, monkeypatch, capfd):
+def test_an_endpoint_that_is_not_the_buckets_is_named_in_one_line(kind, command, monkeypatch, sera):
     *answer, expected = ANSWERS[kind]
     with answering(*answer) as url:
         for name, value in {
@@ -66,6 +64,5 @@ def test_an_endpoint_that_is_not_the_buckets_is_named_in_one_line(kind, command,
             "AWS_SECRET_ACCESS_KEY": "b",
         }.items():
             monkeypatch.setenv(name, value)
-        assert main([command, "--store", "s3://bucket/team"]) == 1
-    said = capfd.readouterr().err
+        said = sera(command, "--store", "s3://bucket/team", code=1).err
     assert said.startswith("sera: s3://bucket") and expected in said and said.count("\n") == 1

@@ -12,7 +12,6 @@ from marks import Marks
 from safetensors.torch import load_file, save_file
 from tiny import tiny_policy
 
-from flows.cli import main
 from sera_core.errors import InputError
 from sera_core.models.model_sources import materialise, resolve_source
 from sera_core.models.policies import load_policy
@@ -120,9 +119,8 @@ def test_a_folder_of_ones_own_may_hold_links_as_the_hubs_cache_does(folder, tmp_
     load_policy(folder)
 
 
-def test_scoring_refuses_it_before_anything_is_read(folder, tmp_path, capsys):
+def test_scoring_refuses_it_before_anything_is_read(folder, tmp_path, sera):
     rename_shard(folder, "pytorch_model-00001.bin")
     pairs = tinyrun.write_rows(tmp_path / "pairs.jsonl", tinyrun.pairs(4))
     command = ["score", "--policy", str(folder), "--score", "simpo", "--pairs", str(pairs)]
-    assert main([*command, "--out", str(tmp_path / "scored.parquet")]) == 2
-    assert "pytorch_model-00001.bin" in capsys.readouterr().err
+    assert "pytorch_model-00001.bin" in sera(*command, "--out", tmp_path / "scored.parquet", code=2).err

@@ -7,7 +7,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import tiny_policy
 
-from flows.cli import main
 from sera_core.errors import InputError
 from sera_core.models.model_sources import materialise
 from sera_core.models.policies import load_policy
@@ -90,13 +89,12 @@ def test_a_file_that_is_not_the_weights_is_named(folder, content, message, tmp_p
             use(folder)
 
 
-def test_the_command_line_refuses_such_weights_with_exit_code_2(folder, tmp_path, capsys):
+def test_the_command_line_refuses_such_weights_with_exit_code_2(folder, tmp_path, sera):
     configure(folder, num_hidden_layers=3)
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "a?", "chosen": "b", "rejected": "c"}) + "\n")
     given = ["score", "--policy", str(folder), "--reference", str(folder), "--pairs", str(pairs)]
-    assert main([*given, "--out", str(tmp_path / "scored.parquet")]) == 2
-    assert "9 missing: model.layers.2." in capsys.readouterr().err
+    assert "9 missing: model.layers.2." in sera(*given, "--out", tmp_path / "scored.parquet", code=2).err
     assert not (tmp_path / "scored.parquet").exists()
 
 
