@@ -1,4 +1,4 @@
-"""`sera run`, `demo`, `advance`, `plan`: do a run or a round of it, or say what it would do."""
+"""`sera run`, `demo`, `advance`, `plan`: do a run or one round of it, or show its plan."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ DEMO = "bundled:demo"
 def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera run EXPERIMENT.toml [--name RUN] [--set a.b=value …]`."""
     sub = commands.add_parser(
-        "run", parents=[common], help="all rounds of an experiment; the same name again goes on"
+        "run", parents=[common], help="run all rounds of an experiment; rerunning resumes"
     )
     sub.add_argument("experiment", help="TOML file, or bundled:<name>")
     sub.add_argument("--name", help="run name (default: the file's stem)")
@@ -39,11 +39,9 @@ def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
 def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera demo [--quick]`."""
     sub = commands.add_parser(
-        "demo", parents=[common], help="the whole loop on a small real model and real preferences"
+        "demo", parents=[common], help="run the whole loop on a small real model and real preferences"
     )
-    sub.add_argument(
-        "--quick", action="store_true", help="one self-reviewed round on 16 pairs: the smoke test"
-    )
+    sub.add_argument("--quick", action="store_true", help="smoke test: one self-reviewed round on 16 pairs")
     _add_set(sub)
     sub.set_defaults(command=demo_command)
 
@@ -51,7 +49,7 @@ def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
 def add_advance(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera advance RUN`."""
     sub = commands.add_parser(
-        "advance", parents=[common], help="one further round of a run, or nothing if it has stopped"
+        "advance", parents=[common], help="run one more round; nothing if the run has stopped"
     )
     sub.add_argument("run")
     sub.set_defaults(command=advance_command)
@@ -60,7 +58,7 @@ def add_advance(commands: Any, common: argparse.ArgumentParser) -> None:
 def add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera plan EXPERIMENT.toml`."""
     sub = commands.add_parser(
-        "plan", parents=[common], help="what a run would reuse and do, and what that costs"
+        "plan", parents=[common], help="show which steps a run would reuse and do, and their cost"
     )
     sub.add_argument("experiment", help="TOML file, or bundled:<name>")
     sub.add_argument("--name", help="run name (default: the file's stem)")
@@ -74,28 +72,28 @@ def _add_set(sub: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="a.b=value",
-        help="change one setting of the file; may be repeated",
+        help="override a setting of the file; may be repeated",
     )
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Do a run to its end, or answer from the store when it is finished."""
+    """Run all rounds; a finished run is only printed."""
     config = load_experiment(args.experiment, args.set)
     return _run(config, check_name(name_of(args.experiment) if args.name is None else args.name), args)
 
 
 def demo_command(args: argparse.Namespace) -> int:
-    """The demo, or its quick form."""
+    """Run the demo, or the quick demo."""
     experiment = f"{DEMO}-quick" if args.quick else DEMO
     name = "demo-quick" if args.quick else "demo"
     return _run(load_experiment(experiment, args.set), name, args)
 
 
 def advance_command(args: argparse.Namespace) -> int:
-    """One round of a run that is open; then, as always, how the run stands."""
+    """Run one round if the run is open, then print the run."""
     records = run_records(open_store(args.store), args.run)
     if records.state() == "open":
-        wait_until_free(records.store, records.run, say)  # before Prefect takes its seconds to start
+        wait_until_free(records.store, records.run, say)  # before starting Prefect, which takes seconds
         from flows.orchestration.embedded_server import prefect_api
 
         with prefect_api(args.debug), ended_by_signal():
@@ -125,20 +123,20 @@ def plan_command(args: argparse.Namespace) -> int:
 
 
 def name_of(experiment: str) -> str:
-    """A run's default name: the file's stem."""
+    """Default run name: the file's stem."""
     return Path(experiment.removeprefix("bundled:")).stem
 
 
 def _run(config: SeraConfig, name: str, args: argparse.Namespace) -> int:
-    begun = time.monotonic()
-    wait_until_free(open_store(args.store), name, say)  # before anything is recorded of a changed setting
+    started = time.monotonic()
+    wait_until_free(open_store(args.store), name, say)  # before changed settings are recorded
     records = open_run.open_run(config, name, args.store)
     state = records.state()
     if state == "open" or (state not in PAUSED and test_side_is_open(records)):
         _announce(config, name, args)
         _work(config, name, args)
         if not args.json:
-            print_text(f"{time.monotonic() - begun:.0f} s in all.")
+            print_text(f"{time.monotonic() - started:.0f} s in total.")
     return _tell(records, args)
 
 
@@ -151,11 +149,11 @@ def _forecast(found: dict[str, Any]) -> str:
     if not todo:
         return f"run {found['run']}: all {found['reuse']} steps are in the store; nothing to do."
     seconds = found["seconds"]
-    about = "an unknown time (the model is not on this machine yet)" if seconds is None else _minutes(seconds)
+    time_needed = "an unknown time (the model is not here yet)" if seconds is None else _minutes(seconds)
     return (
         f"run {found['run']}: {found['reuse']} steps to reuse, {todo} to do; "
         f"about {found['tokens']:,} tokens, {found['bytes'] / 1e6:,.0f} MB, "
-        f"{about} on this machine (a guess)."
+        f"{time_needed} on this machine (estimated)."
     )
 
 
@@ -174,7 +172,7 @@ def _work(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
 
 @contextmanager
 def ended_by_signal() -> Iterator[None]:
-    """Prefect's word for being asked to end is ours for an interrupt: the store holds what is finished."""
+    """Treat Prefect's TerminationSignal as an interrupt; finished steps are in the store."""
     from prefect.exceptions import TerminationSignal
 
     try:

@@ -1,4 +1,4 @@
-"""`sera score`: the margins of a preference file."""
+"""`sera score`: compute the margins of a preference file."""
 
 import argparse
 import gc
@@ -48,7 +48,7 @@ from tasks.engines.sampler import position_limit
 
 
 def score(args: argparse.Namespace) -> int:
-    """Margins of every pair of a file."""
+    """Score every pair of a file."""
     _check_score(args)
     beside = args.out.with_name(f"{args.out.stem}.dropped.parquet")
     for path in (args.out, beside):
@@ -69,7 +69,7 @@ def score(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Log-probabilities under one policy, chosen and rejected alternating; what they cost."""
+    """Log-probabilities under one policy (chosen and rejected alternating), and their cost."""
 
     logps: np.ndarray
     tokens: int
@@ -78,13 +78,11 @@ class _Scores:
 
 def _check_score(args: argparse.Namespace) -> None:
     if args.score == "simpo" and args.reference is not None:
-        raise InputError(
-            "--reference: the score simpo has no reference; leave it out, or ask for --score implicit"
-        )
+        raise InputError("--reference: --score simpo has no reference; leave it out, or use --score implicit")
     if args.score != "simpo" and args.reference is None:
         raise InputError(
-            f"--score {args.score} measures against a reference: give --reference (the model the policy was "
-            "trained from), or ask for --score simpo, which has none"
+            f"--score {args.score} needs a reference: give --reference (the model the policy was "
+            "trained from), or use --score simpo, which has none"
         )
     if not (args.beta > 0 and math.isfinite(args.beta)):
         raise InputError(f"--beta {args.beta}: must be a number above 0")
@@ -98,7 +96,7 @@ def _policy_folders(sources: dict[str, Source], scratch: Path) -> dict[str, Path
 def _render(
     args: argparse.Namespace, folders: dict[str, Path], given: Sequence[GivenPair]
 ) -> tuple[list[RenderedPair], list[Drop]]:
-    """The pairs as token ids, after the check that policy and reference read them alike."""
+    """The pairs as token ids, after checking that policy and reference tokenize them alike."""
     renderers = [
         open_renderer(flag, folder, args.chat_template, args.template_kwargs)
         for flag, folder in folders.items()
@@ -133,7 +131,7 @@ def _score_under(args: argparse.Namespace, flag: str, folder: Path, pairs: Seque
 
 
 def _judge(args: argparse.Namespace, pairs: Sequence[RenderedPair], scores: Sequence[_Scores]) -> pa.Table:
-    """scored.parquet; with no past round the ensemble is the policy itself."""
+    """The scored table. Without past rounds the ensemble is the policy itself."""
     policy, *reference = [quantise(found.logps) for found in scores]
     tokens = np.array([len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
     judged = judge_responses(args.score, args.beta, [1.0], [policy], reference, tokens)

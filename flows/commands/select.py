@@ -1,4 +1,4 @@
-"""`sera select`: which scored pairs to train on. Needs neither torch nor a model."""
+"""`sera select`: select which scored pairs to train on. Needs neither torch nor a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sera_core.reviewers import selection_table
 
 
 def select(args: argparse.Namespace) -> int:
-    """The ledger of a scored file."""
+    """Write the ledger of a scored file."""
     check_output(args.out, args.force)
     scored = _read_scored(args.scored)
     ids = scored["pair_id"].to_pylist()
@@ -53,17 +53,17 @@ def select(args: argparse.Namespace) -> int:
 
 
 def _read_scored(path: Path) -> pa.Table:
-    """pair_id and ensemble_margin of a scored file, and prompt_id if it holds one."""
+    """Columns pair_id and ensemble_margin of a scored file, and prompt_id if it has one."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give the scored.parquet that `sera score` wrote")
+        raise InputError(f"{path}: no such file; give a scored.parquet from `sera score`")
     try:
         file = pq.ParquetFile(path)
         found = file.schema_arrow.names
         missing = [name for name in ("pair_id", "ensemble_margin") if name not in found]
         if missing:
             raise InputError(
-                f"{path}: no column {' and no column '.join(missing)} (found: {', '.join(found)}); give the "
-                "scored.parquet that `sera score` wrote"
+                f"{path}: no column {' and no column '.join(missing)} (found: {', '.join(found)}); give a "
+                "scored.parquet from `sera score`"
             )
         table = file.read(
             columns=[name for name in ("pair_id", "prompt_id", "ensemble_margin") if name in found]

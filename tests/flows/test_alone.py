@@ -248,7 +248,7 @@ def test_token_ids_of_our_own_files_are_kept(
     assert pq.read_table(tmp_path / "a.parquet")["chosen_tokens"].to_pylist() == [len(chosen)]
     code, _, err = sera(capfd, "score", "--policy", models / "other", *flags, "--out", tmp_path / "b.parquet")
     assert code == 0
-    assert "rendered anew" in err
+    assert "rendering all texts again" in err
     assert pq.read_table(tmp_path / "b.parquet")["chosen_tokens"].to_pylist() == [len(chosen) + 1]
 
 
@@ -308,7 +308,7 @@ def test_an_output_file_is_replaced_only_with_force(
     flags = ("score", "--policy", models / "policy", "--score", "simpo", "--pairs", pairs, "--out", out)
     code, _, err = sera(capfd, *flags)
     assert code == 2
-    assert "exists already" in err
+    assert "already exists" in err
     assert out.read_text() == "mine"
     assert sera(capfd, *flags, "--force")[0] == 0
     assert pq.read_table(out).num_rows == 8

@@ -86,7 +86,7 @@ def test_a_run_without_a_finished_round_still_has_settings(diff, kept_store):
 def test_for_people_it_is_tables(kept_store, capsys):
     assert main(["diff", "first:0", "second:0", "--store", str(kept_store)]) == 0
     text = capsys.readouterr().out
-    assert "first:0 against second:0" in text and "Every step of the two holds the same bytes." in text
+    assert "first:0 vs second:0" in text and "All steps have the same content." in text
     assert "select.fraction" in text
 
 

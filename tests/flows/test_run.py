@@ -159,7 +159,7 @@ def test_a_changed_configuration_under_the_same_name_is_refused_with_the_differe
 
 def test_the_test_side_is_reported_once_the_run_stopped(finished):
     _, _, store, done = finished
-    assert "Test side, which decided nothing" in done.stdout
+    assert "Test set (used for no decision)" in done.stdout
     assert "the reviewed rounds" in done.stdout or "The reviewed rounds" in done.stdout
     assert len(list((store / "runs" / "tiny").glob("final-*.json"))) == 1
 
