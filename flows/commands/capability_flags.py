@@ -105,7 +105,7 @@ def add_select(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--min-margin",
         type=float,
         default=_SELECT.min_margin,
-        help="pairs at or below this (nats) are not_preferred; -inf: no floor (default: 0)",
+        help="drop pairs at or below this margin, in nats; --min-margin=-inf: no floor (default: 0)",
     )
     sub.add_argument(
         "--direction",

@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: the algorithm box walked with a `do` that only looks things up."""
+"""Plan a run: call the functions of flows/round.py with a `do` that only looks up records."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,19 +16,19 @@ from sera_core.artifacts.store import Store, numbered, open_store
 from sera_core.config import SeraConfig
 
 UNKNOWN = "?"
-"""Begins the digest of what a step not done would make: no file has it, yet two steps differ in it."""
+"""Prefix of the digest of a step that is not done yet; unique per step."""
 
 
 Answers = Callable[[int], Mapping[str, Any] | None]
-"""What a person answered about a round, if anything."""
+"""The recorded review answer of a round, if any."""
 
 
 def unanswered(round: int) -> None:
-    """No person was asked."""
+    """No reviews are answered."""
 
 
 class Walk:
-    """A `do` that notes each step: reuse, run or depends, and why."""
+    """A `do` that lists each step as reuse, run or depends, and why."""
 
     def __init__(self, store_url: str, estimator: Estimator | None = None) -> None:
         self.store, self.estimator = open_store(store_url), estimator
@@ -37,7 +37,7 @@ class Walk:
         self._seen: set[str] = set()
 
     def do(self, spec: StepSpec) -> Ref:
-        """Note the step; the pointer to it, or to what it would be."""
+        """List the step. Returns a reference to it, or to its future result."""
         unknown = [name for name, ref in spec.inputs.items() if ref and ref.digest.startswith(UNKNOWN)]
         record = None if unknown else find_record(self.store, spec.step, spec.key)
         key = spec.key or ""
@@ -54,18 +54,18 @@ class Walk:
         }
         cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "bytes": 0}
         if reuse:
-            return row | {"status": "reuse", "why": "its record is in the store"} | cost
+            return row | {"status": "reuse", "why": "record in the store"} | cost
         if self.estimator is not None:
             cost = self.estimator.expected(spec)
         if unknown:
             return row | {"status": "depends", "why": f"on {', '.join(unknown)}"} | cost
         parts = sum(1 for _ in numbered(self.store, spec.path + "/part-{:05d}.json"))
-        why = f"goes on after {parts} finished parts" if parts else "no record of it in the store"
+        why = f"resumes after {parts} finished parts" if parts else "no record in the store"
         return row | {"status": "run", "why": why} | cost
 
 
 def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
-    """Every step of a run: `reuse`, `run` or `depends`, why, and what it is expected to cost."""
+    """Every step of a run: `reuse`, `run` or `depends`, why, and its estimated cost."""
     digests = source_digests(config)
     check_template(config)
     records = RunStore(open_store(store_url), run)
@@ -101,7 +101,7 @@ def _history(config: SeraConfig, records: RunStore, digests: Mapping[str, Any]) 
         return records.history(), None
     changed = "; ".join(differences(configs[0].resolved, now))
     note = f"run {records.run!r} exists with another configuration ({changed}): `sera run` would refuse it; "
-    return History([]), note + "planned as under a new --name"
+    return History([]), note + "this is the plan under a new --name"
 
 
 def walk_rounds(
@@ -111,7 +111,7 @@ def walk_rounds(
     walk: Walk,
     answer_of: Answers = unanswered,
 ) -> box.Sides:
-    """Walk every round up to the limit; rounds to come are taken as promoted."""
+    """Walk every round up to the limit; future rounds count as promoted."""
     sides = box.prepare(config, digests, walk.do)
     heads: list[Mapping[str, Ref]] = []
     told: list[dict[str, Any]] = []
@@ -132,7 +132,7 @@ def walk_rounds(
 
 
 def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
-    """What a round to come will say of itself: its records', where another run has done it already."""
+    """The history entry of a future round; from its records if another run has done it."""
     evidence, decision = made["evidence"], made["decision"]
     record = evidence and find_record(walk.store, evidence.step, evidence.key)
     accuracy = record.metric(ACCURACY)["value"] if record else None
@@ -145,7 +145,7 @@ def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
 
 
 def _asks(store: Store, decision: Ref) -> bool:
-    """Whether a decision that was made already is a question to a person."""
+    """Whether a recorded decision requested a review."""
     found = decision and find_record(store, decision.step, decision.key)
     return bool(found and found.metric("ask"))
 

@@ -153,6 +153,6 @@ def test_the_collecting_deployment_lists_what_may_go_and_takes_nothing_unasked(p
     before = sorted(path for path in store.rglob("*") if path.is_file())
     told = ended(place, trigger(place, "sera-gc/sera-gc", store=str(store), older_than="0s"))
     found = collect(open_store(str(store)), False, 0)
-    expected = f"may go: {len(found['items'])} items, {found['bytes']:,} bytes"
+    expected = f"unreferenced: {len(found['items'])} items, {found['bytes']:,} bytes"
     assert expected in told["state"]["message"]
     assert sorted(path for path in store.rglob("*") if path.is_file()) == before
