@@ -1,7 +1,7 @@
-"""Flow runs whose processes ended with their worker: given back to the server, so that another takes them.
+"""Reschedule flow runs whose processes died with their worker, so that another worker resumes them.
 
-Without that the server would miss their heartbeat after minutes. Only flow runs of this machine are given
-back, known by the processes that were seen at work on them (Linux).
+Otherwise the server would notice only after minutes, by a missing heartbeat. Only flow runs of this machine
+are rescheduled; their processes are found in /proc (Linux).
 """
 
 import time
@@ -16,14 +16,14 @@ from flows.orchestration.authentication import ask
 _AGAIN = {
     "type": "SCHEDULED",
     "name": "AwaitingRetry",
-    "message": "The worker ended, and this flow with it. Scheduled again, it goes on after the last step.",
+    "message": "The worker died and this flow run with it. Rescheduled; it resumes after the last step.",
 }
 _BECOMES = {"PENDING": _AGAIN, "RUNNING": _AGAIN, "CANCELLING": {"type": "CANCELLED", "name": "Cancelled"}}
-"""What a flow run becomes when its process is gone; in any other state it is left alone."""
+"""New state of a flow run whose process is gone; flow runs in other states are left alone."""
 
 
 class Seen:
-    """The flow runs a worker's process group works on, kept in a file that outlives us."""
+    """Tracks the flow runs of a worker's process group, in a file that survives a restart."""
 
     def __init__(self, file: Path, secret: str) -> None:
         self.file, self.secret = file, secret
@@ -34,23 +34,23 @@ class Seen:
             self.lost, self.looked = set(file.read_text().split()), file.stat().st_mtime
 
     def look(self, group: int) -> None:
-        """See who is at work now."""
+        """Find the flow runs that are active now."""
         self.looked = time.time()
         self.at_work = set(_at_work(group))
         self._write()
 
     def lose(self) -> None:
-        """The worker has ended, and who was at work with it."""
+        """Mark the active flow runs as lost, after the worker died."""
         self.lost |= self.at_work
         self.at_work = set()
 
     def give_back(self, api: str) -> None:
-        """Give the lost ones back to the server; what cannot be told now stays for the next time."""
+        """Reschedule the lost flow runs; those that fail are retried at the next call."""
         for flow_run in sorted(self.lost):
             try:
                 self._give_back_one(api, f"/flow_runs/{flow_run}")
             except urllib.error.HTTPError as error:
-                if error.code != 404:  # deleted
+                if error.code != 404:  # 404: the flow run was deleted
                     continue
             except OSError:
                 continue
@@ -58,7 +58,7 @@ class Seen:
             self._write()
 
     def _give_back_one(self, api: str, path: str) -> None:
-        """Give one back, unless it goes on elsewhere since it was last seen."""
+        """Reschedule one flow run, unless its state changed since the last scan."""
         state = ask(api, path, secret=self.secret)["state"]
         since = datetime.fromisoformat(state["timestamp"]).timestamp()
         if state["type"] in _BECOMES and since <= self.looked:

@@ -155,14 +155,14 @@ PAGE = b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\nConnection: close\r\n\r\
 )
 def test_what_is_no_address_of_a_prefect_server_is_named(url, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", url)
-    with pytest.raises(InputError, match=r"PREFECT_API_URL=.* not an address"), prefect_api():
+    with pytest.raises(InputError, match=r"PREFECT_API_URL=.* not a URL"), prefect_api():
         pass
 
 
 def test_a_prefect_server_that_nobody_runs_is_named_at_once(monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", f"http://somebody:secret@127.0.0.1:{free_port()}/api")
     with (
-        pytest.raises(InputError, match=r"no Prefect server answers there .*refused.*sera up") as told,
+        pytest.raises(InputError, match=r"no Prefect server answers .*refused.*sera up") as told,
         prefect_api(),
     ):
         pass
@@ -173,7 +173,7 @@ def test_a_prefect_server_that_is_silent_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(configured_server, "ANSWER_SECONDS", 0.2)
     with (
         answering(b"") as url,
-        pytest.raises(InputError, match=r"no Prefect server answers there .*timed out"),
+        pytest.raises(InputError, match=r"no Prefect server answers .*timed out"),
     ):
         configured_server.check_server(url)
 
@@ -199,4 +199,4 @@ def test_a_run_with_a_server_that_is_another_ones_says_what_to_do(tmp_path):
             timeout=120,
         )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"PREFECT_API_URL={url}: what answers there is not Prefect's API" in done.stderr
+    assert f"PREFECT_API_URL={url}: this is not Prefect's API" in done.stderr

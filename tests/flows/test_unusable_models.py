@@ -149,5 +149,5 @@ def test_a_response_without_a_length_is_cut_where_the_model_is_too_small_for_the
     given += ["--out", tmp_path / "out.parquet"]
     assert main([str(part) for part in (*given, "--json")]) == 0
     said = capsys.readouterr()
-    assert "cut at 32 tokens" in said.err and json.loads(said.out)["mean_tokens"] <= 32
+    assert "at 32 tokens" in said.err and json.loads(said.out)["mean_tokens"] <= 32
     assert "--max-tokens 64" in said_of(capsys, *given, "--force", "--max-tokens", 64)
