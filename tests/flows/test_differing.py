@@ -72,7 +72,7 @@ def test_the_same_work_with_other_content_is_told_apart_from_other_work(diff, ke
     manifest["steps"]["policy"]["digest"] = "0" * 64
     path.write_text(json.dumps(manifest))
     (row,) = diff("first", "again")["steps"]
-    assert row["role"] == "policy" and row["why"] == "the same work, other content"
+    assert row["role"] == "policy" and row["why"] == "same step, other content"
 
 
 def test_a_run_without_a_finished_round_still_has_settings(diff, kept_store):

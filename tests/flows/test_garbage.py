@@ -91,7 +91,7 @@ def test_a_store_that_may_only_be_read_is_listed_by_the_machines_clock(read_only
     assert json.loads(capfd.readouterr().out)["items"]
     assert caplog.text.count("this machine's clock") == 1
     assert main(["gc", "--delete", "--store", str(read_only)]) == 1
-    assert "needs the right to write" in capfd.readouterr().err
+    assert "needs permission to write" in capfd.readouterr().err
 
 
 def test_without_delete_nothing_changes(kept_store, capsys):
@@ -106,7 +106,7 @@ def test_without_delete_nothing_changes(kept_store, capsys):
     assert found["items"] and not found["deleted"] and found["older_than_seconds"] == 7 * DAY
     assert all(set(item) == {"path", "why", "files", "bytes"} for item in found["items"])
     assert main(["gc", "--store", str(kept_store)]) == 0
-    assert "Nothing was changed: --delete does it." in capsys.readouterr().out
+    assert "Nothing was deleted; use --delete." in capsys.readouterr().out
     assert files(kept_store) == before
 
 
@@ -144,7 +144,7 @@ def test_a_record_is_put_back_when_a_run_came_to_rest_on_it_between_the_passes(k
     before = files(kept_store)
     gc(kept_store)
     shutil.copytree(tmp_path / "second", kept_store / "runs" / "second")
-    with pytest.raises(StoreError, match="missing, and"):
+    with pytest.raises(StoreError, match="missing, but"):
         holds(kept_store, "second")
     gc(aged(kept_store))
     assert holds(kept_store, "second")
@@ -269,8 +269,8 @@ def test_checkpoints_and_lost_attempts_of_finished_work_go(kept_store):
     (step / ".done.json.0123456789abcdef").write_bytes(b"half")
     sampled = [path.read_bytes() for path in sorted(kept_store.glob("steps/sample/*/part-*.json"))]
     why = {Path(item["path"]).name: item["why"] for item in gc(aged(kept_store))["items"]}
-    assert why["part-00000.json"] == "a checkpoint of finished work"
-    assert why["a" * 16] == "files of an attempt that the step's record does not name"
+    assert why["part-00000.json"] == "a checkpoint of a finished step"
+    assert why["a" * 16] == "files of an attempt not named in the step's record"
     assert why[".done.json.0123456789abcdef"] == "a temporary file of a killed process"
     assert not attempt.exists() and not (step / "part-00000.json").exists()
     assert (
