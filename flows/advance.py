@@ -9,7 +9,7 @@ from prefect.states import Completed
 
 from flows.display.logs import run_log
 from flows.orchestration.limits import run_slot
-from flows.sera import finish, one_round
+from flows.sera import finish_run, run_next_round
 from sera_core.artifacts.lease import hold
 from sera_core.artifacts.runs import RunStore, list_runs
 from sera_core.artifacts.store import default_store, open_store
@@ -29,7 +29,7 @@ def sera_advance(run: str | None = None, store: str | None = None) -> State[dict
     store = store or default_store()
     opened = open_store(store)
     if run:
-        return _told({run: advance_one(RunStore(opened, run), store)})
+        return _completed({run: advance_one(RunStore(opened, run), store)})
     states: dict[str, str] = {}
     failed: list[str] = []
     for name in list_runs(opened):
@@ -42,10 +42,10 @@ def sera_advance(run: str | None = None, store: str | None = None) -> State[dict
             failed.append(f"{name}: {type(error).__name__}: {error}")
     if failed:
         raise SeraError("\n".join(["some runs could not be advanced", *failed]))
-    return _told(states)
+    return _completed(states)
 
 
-def _told(states: dict[str, str]) -> State[dict[str, str]]:
+def _completed(states: dict[str, str]) -> State[dict[str, str]]:
     return Completed(message=", ".join(f"{n}: {s}" for n, s in states.items()) or "no runs", data=states)
 
 
@@ -61,6 +61,6 @@ def advance_one(records: RunStore, store: str) -> str:
     if records.state() == "open":
         with run_slot(records.run, wait=5), hold(records.store, records.run, run_log()):
             if records.state() == "open":
-                one_round(records, store)
-                finish(records, store)
+                run_next_round(records, store)
+                finish_run(records, store)
     return records.state()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from flows.commands import capability_flags, deploy, doctor, export, review, run, show, store
-from flows.orchestration.embedded_server import never_proxy_loopback
+from flows.orchestration.embedded_server import bypass_loopback_proxy
 from flows.start import entry
 from sera_core import __version__
 from sera_core.artifacts.store import default_store
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.debug:  # warnings for library developers
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-    never_proxy_loopback()
+    bypass_loopback_proxy()
     try:
         return args.command(args)
     except SeraError as error:

@@ -6,7 +6,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows.store_tools.garbage import collect, collected_lines, seconds_of
+from flows.store_tools.garbage import collect, collected_lines, parse_age
 from sera_core.artifacts.store import default_store, open_store
 from sera_core.guards.shown import shown
 
@@ -23,7 +23,7 @@ def sera_gc(store: str | None = None, delete: bool = False, older_than: str = "7
         delete: Delete them. Without it nothing changes.
         older_than: Keep anything younger, by the store's clock: 90s, 30m, 12h, 7d, 2w.
     """
-    found = collect(open_store(store or default_store()), delete, seconds_of(older_than))
+    found = collect(open_store(store or default_store()), delete, parse_age(older_than))
     for line in collected_lines(found):
         get_run_logger().info("%s", shown(line))
     items = f"{len(found['items'])} items, {found['bytes']:,} bytes"

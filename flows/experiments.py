@@ -41,7 +41,7 @@ def load_experiment(path: str, sets: Sequence[str] = ()) -> SeraConfig:
     return parse_config(whole, where)
 
 
-def without_idle(settings: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+def without_idle(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without those that have no effect because of the overrides.
 
     `--set mix.shares=[0.0]` makes the file's sampling settings idle, so they are dropped. An override without
@@ -51,7 +51,7 @@ def without_idle(settings: dict[str, Any], said: Mapping[str, Any]) -> dict[str,
         config = SeraConfig.stored(settings)
     except ValidationError:
         return settings  # reported when the settings are checked
-    named, result = flatten(said), settings
+    named, result = flatten(changes), settings
     for field, *_ in idle(config):
         section, _, name = field.partition(".")
         if field not in named and name in result.get(section, {}):

@@ -68,20 +68,20 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
 
     Round 0 has no reviewer yet (every margin is 0): it keeps every human pair and generates none.
     """
-    judges = judges_of(config, sides.model, past)
+    reviewers = reviewers_of(config, sides.model, past)
     share = generated_share(config, round)
     rules = steps.human_rules(config, round)
 
     def logps(policy: Ref, texts: Ref, file: str) -> Ref:
         return do(steps.logps(config, policy, sides.model, texts, file, sides.pairs))
 
-    def judged(
+    def scores_under(
         texts: Ref, file: str, policies: Sequence[Ref]
     ) -> tuple[list[Ref], list[Ref], Mapping[str, Ref]]:
-        probes = {} if round == 0 else noise_probes(config, sides, judges, texts, file, do)
+        probes = {} if round == 0 else noise_probes(config, sides, reviewers, texts, file, do)
         return (
             [logps(p, texts, file) for p in policies],
-            [logps(r, texts, file) for r in judges.references],
+            [logps(r, texts, file) for r in reviewers.references],
             probes,
         )
 
@@ -90,8 +90,8 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
             config,
             sides.pairs,
             "train.parquet",
-            judges.weights,
-            *judged(sides.pairs, "train.parquet", judges.policies),
+            reviewers.weights,
+            *scores_under(sides.pairs, "train.parquet", reviewers.policies),
         )
     )
     kept = do(steps.select(config, rules, scored, sides.pairs, "human", round))
@@ -99,12 +99,12 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
     inputs = {"rendered": sides.pairs, "scored": scored, "human_ledger": kept}
     source = "none"
     if share > 0:
-        head = judges.policies[0]
+        head = reviewers.policies[0]
         samples = do(steps.sample(config, head, sides.model, sides.pairs, round))
         # If sampler and scorer use the same precision, the sampler's log-probabilities are reused.
-        unscored = judges.policies if config.scores_samples_again else judges.policies[1:]
-        judgement = judged(samples, "responses.parquet", unscored)
-        responses = do(steps.pair(config, samples, sides.pairs, judges.weights, *judgement, round))
+        unscored = reviewers.policies if config.scores_samples_again else reviewers.policies[1:]
+        scores = scores_under(samples, "responses.parquet", unscored)
+        responses = do(steps.pair(config, samples, sides.pairs, reviewers.weights, *scores, round))
         generated = do(
             steps.select(config, config.select_generated, responses, responses, "generated", round)
         )
@@ -113,7 +113,7 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
     reference = training_reference(config, sides, past)
     if steps.needs_reference(config):
         inputs["human_reference"] = logps(reference, sides.pairs, "train.parquet")
-        source = generated_reference(judges, reference)
+        source = generated_reference(reviewers, reference)
         if share > 0 and source == "logps":
             inputs["generated_reference"] = logps(reference, made["responses"], "pairs.parquet")
     made["mixture"] = do(steps.mix(config, round, share, source, inputs))
@@ -121,15 +121,15 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
 
 
 def noise_probes(
-    config: SeraConfig, sides: Sides, judges: Reviewers, texts: Ref, file: str, do: Do
+    config: SeraConfig, sides: Sides, reviewers: Reviewers, texts: Ref, file: str, do: Do
 ) -> Mapping[str, Ref]:
     """Score a few responses again in float32, under every reviewer, to measure the margins' noise."""
 
     def probe(policy: Ref) -> Ref:
         return do(steps.logps(config, policy, sides.model, texts, file, sides.pairs, probe=True))
 
-    named = {f"exact-policy-{n:03d}": probe(policy) for n, policy in enumerate(judges.policies)}
-    return named | {f"exact-ref-{n:03d}": probe(ref) for n, ref in enumerate(judges.references)}
+    named = {f"exact-policy-{n:03d}": probe(policy) for n, policy in enumerate(reviewers.policies)}
+    return named | {f"exact-ref-{n:03d}": probe(ref) for n, ref in enumerate(reviewers.references)}
 
 
 def align(config: SeraConfig, sides: Sides, past: Past, round: int, mixture: Ref, do: Do) -> Ref:
@@ -145,8 +145,8 @@ def gather_evidence(
     """Evaluate the policy: held-out margins and lengths, KL and diversity of samples, with intervals."""
     previous = past.policies()[0] if past.heads else sides.model
 
-    def logps(judge: Ref, texts: Ref, file: str) -> Ref:
-        return do(steps.logps(config, judge, sides.model, texts, file, sides.pairs, side="heldout"))
+    def logps(scorer: Ref, texts: Ref, file: str) -> Ref:
+        return do(steps.logps(config, scorer, sides.model, texts, file, sides.pairs, side="heldout"))
 
     inputs = {
         "rendered": sides.pairs,
@@ -177,7 +177,7 @@ def test_evidence(config: SeraConfig, sides: Sides, policy: Ref, do: Do) -> Ref:
     return do(steps.test(config, inputs))
 
 
-def judge(
+def decide(
     config: SeraConfig,
     past: Past,
     round: int,
@@ -205,7 +205,7 @@ def generated_share(config: SeraConfig, round: int) -> float:
     return share_for_round(round, None, (part.ramp_start, part.ramp_end, part.ramp_rounds))
 
 
-def judges_of(config: SeraConfig, model: Ref, past: Past) -> Reviewers:
+def reviewers_of(config: SeraConfig, model: Ref, past: Past) -> Reviewers:
     """The head and the past heads in the ensemble, each with its own reference."""
     policies = past.policies() or [model]
     weights = [float(w) for w in ensemble_weights(config.review.ensemble, config.review.gamma, len(policies))]
@@ -222,8 +222,8 @@ def training_reference(config: SeraConfig, sides: Sides, past: Past) -> Ref:
     return past.policies()[0] if past.heads and config.train.reference == "previous" else sides.model
 
 
-def generated_reference(judges: Reviewers, reference: Ref) -> str:
+def generated_reference(reviewers: Reviewers, reference: Ref) -> str:
     """The column that already holds the reference's log-probabilities of generated responses, or `logps`."""
-    if judges.references and reference == judges.references[0]:
+    if reviewers.references and reference == reviewers.references[0]:
         return "ref_logps"
-    return "policy_logps" if reference == judges.policies[0] else "logps"
+    return "policy_logps" if reference == reviewers.policies[0] else "logps"

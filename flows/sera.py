@@ -15,7 +15,7 @@ from prefect.states import Completed
 
 from flows.display import cards, events
 from flows.display.deployed import in_deployed_run
-from flows.display.logs import library_logs, run_log, show_prefects_lines
+from flows.display.logs import escape_prefect_logs, library_logs, run_log
 from flows.display.progress import reporter
 from flows.orchestration.form import FormConfig
 from flows.orchestration.limits import device_slot, run_slot
@@ -32,7 +32,7 @@ from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
 from tasks.step_functions import do_work
 
-show_prefects_lines()  # before Prefect logs the start of a run
+escape_prefect_logs()  # before Prefect logs the start of a run
 
 RESTARTS = 5
 """Restarts of a flow run allowed per round."""
@@ -62,16 +62,16 @@ def sera(
         return Completed(message=f"nothing new: run {before} did exactly this", data="nothing new")
     with run_slot(name):  # two simultaneous triggers must not both read the data
         records = open_run.open_run(config, name, store)
-    if is_over(records):
+    if is_finished(records):
         reason = records.state()
         return Completed(message=f"nothing new: run {name} has stopped ({reason})", data=reason)
     check_restarts(records)
     cards.publish_missing(records)
-    state = until_it_stops(records, store)
+    state = run_until_stopped(records, store)
     return Completed(message=f"run {name}: {state}", data=state)
 
 
-def is_over(records: RunStore) -> bool:
+def is_finished(records: RunStore) -> bool:
     """Whether the run has stopped and its test report is written."""
     state = records.state()
     return state == "budget" or (state not in ("open", "waiting") and not test_side_is_open(records))
@@ -92,33 +92,33 @@ def check_restarts(records: RunStore) -> None:
         )
 
 
-def until_it_stops(records: RunStore, store: str) -> str:
+def run_until_stopped(records: RunStore, store: str) -> str:
     """Run all rounds, with a review where configured. Returns the stop reason, or `waiting`."""
     while True:
         with run_slot(records.run), hold(records.store, records.run, run_log()):
             while records.state() == "open":
-                one_round(records, store)
-            finish(records, store)
+                run_next_round(records, store)
+            finish_run(records, store)
         if not ask_person(records):
             return "waiting"
         if (state := records.state()) != "open":
             return state
 
 
-def one_round(records: RunStore, store: str) -> None:
+def run_next_round(records: RunStore, store: str) -> None:
     """Run the open round as a subflow and update the run's index."""
     number = records.history().next_round
     round_flow(records, number)(records.run, store, number)
     cards.publish_index(records)
 
 
-def finish(records: RunStore, store: str) -> None:
+def finish_run(records: RunStore, store: str) -> None:
     """Finish a stopped run: evaluate on the test set, record it as finished, emit the event."""
     state = records.state()
     if state in ("open", "waiting"):
         return
     if state not in PAUSED:
-        report_test_side(Session(store, records.run, runner(records)))
+        report_test_side(Session(store, records.run, task_runner(records)))
     run_names.record_finished(records)
     events.run_stopped(records)
 
@@ -131,9 +131,9 @@ def round_flow(records: RunStore, number: int) -> Flow:
     configuration's version and whether a review was answered.
     """
 
-    @wraps(work_round)
+    @wraps(run_and_publish)
     def this_round(run: str, store: str, round: int) -> str:
-        return work_round(run, store, round)
+        return run_and_publish(run, store, round)
 
     asked = records.question(number) is not None
     position = f"{records.run}_{number}_{len(records.configs())}_{'answered' if asked else 'new'}"
@@ -141,10 +141,10 @@ def round_flow(records: RunStore, number: int) -> Flow:
     return flow(name="sera-round", flow_run_name="{run}-round-{round}", persist_result=False)(this_round)
 
 
-def work_round(run: str, store: str, round: int) -> str:
+def run_and_publish(run: str, store: str, round: int) -> str:
     """Run one round and publish it. Returns `open`, a stop reason, `waiting` or `budget`."""
     records = RunStore(open_store(store), run)
-    session = Session(store, run, runner(records))
+    session = Session(store, run, task_runner(records))
     state = run_round(session, round)
     if state not in PAUSED:
         manifest = records.rounds()[round]
@@ -153,7 +153,7 @@ def work_round(run: str, store: str, round: int) -> str:
     return state
 
 
-def runner(records: RunStore) -> Runner:
+def task_runner(records: RunStore) -> Runner:
     """A runner that does each step as a Prefect task named after the step."""
     store = records.store.url
     execution = ExecutionConfig.model_validate(records.configs()[-1].config["execution"])

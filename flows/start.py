@@ -14,7 +14,7 @@ INTERRUPTED = 130
 def entry() -> None:
     """Run `sera`, and exit without waiting for idle library threads."""
     stdout_open = _open_closed_streams()
-    code = _flushed(_run())
+    code = _flush(_run())
     os._exit(code if stdout_open else code or 1)
 
 
@@ -55,7 +55,7 @@ def _main() -> Callable[[], int]:
     return main
 
 
-def _flushed(code: int) -> int:
+def _flush(code: int) -> int:
     """Flush the output. Returns the exit code, or 1 if flushing failed."""
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from flows.commands.output import say
+from flows.commands.output import print_note
 from sera_core.artifacts import schema
 from sera_core.data import loading
 from sera_core.data.formats import COLUMNS, Reading
@@ -38,7 +38,7 @@ Ids = Sequence[int]
 """Token ids, packed at four bytes each; a list of Python integers takes nine times as much."""
 PairIds = tuple[Ids, Ids, Ids]
 """Prompt, chosen, rejected."""
-ROWS_AT_ONCE = 256
+RENDER_BATCH = 256
 """Pairs rendered per call; bounds the tokenizer's unpacked output."""
 
 
@@ -57,7 +57,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class GivenPair:
+class InputPair:
     """A valid pair, and its token ids if the file has them (parquet files that sera-flow wrote)."""
 
     pair: Pair
@@ -78,7 +78,7 @@ class RenderedPair:
 
 
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
+def flag_errors(what: str) -> Iterator[None]:
     """Turn a ValueError into an InputError that names the flag (exit code 2)."""
     try:
         yield
@@ -92,19 +92,19 @@ def find_policy(flag: str, source: str) -> Source:
     Raises:
         InputError: no such folder or package, or not a model.
     """
-    with refusing(flag):
+    with flag_errors(flag):
         return resolve_source(source)
 
 
 def policy_folder(flag: str, source: Source, scratch: Path) -> Path:
     """Folder of the policy: a local one in place, any other source written to `scratch`."""
-    with refusing(flag):
+    with flag_errors(flag):
         prefix = wrapper_of(Path(source.location)) if source.kind == "folder" else ""
         if source.kind == "folder" and not prefix:
             check_settings(Path(source.location))
             return Path(source.location)
         if prefix:
-            say(f"{flag}: stripping the prefix {prefix!r} from all tensor names")
+            print_note(f"{flag}: stripping the prefix {prefix!r} from all tensor names")
         return materialise(source, scratch)
 
 
@@ -142,16 +142,16 @@ def _template_arguments(given: str | None) -> dict[str, Any]:
     return value
 
 
-def check_same_ids(policy: "Renderer", reference: "Renderer", given: Sequence[GivenPair]) -> None:
+def check_same_tokens(policy: "Renderer", reference: "Renderer", given: Sequence[InputPair]) -> None:
     """Refuse a reference that tokenizes a pair differently from the policy.
 
     Renderers with equal hashes are equal. Different hashes may still tokenize alike, so the token ids decide.
     """
     if policy.hash == reference.hash:
         return
-    with refusing("--reference"):
-        theirs = text_ids(reference, given)
-    for g, ours, other in zip(given, text_ids(policy, given), theirs, strict=True):
+    with flag_errors("--reference"):
+        theirs = tokenize_pairs(reference, given)
+    for g, ours, other in zip(given, tokenize_pairs(policy, given), theirs, strict=True):
         if ours != other:
             raise InputError(
                 f"--reference: its tokenizer or chat template renders {g.pair.where} (pair {g.pair.pair_id}) "
@@ -194,7 +194,7 @@ def check_device(device: str) -> str:
 # ---------------------------------------------------------------------------------------------------- pairs
 
 
-def reading_of(args: argparse.Namespace) -> Reading:
+def reading_from_flags(args: argparse.Namespace) -> Reading:
     """How rows are read, from the flags.
 
     Raises:
@@ -217,7 +217,7 @@ def reading_of(args: argparse.Namespace) -> Reading:
     )
 
 
-def read_pairs(path: str, reading: Reading) -> tuple[list[GivenPair], list[Drop]]:
+def read_pairs(path: str, reading: Reading) -> tuple[list[InputPair], list[Drop]]:
     """Read the valid pairs of a file in file order, and what was dropped (`equal`, `duplicate`, …).
 
     Raises:
@@ -225,28 +225,28 @@ def read_pairs(path: str, reading: Reading) -> tuple[list[GivenPair], list[Drop]
     """
     rows = read_rows(path)
     read = loading.read_pairs(path, rows, reading)
-    _tell(read, reading)
+    _report_formats(read, reading)
     kept, dropped = drop_degenerate("train", read.items)
     wanted = {id(pair) for pair in kept}
     refuse_empty(path, kept, [*read.dropped, *dropped])
     by_place = {row.where: row for row in rows}
     pairs = [pair for pair in read.items if id(pair) in wanted]
-    return [GivenPair(pair, _own_ids(by_place[pair.where], pair)) for pair in pairs], [
+    return [InputPair(pair, _recorded_ids(by_place[pair.where], pair)) for pair in pairs], [
         *read.dropped,
         *dropped,
     ]
 
 
-def _tell(read: loading.Read, reading: Reading) -> None:
+def _report_formats(read: loading.Read, reading: Reading) -> None:
     """Report the detected row formats and warn about repeated prompts."""
     loading.refuse_unmapped("--columns", reading.columns, read.unmapped)
     if set(read.formats) - {"preference"}:
-        say(f"read {loading.told_formats(read.formats)}")
+        print_note(f"read {loading.told_formats(read.formats)}")
     if read.repeated_prompts:
-        say(loading.repeated_prompts_warning(read.repeated_prompts))
+        print_note(loading.repeated_prompts_warning(read.repeated_prompts))
 
 
-def _own_ids(row: Row, pair: Pair) -> PairIds | None:
+def _recorded_ids(row: Row, pair: Pair) -> PairIds | None:
     """Token ids of a row that sera-flow wrote. They take precedence over the text.
 
     Raises:
@@ -256,35 +256,35 @@ def _own_ids(row: Row, pair: Pair) -> PairIds | None:
     if row.data.get("pair_id") != pair.pair_id or not all(held):
         return None
     for name, ids in zip(_ID_COLUMNS, held, strict=True):
-        if not _are_ids(ids):
+        if not _is_id_list(ids):
             raise InputError(
                 f"{row.where}: {name} is not a list of token ids; leave out {', '.join(_ID_COLUMNS)}, or "
                 "give the parquet file unchanged"
             )
-    prompt, chosen, rejected = (_packed(ids) for ids in held if ids)
+    prompt, chosen, rejected = (_pack(ids) for ids in held if ids)
     return prompt, chosen, rejected
 
 
-def _are_ids(ids: Any) -> bool:
+def _is_id_list(ids: Any) -> bool:
     return isinstance(ids, list) and all(type(one) is int and 0 <= one < 2**31 for one in ids)
 
 
 def render_pairs(
-    renderer: "Renderer", given: Sequence[GivenPair], limits: Limits
+    renderer: "Renderer", given: Sequence[InputPair], limits: Limits
 ) -> tuple[list[RenderedPair], list[Drop]]:
     """Render the pairs to token ids, in order; also what was dropped (`prompt_too_long`, `empty`, …).
 
     Raises:
         InputError: the policy has no chat template, or no pair is left.
     """
-    with refusing("--pairs"):
+    with flag_errors("--pairs"):
         ids = _token_ids(renderer, given)
-    tell_special_tokens(renderer, [[*g.pair.prompt, *g.pair.chosen, *g.pair.rejected] for g in given])
+    warn_special_tokens(renderer, [[*g.pair.prompt, *g.pair.chosen, *g.pair.rejected] for g in given])
     rendered, dropped = [], []
     for pair, (prompt, chosen, rejected) in zip((g.pair for g in given), ids, strict=True):
         room = limits.room(len(prompt))
         fitted = RenderedPair(pair, prompt, chosen[: max(room, 0)], rejected[: max(room, 0)])
-        if (reason := _unfit(prompt, chosen, rejected, fitted, limits)) is not None:
+        if (reason := _drop_reason(prompt, chosen, rejected, fitted, limits)) is not None:
             dropped.append(Drop("train", pair, reason))
         else:
             rendered.append(fitted)
@@ -292,20 +292,22 @@ def render_pairs(
     return rendered, dropped
 
 
-def _token_ids(renderer: "Renderer", given: Sequence[GivenPair]) -> list[PairIds]:
+def _token_ids(renderer: "Renderer", given: Sequence[InputPair]) -> list[PairIds]:
     """The file's own token ids if this tokenizer and template made them all, else ids of the text."""
-    fresh = text_ids(renderer, given)
-    strange = sum(g.ids is not None and g.ids[0] != ids[0] for g, ids in zip(given, fresh, strict=True))
-    if strange:
-        say(f"{strange} prompts have token ids from another tokenizer or template: rendering all texts again")
+    fresh = tokenize_pairs(renderer, given)
+    foreign = sum(g.ids is not None and g.ids[0] != ids[0] for g, ids in zip(given, fresh, strict=True))
+    if foreign:
+        print_note(
+            f"{foreign} prompts have token ids from another tokenizer or template: rendering all texts again"
+        )
         return fresh
     for g in given:
-        with _of_row(g.pair.where):
+        with _row_errors(g.pair.where):
             renderer.refuse_unknown([one for ids in g.ids or () for one in ids])
     return [g.ids or ids for g, ids in zip(given, fresh, strict=True)]
 
 
-def text_ids(renderer: "Renderer", given: Sequence[GivenPair]) -> list[PairIds]:
+def tokenize_pairs(renderer: "Renderer", given: Sequence[InputPair]) -> list[PairIds]:
     """Token ids of the pairs' texts: prompt, chosen, rejected.
 
     Raises:
@@ -313,32 +315,32 @@ def text_ids(renderer: "Renderer", given: Sequence[GivenPair]) -> list[PairIds]:
     """
     rows = [{name: getattr(g.pair, name) for name in ("prompt", "chosen", "rejected")} for g in given]
     ids: list[PairIds] = []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[start : start + ROWS_AT_ONCE]
+    for start in range(0, len(rows), RENDER_BATCH):
+        some = rows[start : start + RENDER_BATCH]
         try:
             columns = renderer.render_pairs(some)
         except InputError:
             for row, g in zip(some, given[start:], strict=False):
-                with _of_row(g.pair.where):
+                with _row_errors(g.pair.where):
                     renderer.render_pairs([row])
             raise
-        ids += [(_packed(x), _packed(w), _packed(z)) for x, w, z in zip(*columns, strict=True)]
+        ids += [(_pack(x), _pack(w), _pack(z)) for x, w, z in zip(*columns, strict=True)]
     return ids
 
 
-def tell_special_tokens(renderer: "Renderer", conversations: Iterable[Sequence[Message]]) -> None:
+def warn_special_tokens(renderer: "Renderer", conversations: Iterable[Sequence[Message]]) -> None:
     """Warn if rows contain special tokens: the chat template was probably applied to them already."""
     count = sum(map(renderer.spells_special_tokens, conversations))
     if count:
-        say(loading.special_tokens_warning(count))
+        print_note(loading.special_tokens_warning(count))
 
 
-def _packed(ids: Sequence[int]) -> Ids:
+def _pack(ids: Sequence[int]) -> Ids:
     return array("i", ids)
 
 
 @contextmanager
-def _of_row(where: str) -> Iterator[None]:
+def _row_errors(where: str) -> Iterator[None]:
     """Name the row that cannot be rendered, and the flag that sets another template."""
     try:
         yield
@@ -346,13 +348,15 @@ def _of_row(where: str) -> Iterator[None]:
         raise InputError(f"{where}: {_with_flags(str(error))}") from error
 
 
-def _with_flags(said: str) -> str:
+def _with_flags(message: str) -> str:
     """The message with the flag that corresponds to the setting it names."""
     flags = {"model.chat_template": "--chat-template", "model.template_kwargs": "--template-kwargs"}
-    return said + "".join(f" On the command line: {flag}." for name, flag in flags.items() if name in said)
+    return message + "".join(
+        f" On the command line: {flag}." for name, flag in flags.items() if name in message
+    )
 
 
-def _unfit(prompt: Ids, chosen: Ids, rejected: Ids, fitted: RenderedPair, limits: Limits) -> str | None:
+def _drop_reason(prompt: Ids, chosen: Ids, rejected: Ids, fitted: RenderedPair, limits: Limits) -> str | None:
     """Why a pair cannot be scored; None if it can."""
     if len(prompt) > limits.prompt or limits.room(len(prompt)) < 1:
         return "prompt_too_long"
@@ -374,7 +378,7 @@ def read_prompts(path: str, reading: Reading) -> tuple[list[Prompt], list[Drop]]
         InputError: no such file, or a malformed row (named).
     """
     read = loading.read_prompts(path, read_rows(path), reading)
-    _tell(read, reading)
+    _report_formats(read, reading)
     kept, dropped = drop_repeated_prompts(read.items)
     wanted = {id(prompt) for prompt in kept}
     return [prompt for prompt in read.items if id(prompt) in wanted], [*read.dropped, *dropped]
@@ -390,9 +394,9 @@ def render_prompts(
     """
     rendered = []
     for prompt in prompts:
-        with refusing("--prompts"), _of_row(prompt.where):
-            rendered.append((prompt, _packed(renderer.prompt_ids(prompt.prompt))))
-    tell_special_tokens(renderer, [prompt.prompt for prompt in prompts])
+        with flag_errors("--prompts"), _row_errors(prompt.where):
+            rendered.append((prompt, _pack(renderer.prompt_ids(prompt.prompt))))
+    warn_special_tokens(renderer, [prompt.prompt for prompt in prompts])
     fits = [len(ids) <= limits.prompt and limits.room(len(ids)) == limits.response for _, ids in rendered]
     kept = [pair for pair, fit in zip(rendered, fits, strict=True) if fit]
     dropped = [

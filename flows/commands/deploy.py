@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows.commands.output import say
+from flows.commands.output import print_note
 from flows.commands.tables import print_table, print_text
 from flows.orchestration.authentication import CLIENT_SECRET, SERVER_SECRET
-from flows.orchestration.embedded_server import track_nothing
+from flows.orchestration.embedded_server import disable_telemetry
 from sera_core.guards.shown import shown
 
 
@@ -71,12 +71,12 @@ def _add_flags(sub: argparse.ArgumentParser) -> None:
 
 def deploy_command(args: argparse.Namespace) -> int:
     """Create what is missing and print the result."""
-    track_nothing()
+    disable_telemetry()
     from flows.orchestration.deployments import deploy, warnings
 
     made = deploy(args.pool_type, args.store, args.notify)
     for warning in warnings():
-        say(f"sera: warning: {warning}")
+        print_note(f"sera: warning: {warning}")
     if args.json:
         print(json.dumps(made))
         return 0
@@ -98,7 +98,7 @@ def up_command(args: argparse.Namespace) -> int:
         info = {"ui": ui, "home": str(home), "password_file": password_file, **made}
         print(json.dumps(info) if args.json else _welcome(info, password), flush=True)
 
-    up(home, args.port, deploy_arguments(args), ready, lambda line: say(f"sera: {line}"))
+    up(home, args.port, deploy_arguments(args), ready, lambda line: print_note(f"sera: {line}"))
     return 0
 
 

@@ -16,8 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.commands.output import answer, quiet_stdout, say
-from flows.orchestration.authentication import NO_PASSWORD, asks_for_no_password
+from flows.commands.output import print_note, print_result, quiet_stdout
+from flows.orchestration.authentication import NO_PASSWORD, has_no_password
 from sera_core.artifacts.folders import cache_folder
 from sera_core.artifacts.probing import probe
 from sera_core.artifacts.store import LocalStore, Store, open_store
@@ -71,10 +71,10 @@ def doctor(args: argparse.Namespace) -> int:
     found: list[Check] = []
     with quiet_stdout():
         for name, check in checks:
-            say(f"checking {name} …")
+            print_note(f"checking {name} …")
             found.append(_run(name, check, args.debug))
     ok = all(check.status != "failed" for check in found)
-    answer(args, {"ok": ok, "checks": [asdict(check) for check in found]}, _lines(found))
+    print_result(args, {"ok": ok, "checks": [asdict(check) for check in found]}, _lines(found))
     return 0 if ok else 1
 
 
@@ -106,7 +106,7 @@ def check_store(url: str) -> Check:
     """Write a file and a record, read them back, and let threads race to create a record."""
     remedy = "give --store (or SERA_STORE) a folder you may write to, or an s3:// prefix with its credentials"
     try:
-        with _visit(url) as (store, folder):
+        with _scratch_folder(url) as (store, folder):
             found = probe(store, folder)
     except Exception as error:  # every file system raises classes of its own
         return Check("store", "failed", f"{url}: {type(error).__name__}: {error}", remedy)
@@ -122,7 +122,7 @@ def check_store(url: str) -> Check:
 
 
 @contextmanager
-def _visit(url: str) -> Iterator[tuple[Store, str]]:
+def _scratch_folder(url: str) -> Iterator[tuple[Store, str]]:
     """A store and a temporary folder in it; both are removed afterwards if this created them."""
     root = Path(url.removeprefix("file://")).absolute()
     local = "://" not in url or url.startswith("file://")
@@ -242,8 +242,8 @@ def _template_round_trip(folder: Path) -> Check:
     from sera_core.data.rendering import Renderer
 
     renderer = Renderer(folder)
-    said = ("What is 2 + 2?", "It is 4.", "And 13 + 8, naïve as I am?", "That is 21.")
-    messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(said)]
+    turns = ("What is 2 + 2?", "It is 4.", "And 13 + 8, naïve as I am?", "That is 21.")
+    messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(turns)]
     try:
         prompt, response = (
             renderer.prompt_ids(messages[:3]),
@@ -257,8 +257,8 @@ def _template_round_trip(folder: Path) -> Check:
     back = renderer.tokenizer.decode(
         [*prompt, *response], skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
-    if not _squeezed(str(text)).startswith(_squeezed(str(back))) or not all(
-        turn in str(back) for turn in said
+    if not _without_spaces(str(text)).startswith(_without_spaces(str(back))) or not all(
+        turn in str(back) for turn in turns
     ):
         return Check(
             "template",
@@ -271,7 +271,7 @@ def _template_round_trip(folder: Path) -> Check:
     return Check("template", "ok", detail)
 
 
-def _squeezed(text: str) -> str:
+def _without_spaces(text: str) -> str:
     """Remove white space: sentencepiece tokenizers add or drop a space between two texts."""
     return "".join(text.split())
 
@@ -309,8 +309,8 @@ def check_prefect() -> Check:
     """The versions fit, and Prefect's server can be imported."""
     remedy = "install the pinned set: pip install -c constraints.txt sera-flow"
     versions = f"prefect {metadata.version('prefect')}, fastapi {metadata.version('fastapi')}"
-    if misfits := _misfits("prefect", "fastapi"):
-        return Check("prefect", "failed", f"{versions}: {'; '.join(misfits)}", remedy)
+    if conflicts := _version_conflicts("prefect", "fastapi"):
+        return Check("prefect", "failed", f"{versions}: {'; '.join(conflicts)}", remedy)
     with tempfile.TemporaryDirectory(prefix="sera-") as home:
         found = subprocess.run(
             [sys.executable, "-c", "from prefect.server.api.server import create_app"],
@@ -329,12 +329,12 @@ def check_prefect() -> Check:
         return Check("prefect", "failed", f"{versions}: the server cannot be imported: {last}", remedy)
     server = os.environ.get("PREFECT_API_URL")
     where = f"runs use the server at {server}" if server else "the server can be started here"
-    if server and asks_for_no_password(server):
+    if server and has_no_password(server):
         return Check("prefect", "warning", f"{versions}; {where} without a password", NO_PASSWORD)
     return Check("prefect", "ok", f"{versions}; {where}")
 
 
-def _misfits(*names: str) -> list[str]:
+def _version_conflicts(*names: str) -> list[str]:
     """Installed versions outside the declared bounds."""
     from packaging.requirements import Requirement
 

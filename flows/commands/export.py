@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flows.commands.output import answer, say
+from flows.commands.output import print_note, print_result
 from flows.display.run_view import run_records
 from flows.exports.hub import check_target, push
 from flows.exports.lineage import Lineage, lineage
@@ -62,7 +62,7 @@ def export_command(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="sera-export-") as scratch:
         folder = Path(args.to) if args.to is not None else Path(scratch) / "policy"
         export_policy(records, manifest, folder)
-        url = None if args.push_to is None else push(folder, args.push_to, args.public, say)
+        url = None if args.push_to is None else push(folder, args.push_to, args.public, print_note)
     found = {
         "run": args.run,
         "round": manifest.round,
@@ -70,7 +70,7 @@ def export_command(args: argparse.Namespace) -> int:
         "pushed_to": url,
         "policy_sha256": manifest.artifacts["policy"]["sha256"],
     }
-    answer(args, found, _exported(found))
+    print_result(args, found, _exported(found))
     return 0
 
 
@@ -85,7 +85,7 @@ def lineage_command(args: argparse.Namespace) -> int:
     """Print the lineage of a policy."""
     records = run_records(open_store(args.store), args.run)
     chain = lineage(records, round_of(records, args.round))
-    answer(args, chain.model_dump(mode="json"), _lineage_lines(chain))
+    print_result(args, chain.model_dump(mode="json"), _lineage_lines(chain))
     return 0
 
 

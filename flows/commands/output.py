@@ -18,7 +18,7 @@ from sera_core.errors import InputError
 from sera_core.guards.shown import shown, shown_json
 
 
-def answer(args: argparse.Namespace, value: Mapping[str, Any], lines: Iterable[str]) -> None:
+def print_result(args: argparse.Namespace, value: Mapping[str, Any], lines: Iterable[str]) -> None:
     """Print the result: with --json the value as one object, else the lines."""
     text = shown_json(finite(value)) if args.json else shown("\n".join(lines))
     sys.stdout.write(text + "\n")
@@ -39,7 +39,7 @@ def quiet_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def say(line: str) -> None:
+def print_note(line: str) -> None:
     """Print a line to stderr."""
     sys.stderr.write(shown(line) + "\n")
     sys.stderr.flush()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flows.commands.output import say
+from flows.commands.output import print_note
 from flows.commands.summary import closing_lines, rounds_table
 from flows.commands.tables import print_table, print_text
 from flows.display.run_view import run_records, show
@@ -79,34 +79,35 @@ def _add_set(sub: argparse.ArgumentParser) -> None:
 def run_command(args: argparse.Namespace) -> int:
     """Run all rounds; a finished run is only printed."""
     config = load_experiment(args.experiment, args.set)
-    return _run(config, check_name(name_of(args.experiment) if args.name is None else args.name), args)
+    return _run_experiment(config, _run_name(args), args)
 
 
 def demo_command(args: argparse.Namespace) -> int:
     """Run the demo, or the quick demo."""
     experiment = f"{DEMO}-quick" if args.quick else DEMO
     name = "demo-quick" if args.quick else "demo"
-    return _run(load_experiment(experiment, args.set), name, args)
+    return _run_experiment(load_experiment(experiment, args.set), name, args)
 
 
 def advance_command(args: argparse.Namespace) -> int:
     """Run one round if the run is open, then print the run."""
     records = run_records(open_store(args.store), args.run)
     if records.state() == "open":
-        wait_until_free(records.store, records.run, say)  # before starting Prefect, which takes seconds
+        # before starting Prefect, which takes seconds
+        wait_until_free(records.store, records.run, print_note)
         from flows.orchestration.embedded_server import prefect_api
 
-        with prefect_api(args.debug), ended_by_signal():
+        with prefect_api(args.debug), interrupt_on_termination():
             from flows.advance import sera_advance
 
             sera_advance(args.run, args.store)
-    return _tell(records, args)
+    return _print_run(records, args)
 
 
 def plan_command(args: argparse.Namespace) -> int:
     """Print the plan."""
     config = load_experiment(args.experiment, args.set)
-    found = plan(config, check_name(name_of(args.experiment) if args.name is None else args.name), args.store)
+    found = plan(config, _run_name(args), args.store)
     if args.json:
         print(json.dumps(found))
         return 0
@@ -122,26 +123,28 @@ def plan_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def name_of(experiment: str) -> str:
-    """Default run name: the file's stem."""
-    return Path(experiment.removeprefix("bundled:")).stem
+def _run_name(args: argparse.Namespace) -> str:
+    """The run name from --name, else the file's stem."""
+    if args.name is not None:
+        return check_name(args.name)
+    return check_name(Path(args.experiment.removeprefix("bundled:")).stem)
 
 
-def _run(config: SeraConfig, name: str, args: argparse.Namespace) -> int:
+def _run_experiment(config: SeraConfig, name: str, args: argparse.Namespace) -> int:
     started = time.monotonic()
-    wait_until_free(open_store(args.store), name, say)  # before changed settings are recorded
+    wait_until_free(open_store(args.store), name, print_note)  # before changed settings are recorded
     records = open_run.open_run(config, name, args.store)
     state = records.state()
     if state == "open" or (state not in PAUSED and test_side_is_open(records)):
-        _announce(config, name, args)
-        _work(config, name, args)
+        _print_forecast(config, name, args)
+        _run_flow(config, name, args)
         if not args.json:
             print_text(f"{time.monotonic() - started:.0f} s in total.")
-    return _tell(records, args)
+    return _print_run(records, args)
 
 
-def _announce(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
-    say(_forecast(plan(config, name, args.store)))
+def _print_forecast(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
+    print_note(_forecast(plan(config, name, args.store)))
 
 
 def _forecast(found: dict[str, Any]) -> str:
@@ -161,17 +164,17 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
-def _work(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
+def _run_flow(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
     from flows.orchestration.embedded_server import prefect_api
 
-    with prefect_api(args.debug), ended_by_signal():
+    with prefect_api(args.debug), interrupt_on_termination():
         from flows.sera import sera
 
         sera(config, run=name, store=args.store)
 
 
 @contextmanager
-def ended_by_signal() -> Iterator[None]:
+def interrupt_on_termination() -> Iterator[None]:
     """Treat Prefect's TerminationSignal as an interrupt; finished steps are in the store."""
     from prefect.exceptions import TerminationSignal
 
@@ -181,7 +184,7 @@ def ended_by_signal() -> Iterator[None]:
         raise KeyboardInterrupt from signal
 
 
-def _tell(records: RunStore, args: argparse.Namespace) -> int:
+def _print_run(records: RunStore, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(show(records)))
         return 0

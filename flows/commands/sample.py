@@ -22,17 +22,17 @@ from flows.commands.capability_inputs import (
     open_renderer,
     policy_folder,
     read_prompts,
-    reading_of,
+    reading_from_flags,
     render_prompts,
 )
 from flows.commands.output import (
-    answer,
     check_output,
     check_positive,
     count_lines,
+    print_note,
+    print_result,
     quiet_stdout,
     rate,
-    say,
     write_output,
 )
 from flows.display.progress import reporter
@@ -50,14 +50,14 @@ def sample(args: argparse.Namespace) -> int:
     _check_sample(args)
     check_output(args.out, args.force)
     source = find_policy("--policy", args.policy)
-    prompts, repeated = read_prompts(args.prompts, reading_of(args))
+    prompts, repeated = read_prompts(args.prompts, reading_from_flags(args))
     with quiet_stdout(), tempfile.TemporaryDirectory(prefix="sera-") as scratch:
         folder = policy_folder("--policy", source, Path(scratch) / "policy")
         renderer = open_renderer("--policy", folder, args.chat_template, args.template_kwargs)
         rendered, long = _fit_prompts(args, folder, renderer, prompts)
         table, seconds = _sample(args, folder, renderer, rendered)
     write_output(table, args.out)
-    _answer_sample(args, table, len(rendered), count_reasons([*repeated, *long]), seconds)
+    _print_sample(args, table, len(rendered), count_reasons([*repeated, *long]), seconds)
     return 0
 
 
@@ -99,7 +99,7 @@ def _default_length(positions: int | None) -> int:
     default = SamplingConfig().max_tokens
     if positions is None or default < positions:
         return default
-    say(
+    print_note(
         f"cutting responses at {positions // 2} tokens, half of the model's context of {positions}; "
         "set another length with --max-tokens"
     )
@@ -134,7 +134,7 @@ def _sample(
     return table, seconds
 
 
-def _answer_sample(
+def _print_sample(
     args: argparse.Namespace, table: pa.Table, prompts: int, dropped: dict[str, int], seconds: float
 ) -> None:
     tokens = table["tokens"].to_numpy()
@@ -154,4 +154,4 @@ def _answer_sample(
         f"{value['mean_tokens']:.1f} tokens on average, {cut:,} cut at {args.max_tokens} tokens",
         f"{tokens.sum():,} tokens in {seconds:.1f} s ({value['tokens_per_second']:,.0f} tokens/s)",
     ]
-    answer(args, value, lines)
+    print_result(args, value, lines)

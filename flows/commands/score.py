@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from flows.commands.capability_inputs import (
-    GivenPair,
+    InputPair,
     Limits,
     RenderedPair,
     check_device,
-    check_same_ids,
+    check_same_tokens,
     count_reasons,
     dropped_table,
     find_policy,
@@ -25,14 +25,14 @@ from flows.commands.capability_inputs import (
     open_renderer,
     policy_folder,
     read_pairs,
-    reading_of,
+    reading_from_flags,
     render_pairs,
 )
 from flows.commands.output import (
-    answer,
     check_output,
     check_positive,
     count_lines,
+    print_result,
     quiet_stdout,
     rate,
     write_output,
@@ -55,7 +55,7 @@ def score(args: argparse.Namespace) -> int:
         check_output(path, args.force)
     named = {"--policy": args.policy} | ({"--reference": args.reference} if args.reference else {})
     sources = {flag: find_policy(flag, source) for flag, source in named.items()}
-    given, degenerate = read_pairs(args.pairs, reading_of(args))
+    given, degenerate = read_pairs(args.pairs, reading_from_flags(args))
     with quiet_stdout(), tempfile.TemporaryDirectory(prefix="sera-") as scratch:
         folders = _policy_folders(sources, Path(scratch))
         pairs, unfit = _render(args, folders, given)
@@ -63,7 +63,7 @@ def score(args: argparse.Namespace) -> int:
     scored = _judge(args, pairs, scores)
     write_output(dropped_table({"data": degenerate, "render": unfit}), beside)
     write_output(scored, args.out)
-    _answer_score(args, scored, count_reasons([*degenerate, *unfit]), scores)
+    _print_score(args, scored, count_reasons([*degenerate, *unfit]), scores)
     return 0
 
 
@@ -94,7 +94,7 @@ def _policy_folders(sources: dict[str, Source], scratch: Path) -> dict[str, Path
 
 
 def _render(
-    args: argparse.Namespace, folders: dict[str, Path], given: Sequence[GivenPair]
+    args: argparse.Namespace, folders: dict[str, Path], given: Sequence[InputPair]
 ) -> tuple[list[RenderedPair], list[Drop]]:
     """The pairs as token ids, after checking that policy and reference tokenize them alike."""
     renderers = [
@@ -102,7 +102,7 @@ def _render(
         for flag, folder in folders.items()
     ]
     for reference in renderers[1:]:
-        check_same_ids(renderers[0], reference, given)
+        check_same_tokens(renderers[0], reference, given)
     positions = [limit for folder in folders.values() if (limit := position_limit(folder)) is not None]
     limits = Limits(
         args.max_prompt_tokens, args.max_response_tokens, args.on_long, min(positions) if positions else None
@@ -147,7 +147,7 @@ def _judge(args: argparse.Namespace, pairs: Sequence[RenderedPair], scores: Sequ
     )
 
 
-def _answer_score(
+def _print_score(
     args: argparse.Namespace, scored: pa.Table, dropped: dict[str, int], scores: Sequence[_Scores]
 ) -> None:
     margins = scored["margin"].to_numpy()
@@ -173,4 +173,4 @@ def _answer_score(
         lines.append(
             f"{margins.size - finite.size:,} margins are not finite; `sera select` drops them as non_finite"
         )
-    answer(args, value, lines)
+    print_result(args, value, lines)

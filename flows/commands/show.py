@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.export import round_of
-from flows.commands.output import answer
+from flows.commands.output import print_result
 from flows.commands.summary import closing_lines, rounds_table
 from flows.commands.tables import metric_cell, print_table, print_text
 from flows.display.progress import reporter
@@ -97,7 +97,7 @@ def verify_command(args: argparse.Namespace) -> int:
     with reporter("verify") as progress:
         found = verify(records, progress)
     line = _verified(args.run, found)
-    answer(args, {"run": args.run, "ok": True, **asdict(found)}, [line])
+    print_result(args, {"run": args.run, "ok": True, **asdict(found)}, [line])
     return 0
 
 

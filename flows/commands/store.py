@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from flows.commands.output import answer
+from flows.commands.output import print_result
 from flows.commands.tables import metric_cell, print_table, print_text
 from flows.store_tools.diff import difference, side_of
-from flows.store_tools.garbage import collect, collected_lines, seconds_of
+from flows.store_tools.garbage import collect, collected_lines, parse_age
 from sera_core.artifacts.store import open_store
 
 
@@ -25,7 +25,7 @@ def diff_command(args: argparse.Namespace) -> int:
     left, right = side_of(store, args.left), side_of(store, args.right)
     found = difference(left, right)
     if args.json:
-        answer(args, found, [])
+        print_result(args, found, [])
         return 0
     for line in _heading(found):
         print_text(line)
@@ -53,8 +53,8 @@ def add_gc(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def gc_command(args: argparse.Namespace) -> int:
     """List unreferenced files, or delete them."""
-    found = collect(open_store(args.store), args.delete, seconds_of(args.older_than))
-    answer(args, found, collected_lines(found))
+    found = collect(open_store(args.store), args.delete, parse_age(args.older_than))
+    print_result(args, found, collected_lines(found))
     return 0
 
 

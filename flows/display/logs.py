@@ -42,7 +42,7 @@ class _Shown(logging.Filter):
 _SHOWN = _Shown()
 
 
-def show_prefects_lines() -> None:
+def escape_prefect_logs() -> None:
     """Escape Prefect's own log lines about flow and task runs, such as error messages."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_SHOWN)

@@ -108,7 +108,7 @@ class ProgressArtifact:
         self._key = _key(title)
         self._log = run_log()
         self._finished = self._failed = False
-        self._over = threading.Event()
+        self._stop = threading.Event()
         # The context holds the current run and Prefect's open connection.
         self._thread = threading.Thread(target=copy_context().run, args=(self._publish,), daemon=True)
 
@@ -119,12 +119,12 @@ class ProgressArtifact:
     def end(self, finished: bool) -> None:
         """Stop the thread; `finished` sets the artifact to 100 %."""
         self._finished = finished
-        self._over.set()
+        self._stop.set()
         self._thread.join(LAST_SECONDS)
 
     def _publish(self) -> None:
         last = time.monotonic()
-        while not self._over.wait(LOOK_SECONDS):
+        while not self._stop.wait(LOOK_SECONDS):
             if self.state != self._sent and time.monotonic() - last >= ARTIFACT_SECONDS:
                 self._send()
                 last = time.monotonic()

@@ -97,7 +97,7 @@ def _index(records: RunStore, store_url: str) -> str:
         rounds=rounds,
         increment=config.review.reference == "previous",
         plots=trends(history.rounds) + _lengths(history.rounds),
-        lesson=_lesson(history),
+        lesson=_margin_note(history),
         test=None if test is None else _test_lines(test["metrics"]),
         test_round=None if test is None else test["round"],
         export=_export(records.run, store_url),
@@ -242,7 +242,7 @@ def _lengths(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
     return [(plot, caption) for plot, caption in wanted if plot is not None]
 
 
-def _lesson(history: History) -> list[str]:
+def _margin_note(history: History) -> list[str]:
     """Whether margins grew from the first to the last head without an increase in accuracy."""
     heads = history.lineage
     if len(heads) < 2:
@@ -289,7 +289,7 @@ def _settings(record: RunRecord) -> list[tuple[str, str]]:
 def _rerun(records: RunStore, history: History, stop_reason: str | None) -> str:
     """What a rerun of the experiment would recompute."""
     used = {ref.key: ref for manifest in history.rounds for ref in manifest.used}
-    missing = [ref.step for ref in used.values() if _lost(records, ref)]
+    missing = [ref.step for ref in used.values() if _is_missing(records, ref)]
     text = "Rerunning this experiment under this name recomputes no finished round."
     if stop_reason is None:
         text += f" It resumes with round {history.next_round}."
@@ -301,6 +301,6 @@ def _rerun(records: RunStore, history: History, stop_reason: str | None) -> str:
     return f"{text} and recompute the others ({', '.join(sorted(set(missing)))}) and their dependents."
 
 
-def _lost(records: RunStore, ref: Any) -> bool:
+def _is_missing(records: RunStore, ref: Any) -> bool:
     record = find_record(records.store, ref.step, ref.key)
     return record is None or record.digest != ref.digest

@@ -92,12 +92,12 @@ def verdict_words(change: Rate | None) -> str | None:
     """Whether the self-reviewed rounds helped, in one sentence."""
     if change is None:
         return None
-    said = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] on {change.n} held-out pairs"
+    numbers = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] on {change.n} held-out pairs"
     if change.low > 0:
-        return f"The reviewed rounds helped: accuracy of the head against round 0 {said}."
+        return f"The reviewed rounds helped: accuracy of the head against round 0 {numbers}."
     if change.high < 0:
-        return f"The reviewed rounds did harm: accuracy of the head against round 0 {said}."
-    return f"No evidence that the reviewed rounds helped: accuracy of the head against round 0 {said}."
+        return f"The reviewed rounds did harm: accuracy of the head against round 0 {numbers}."
+    return f"No evidence that the reviewed rounds helped: accuracy of the head against round 0 {numbers}."
 
 
 def _heldout_groups(store: Store, manifest: RoundManifest) -> np.ndarray:

@@ -28,7 +28,7 @@ def check_target(repository: str) -> str:
     return token
 
 
-def push(folder: Path, repository: str, public: bool, tell: Callable[[str], None]) -> str:
+def push(folder: Path, repository: str, public: bool, report: Callable[[str], None]) -> str:
     """Create the repository if needed and push the folder in one commit. Returns its URL.
 
     Raises:
@@ -44,20 +44,20 @@ def push(folder: Path, repository: str, public: bool, tell: Callable[[str], None
     token = check_target(repository)
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token, library_name="sera-flow")
     try:
-        _make(api, repository, public)
-        tell(f"pushing to {repository} ({'public' if public else 'private'})")
+        _create_repository(api, repository, public)
+        report(f"pushing to {repository} ({'public' if public else 'private'})")
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Policy, lineage and card by sera-flow"
         )
     except (httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
         raise SeraError(
-            f"{repository}: the push failed: {_said(error, token)}. The folder written by --to is complete; "
-            "to try again, leave --to out"
+            f"{repository}: the push failed: {_error_line(error, token)}. The folder of --to is complete; "
+            "to retry, leave --to out"
         ) from None
     return f"{api.endpoint}/{repository}"
 
 
-def _make(api: Any, repository: str, public: bool) -> None:
+def _create_repository(api: Any, repository: str, public: bool) -> None:
     """Create the repository. An existing one keeps its visibility, so check that before pushing."""
     api.create_repo(repository, private=not public, exist_ok=True)
     if not public and not api.model_info(repository).private:
@@ -66,7 +66,7 @@ def _make(api: Any, repository: str, public: bool) -> None:
         )
 
 
-def _said(error: Exception, token: str) -> str:
+def _error_line(error: Exception, token: str) -> str:
     """The first line of an error, with the token removed."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0].replace(token, "…")

@@ -121,7 +121,7 @@ def lineage(records: RunStore, manifest: RoundManifest) -> Lineage:
         raise InputError(
             f"round {manifest.round} trained no policy ({manifest.stop_reason}); choose another with --round"
         )
-    walk = _Walk(records)
+    walk = _Chain(records)
     rounds = [walk.round(r) for r in records.rounds()[: manifest.round + 1]]
     policy = walk.step(manifest.steps["policy"])
     made = walk.reached_from(policy)
@@ -177,7 +177,7 @@ def display_name(source: str, digest: str) -> str:
     return PurePosixPath(where).name or "source"
 
 
-class _Walk:
+class _Chain:
     """The records of the chain, each read once and checked against its digest."""
 
     def __init__(self, records: RunStore) -> None:

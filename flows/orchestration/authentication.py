@@ -29,7 +29,7 @@ def new_secret() -> str:
     return f"sera:{secrets.token_urlsafe(24)}"
 
 
-def secret_of(home: Path) -> tuple[str, Path | None]:
+def load_secret(home: Path) -> tuple[str, Path | None]:
     """The password of the `sera up` server: from the environment, else created once in `home`.
 
     Returns:
@@ -52,7 +52,7 @@ def secret_of(home: Path) -> tuple[str, Path | None]:
     return secret, file
 
 
-def asks_for_no_password(api: str) -> bool:
+def has_no_password(api: str) -> bool:
     """Whether a Prefect server answers without a password; False if it cannot be reached.
 
     Args:
@@ -65,7 +65,7 @@ def asks_for_no_password(api: str) -> bool:
         return False
 
 
-def ask(api: str, path: str, body: dict[str, Any] | None = None, secret: str | None = None) -> Any:
+def request(api: str, path: str, body: dict[str, Any] | None = None, secret: str | None = None) -> Any:
     """Send a request to a Prefect server without Prefect's client: POST with a body, else GET.
 
     Args:

@@ -15,7 +15,7 @@ REMEDY = "start one with `sera up`, or unset PREFECT_API_URL: `sera run` then st
 
 
 @contextmanager
-def named_server(url: str) -> Iterator[str]:
+def use_server(url: str) -> Iterator[str]:
     """Use a server while the block runs.
 
     Raises:
@@ -39,7 +39,7 @@ def check_server(url: str) -> None:
     Raises:
         InputError: the URL is invalid, or nothing answers.
     """
-    address = _health(url)
+    address = _health_url(url)
     if address is None:
         raise InputError(f"{_variable(url)}: this is not a URL like http://127.0.0.1:4200/api; {REMEDY}")
     try:
@@ -51,14 +51,14 @@ def check_server(url: str) -> None:
         pass  # something answered
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):
-            raise _nobody(url, error.reason) from error
+            raise _no_server(url, error.reason) from error
     except OSError as error:  # timeout or closed connection
-        raise _nobody(url, error) from error
+        raise _no_server(url, error) from error
     except (http.client.HTTPException, ValueError):
         pass  # not an HTTP answer: Prefect's client reports it
 
 
-def _health(url: str) -> str | None:
+def _health_url(url: str) -> str | None:
     """The health URL without user and password, which urllib cannot parse; None if `url` is invalid."""
     try:
         parts = urlsplit(url)
@@ -69,7 +69,7 @@ def _health(url: str) -> str | None:
     return f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health" if known else None
 
 
-def _nobody(url: str, why: object) -> InputError:
+def _no_server(url: str, why: object) -> InputError:
     return InputError(f"{_variable(url)}: no Prefect server answers ({why}); {REMEDY}")
 
 

@@ -29,7 +29,7 @@ from prefect.settings import get_current_settings
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
-from flows.orchestration.authentication import NO_PASSWORD, asks_for_no_password
+from flows.orchestration.authentication import NO_PASSWORD, has_no_password
 from flows.orchestration.configured_server import check_server
 from flows.orchestration.limits import DEVICE_LIMIT
 from sera_core.data.sources import bundled_file
@@ -87,9 +87,9 @@ def warnings() -> list[str]:
     """Security problems of the server at PREFECT_API_URL, one line each, with the remedy."""
     with _client() as client:
         found = []
-        if asks_for_no_password(str(get_current_settings().api.url)):
+        if has_no_password(str(get_current_settings().api.url)):
             found.append(NO_PASSWORD)
-        if _credentials_are_kept(client):
+        if _has_credentials_block(client):
             found.append(
                 f"the block {CREDENTIALS_BLOCK} of an earlier version shows the store's credentials to "
                 "every user of this server: set them in the worker's environment, then run "
@@ -98,7 +98,7 @@ def warnings() -> list[str]:
         return found
 
 
-def _credentials_are_kept(client: SyncPrefectClient) -> bool:
+def _has_credentials_block(client: SyncPrefectClient) -> bool:
     try:
         client.read_block_document_by_name(CREDENTIALS_BLOCK, "secret", include_secrets=False)
     except ObjectNotFound:
@@ -117,17 +117,17 @@ def _work_pool(client: SyncPrefectClient, pool_type: str) -> UUID:
                 f"--pool-type {pool_type}: unknown to this Prefect installation; see `prefect work-pool "
                 "create --help`, or create a pool named sera yourself"
             ) from None
-        template = _closed(template, keep_references=False)
+        template = _job_template(template, keep_references=False)
         return client.create_work_pool(
             WorkPoolCreate(name=POOL, type=pool_type, base_job_template=template)
         ).id
-    template = _closed(pool.base_job_template, keep_references=_credentials_are_kept(client))
+    template = _job_template(pool.base_job_template, keep_references=_has_credentials_block(client))
     if template != pool.base_job_template:
         client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
     return pool.id
 
 
-def _closed(template: dict[str, Any], keep_references: bool) -> dict[str, Any]:
+def _job_template(template: dict[str, Any], keep_references: bool) -> dict[str, Any]:
     """The job template with our defaults, and without a command that a flow run could override.
 
     Args:
@@ -237,12 +237,12 @@ def _deployments(client: SyncPrefectClient) -> dict[str, str]:
     entrypoints = {entry["entrypoint"] for entry in yaml.safe_load(file.read_text())["deployments"]}
     before = {
         (deployment.id, schedule.slug): schedule.active
-        for deployment in _deployed(client, entrypoints)
+        for deployment in _read_deployments(client, entrypoints)
         for schedule in deployment.schedules
     }
     _prefect_deploy(file)
     made = {}
-    for deployment in _deployed(client, entrypoints):
+    for deployment in _read_deployments(client, entrypoints):
         made[deployment.name] = str(deployment.id)
         for schedule in deployment.schedules:
             was_active = before.get((deployment.id, schedule.slug), schedule.active)
@@ -251,7 +251,7 @@ def _deployments(client: SyncPrefectClient) -> dict[str, str]:
     return made
 
 
-def _deployed(client: SyncPrefectClient, entrypoints: set[str]) -> list[DeploymentResponse]:
+def _read_deployments(client: SyncPrefectClient, entrypoints: set[str]) -> list[DeploymentResponse]:
     pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
     found = client.read_deployments(work_pool_filter=pool)
     return [deployment for deployment in found if deployment.entrypoint in entrypoints]

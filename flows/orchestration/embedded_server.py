@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import IO
 
 from flows.orchestration.authentication import CLIENT_SECRET, SERVER_SECRET, new_secret
-from flows.orchestration.configured_server import named_server
-from flows.orchestration.origins import guarded
+from flows.orchestration.configured_server import use_server
+from flows.orchestration.origins import restrict_origins
 from sera_core.artifacts.folders import cache_folder, writable
 from sera_core.errors import SeraError
 from sera_core.guards.orphans import end_with
 
 START_SECONDS = 180
-OURS = ("up.lock", "embedded-server.log")
+HOME_MARKERS = ("up.lock", "embedded-server.log")
 """Files that mark a folder as the home of one of our servers."""
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -39,13 +39,13 @@ QUIET = {
 """Settings of our servers and their clients: no telemetry, no second server, CSRF protection."""
 
 
-def track_nothing() -> None:
+def disable_telemetry() -> None:
     """Turn Prefect's telemetry off unless the environment sets it. Call before importing Prefect."""
     for name in ("DO_NOT_TRACK", "PREFECT_SERVER_ANALYTICS_ENABLED"):
         os.environ.setdefault(name, QUIET[name])
 
 
-def never_proxy_loopback() -> None:
+def bypass_loopback_proxy() -> None:
     """Use no proxy for servers on this machine, here and in child processes."""
     for name in ("NO_PROXY", "no_proxy"):
         hosts = [host for host in os.environ.get(name, "").split(",") if host.strip()]
@@ -63,9 +63,9 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     """
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
     os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
-    track_nothing()
+    disable_telemetry()
     if configured := os.environ.get("PREFECT_API_URL"):
-        with named_server(configured):
+        with use_server(configured):
             yield configured
         return
     home = private_folder(Path(os.environ.get("PREFECT_HOME") or cache_folder() / "prefect"), "PREFECT_HOME")
@@ -73,8 +73,8 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = home / "embedded-server.log"
-    given, secret = os.environ.get(CLIENT_SECRET), new_secret()
-    theirs = {SERVER_SECRET: secret, CLIENT_SECRET: secret}
+    previous, secret = os.environ.get(CLIENT_SECRET), new_secret()
+    secrets = {SERVER_SECRET: secret, CLIENT_SECRET: secret}
     with open_private(log, "wb") as output:
         server = subprocess.Popen(
             [sys.executable, "-P", "-m", "flows.orchestration.embedded_server", str(port), str(os.getpid())],
@@ -82,7 +82,7 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
             stdout=output,
             stderr=output,
             start_new_session=True,  # Ctrl-C goes to this process only
-            env={**os.environ, **QUIET, **theirs, "PREFECT_UI_API_URL": url, "PREFECT_API_URL": url},
+            env={**os.environ, **QUIET, **secrets, "PREFECT_UI_API_URL": url, "PREFECT_API_URL": url},
         )
     try:
         wait_until_healthy(server, f"{url}/health", log)
@@ -91,8 +91,8 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         os.environ.pop(CLIENT_SECRET, None)
-        if given is not None:
-            os.environ[CLIENT_SECRET] = given
+        if previous is not None:
+            os.environ[CLIENT_SECRET] = previous
         server.terminate()
         try:
             server.wait(timeout=10)
@@ -107,7 +107,9 @@ def private_folder(path: Path, name: str) -> Path:
     Raises:
         InputError: it is not writable; `name` is the setting that gives it.
     """
-    ours = not path.is_dir() or not any(path.iterdir()) or any((path / name).exists() for name in OURS)
+    ours = (
+        not path.is_dir() or not any(path.iterdir()) or any((path / name).exists() for name in HOME_MARKERS)
+    )
     folder = writable(path, name)
     if ours:
         with suppress(OSError):  # owned by another user
@@ -163,7 +165,7 @@ def main() -> None:
     import uvicorn
     from prefect.server.api.server import create_app
 
-    uvicorn.run(guarded(create_app()), host="127.0.0.1", port=port, log_level="warning")
+    uvicorn.run(restrict_origins(create_app()), host="127.0.0.1", port=port, log_level="warning")
 
 
 if __name__ == "__main__":

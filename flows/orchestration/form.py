@@ -127,26 +127,30 @@ def _section(name: str, **named: Any) -> type[FormPart]:
     return create_model(f"{name.capitalize()}Section", __base__=FormPart, __doc__=doc, **named, **fields)
 
 
-_CLEAN: dict[str, Any] = {"pattern": CLEAN_PATTERN}
+_NO_CREDENTIALS: dict[str, Any] = {"pattern": CLEAN_PATTERN}
 """Schema only: the server refuses URLs with credentials before storing them."""
 
 
-def _clean(depth: int) -> dict[str, Any]:
+def _no_credentials(depth: int) -> dict[str, Any]:
     """A schema that allows no URL with credentials in values down to this depth."""
-    inner = {"items": _clean(depth - 1), "additionalProperties": _clean(depth - 1)} if depth else {}
-    return {**_CLEAN, **inner}
+    inner = (
+        {"items": _no_credentials(depth - 1), "additionalProperties": _no_credentials(depth - 1)}
+        if depth
+        else {}
+    )
+    return {**_NO_CREDENTIALS, **inner}
 
 
-def _clean_optional(schema: dict[str, Any]) -> None:
+def _optional_no_credentials(schema: dict[str, Any]) -> None:
     _without_default(schema)
-    schema.update(_CLEAN)
+    schema.update(_NO_CREDENTIALS)
 
 
 _SOURCE = (
     str,
     Field(
         description="Hub id, absolute folder, URL, or `package:<distribution>/<file>.gguf`.",
-        json_schema_extra=_CLEAN,
+        json_schema_extra=_NO_CREDENTIALS,
     ),
 )
 _TRAIN = (
@@ -154,7 +158,7 @@ _TRAIN = (
     Field(
         description="Preference pairs: absolute path or URL of a jsonl, json, csv or parquet file, "
         "`hub:<id>`, or `bundled:<name>`.",
-        json_schema_extra=_CLEAN,
+        json_schema_extra=_NO_CREDENTIALS,
     ),
 )
 _HELDOUT = (
@@ -162,7 +166,7 @@ _HELDOUT = (
     Field(
         default=None,
         description="Held-out pairs, same forms. Empty: split off the train pairs.",
-        json_schema_extra=_clean_optional,
+        json_schema_extra=_optional_no_credentials,
     ),
 )
 _ENGINE = (
@@ -171,12 +175,12 @@ _ENGINE = (
 )
 
 
-def _filled(name: str, **named: Any) -> tuple[Any, Any]:
+def _section_field(name: str, **named: Any) -> tuple[Any, Any]:
     section = _section(name, **named)
     return section, Field(default_factory=section, description=section.__doc__)
 
 
-_NAMED: dict[str, dict[str, Any]] = {"sampling": {"engine": _ENGINE}}
+_EXTRA_FIELDS: dict[str, dict[str, Any]] = {"sampling": {"engine": _ENGINE}}
 """Extra fields that SeraConfig does not have."""
 
 _SECTIONS: dict[str, Any] = {
@@ -190,14 +194,14 @@ _SECTIONS: dict[str, Any] = {
             "64 train pairs), full (the method's defaults: all pairs, long responses; needs a GPU).",
         ),
     ),
-    **{name: _filled(name, **_NAMED.get(name, {})) for name in SHOWN if name != "model"},
+    **{name: _section_field(name, **_EXTRA_FIELDS.get(name, {})) for name in SHOWN if name != "model"},
     "overrides": (
         dict[str, Any],
         Field(
             default_factory=dict,
             description="Other settings of the configuration, as JSON by section: "
             '{"train": {"epochs": 2}}. Overrides the fields above.',
-            json_schema_extra={"additionalProperties": _clean(3)},  # data, train, first, path
+            json_schema_extra={"additionalProperties": _no_credentials(3)},  # data, train, first, path
         ),
     ),
 }
@@ -213,31 +217,31 @@ RunForm: type[FormPart] = create_model(
 _PRESETS = {"quick": "bundled:demo-quick", "demo": "bundled:demo"}
 
 
-def config_of(given: Mapping[str, Any]) -> SeraConfig:
+def config_from_form(given: Mapping[str, Any]) -> SeraConfig:
     """Turn a filled-in form into a configuration: preset, then fields, then overrides.
 
     Raises:
         InputError: an unknown setting, a value out of range, or a relative path.
     """
     form = RunForm.model_validate(given)
-    said = form.model_dump(mode="json", exclude_none=True, exclude={"preset", "overrides"})
-    if isinstance(losses := said["train"].get("losses"), str):
-        said["train"]["losses"] = [losses]
-    said["sampling"].pop("engine")
+    fields = form.model_dump(mode="json", exclude_none=True, exclude={"preset", "overrides"})
+    if isinstance(losses := fields["train"].get("losses"), str):
+        fields["train"]["losses"] = [losses]
+    fields["sampling"].pop("engine")
     preset = getattr(form, "preset")  # noqa: B009 - the model is made at run time
     base = load_settings(_PRESETS[preset]) if preset in _PRESETS else {}
     base.pop("model", None)
     base.get("data", {}).pop("train", None)
-    asked: dict[str, Any] = {}
-    for more in (form.sampling.engine.settings(), said, form.overrides):  # type: ignore[attr-defined]
-        base, asked = merged(base, more), merged(asked, more)
+    changes: dict[str, Any] = {}
+    for more in (form.sampling.engine.settings(), fields, form.overrides):  # type: ignore[attr-defined]
+        base, changes = merged(base, more), merged(changes, more)
     for side in ("train", "heldout", "test", "prompts"):
         given_side = base["data"].get(side)
         if isinstance(given_side, str):
             base["data"][side] = [{"path": given_side}]
         for source in base["data"].get(side, ()):
             _check_absolute(source["path"] if isinstance(source, dict) else source, f"data.{side}")
-    return parse_config(without_idle(base, asked), "form")
+    return parse_config(without_idle(base, changes), "form")
 
 
 def _check_absolute(path: str, field: str) -> None:
@@ -256,7 +260,7 @@ class _Form:
         """Accept a SeraConfig or a filled-in form; the JSON schema is the form's."""
 
         def convert(value: Any) -> Any:
-            return config_of(value) if isinstance(value, Mapping) else value
+            return config_from_form(value) if isinstance(value, Mapping) else value
 
         return core_schema.no_info_before_validator_function(
             convert, handler(source), json_schema_input_schema=handler.generate_schema(RunForm)

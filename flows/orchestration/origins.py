@@ -38,7 +38,7 @@ def _name(host: str) -> str | None:
         return None
 
 
-def guarded(app: App) -> App:
+def restrict_origins(app: App) -> App:
     """The ASGI application; foreign host names and origins get status 403."""
 
     async def guard(scope: Scope, receive: Receive, send: Send) -> None:

@@ -20,9 +20,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flows.orchestration.authentication import CLIENT_SECRET, SERVER_SECRET, secret_of
+from flows.orchestration.authentication import CLIENT_SECRET, SERVER_SECRET, load_secret
 from flows.orchestration.embedded_server import QUIET, open_private, private_folder, wait_until_healthy
-from flows.orchestration.lost_runs import Seen
+from flows.orchestration.lost_runs import FlowRunTracker
 from sera_core.errors import BusyError, InputError, SeraError
 from sera_core.guards.orphans import end_with, guarded_group
 
@@ -33,13 +33,13 @@ END_SECONDS = 15
 _PROFILE = ("PREFECT_PROFILE", "PREFECT_PROFILES_PATH", "PREFECT_API_KEY", "PREFECT_UI_API_URL")
 
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 """report(line): called with messages about restarts."""
 Ready = Callable[[dict[str, Any], str, Path | None], None]
 """ready(deployed, password, file): called once everything is up; the file holds the password, or is None."""
 
 
-def up(home: Path, port: int, deploy_arguments: list[str], ready: Ready, say: Say) -> None:
+def up(home: Path, port: int, deploy_arguments: list[str], ready: Ready, report: Report) -> None:
     """Run server and worker until interrupted or terminated.
 
     Args:
@@ -47,7 +47,7 @@ def up(home: Path, port: int, deploy_arguments: list[str], ready: Ready, say: Sa
         port: Port of the server and its UI.
         deploy_arguments: Flags for `sera deploy`.
         ready: Called once everything is up.
-        say: Called when a process died and is restarted.
+        report: Called when a process died and is restarted.
 
     Raises:
         InputError: the port is taken.
@@ -56,33 +56,33 @@ def up(home: Path, port: int, deploy_arguments: list[str], ready: Ready, say: Sa
     """
     start_server = ["flows.orchestration.embedded_server", str(port), str(os.getpid())]
     start_worker = ["prefect", "worker", "start", "--pool", "sera", "--name", "sera-up"]
-    with _interrupted(), _held(home), ExitStack() as ending:
+    with _stop_on_signal(), _lock_home(home), ExitStack() as ending:
         _check_port(port)
-        secret, file = secret_of(home)
+        secret, file = load_secret(home)
         environment = environment_of(home, port, secret)
         api = environment["PREFECT_API_URL"]
-        server = Kept("server", start_server, environment, home)
-        worker = Kept("worker", start_worker, environment, home)
-        flow_runs = Seen(home / "flow-runs", secret)
+        server = SupervisedProcess("server", start_server, environment, home)
+        worker = SupervisedProcess("worker", start_worker, environment, home)
+        flow_runs = FlowRunTracker(home / "flow-runs", secret)
         ending.callback(server.end)
         server.start()
         wait_until_healthy(server.process, f"{api}/health", server.log)
         made = _deploy(environment, deploy_arguments)
-        ending.callback(flow_runs.give_back, api)
-        ending.callback(flow_runs.lose)
+        ending.callback(flow_runs.reschedule_lost, api)
+        ending.callback(flow_runs.mark_lost)
         ending.callback(worker.end)  # callbacks run last to first
         worker.start()
         ready(made, secret, file)
         while True:
             time.sleep(0.5)
-            if server.ended():
-                server.start_again(say)
+            if server.has_died():
+                server.restart(report)
                 wait_until_healthy(server.process, f"{api}/health", server.log)
-            if worker.ended():
-                flow_runs.lose()
-                worker.start_again(say)
-            flow_runs.give_back(api)
-            flow_runs.look(worker.process.pid)
+            if worker.has_died():
+                flow_runs.mark_lost()
+                worker.restart(report)
+            flow_runs.reschedule_lost(api)
+            flow_runs.scan(worker.process.pid)
 
 
 def environment_of(home: Path, port: int, secret: str) -> dict[str, str]:
@@ -108,7 +108,7 @@ def environment_of(home: Path, port: int, secret: str) -> dict[str, str]:
     return {**defaults, **theirs, **ours}
 
 
-class Kept:
+class SupervisedProcess:
     """A module run as leader of a process group, with its output in a log file."""
 
     def __init__(self, name: str, module: list[str], environment: dict[str, str], home: Path) -> None:
@@ -139,11 +139,11 @@ class Kept:
                 start_new_session=True,
             )
 
-    def ended(self) -> bool:
+    def has_died(self) -> bool:
         """Whether the process has died."""
         return self.process.poll() is not None
 
-    def start_again(self, say: Say) -> None:
+    def restart(self, report: Report) -> None:
         """Restart the process after it died.
 
         Raises:
@@ -154,7 +154,7 @@ class Kept:
         if len(recent) >= STARTS:
             raise SeraError(f"the {self.name} died {STARTS} times within {STARTS_SECONDS} s; see {self.log}")
         code = self.process.returncode
-        say(f"the {self.name} died (exit code {code}); restarting it; see {self.log}")
+        report(f"the {self.name} died (exit code {code}); restarting it; see {self.log}")
         self.start()
 
     def end(self) -> None:
@@ -184,7 +184,7 @@ def _deploy(environment: dict[str, str], arguments: list[str]) -> dict[str, Any]
 
 
 @contextmanager
-def _interrupted() -> Iterator[None]:
+def _stop_on_signal() -> Iterator[None]:
     """Leave the block quietly on Ctrl-C, SIGTERM or SIGHUP."""
 
     def interrupt(*_: object) -> None:
@@ -198,7 +198,7 @@ def _interrupted() -> Iterator[None]:
 
 
 @contextmanager
-def _held(home: Path) -> Iterator[None]:
+def _lock_home(home: Path) -> Iterator[None]:
     """Allow one `sera up` per home: two servers must not share a SQLite file."""
     private_folder(home, "--home")
     with (home / "up.lock").open("w") as lock:

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flows import round as box
+from flows import round as sera_round
 from flows.planning.estimates import Estimator, workload
 from flows.round import Past, Ref, Steps
 from flows.running.open_run import check_template, load_data, resolved, source_digests
@@ -19,11 +19,11 @@ UNKNOWN = "?"
 """Prefix of the digest of a step that is not done yet; unique per step."""
 
 
-Answers = Callable[[int], Mapping[str, Any] | None]
+AnswerOf = Callable[[int], Mapping[str, Any] | None]
 """The recorded review answer of a round, if any."""
 
 
-def unanswered(round: int) -> None:
+def no_answer(round: int) -> None:
     """No reviews are answered."""
 
 
@@ -109,21 +109,23 @@ def walk_rounds(
     digests: Mapping[str, Any],
     history: History,
     walk: Walk,
-    answer_of: Answers = unanswered,
-) -> box.Sides:
+    answer_of: AnswerOf = no_answer,
+) -> sera_round.Sides:
     """Walk every round up to the limit; future rounds count as promoted."""
-    sides = box.prepare(config, digests, walk.do)
+    sides = sera_round.prepare(config, digests, walk.do)
     heads: list[Mapping[str, Ref]] = []
-    told: list[dict[str, Any]] = []
+    planned: list[dict[str, Any]] = []
     stopped = bool(history.rounds) and history.rounds[-1].stop_reason is not None
     last = history.next_round if stopped else max(config.limits.rounds, history.next_round)
     for number in range(last):
         walk.round = number
         before = History(history.rounds[:number]) if number <= history.next_round else None
-        entries = told if before is None or not before.rounds else before.entries()
-        head_accuracy = before.head.accuracy if before is not None and before.head else _last_accuracy(told)
+        entries = planned if before is None or not before.rounds else before.entries()
+        head_accuracy = (
+            before.head.accuracy if before is not None and before.head else _last_accuracy(planned)
+        )
         made = _round(config, sides, Past(list(heads)), number, entries, head_accuracy, walk, answer_of)
-        told = [*entries, _entry(walk, number, made)]
+        planned = [*entries, _entry(walk, number, made)]
         if number < history.next_round:
             heads = [manifest.steps for manifest in History(history.rounds[: number + 1]).lineage]
         else:
@@ -144,35 +146,37 @@ def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
     }
 
 
-def _asks(store: Store, decision: Ref) -> bool:
+def _needs_answer(store: Store, decision: Ref) -> bool:
     """Whether a recorded decision requested a review."""
     found = decision and find_record(store, decision.step, decision.key)
     return bool(found and found.metric("ask"))
 
 
-def _last_accuracy(told: list[dict[str, Any]]) -> float | None:
-    promoted = [entry["accuracy"] for entry in told if entry["decision"] == "promote"]
+def _last_accuracy(planned: list[dict[str, Any]]) -> float | None:
+    promoted = [entry["accuracy"] for entry in planned if entry["decision"] == "promote"]
     return promoted[-1] if promoted else None
 
 
 def _round(
     config: SeraConfig,
-    sides: box.Sides,
+    sides: sera_round.Sides,
     past: Past,
     number: int,
     entries: list[dict[str, Any]],
     head_accuracy: float | None,
     walk: Walk,
-    answer_of: Answers,
+    answer_of: AnswerOf,
 ) -> Steps:
-    made = box.self_review(config, sides, past, number, walk.do)
+    made = sera_round.self_review(config, sides, past, number, walk.do)
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
-    made["policy"] = box.align(config, sides, past, number, made["mixture"], walk.do)
-    made["evidence"] = box.gather_evidence(
+    made["policy"] = sera_round.align(config, sides, past, number, made["mixture"], walk.do)
+    made["evidence"] = sera_round.gather_evidence(
         config, sides, past, number, made["mixture"], made["policy"], walk.do
     )
-    made["decision"] = box.judge(config, past, number, made, entries, head_accuracy, None, walk.do)
-    if _asks(walk.store, made["decision"]) and (answer := answer_of(number)) is not None:
-        made["decision"] = box.judge(config, past, number, made, entries, head_accuracy, answer, walk.do)
+    made["decision"] = sera_round.decide(config, past, number, made, entries, head_accuracy, None, walk.do)
+    if _needs_answer(walk.store, made["decision"]) and (answer := answer_of(number)) is not None:
+        made["decision"] = sera_round.decide(
+            config, past, number, made, entries, head_accuracy, answer, walk.do
+        )
     walk.do(steps.report(number, {r: ref for r, ref in made.items() if r not in ("data", "model")}))
     return made

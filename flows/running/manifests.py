@@ -36,11 +36,11 @@ def manifest_of(session: Session, round: int, made: Steps) -> RoundManifest:
         used=[record.ref for record in session.used.values()],
         artifacts=artifacts_of(records),
         created=now(),
-        **told_by(records, [record for key, record in session.used.items() if key not in earlier]),
+        **manifest_fields(records, [record for key, record in session.used.items() if key not in earlier]),
     )
 
 
-def told_by(records: Mapping[str, StepRecord], new: Sequence[StepRecord]) -> dict[str, Any]:
+def manifest_fields(records: Mapping[str, StepRecord], new: Sequence[StepRecord]) -> dict[str, Any]:
     """The manifest fields derived from step records.
 
     Args:

@@ -120,7 +120,7 @@ def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> S
     return record
 
 
-def ask(session: Session, round: int, decision: Ref) -> dict[str, Any] | None:
+def request_review(session: Session, round: int, decision: Ref) -> dict[str, Any] | None:
     """Request a review of the round. Returns the answer if there is one."""
     found = session.record_of(decision).metrics
     evidence = {name: found[name] for name in ("decision", "reason", "verdict", "alarm")}
@@ -129,7 +129,7 @@ def ask(session: Session, round: int, decision: Ref) -> dict[str, Any] | None:
     return session.records.answer_of(round)
 
 
-def commit_test(session: Session, round: int, ref: Ref) -> None:
+def record_test_evidence(session: Session, round: int, ref: Ref) -> None:
     """Record the test evidence in the run's folder."""
     record = session.record_of(ref)
     final = {

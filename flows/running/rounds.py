@@ -25,13 +25,13 @@ def run_round(session: Session, number: int) -> str:
     """
     refuse_missing(session.config.execution.tracking)
     try:
-        return _steps_of(session, number)
+        return _run_steps(session, number)
     except BudgetReached as reached:
         session.records.record_stop("budget", str(reached))
         return "budget"
 
 
-def _steps_of(session: Session, number: int) -> str:
+def _run_steps(session: Session, number: int) -> str:
     config, past, history, do = session.config, session.past(), session.history, session.do
     sides = session.prepare()
     made = round.self_review(config, sides, past, number, do)
@@ -42,12 +42,12 @@ def _steps_of(session: Session, number: int) -> str:
             config, sides, past, number, made["mixture"], made["policy"], do
         )
         entries, accuracy = history.entries(), history.head.accuracy if history.head else None
-        made["decision"] = round.judge(config, past, number, made, entries, accuracy, None, do)
+        made["decision"] = round.decide(config, past, number, made, entries, accuracy, None, do)
         if session.record_of(made["decision"]).metric("ask"):
-            answer = open_run.ask(session, number, made["decision"])
+            answer = open_run.request_review(session, number, made["decision"])
             if answer is None:
                 return "waiting"
-            made["decision"] = round.judge(config, past, number, made, entries, accuracy, answer, do)
+            made["decision"] = round.decide(config, past, number, made, entries, accuracy, answer, do)
     made["report"] = do(
         steps.report(number, {role: ref for role, ref in made.items() if role not in ("data", "model")})
     )
@@ -62,7 +62,7 @@ def report_test_side(session: Session) -> None:
     if best is None or not test_side_is_open(session.records):
         return
     ref = round.test_evidence(session.config, session.prepare(), best.steps["policy"], session.do)
-    open_run.commit_test(session, best.round, ref)
+    open_run.record_test_evidence(session, best.round, ref)
 
 
 def test_side_is_open(records: RunStore) -> bool:

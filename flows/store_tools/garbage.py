@@ -1,9 +1,9 @@
 """`sera gc`: find and delete unreferenced steps and files. No Prefect.
 
 An unreferenced step is deleted in two passes. The first deletes its record but keeps a copy beside it: the
-step then no longer exists, and a run that needs it redoes it. The second, at least `older_than` later, deletes
-the files. If a run uses the step by then, its record is restored instead. Nothing younger than `older_than`,
-by the store's clock, is touched.
+step then no longer exists, and a run that needs it redoes it. The second, at least `older_than` later,
+deletes the files. If a run uses the step by then, its record is restored instead. Nothing younger than
+`older_than`, by the store's clock, is touched.
 """
 
 import errno
@@ -23,7 +23,7 @@ from sera_core.artifacts.store import Store, create_json
 from sera_core.artifacts.upkeep import Stored, Upload, upkeep
 from sera_core.errors import BusyError, InputError, StoreError
 
-WHILE_AT_WORK = 3600.0
+MIN_AGE_WITH_ACTIVE_RUN = 3600.0
 """Minimum age in seconds of deleted files while a run is active."""
 _STEP = re.compile(r"steps/([a-z]+)/([0-9a-f]{64})/(.+)")
 _PART = re.compile(r"part-[0-9]{5}\.json")
@@ -53,7 +53,7 @@ FILES = "files of a step whose record was deleted in an earlier pass"
 NEEDED = "a run uses the step again: its record is restored"
 
 
-def seconds_of(text: str) -> float:
+def parse_age(text: str) -> float:
     """Seconds in `90s`, `30m`, `12h`, `7d`, `2w` or `0`.
 
     Raises:
@@ -73,19 +73,19 @@ def collect(store: Store, delete: bool, older_than: float) -> dict[str, Any]:
             store is read-only.
         BusyError: files younger than an hour would be deleted while a run is active.
     """
-    if delete and older_than < WHILE_AT_WORK:
-        _refuse_at_work(store)
-    pass_ = Pass(store, older_than)
-    found = list(pass_.garbage())
-    restored = _take_all_away(store, found) if delete else []
+    if delete and older_than < MIN_AGE_WITH_ACTIVE_RUN:
+        _refuse_active_runs(store)
+    scan = GarbageScan(store, older_than)
+    found = list(scan.garbage())
+    restored = _delete_all(store, found) if delete else []
     return {
         "store": store.url,
         "deleted": delete,
         "older_than_seconds": older_than,
-        "steps_kept": pass_.kept,
-        "bytes_kept": pass_.bytes - sum(item.bytes for item in found),
+        "steps_kept": scan.kept,
+        "bytes_kept": scan.bytes - sum(item.bytes for item in found),
         "bytes": sum(item.bytes for item in found),
-        "bytes_later": pass_.later,
+        "bytes_later": scan.later,
         "items": [
             {"path": item.path, "why": item.why, "files": len(item.files), "bytes": item.bytes}
             for item in found
@@ -116,7 +116,7 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _refuse_at_work(store: Store) -> None:
+def _refuse_active_runs(store: Store) -> None:
     for run in list_runs(store):
         seen = look(store, lease_path(run))
         if seen is not None and not seen.is_over:
@@ -126,7 +126,7 @@ def _refuse_at_work(store: Store) -> None:
             )
 
 
-class Pass:
+class GarbageScan:
     """One scan of a store: steps in use and unreferenced files."""
 
     def __init__(self, store: Store, older_than: float) -> None:
@@ -141,11 +141,11 @@ class Pass:
         for place, files in sorted(steps.items()):
             if place in roots:
                 self.kept += 1
-                yield from self._within(place, files, roots.records[place])
+                yield from self._leftovers(place, files, roots.records[place])
             else:
-                yield from self._dead(place, files)
+                yield from self._unreferenced(place, files)
         yield from strays
-        yield from self._notes()
+        yield from self._stale_notes()
         for upload in upkeep(self.store).uploads():
             if upload.age >= self.older_than:
                 yield Garbage(upload.path, "an unfinished upload", upload=upload)
@@ -165,11 +165,11 @@ class Pass:
                     steps[found[1], found[2]].append(file)
         return steps, strays
 
-    def _dead(self, place: Place, files: list[Stored]) -> Iterator[Garbage]:
+    def _unreferenced(self, place: Place, files: list[Stored]) -> Iterator[Garbage]:
         """An unreferenced step."""
-        if self._young(files):
+        if self._is_young(files):
             return
-        names = {_inside(file) for file in files}
+        names = {_relative(file) for file in files}
         path = f"steps/{place[0]}/{place[1]}"
         if COLLECTED in names and "done.json" not in names:
             yield Garbage(path, FILES, _records_first(files), place)
@@ -179,24 +179,24 @@ class Pass:
         else:
             yield Garbage(path, "unfinished, unreferenced step", files, place)
 
-    def _within(self, place: Place, files: list[Stored], record: StepRecord | None) -> Iterator[Garbage]:
+    def _leftovers(self, place: Place, files: list[Stored], record: StepRecord | None) -> Iterator[Garbage]:
         """Leftover files in the folder of a step in use."""
         path = f"steps/{place[0]}/{place[1]}"
-        collected = [file for file in files if _inside(file) == COLLECTED]
+        collected = [file for file in files if _relative(file) == COLLECTED]
         if collected and record is None:
             yield Garbage(path, NEEDED, place=place)
             return
-        parts = {name: self._part(path, name) for name in map(_inside, files) if _PART.fullmatch(name)}
+        parts = {name: self._part(path, name) for name in map(_relative, files) if _PART.fullmatch(name)}
         used = parts if record is None else {name: parts[name] for name in record.parts if name in parts}
         wanted = {file for part in used.values() for file in part}
         wanted |= set() if record is None else {f"{f.attempt}/{name}" for name, f in record.files.items()}
         by_top: dict[str, list[Stored]] = defaultdict(list)
         for file in files:
-            if _inside(file) not in wanted:
-                by_top[_inside(file).partition("/")[0]].append(file)
+            if _relative(file) not in wanted:
+                by_top[_relative(file).partition("/")[0]].append(file)
         for top, left in sorted(by_top.items()):
             why = _left_over(top, record is not None, top in used)
-            if why and not self._young(left):
+            if why and not self._is_young(left):
                 yield Garbage(f"{path}/{top}", why, left, place)
 
     def _part(self, path: str, name: str) -> set[str]:
@@ -207,7 +207,7 @@ class Pass:
         part = parse_part(data, f"{self.store.url}/{path}/{name}")
         return {f"{file.attempt}/{relative}" for relative, file in part.files.items()}
 
-    def _notes(self) -> Iterator[Garbage]:
+    def _stale_notes(self) -> Iterator[Garbage]:
         """Notes of finished runs whose run no longer exists."""
         for name in self.store.names("finished"):
             path = f"finished/{name}"
@@ -220,7 +220,7 @@ class Pass:
                     path, f"a note of the run {found.run}, which no longer exists", [Stored(path, 0, age)]
                 )
 
-    def _young(self, files: Sequence[Stored]) -> bool:
+    def _is_young(self, files: Sequence[Stored]) -> bool:
         return min(file.age for file in files) < self.older_than
 
 
@@ -235,46 +235,45 @@ def _left_over(top: str, done: bool, used: bool) -> str | None:
     return {"claim": "the claim of a finished step", COLLECTED: "the copy of a restored record"}.get(top)
 
 
-def _inside(file: Stored) -> str:
+def _relative(file: Stored) -> str:
     """Path below the step's folder."""
     return file.path.split("/", 3)[3]
 
 
 def _records_first(files: Sequence[Stored]) -> list[Stored]:
     """Deletion order: parts from the last, so that the series has no gap; the record's copy at the end."""
-    parts = sorted((f for f in files if _PART.fullmatch(_inside(f))), key=_inside, reverse=True)
-    copy = [file for file in files if _inside(file) == COLLECTED]
+    parts = sorted((f for f in files if _PART.fullmatch(_relative(f))), key=_relative, reverse=True)
+    copy = [file for file in files if _relative(file) == COLLECTED]
     return [*parts, *(file for file in files if file not in parts and file not in copy), *copy]
 
 
-# -------------------------------------------------------------------------------------------------- delete
+# ------------------------------------------------------------------------------------------------- delete
 
 
-def _take_all_away(store: Store, found: Sequence[Garbage]) -> list[str]:
+def _delete_all(store: Store, found: Sequence[Garbage]) -> list[str]:
     """Delete the items. Returns the steps restored because a run uses them meanwhile."""
     try:
         for item in found:
-            take_away(store, item)
-        return _put_back_needed(store, [item.place for item in found if item.why == UNNEEDED])
+            delete_item(store, item)
+        return _restore_needed(store, [item.place for item in found if item.why == UNNEEDED])
     except OSError as error:
         if error.errno != errno.EROFS and not isinstance(error, PermissionError):
             raise
         raise StoreError(
-            f"{store.url}: --delete needs permission to write and delete ({error}); without --delete, gc only "
-            "reads"
+            f"{store.url}: --delete needs permission to write and delete ({error}); without it gc only reads"
         ) from error
 
 
-def take_away(store: Store, item: Garbage) -> None:
+def delete_item(store: Store, item: Garbage) -> None:
     """Delete or restore one item."""
     if item.upload is not None:
         upkeep(store).abort(item.upload)
     elif item.why == NEEDED and item.place is not None:
-        put_back(store, item.place)
+        restore_record(store, item.place)
     elif item.place is not None and is_claimed(store, item.place):
         return  # a process is doing the step and may resume from these files
     elif item.why == UNNEEDED and item.place is not None:
-        take_record(store, item.place)
+        delete_record(store, item.place)
     else:
         _delete(store, item.files)
 
@@ -288,7 +287,7 @@ def _delete(store: Store, files: Sequence[Stored]) -> None:
     upkeep(store).delete(records[-1:])
 
 
-def take_record(store: Store, place: Place) -> None:
+def delete_record(store: Store, place: Place) -> None:
     """Delete the step's record, keeping a copy."""
     path = f"steps/{place[0]}/{place[1]}"
     record = read_record(store, f"{path}/done.json")
@@ -297,7 +296,7 @@ def take_record(store: Store, place: Place) -> None:
     upkeep(store).delete([f"{path}/done.json"])
 
 
-def put_back(store: Store, place: Place) -> None:
+def restore_record(store: Store, place: Place) -> None:
     """Restore the step's record from its copy."""
     path = f"steps/{place[0]}/{place[1]}"
     copy = read_typed(store, f"{path}/{COLLECTED}", Collected)
@@ -307,12 +306,12 @@ def put_back(store: Store, place: Place) -> None:
     upkeep(store).delete([f"{path}/{COLLECTED}"])
 
 
-def _put_back_needed(store: Store, places: Sequence[Place | None]) -> list[str]:
+def _restore_needed(store: Store, places: Sequence[Place | None]) -> list[str]:
     """Restore records that a run started meanwhile may have found just before."""
     if not places:
         return []
     roots = Roots(store)
     needed = [place for place in places if place is not None and place in roots]
     for place in needed:
-        put_back(store, place)
+        restore_record(store, place)
     return [f"steps/{step}/{key}" for step, key in needed]

@@ -7,7 +7,7 @@ would use (computed as in `sera plan`). Claimed steps are kept too.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from flows import round as box
+from flows import round as sera_round
 from flows.planning.plan import Walk, walk_rounds
 from flows.running.open_run import test_record
 from sera_core.artifacts.lease import claim_path, look
@@ -36,7 +36,7 @@ class Roots:
         self.store = store
         self.records: dict[Place, StepRecord | None] = {}
         for run in list_runs(store):
-            for place in of_run(RunStore(store, run)):
+            for place in steps_of_run(RunStore(store, run)):
                 self._keep(place)
 
     def __contains__(self, place: Place) -> bool:
@@ -68,7 +68,7 @@ def is_claimed(store: Store, place: Place) -> bool:
     return seen is not None and not seen.is_over
 
 
-def of_run(records: RunStore) -> Iterator[Place]:
+def steps_of_run(records: RunStore) -> Iterator[Place]:
     """Steps that a run uses, or would reuse when it resumes."""
     if not records.configs():
         return
@@ -78,11 +78,11 @@ def of_run(records: RunStore) -> Iterator[Place]:
         if (final := records.test_evidence(manifest.round)) is not None:
             yield from _places([StepRef.model_validate(final["step"])])
     if records.stop_reason() in (None, "budget"):  # after a raised budget the open round resumes
-        yield from _of_open_round(records)
-    yield from _of_test_side(records)
+        yield from _open_round_steps(records)
+    yield from _test_steps(records)
 
 
-def _of_open_round(records: RunStore) -> Iterator[Place]:
+def _open_round_steps(records: RunStore) -> Iterator[Place]:
     walk = Walk(records.store.url)
     config = records.configs()[-1].settings
     digests = records.configs()[-1].resolved["digests"]
@@ -90,15 +90,15 @@ def _of_open_round(records: RunStore) -> Iterator[Place]:
     yield from ((row["step"], row["key"]) for row in walk.rows if row["key"] is not None)
 
 
-def _of_test_side(records: RunStore) -> Iterator[Place]:
+def _test_steps(records: RunStore) -> Iterator[Place]:
     """Steps of a test evaluation that is not finished."""
     best = records.history().best
     if best is None or test_record(records) is not None:
         return
     walk = Walk(records.store.url)
     config = records.configs()[-1].settings
-    sides = box.prepare(config, records.configs()[-1].resolved["digests"], walk.do)
-    box.test_evidence(config, sides, best.steps["policy"], walk.do)
+    sides = sera_round.prepare(config, records.configs()[-1].resolved["digests"], walk.do)
+    sera_round.test_evidence(config, sides, best.steps["policy"], walk.do)
     yield from ((row["step"], row["key"]) for row in walk.rows if row["key"] is not None)
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from flows.running.manifests import artifact, told_by
+from flows.running.manifests import artifact, manifest_fields
 from sera_core.artifacts.canonical import canonical_json
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef, find_record, parse_part
 from sera_core.artifacts.records import read_record, read_series
@@ -19,8 +19,8 @@ from sera_core.artifacts.upkeep import upkeep
 from sera_core.errors import StoreError
 from sera_core.steps import SIDES
 
-Told = Callable[[int, int, str], None]
-AT_ONCE = 4
+ReportProgress = Callable[[int, int, str], None]
+PARALLEL_READS = 4
 """Files read in parallel."""
 
 
@@ -35,7 +35,7 @@ class Verified:
     bytes: int
 
 
-def verify(records: RunStore, progress: Told = lambda done, total, unit: None) -> Verified:
+def verify(records: RunStore, progress: ReportProgress = lambda done, total, unit: None) -> Verified:
     """Follow every link of a run, then hash every file of its steps.
 
     Symbolic links in a local store, and unrecorded files in the folder of a finished step, are errors.
@@ -50,7 +50,7 @@ def verify(records: RunStore, progress: Told = lambda done, total, unit: None) -
     files = [(record, name) for record in chain.steps.values() for name in record.files]
     size = sum(record.files[name].bytes for record, name in files)
     done = 0
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
         try:
             for read in pool.map(chain.check_file, *zip(*files, strict=True)) if files else ():
                 done += read
@@ -84,7 +84,7 @@ class Chain:
             self._check_policies(manifest, History(rounds[:number]))
             self._check_answer(manifest)
             self._check_artifacts(manifest)
-            self._check_told(manifest, {ref.key for before in rounds[:number] for ref in before.used})
+            self._check_fields(manifest, {ref.key for before in rounds[:number] for ref in before.used})
             self._check_final(manifest)
         self.rounds = len(rounds)
 
@@ -93,7 +93,7 @@ class Chain:
         found = [path for record in self.steps.values() for path in self._unrecorded(record)]
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            self._broken(
+            self._fail(
                 found[0],
                 f"no record names this file{more}: the step that finished here did not write it. Nothing of "
                 "the run was made from it; remove it",
@@ -127,10 +127,10 @@ class Chain:
         path = f"{_folder(record)}/{file.attempt}/{name}"
         found = upkeep(self.store).hashed(path)
         if found is None:
-            self._broken(path, "missing; restore it from a copy of the store")
+            self._fail(path, "missing; restore it from a copy of the store")
         if found != (file.sha256, file.bytes):
             recorded = f"{file.bytes:,} bytes, sha256 {file.sha256[:12]}…"
-            self._broken(
+            self._fail(
                 path,
                 f"{found[1]:,} bytes, sha256 {found[0][:12]}… but its record says {recorded}; it was changed",
             )
@@ -140,16 +140,16 @@ class Chain:
 
     def _check_config(self, number: int, config: RunRecord, first: RunRecord) -> None:
         path = f"{self.records.path}/run-{number:03d}.json"
-        self._hold(config.run == self.records.run, path, f"is the record of the run {config.run!r}")
-        self._hold(config.changed is None, path, f"{config.changed} is not what its config_sha256 covers")
-        self._hold(
+        self._check(config.run == self.records.run, path, f"is the record of the run {config.run!r}")
+        self._check(config.changed is None, path, f"{config.changed} is not what its config_sha256 covers")
+        self._check(
             config.config_sha256 == first.config_sha256, path, "is of another configuration than run-000.json"
         )
 
     def _check_manifest(self, manifest: RoundManifest, config: RunRecord) -> None:
         path = self._round_path(manifest.round)
-        self._hold(manifest.run == self.records.run, path, f"is a round of the run {manifest.run!r}")
-        self._hold(
+        self._check(manifest.run == self.records.run, path, f"is a round of the run {manifest.run!r}")
+        self._check(
             manifest.config_sha256 == config.config_sha256, path, "was made under another configuration"
         )
 
@@ -159,9 +159,9 @@ class Chain:
         data = self.steps[manifest.steps["data"].key].fields
         for side in SIDES:
             found = [source["digest"] for source in data[side]]
-            self._hold(found == digests["data"][side], path, f"was made from other {side} data")
+            self._check(found == digests["data"][side], path, f"was made from other {side} data")
         model = self.steps[manifest.steps["model"].key].fields
-        self._hold(model["source_digest"] == digests["model"], path, "was made from another start policy")
+        self._check(model["source_digest"] == digests["model"], path, "was made from another start policy")
 
     def _check_policies(self, manifest: RoundManifest, before: History) -> None:
         """Start and sampling policy are the head of that time, or the start policy."""
@@ -171,7 +171,7 @@ class Chain:
         for role, source in (("policy", "start"), ("samples", "policy")):
             if role in manifest.steps:
                 ref = self.steps[manifest.steps[role].key].inputs[source]
-                self._hold(ref.digest in own, path, f"{role}: not from a policy of this run's own lineage")
+                self._check(ref.digest in own, path, f"{role}: not from a policy of this run's own lineage")
 
     def _check_answer(self, manifest: RoundManifest) -> None:
         """A reviewed decision matches the recorded answer."""
@@ -181,18 +181,18 @@ class Chain:
         if used is not None:
             given = self.records.given_answer(manifest.round) or {}
             path = f"{self.records.path}/review-{manifest.round:03d}-answer.json"
-            self._hold({name: given.get(name) for name in used} == used, path, "is not what was decided by")
+            self._check({name: given.get(name) for name in used} == used, path, "is not what was decided by")
 
     def _check_artifacts(self, manifest: RoundManifest) -> None:
         for role, place in manifest.artifacts.items():
             record = self.steps.get(place["key"])
-            self._hold(
+            self._check(
                 record is not None and _artifact(record, place["path"]) == place,
                 self._round_path(manifest.round),
                 f"the artifact {role} is not what its step recorded (steps/{place['step']}/{place['key']})",
             )
 
-    def _check_told(self, manifest: RoundManifest, earlier: Collection[str]) -> None:
+    def _check_fields(self, manifest: RoundManifest, earlier: Collection[str]) -> None:
         """The manifest matches its steps' records, and `used` names all steps it depends on.
 
         Args:
@@ -202,7 +202,7 @@ class Chain:
         path = self._round_path(manifest.round)
         records = {role: self.steps[ref.key] for role, ref in manifest.steps.items()}
         new = [self.steps[ref.key] for ref in manifest.used if ref.key not in earlier]
-        for name, expected in told_by(records, new).items():
+        for name, expected in manifest_fields(records, new).items():
             found = getattr(manifest, name)
             other = canonical_json(found) != canonical_json(expected)
             what = (
@@ -210,10 +210,10 @@ class Chain:
                 if other
                 else ""
             )
-            self._hold(not other, path, f"{what} is not what the round's steps recorded")
+            self._check(not other, path, f"{what} is not what the round's steps recorded")
         used = {ref.key for ref in manifest.used} | set(earlier)
         for record in self._reached(list(records.values())):
-            self._hold(record.key in used, path, f"depends on {_folder(record)}, which `used` does not name")
+            self._check(record.key in used, path, f"depends on {_folder(record)}, which `used` does not name")
 
     def _reached(self, records: list[StepRecord]) -> Iterator[StepRecord]:
         """The steps and all their ancestors."""
@@ -233,11 +233,11 @@ class Chain:
         path = f"{self.records.path}/final-{manifest.round:03d}.json"
         self._step(StepRef.model_validate(final["step"]), path)
         record = self.steps[final["step"]["key"]]
-        self._hold(record.step == "test", path, f"its step is {record.step!r}, not `test`")
+        self._check(record.step == "test", path, f"its step is {record.step!r}, not `test`")
         judged = self.steps[record.inputs["policy_test"].key].inputs["policy"]
-        self._hold(judged == manifest.steps.get("policy"), path, "is not from the policy of its round")
+        self._check(judged == manifest.steps.get("policy"), path, "is not from the policy of its round")
         same = canonical_json(final["metrics"]) == canonical_json(record.metrics)
-        self._hold(same, path, "its metrics are not what its step recorded")
+        self._check(same, path, "its metrics are not what its step recorded")
 
     def check_evidence(self) -> None:
         """The metrics of evaluation steps match their evidence.json."""
@@ -248,7 +248,7 @@ class Chain:
                     name: None if value in ("inf", "-inf") else value
                     for name, value in record.metrics.items()
                 }
-                self._hold(
+                self._check(
                     canonical_json(json.loads(file.read_text())) == canonical_json(held),
                     f"{_folder(record)}/done.json",
                     "its metrics are not those of its evidence.json",
@@ -263,7 +263,7 @@ class Chain:
             ref, named_by = waiting.pop()
             self.links += 1
             record = self.steps.get(ref.key) or self._read(ref, named_by)
-            self._hold(
+            self._check(
                 record.digest == ref.digest,
                 f"{_folder(record)}/done.json",
                 f"has other content (digest {record.digest[:12]}…) than {named_by} names "
@@ -277,21 +277,21 @@ class Chain:
         path = f"steps/{ref.step}/{ref.key}"
         record = find_record(self.store, ref.step, ref.key)
         if record is None:
-            self._broken(f"{path}/done.json", f"missing, but {named_by} names it; run the experiment again")
+            self._fail(f"{path}/done.json", f"missing, but {named_by} names it; run the experiment again")
         for name in record.parts:
             data = read_record(self.store, f"{path}/{name}")
-            self._hold(data is not None, f"{path}/{name}", "missing, but the step was made from it")
+            self._check(data is not None, f"{path}/{name}", "missing, but the step was made from it")
             parse_part(data, f"{self.store.url}/{path}/{name}")
         return record
 
     def _round_path(self, number: int) -> str:
         return f"{self.records.path}/round-{number:03d}.json"
 
-    def _hold(self, holds: bool, path: str, what: str) -> None:
+    def _check(self, holds: bool, path: str, what: str) -> None:
         if not holds:
-            self._broken(path, f"{what}; restore it from a copy of the store")
+            self._fail(path, f"{what}; restore it from a copy of the store")
 
-    def _broken(self, path: str, what: str) -> NoReturn:
+    def _fail(self, path: str, what: str) -> NoReturn:
         raise StoreError(f"{self.store.url}/{path}: {what}")
 
 

@@ -159,14 +159,14 @@ def test_a_record_is_put_back_at_once_when_a_run_found_it_while_it_was_taken(
     shutil.move(aged(kept_store) / "runs" / "second", tmp_path / "second")
     taken = []
 
-    def take_record_and_be_late(store, place):
+    def delete_record_late(store, place):
         garbage_take(store, place)
         taken.append(place)
         if len(taken) == 1:
             shutil.copytree(tmp_path / "second", kept_store / "runs" / "second")
 
-    garbage_take = garbage.take_record
-    monkeypatch.setattr(garbage, "take_record", take_record_and_be_late)
+    garbage_take = garbage.delete_record
+    monkeypatch.setattr(garbage, "delete_record", delete_record_late)
     assert len(gc(kept_store)["restored"]) == len(taken) > 1
     assert holds(kept_store, "second")
 
@@ -362,13 +362,13 @@ def test_notes_of_runs_that_are_no_more_go_and_others_stay(kept_store):
     ("text", "seconds"), [("0", 0), ("90s", 90), ("1.5h", 5400), ("7d", 7 * DAY), ("2w", 14 * DAY)]
 )
 def test_ages_are_written_with_their_unit(text, seconds):
-    assert garbage.seconds_of(text) == seconds
+    assert garbage.parse_age(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["7", "d", "-1d", "7 days", "１d", "1e9d", ""])
 def test_an_age_without_a_unit_or_in_other_digits_is_refused(text):
     with pytest.raises(InputError, match="--older-than"):
-        garbage.seconds_of(text)
+        garbage.parse_age(text)
 
 
 @pytest.mark.flow

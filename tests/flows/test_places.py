@@ -16,7 +16,7 @@ import tinyrun
 from flows.cli import main, parser
 from flows.experiments import load_settings
 from flows.orchestration import configured_server
-from flows.orchestration.embedded_server import free_port, never_proxy_loopback, prefect_api
+from flows.orchestration.embedded_server import bypass_loopback_proxy, free_port, prefect_api
 from sera_core.artifacts.folders import cache_folder
 from sera_core.errors import InputError
 
@@ -51,7 +51,7 @@ def test_proxies_and_packages_of_the_working_directory_do_not_reach_our_server(t
 def test_a_persons_own_exceptions_from_the_proxy_stay(monkeypatch, given, expected):
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, given)
-    never_proxy_loopback()
+    bypass_loopback_proxy()
     assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == expected
 
 
