@@ -59,7 +59,7 @@ def sera(
         cards.publish_plan(name, plan(config, name, store))
         return Completed(message="plan published; nothing was run", data="planned")
     if "{date}" in run and (before := run_names.find_finished(open_store(store), config)) not in (None, name):
-        return Completed(message=f"nothing new: run {before} did exactly this", data="nothing new")
+        return Completed(message=f"nothing new: run {before} is identical and finished", data="nothing new")
     with run_slot(name):  # two simultaneous triggers must not both read the data
         records = open_run.open_run(config, name, store)
     if is_finished(records):

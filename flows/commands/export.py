@@ -50,7 +50,7 @@ def add_lineage(commands: Any, common: argparse.ArgumentParser) -> None:
 def export_command(args: argparse.Namespace) -> int:
     """Write the policy (an adapter merged into its base), and push it with --push-to."""
     if args.to is None and args.push_to is None:
-        raise InputError("sera export: name a folder with --to, or a repository with --push-to, or both")
+        raise InputError("sera export: give a folder with --to, a repository with --push-to, or both")
     if args.public and args.push_to is None:
         raise InputError("--public: only with --push-to; give that too")
     records = run_records(open_store(args.store), args.run)

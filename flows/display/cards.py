@@ -135,7 +135,7 @@ def _line(run: str, manifest: RoundManifest) -> list[str]:
 
 def plan_card(run: str, found: dict[str, Any]) -> str:
     """A plan (from flows.planning.plan.plan) as a table, with totals."""
-    totals = f"{found['reuse']} steps are in the store, {found['run_now']} would run now, {found['depends']} "
+    totals = f"{found['reuse']} steps are in the store, {found['run_now']} can run now, {found['depends']} "
     totals += f"depend on those: about {found['tokens']:,} tokens, {_seconds(found['seconds'])} of work and "
     totals += f"{found['bytes']:,} bytes."
     rows = [

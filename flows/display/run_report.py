@@ -68,7 +68,7 @@ def _refuse_foreign(out: Path, names: Sequence[str]) -> None:
             )
         if path.exists() and not _is_report(path):
             raise InputError(
-                f"{path}: exists and is not a report of ours; give --out another folder, or move it away"
+                f"{path}: exists and is not a sera-flow report; give --out another folder, or move it away"
             )
 
 
@@ -163,8 +163,8 @@ def _best_words(best: RoundManifest | None) -> str:
     accuracy = best.metrics["heldout/rewards/accuracies"]
     return (
         f"Round {best.round} is the best: of the promoted rounds it has the highest held-out reward "
-        f"accuracy, {words.interval(accuracy)} on {words.plural(accuracy['n'], 'pair')} (a tie goes to the "
-        "earlier round)."
+        f"accuracy, {words.interval(accuracy)} on {words.plural(accuracy['n'], 'pair')} (ties go to the "
+        "later round)."
     )
 
 
@@ -255,9 +255,7 @@ def _margin_note(history: History) -> list[str]:
     growth = f"From round {heads[0].round} to {heads[-1].round} the mean held-out margin grew from "
     growth += f"{words.number(margin[0])} to {words.number(margin[1])} nats"
     if words.too_few(accuracy[1]):
-        return [
-            f"{growth}; {accuracy[1]['n']} held-out pairs are too few pairs to tell whether accuracy grew."
-        ]
+        return [f"{growth}; {accuracy[1]['n']} held-out pairs are too few to tell whether accuracy grew."]
     if accuracy[1]["low"] > accuracy[0]["value"]:
         return [f"{growth}, and held-out accuracy grew with it."]
     return [

@@ -18,7 +18,7 @@ def check_target(repository: str) -> str:
         InputError: a bad repository name, or no token in the environment.
     """
     if not _REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
-        raise InputError(f"--push-to {repository!r}: give ORG/NAME, of letters, digits, '.', '-' and '_'")
+        raise InputError(f"--push-to {repository!r}: give ORG/NAME with letters, digits, '.', '-' and '_'")
     token = os.environ.get("HF_TOKEN", "").strip()
     if not token:
         raise InputError(

@@ -75,7 +75,7 @@ def _verdict(records: RunStore, manifest: RoundManifest) -> Iterator[str]:
     yield f"Held-out accuracy: {accuracy}."
     change = since_round_0(records, manifest)
     if change is None:
-        yield "This is round 0: plain direct alignment on the given pairs, before any self-review."
+        yield "This is round 0: direct alignment on all human pairs, before any self-review."
     else:
         yield _since(asdict(change))
     final = test_record(records)
@@ -124,7 +124,7 @@ def _settings(records: RunStore) -> list[list[str]]:
         ("β", f"{train.beta:g}"),
         ("method", f"LoRA, rank {train.lora_rank}" if train.method == "lora" else "all weights"),
         ("learning rate", f"{config.learning_rate:g}"),
-        ("batch, epochs a round", f"{train.batch}, {train.epochs}"),
+        ("batch, epochs per round", f"{train.batch}, {train.epochs}"),
         ("arithmetic", config.model.dtype),
         ("review", f"score {config.score}, ensemble {config.review.ensemble}"),
         ("selection", f"{config.select.rule} ({config.select.fraction:g})"),

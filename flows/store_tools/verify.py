@@ -95,8 +95,7 @@ class Chain:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             self._fail(
                 found[0],
-                f"no record names this file{more}: the step that finished here did not write it. Nothing of "
-                "the run was made from it; remove it",
+                f"no record names this file{more}, so no step of the run wrote or used it; remove it",
             )
 
     def _unrecorded(self, record: StepRecord) -> list[str]:
@@ -141,17 +140,15 @@ class Chain:
     def _check_config(self, number: int, config: RunRecord, first: RunRecord) -> None:
         path = f"{self.records.path}/run-{number:03d}.json"
         self._check(config.run == self.records.run, path, f"is the record of the run {config.run!r}")
-        self._check(config.changed is None, path, f"{config.changed} is not what its config_sha256 covers")
+        self._check(config.changed is None, path, f"{config.changed} does not match its config_sha256")
         self._check(
-            config.config_sha256 == first.config_sha256, path, "is of another configuration than run-000.json"
+            config.config_sha256 == first.config_sha256, path, "has another configuration than run-000.json"
         )
 
     def _check_manifest(self, manifest: RoundManifest, config: RunRecord) -> None:
         path = self._round_path(manifest.round)
         self._check(manifest.run == self.records.run, path, f"is a round of the run {manifest.run!r}")
-        self._check(
-            manifest.config_sha256 == config.config_sha256, path, "was made under another configuration"
-        )
+        self._check(manifest.config_sha256 == config.config_sha256, path, "has another configuration")
 
     def _check_sources(self, manifest: RoundManifest, config: RunRecord) -> None:
         """Data and model are those of the configuration."""
@@ -159,9 +156,9 @@ class Chain:
         data = self.steps[manifest.steps["data"].key].fields
         for side in SIDES:
             found = [source["digest"] for source in data[side]]
-            self._check(found == digests["data"][side], path, f"was made from other {side} data")
+            self._check(found == digests["data"][side], path, f"uses other {side} data")
         model = self.steps[manifest.steps["model"].key].fields
-        self._check(model["source_digest"] == digests["model"], path, "was made from another start policy")
+        self._check(model["source_digest"] == digests["model"], path, "uses another start policy")
 
     def _check_policies(self, manifest: RoundManifest, before: History) -> None:
         """Start and sampling policy are the head of that time, or the start policy."""
@@ -171,7 +168,7 @@ class Chain:
         for role, source in (("policy", "start"), ("samples", "policy")):
             if role in manifest.steps:
                 ref = self.steps[manifest.steps[role].key].inputs[source]
-                self._check(ref.digest in own, path, f"{role}: not from a policy of this run's own lineage")
+                self._check(ref.digest in own, path, f"{role}: not from a policy in this run's lineage")
 
     def _check_answer(self, manifest: RoundManifest) -> None:
         """A reviewed decision matches the recorded answer."""
@@ -181,7 +178,11 @@ class Chain:
         if used is not None:
             given = self.records.given_answer(manifest.round) or {}
             path = f"{self.records.path}/review-{manifest.round:03d}-answer.json"
-            self._check({name: given.get(name) for name in used} == used, path, "is not what was decided by")
+            self._check(
+                {name: given.get(name) for name in used} == used,
+                path,
+                "differs from the answer in the decision",
+            )
 
     def _check_artifacts(self, manifest: RoundManifest) -> None:
         for role, place in manifest.artifacts.items():
@@ -189,7 +190,7 @@ class Chain:
             self._check(
                 record is not None and _artifact(record, place["path"]) == place,
                 self._round_path(manifest.round),
-                f"the artifact {role} is not what its step recorded (steps/{place['step']}/{place['key']})",
+                f"the artifact {role} differs from its step's record (steps/{place['step']}/{place['key']})",
             )
 
     def _check_fields(self, manifest: RoundManifest, earlier: Collection[str]) -> None:
@@ -210,7 +211,7 @@ class Chain:
                 if other
                 else ""
             )
-            self._check(not other, path, f"{what} is not what the round's steps recorded")
+            self._check(not other, path, f"{what} differs from the records of the round's steps")
         used = {ref.key for ref in manifest.used} | set(earlier)
         for record in self._reached(list(records.values())):
             self._check(record.key in used, path, f"depends on {_folder(record)}, which `used` does not name")
@@ -237,7 +238,7 @@ class Chain:
         judged = self.steps[record.inputs["policy_test"].key].inputs["policy"]
         self._check(judged == manifest.steps.get("policy"), path, "is not from the policy of its round")
         same = canonical_json(final["metrics"]) == canonical_json(record.metrics)
-        self._check(same, path, "its metrics are not what its step recorded")
+        self._check(same, path, "its metrics differ from its step's record")
 
     def check_evidence(self) -> None:
         """The metrics of evaluation steps match their evidence.json."""
@@ -251,7 +252,7 @@ class Chain:
                 self._check(
                     canonical_json(json.loads(file.read_text())) == canonical_json(held),
                     f"{_folder(record)}/done.json",
-                    "its metrics are not those of its evidence.json",
+                    "its metrics differ from its evidence.json",
                 )
 
     # --------------------------------------------------------------------------------------------- steps

@@ -42,7 +42,7 @@ def test_a_report_is_written_again_over_itself(kept_store, tmp_path):
 def test_a_folder_in_a_pages_place_is_refused(kept_store, tmp_path, capsys):
     (tmp_path / "report" / "index.html").mkdir(parents=True)
     assert main(report(kept_store, tmp_path / "report")) == 2
-    assert "not a report of ours" in capsys.readouterr().err
+    assert "not a sera-flow report" in capsys.readouterr().err
 
 
 def places(tmp_path: Path) -> dict[str, Path]:

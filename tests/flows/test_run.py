@@ -131,7 +131,7 @@ def test_the_export_is_the_best_rounds_policy_and_never_overwrites(finished, tmp
         and (tmp_path / "policy" / "model.safetensors").exists()
     )
     again = sera("export", "tiny", "--store", str(store), "--to", str(tmp_path / "policy"))
-    assert again.returncode == 2 and "exists already" in again.stderr
+    assert again.returncode == 2 and "already exists" in again.stderr
 
 
 def test_list_report_and_plan_tell_of_the_finished_run(finished, tmp_path):

@@ -229,6 +229,6 @@ def test_an_answer_changed_after_the_decision_is_found(tmp_path):
     assert verify(records).rounds == 1
     path = tmp_path / "store" / "runs" / "first" / "review-000-answer.json"
     change(path, who="eve")
-    with pytest.raises(StoreError, match="is not what was decided by") as failed:
+    with pytest.raises(StoreError, match="differs from the answer in the decision") as failed:
         verify(records)
     assert str(path) in str(failed.value)

@@ -254,7 +254,7 @@ def test_a_report_replaces_its_own_pages_and_refuses_any_other_file(records, tmp
     assert write_run_report(records.store.url, records.run, tmp_path) == first
     assert (tmp_path / "notes.html").read_text() == "mine"
     (tmp_path / "round-001.html").write_text("<html>mine too</html>")
-    with pytest.raises(InputError, match=r"round-001\.html: exists and is not a report"):
+    with pytest.raises(InputError, match=r"round-001\.html: exists and is not a sera-flow report"):
         write_run_report(records.store.url, records.run, tmp_path)
     assert (tmp_path / "round-001.html").read_text() == "<html>mine too</html>"
 
