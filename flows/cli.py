@@ -1,6 +1,6 @@
 """`sera`: the command line.
 
-Exit codes: 0 done or waiting, 1 failed, 2 bad input, 3 held by another, 130 interrupted.
+Exit codes: 0 done or waiting, 1 failed, 2 bad input, 3 in use by another process, 130 interrupted.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from flows.commands import capability_flags, deploy, doctor, export, review, run, show, store
-from flows.orchestration.embedded_server import never_proxy_loopback
+from flows.orchestration.embedded_server import bypass_loopback_proxy
 from flows.start import entry
 from sera_core import __version__
 from sera_core.artifacts.store import default_store
@@ -43,28 +43,31 @@ ADDERS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are shown as text and repeat no credentials of a URL."""
+    """A parser whose error messages are escaped and contain no URL credentials."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and leave with exit code 2."""
+        """Print the error and exit with code 2."""
         super().error(shown(without_secrets_in(message)))
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every command with its flags."""
+    """The parser of all commands."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--store",
         default=default_store(),
-        type=lambda given: given or default_store(),  # --store "" is no store: as if it were not given
+        type=lambda given: given or default_store(),  # an empty --store means the default
         help="folder or s3://bucket/prefix that holds the artifacts "
         "(default: $SERA_STORE, else ./sera-store)",
     )
     common.add_argument(
-        "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
+        "--json", action="store_true", help="print one JSON object on stdout and nothing else"
     )
     common.add_argument("--debug", action="store_true", help="show tracebacks and Prefect's log")
-    top = Parser(prog="sera", description="SeRA: self-reviewing and alignment, the whole loop.")
+    top = Parser(
+        prog="sera",
+        description="SeRA (Self-Reviewing and Alignment): preference alignment in self-reviewed rounds.",
+    )
     top.add_argument("--version", action="version", version=f"sera-flow {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in ADDERS:
@@ -75,20 +78,20 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     args = parser().parse_args(argv)
-    if not args.debug:  # libraries' notes to their developers are not for the user
+    if not args.debug:  # warnings for library developers
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-    never_proxy_loopback()
+    bypass_loopback_proxy()
     try:
         return args.command(args)
     except SeraError as error:
         return _failed(args, str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _failed(args, "interrupted; the same command goes on where it stopped", 130)
-    except BrokenPipeError:  # the reader of our output has gone
+        return _failed(args, "interrupted; run the same command again to resume", 130)
+    except BrokenPipeError:  # the reader closed the pipe
         return 1
-    except Exception as error:  # a bug or the machine's fault: one line here, all of it with --debug
-        return _failed(args, f"{type(error).__name__}: {error} (--debug shows where)", 1)
+    except Exception as error:  # unexpected: one line, the traceback with --debug
+        return _failed(args, f"{type(error).__name__}: {error} (--debug shows the traceback)", 1)
 
 
 def _failed(args: argparse.Namespace, message: str, code: int) -> int:

@@ -1,4 +1,4 @@
-"""Experiment files: TOML with the sections of SeraConfig, changed by `--set a.b=value`."""
+"""Experiment files: TOML with the sections of SeraConfig, and overrides `--set a.b=value`."""
 
 import difflib
 import json
@@ -22,9 +22,9 @@ SIDES = ("train", "heldout", "test", "prompts")
 
 
 def load_experiment(path: str, sets: Sequence[str] = ()) -> SeraConfig:
-    """Read an experiment (a file, or `bundled:<name>`), apply `a.b=value` changes, check every field.
+    """Read an experiment (a file, or `bundled:<name>`), apply `a.b=value` overrides, check every field.
 
-    Paths in the file are relative to the file's folder; paths given by --set to the working directory.
+    Paths in the file are relative to its folder; paths in --set to the working directory.
 
     Raises:
         InputError: no such file, not TOML, an unknown key (the nearest is suggested), a value out of range.
@@ -41,17 +41,17 @@ def load_experiment(path: str, sets: Sequence[str] = ()) -> SeraConfig:
     return parse_config(whole, where)
 
 
-def without_idle(settings: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings less those that the changes `said` rob of their effect and do not name themselves.
+def without_idle(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that have no effect because of the overrides.
 
-    A control such as `--set mix.shares=[0.0]` need not take the sampling out of its file; what the changes
-    themselves say and what the file says in vain without them is refused all the same.
+    `--set mix.shares=[0.0]` makes the file's sampling settings idle, so they are dropped. An override without
+    effect, or a setting that has none even without the overrides, is still refused.
     """
     try:
         config = SeraConfig.stored(settings)
     except ValidationError:
-        return settings  # all of it is explained when it is checked
-    named, result = flatten(said), settings
+        return settings  # reported when the settings are checked
+    named, result = flatten(changes), settings
     for field, *_ in idle(config):
         section, _, name = field.partition(".")
         if field not in named and name in result.get(section, {}):
@@ -68,7 +68,7 @@ def _is_valid(settings: dict[str, Any]) -> bool:
 
 
 def load_settings(path: str) -> dict[str, Any]:
-    """An experiment file's settings, not checked yet; its relative paths made absolute.
+    """Read an experiment file's settings, unchecked, with relative paths made absolute.
 
     Raises:
         InputError: no such file, or not TOML.
@@ -83,17 +83,15 @@ def load_settings(path: str) -> dict[str, Any]:
 
 
 def experiment_file(path: str) -> Path:
-    """The experiment's file; `bundled:demo` is the one shipped with the package."""
+    """Path of the experiment file; `bundled:<name>` is one shipped with the package."""
     file = bundled_file("experiments", path[8:] + ".toml") if path.startswith("bundled:") else Path(path)
     if not refuse_special(file).is_file():
-        raise InputError(
-            f"experiment {path}: no such file; give the path of a TOML file (bundled:demo is one to copy)"
-        )
+        raise InputError(f"experiment {path}: no such file; give the path of a TOML file, or bundled:demo")
     return file
 
 
 def parse_config(data: dict[str, Any], where: str) -> SeraConfig:
-    """Check a nested dictionary; all problems are named at once, by field."""
+    """Validate a nested dictionary; the error lists all problems by field."""
     try:
         return SeraConfig.model_validate(data)
     except ValidationError as error:
@@ -107,10 +105,10 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{field}: unknown key{_nearest(problem['loc'])}"
     if problem["type"] == "missing":
-        return f"{field}: missing; every experiment names it"
+        return f"{field}: missing; every experiment needs it"
     value = problem.get("input")
-    told = isinstance(value, str | int | float | bool) and not secret_in(str(value))
-    shown = f" (found {value!r})" if told else ""
+    show_value = isinstance(value, str | int | float | bool) and not secret_in(str(value))
+    shown = f" (found {value!r})" if show_value else ""
     return f"{field}: {problem['msg'].removeprefix('Value error, ')}{shown}".removeprefix(": ")
 
 
@@ -119,7 +117,7 @@ def _nearest(loc: tuple[Any, ...]) -> str:
     close = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {'.'.join([*map(str, loc[:-1]), close[0]])}?"
-    return f"; known here: {', '.join(names)}"
+    return f"; known keys: {', '.join(names)}"
 
 
 def _keys(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
@@ -142,8 +140,7 @@ def _set(data: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not key:
         raise InputError(
-            f"--set {without_secrets(change)!r}: write it as section.key=value, for instance "
-            "--set train.beta=0.2"
+            f"--set {without_secrets(change)!r}: write section.key=value, for example --set train.beta=0.2"
         )
     parts = key.strip().split(".")
     for part in parts[:-1]:
@@ -152,7 +149,7 @@ def _set(data: dict[str, Any], change: str) -> None:
 
 
 def _value(text: str) -> Any:
-    """A TOML value, else JSON (null), else the text itself."""
+    """Parse as TOML, else as JSON (null), else keep the text."""
     for parse in (lambda t: tomllib.loads(f"x = {t}")["x"], json.loads):
         try:
             return parse(text)
@@ -162,7 +159,7 @@ def _value(text: str) -> Any:
 
 
 def merged(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with the changes laid over them, section by section."""
+    """The settings with the changes applied, section by section."""
     result = dict(data)
     for key, value in changes.items():
         old = result.get(key)
@@ -171,7 +168,7 @@ def merged(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _anchor(data: dict[str, Any], folder: Path) -> None:
-    """Make relative paths absolute, and a lone path a source: `train = "pairs.jsonl"` is enough."""
+    """Make relative paths absolute, and turn a plain path (`train = "pairs.jsonl"`) into a source."""
     section = data.get("data")
     for side in SIDES:
         if isinstance(section, dict) and side in section:
@@ -188,14 +185,13 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
     if isinstance(model, dict):
         template = model.get("chat_template")
         if isinstance(template, str) and _is_template_file(folder / template):
-            # the text is the setting, wherever it stood
             model["chat_template"] = (folder / template).read_text()
 
 
 def _is_template_file(path: Path) -> bool:
     try:
         return refuse_special(path).is_file()
-    except OSError:  # Jinja text is longer than a name may be
+    except OSError:  # Jinja text may be too long for a file name
         return False
 
 

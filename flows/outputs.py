@@ -1,4 +1,4 @@
-"""Places that commands write to: checked before any work, and nothing is ever written through a link."""
+"""Check output paths before any work starts; links are never written through."""
 
 import os
 import tempfile
@@ -8,31 +8,31 @@ from sera_core.errors import InputError
 
 
 def check_place(path: Path) -> None:
-    """Refuse a place where no file and no folder can be made.
+    """Refuse a path that cannot be created.
 
     Raises:
-        InputError: what it would lie in is no folder, or cannot be written to; the message names it.
+        InputError: its nearest existing parent is not a folder, or is not writable; the message names it.
     """
     folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not folder.is_dir():
-        kind = "a link to nothing" if folder.is_symlink() and not folder.exists() else "a file"
-        raise InputError(f"{path}: {folder} is {kind}, not a folder; name another place")
+        kind = "a broken link" if folder.is_symlink() and not folder.exists() else "a file"
+        raise InputError(f"{path}: {folder} is {kind}, not a folder; give another path")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(
-            f"{path}: nothing can be written to {folder} ({error.strerror}); name another place, or change "
+            f"{path}: cannot write to {folder} ({error.strerror}); give another path, or change "
             "its permissions"
         ) from error
 
 
 def check_new(flag: str, path: Path) -> None:
-    """Refuse a folder to make that exists, be it as a link to nothing, or that cannot be made.
+    """Refuse an output folder that exists (even as a broken link) or cannot be created.
 
     Raises:
-        InputError: either; the message names the flag.
+        InputError: in both cases; the message names the flag.
     """
     if os.path.lexists(path):
-        raise InputError(f"{flag} {path}: exists already; name a folder that does not")
+        raise InputError(f"{flag} {path}: already exists; name a new folder")
     check_place(path)

@@ -1,8 +1,8 @@
-"""One round of SeRA: start reading here. It is the algorithm box, in plain Python, a step a line.
+"""One round of SeRA in plain Python, one step per line: start reading here.
 
-`do` takes what a step is to do and returns a pointer to what it made. The Prefect flow (flows/sera.py) does
-the steps; `sera plan` (flows/planning/plan.py) walks the same lines and only looks up what exists, so an
-unknown result is None. Nothing here imports Prefect, torch or a trainer.
+`do` takes the specification of a step and returns a reference to its result. The Prefect flow (flows/sera.py)
+runs the steps; `sera plan` (flows/planning/plan.py) calls the same functions but only looks up existing
+results. Nothing here imports Prefect, torch or a trainer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +18,12 @@ from sera_core.method.rewards import ensemble_weights
 Ref = StepRef | None
 Do = Callable[[StepSpec], Ref]
 Steps = dict[str, Ref]
-"""Steps of a round by role."""
+"""A round's steps by role."""
 
 
 @dataclass(frozen=True)
 class Sides:
-    """What every round shares: the pairs (train, held-out, test) as token ids, and the start policy."""
+    """Inputs of every round: the pairs (train, held-out, test) as token ids, and the start policy."""
 
     data: Ref
     model: Ref
@@ -32,7 +32,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Past:
-    """The heads so far, oldest first, each the steps of its round by role."""
+    """The heads so far, oldest first; each holds its round's steps by role."""
 
     heads: Sequence[Mapping[str, Ref]] = field(default_factory=tuple)
 
@@ -43,7 +43,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Reviewers:
-    """Who judges a response: policies and their references, newest first, and the weight of each."""
+    """The ensemble that scores responses: policies, references and weights, newest first."""
 
     weights: list[float]
     policies: list[Ref]
@@ -51,31 +51,37 @@ class Reviewers:
 
 
 def prepare(config: SeraConfig, sources: Mapping[str, Any], do: Do) -> Sides:
-    """Preferences and a start policy become token ids. `sources`: content digests, see `flows.sources`."""
+    """Load the data and the start policy, and render the pairs to token ids.
+
+    Args:
+        config: the run's configuration.
+        sources: content digests of the sources, see `flows.running.open_run.source_digests`.
+        do: does a step.
+    """
     data = do(steps.data(config, sources["data"]))
     model = do(steps.model(config, sources["model"]))
     return Sides(data, model, do(steps.render(config, data, model)))
 
 
 def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do) -> Steps:
-    """Review the human pairs, bootstrap pairs from the policy's own answers, mix both (METHOD, the loop).
+    """Review the human pairs, build pairs from the policy's own responses, and mix both.
 
-    Round 0 has nothing to review by (every margin is 0): it keeps every human pair and generates none.
+    Round 0 has no reviewer yet (every margin is 0): it keeps every human pair and generates none.
     """
-    judges = judges_of(config, sides.model, past)
+    reviewers = reviewers_of(config, sides.model, past)
     share = generated_share(config, round)
     rules = steps.human_rules(config, round)
 
     def logps(policy: Ref, texts: Ref, file: str) -> Ref:
         return do(steps.logps(config, policy, sides.model, texts, file, sides.pairs))
 
-    def judged(
+    def scores_under(
         texts: Ref, file: str, policies: Sequence[Ref]
     ) -> tuple[list[Ref], list[Ref], Mapping[str, Ref]]:
-        probes = {} if round == 0 else noise_probes(config, sides, judges, texts, file, do)
+        probes = {} if round == 0 else noise_probes(config, sides, reviewers, texts, file, do)
         return (
             [logps(p, texts, file) for p in policies],
-            [logps(r, texts, file) for r in judges.references],
+            [logps(r, texts, file) for r in reviewers.references],
             probes,
         )
 
@@ -84,8 +90,8 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
             config,
             sides.pairs,
             "train.parquet",
-            judges.weights,
-            *judged(sides.pairs, "train.parquet", judges.policies),
+            reviewers.weights,
+            *scores_under(sides.pairs, "train.parquet", reviewers.policies),
         )
     )
     kept = do(steps.select(config, rules, scored, sides.pairs, "human", round))
@@ -93,12 +99,12 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
     inputs = {"rendered": sides.pairs, "scored": scored, "human_ledger": kept}
     source = "none"
     if share > 0:
-        head = judges.policies[0]
+        head = reviewers.policies[0]
         samples = do(steps.sample(config, head, sides.model, sides.pairs, round))
-        # The sampler's own log-probabilities serve when it used the scorer's arithmetic (probed in the step).
-        unscored = judges.policies if config.scores_samples_again else judges.policies[1:]
-        judgement = judged(samples, "responses.parquet", unscored)
-        responses = do(steps.pair(config, samples, sides.pairs, judges.weights, *judgement, round))
+        # If sampler and scorer use the same precision, the sampler's log-probabilities are reused.
+        unscored = reviewers.policies if config.scores_samples_again else reviewers.policies[1:]
+        scores = scores_under(samples, "responses.parquet", unscored)
+        responses = do(steps.pair(config, samples, sides.pairs, reviewers.weights, *scores, round))
         generated = do(
             steps.select(config, config.select_generated, responses, responses, "generated", round)
         )
@@ -107,7 +113,7 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
     reference = training_reference(config, sides, past)
     if steps.needs_reference(config):
         inputs["human_reference"] = logps(reference, sides.pairs, "train.parquet")
-        source = generated_reference(judges, reference)
+        source = generated_reference(reviewers, reference)
         if share > 0 and source == "logps":
             inputs["generated_reference"] = logps(reference, made["responses"], "pairs.parquet")
     made["mixture"] = do(steps.mix(config, round, share, source, inputs))
@@ -115,19 +121,19 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
 
 
 def noise_probes(
-    config: SeraConfig, sides: Sides, judges: Reviewers, texts: Ref, file: str, do: Do
+    config: SeraConfig, sides: Sides, reviewers: Reviewers, texts: Ref, file: str, do: Do
 ) -> Mapping[str, Ref]:
-    """A few of the responses under every judge once more, in float32: the noise of the margins."""
+    """Score a few responses again in float32, under every reviewer, to measure the margins' noise."""
 
     def probe(policy: Ref) -> Ref:
         return do(steps.logps(config, policy, sides.model, texts, file, sides.pairs, probe=True))
 
-    named = {f"exact-policy-{n:03d}": probe(policy) for n, policy in enumerate(judges.policies)}
-    return named | {f"exact-ref-{n:03d}": probe(ref) for n, ref in enumerate(judges.references)}
+    named = {f"exact-policy-{n:03d}": probe(policy) for n, policy in enumerate(reviewers.policies)}
+    return named | {f"exact-ref-{n:03d}": probe(ref) for n, ref in enumerate(reviewers.references)}
 
 
 def align(config: SeraConfig, sides: Sides, past: Past, round: int, mixture: Ref, do: Do) -> Ref:
-    """Train the round's policy on the mix."""
+    """Train the round's policy on the mixture."""
     start = past.policies()[0] if past.heads and config.train.start == "previous" else sides.model
     same = start == training_reference(config, sides, past)
     return do(steps.train(config, round, start, sides.model, mixture, start_is_reference=same))
@@ -136,11 +142,11 @@ def align(config: SeraConfig, sides: Sides, past: Past, round: int, mixture: Ref
 def gather_evidence(
     config: SeraConfig, sides: Sides, past: Past, round: int, mixture: Ref, policy: Ref, do: Do
 ) -> Ref:
-    """Held-out margins and lengths, KL and diversity of held-out answers, each with an interval."""
+    """Evaluate the policy: held-out margins and lengths, KL and diversity of samples, with intervals."""
     previous = past.policies()[0] if past.heads else sides.model
 
-    def logps(judge: Ref, texts: Ref, file: str) -> Ref:
-        return do(steps.logps(config, judge, sides.model, texts, file, sides.pairs, side="heldout"))
+    def logps(scorer: Ref, texts: Ref, file: str) -> Ref:
+        return do(steps.logps(config, scorer, sides.model, texts, file, sides.pairs, side="heldout"))
 
     inputs = {
         "rendered": sides.pairs,
@@ -162,7 +168,7 @@ def gather_evidence(
 
 
 def test_evidence(config: SeraConfig, sides: Sides, policy: Ref, do: Do) -> Ref:
-    """The test side under one policy: reported once, decides nothing."""
+    """Evaluate one policy on the test set; used for no decision."""
     inputs = {
         "rendered": sides.pairs,
         "policy_test": do(steps.logps(config, policy, sides.model, sides.pairs, "test.parquet")),
@@ -171,7 +177,7 @@ def test_evidence(config: SeraConfig, sides: Sides, policy: Ref, do: Do) -> Ref:
     return do(steps.test(config, inputs))
 
 
-def judge(
+def decide(
     config: SeraConfig,
     past: Past,
     round: int,
@@ -181,7 +187,7 @@ def judge(
     answer: Mapping[str, Any] | None,
     do: Do,
 ) -> Ref:
-    """Promote, hold, roll back or stop: with the evidence of this round and of the head's."""
+    """Decide to promote, hold, roll back or stop, from the evidence of this round and of the head."""
     inputs = {role: made[role] for role in ("evidence", "scored", "human")}
     if past.heads:
         inputs["rendered"] = made["pairs"]
@@ -192,15 +198,15 @@ def judge(
 
 
 def generated_share(config: SeraConfig, round: int) -> float:
-    """Share of generated pairs asked for in a round: the list's, or the ramp's when the list is empty."""
+    """Target share of generated pairs in a round: from the list, or from the ramp if the list is empty."""
     part = config.mix
     if part.shares:
         return share_for_round(round, part.shares, None)
     return share_for_round(round, None, (part.ramp_start, part.ramp_end, part.ramp_rounds))
 
 
-def judges_of(config: SeraConfig, model: Ref, past: Past) -> Reviewers:
-    """The head and the past heads the ensemble names, each with the judging reference of its own round."""
+def reviewers_of(config: SeraConfig, model: Ref, past: Past) -> Reviewers:
+    """The head and the past heads in the ensemble, each with its own reference."""
     policies = past.policies() or [model]
     weights = [float(w) for w in ensemble_weights(config.review.ensemble, config.review.gamma, len(policies))]
     policies = policies[: len(weights)]
@@ -212,12 +218,12 @@ def judges_of(config: SeraConfig, model: Ref, past: Past) -> Reviewers:
 
 
 def training_reference(config: SeraConfig, sides: Sides, past: Past) -> Ref:
-    """The policy the loss compares with: the start of the run, or the head."""
+    """The reference policy of the loss: the start policy, or the head."""
     return past.policies()[0] if past.heads and config.train.reference == "previous" else sides.model
 
 
-def generated_reference(judges: Reviewers, reference: Ref) -> str:
-    """Where the reference's log-probabilities of generated responses stand already (DESIGN, law 7)."""
-    if judges.references and reference == judges.references[0]:
+def generated_reference(reviewers: Reviewers, reference: Ref) -> str:
+    """The column that already holds the reference's log-probabilities of generated responses, or `logps`."""
+    if reviewers.references and reference == reviewers.references[0]:
         return "ref_logps"
-    return "policy_logps" if reference == judges.policies[0] else "logps"
+    return "policy_logps" if reference == reviewers.policies[0] else "logps"

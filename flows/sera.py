@@ -1,4 +1,4 @@
-"""SeRA as Prefect flows: all rounds of a run. What a round does reads in flows/round.py.
+"""SeRA as Prefect flows: all rounds of a run. The steps of one round are in flows/round.py.
 
 from flows.sera import sera
 sera(config, run="my-run", store="./sera-store")
@@ -15,7 +15,7 @@ from prefect.states import Completed
 
 from flows.display import cards, events
 from flows.display.deployed import in_deployed_run
-from flows.display.logs import library_logs, run_log, show_prefects_lines
+from flows.display.logs import escape_prefect_logs, library_logs, run_log
 from flows.display.progress import reporter
 from flows.orchestration.form import FormConfig
 from flows.orchestration.limits import device_slot, run_slot
@@ -32,54 +32,53 @@ from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
 from tasks.step_functions import do_work
 
-show_prefects_lines()  # before Prefect says that a run begins
+escape_prefect_logs()  # before Prefect logs the start of a run
 
 RESTARTS = 5
-"""Restarts of one flow run without a finished round in between, before it gives up."""
+"""Restarts of a flow run allowed per round."""
 
 
 @flow(name="sera", flow_run_name="{run}", persist_result=False)
 def sera(
     config: FormConfig, run: str = "sera-{data}", store: str | None = None, dry_run: bool = False
 ) -> State[str]:
-    """Self-reviewing alignment, round after round, until it converges or a limit is reached.
+    """Align a policy in self-reviewed rounds until it converges or reaches a limit.
 
-    Results in the stop reason, or `waiting` when a person is asked elsewhere. The same name again goes on
-    where it stopped; a run that is finished, or whose content was worked through by another one, ends at
-    once with `nothing new`.
+    Results in the stop reason, or `waiting` if a review is answered elsewhere. Rerunning a name resumes the
+    run. A finished run, or one identical to a finished run, ends at once with `nothing new`.
 
     Args:
         config: Model, data and settings.
-        run: Name of the run; `{date}` and `{data}` (hash of the data's content) are filled in.
+        run: Name of the run; `{date}` and `{data}` (a hash of the data) are filled in.
         store: Folder or s3://bucket/prefix for the artifacts. Empty: the worker's SERA_STORE.
-        dry_run: Publish the plan as an artifact and do nothing.
+        dry_run: Only publish the plan as an artifact.
     """
     store = store or default_store()
     name = run_names.resolve_run_name(run, config)
     if dry_run:
         cards.publish_plan(name, plan(config, name, store))
-        return Completed(message="planned; nothing was done", data="planned")
+        return Completed(message="plan published; nothing was run", data="planned")
     if "{date}" in run and (before := run_names.find_finished(open_store(store), config)) not in (None, name):
-        return Completed(message=f"nothing new: run {before} did exactly this", data="nothing new")
-    with run_slot(name):  # opening reads the data: of two triggers at one moment one does
+        return Completed(message=f"nothing new: run {before} is identical and finished", data="nothing new")
+    with run_slot(name):  # two simultaneous triggers must not both read the data
         records = open_run.open_run(config, name, store)
-    if is_over(records):
+    if is_finished(records):
         reason = records.state()
         return Completed(message=f"nothing new: run {name} has stopped ({reason})", data=reason)
     check_restarts(records)
     cards.publish_missing(records)
-    state = until_it_stops(records, store)
+    state = run_until_stopped(records, store)
     return Completed(message=f"run {name}: {state}", data=state)
 
 
-def is_over(records: RunStore) -> bool:
-    """Whether the run has stopped and its last word is said."""
+def is_finished(records: RunStore) -> bool:
+    """Whether the run has stopped and its test report is written."""
     state = records.state()
     return state == "budget" or (state not in ("open", "waiting") and not test_side_is_open(records))
 
 
 def check_restarts(records: RunStore) -> None:
-    """End a loop of crashes: each finished round pays for more restarts, a round that never ends does not.
+    """Stop a crash loop: a flow run may restart RESTARTS times per finished round.
 
     Raises:
         SeraError: this flow run was started too often.
@@ -88,53 +87,53 @@ def check_restarts(records: RunStore) -> None:
     if in_deployed_run() and flow_run.run_count > RESTARTS * (rounds + 1):
         raise SeraError(
             f"run {records.run!r}: this flow run was started {flow_run.run_count} times and finished "
-            f"{rounds} rounds; its log says what ended it. When that is mended, trigger the run again: it "
-            "goes on where it stands"
+            f"{rounds} rounds; see its log for the cause. Fix it and trigger the run again: it "
+            "resumes where it stopped"
         )
 
 
-def until_it_stops(records: RunStore, store: str) -> str:
-    """All rounds, asking a person where the run is to; the stop reason, or `waiting`."""
+def run_until_stopped(records: RunStore, store: str) -> str:
+    """Run all rounds, with a review where configured. Returns the stop reason, or `waiting`."""
     while True:
         with run_slot(records.run), hold(records.store, records.run, run_log()):
             while records.state() == "open":
-                one_round(records, store)
-            finish(records, store)
+                run_next_round(records, store)
+            finish_run(records, store)
         if not ask_person(records):
             return "waiting"
         if (state := records.state()) != "open":
             return state
 
 
-def one_round(records: RunStore, store: str) -> None:
-    """The open round as a subflow, and the run's index renewed."""
+def run_next_round(records: RunStore, store: str) -> None:
+    """Run the open round as a subflow and update the run's index."""
     number = records.history().next_round
     round_flow(records, number)(records.run, store, number)
     cards.publish_index(records)
 
 
-def finish(records: RunStore, store: str) -> None:
-    """The run's last word, once it has stopped: the test side, the event, what a later trigger may find."""
+def finish_run(records: RunStore, store: str) -> None:
+    """Finish a stopped run: evaluate on the test set, record it as finished, emit the event."""
     state = records.state()
     if state in ("open", "waiting"):
         return
     if state not in PAUSED:
-        report_test_side(Session(store, records.run, runner(records)))
+        report_test_side(Session(store, records.run, task_runner(records)))
     run_names.record_finished(records)
     events.run_stopped(records)
 
 
 def round_flow(records: RunStore, number: int) -> Flow:
-    """The round's subflow, under a function name of its own.
+    """The round's subflow, with a unique function name.
 
-    Prefect matches the subflows of a flow run that runs again to the earlier ones by function name and
-    count: a rerun that begins with round 2 would be handed the result of round 0. So the name says
-    what the round goes on from: its number, the limits in force, whether a review was answered.
+    When a flow run restarts, Prefect matches its subflows to earlier ones by function name and count: a
+    restart at round 2 would get the result of round 0. So the name contains the round's number, the
+    configuration's version and whether a review was answered.
     """
 
-    @wraps(work_round)
+    @wraps(run_and_publish)
     def this_round(run: str, store: str, round: int) -> str:
-        return work_round(run, store, round)
+        return run_and_publish(run, store, round)
 
     asked = records.question(number) is not None
     position = f"{records.run}_{number}_{len(records.configs())}_{'answered' if asked else 'new'}"
@@ -142,10 +141,10 @@ def round_flow(records: RunStore, number: int) -> Flow:
     return flow(name="sera-round", flow_run_name="{run}-round-{round}", persist_result=False)(this_round)
 
 
-def work_round(run: str, store: str, round: int) -> str:
-    """One round, from the head to a decision. Returns `open`, a stop reason, `waiting` or `budget`."""
+def run_and_publish(run: str, store: str, round: int) -> str:
+    """Run one round and publish it. Returns `open`, a stop reason, `waiting` or `budget`."""
     records = RunStore(open_store(store), run)
-    session = Session(store, run, runner(records))
+    session = Session(store, run, task_runner(records))
     state = run_round(session, round)
     if state not in PAUSED:
         manifest = records.rounds()[round]
@@ -154,8 +153,8 @@ def work_round(run: str, store: str, round: int) -> str:
     return state
 
 
-def runner(records: RunStore) -> Runner:
-    """How a step without a record is done: as a Prefect task named after it."""
+def task_runner(records: RunStore) -> Runner:
+    """A runner that does each step as a Prefect task named after the step."""
     store = records.store.url
     execution = ExecutionConfig.model_validate(records.configs()[-1].config["execution"])
 
@@ -169,11 +168,10 @@ def runner(records: RunStore) -> Runner:
     return run_task
 
 
-# Resume rests on the store's records (a step that is done is never a task again), so Prefect's result cache
-# stays out.
+# Runs resume from the store's records, so Prefect's result cache is off.
 @task(persist_result=False, cache_policy=NO_CACHE)
 def do_step(spec: StepSpec, store: str, execution: ExecutionConfig) -> StepRecord:
-    """Do one step: read refs, work, commit the record."""
+    """Do one step and commit its record."""
     with library_logs(), reporter(TITLES[spec.step]) as progress:
         return do_work(store, spec, execution, progress, run_log(), device_slot(spec.step, execution))
 
@@ -190,8 +188,8 @@ TITLES = {
     "mix": "mix pairs",
     "train": "train policy",
     "evaluate": "evaluate policy",
-    "test": "evaluate on the test side",
+    "test": "evaluate on the test set",
     "decide": "decide",
     "report": "report",
 }
-"""Task names, as they stand in the timeline."""
+"""Task names in Prefect's timeline."""

@@ -1,6 +1,6 @@
-"""The console script: what may happen before there is a command, and after it.
+"""The console script: handles closed streams, Ctrl-C and broken pipes around a command.
 
-Importing the commands takes a second, in which Ctrl-C must be quiet too, so this module imports none of them.
+Importing the commands takes a second. Ctrl-C must exit quietly during that too, so this module imports none.
 """
 
 import os
@@ -12,42 +12,42 @@ INTERRUPTED = 130
 
 
 def entry() -> None:
-    """Run `sera`. Leaves without waiting for idle threads of libraries."""
-    heard = _open_closed_streams()
-    code = _flushed(_run())
-    os._exit(code if heard else code or 1)
+    """Run `sera`, and exit without waiting for idle library threads."""
+    stdout_open = _open_closed_streams()
+    code = _flush(_run())
+    os._exit(code if stdout_open else code or 1)
 
 
 def _open_closed_streams() -> bool:
-    """Give closed standard streams the null device; whether stdout was open, so that an answer has a reader.
+    """Open closed standard streams on the null device. Returns whether stdout was open.
 
-    Otherwise the next file to be opened would get the number 1, and what libraries print would go into it.
+    Otherwise the next opened file would get descriptor 1, and library output would be written into it.
     """
-    heard = sys.stdout is not None
+    stdout_open = sys.stdout is not None
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
-    return heard
+    return stdout_open
 
 
 def _run() -> int:
     try:
         return _main()()
-    except SystemExit as leaving:  # argparse, or rich whose reader has gone
-        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except KeyboardInterrupt:  # while an interrupt was being told
+    except SystemExit as exit_:  # argparse, or rich after a broken pipe
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except KeyboardInterrupt:  # during the report of an interrupt
         return INTERRUPTED
     except BrokenPipeError:
         return 1
 
 
 def _main() -> Callable[[], int]:
-    """The command line, imported; an interrupt meanwhile ends the process at once."""
+    """Import the command line; an interrupt during the import ends the process at once."""
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # and not ignored, as in a shell's background job
+    if before is signal.default_int_handler:  # not ignored, as it is in a shell's background job
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     from flows.cli import main
 
@@ -55,12 +55,12 @@ def _main() -> Callable[[], int]:
     return main
 
 
-def _flushed(code: int) -> int:
-    """The exit code, once what was written is out; 1 where it got nowhere."""
+def _flush(code: int) -> int:
+    """Flush the output. Returns the exit code, or 1 if flushing failed."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # the reader has gone, or the disk is full
+        except OSError:  # broken pipe or full disk
             code = code or 1
     return code
 

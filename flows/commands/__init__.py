@@ -1,1 +1,1 @@
-"""The commands of `sera`, one file a command or a family."""
+"""The `sera` commands, one file per command or group of commands."""

@@ -1,6 +1,7 @@
-"""The capabilities alone: the flags of `sera score`, `sera select` and `sera sample`.
+"""Flags of the stand-alone commands `sera score`, `sera select` and `sera sample`.
 
-A file in, a parquet file out; no run, no Prefect. Flags, files and rows are checked before a model is loaded.
+Each reads a file and writes a parquet file, without a run or Prefect. Flags, files and rows are checked
+before a model is loaded.
 """
 
 import argparse
@@ -23,14 +24,14 @@ def add_score(subparsers: Any, common: argparse.ArgumentParser) -> None:
     sub = subparsers.add_parser(
         "score",
         parents=[common],
-        help="the implicit reward margin of every pair of a preference file",
-        description="Margins of preference pairs under a policy and its reference, in nats, one row a pair "
-        "in the file's order. Pairs that cannot be scored go to <out>.dropped.parquet with the reason.",
+        help="compute the implicit reward margin of every pair in a preference file",
+        description="Compute margins of preference pairs under a policy and its reference, in nats: one row "
+        "per pair, in file order. Pairs that cannot be scored go to <out>.dropped.parquet with the reason.",
     )
     sub.add_argument(
         "--policy", required=True, help="folder, hub id, URL or package:<distribution>/<file>.gguf"
     )
-    sub.add_argument("--reference", help="likewise; needed by all scores but simpo, which has none")
+    sub.add_argument("--reference", help="reference model, same forms; required unless --score simpo")
     sub.add_argument(
         "--pairs", required=True, help="preference pairs: jsonl, json, csv or parquet; bundled:, hub:, URL"
     )
@@ -47,22 +48,22 @@ def add_score(subparsers: Any, common: argparse.ArgumentParser) -> None:
     _add_model_flags(sub)
     _add_reading_flags(sub)
     sub.add_argument(
-        "--max-prompt-tokens", type=int, default=1024, help="a longer prompt is dropped (default: 1024)"
+        "--max-prompt-tokens", type=int, default=1024, help="longer prompts are dropped (default: 1024)"
     )
     sub.add_argument(
-        "--max-response-tokens", type=int, default=1024, help="limit of an answer (default: 1024)"
+        "--max-response-tokens", type=int, default=1024, help="response length limit (default: 1024)"
     )
     sub.add_argument(
         "--on-long",
         choices=("drop", "cut"),
         default="drop",
-        help="what happens to a longer answer (default: drop)",
+        help="drop pairs with a longer response, or cut the response (default: drop)",
     )
     sub.add_argument(
         "--tokens-per-batch",
         type=int,
         default=_EXECUTION.tokens_per_batch,
-        help="tokens computed at once; memory grows with it (default: %(default)s)",
+        help="tokens per batch; more needs more memory (default: %(default)s)",
     )
     sub.set_defaults(command=score)
 
@@ -72,37 +73,38 @@ def add_select(subparsers: Any, common: argparse.ArgumentParser) -> None:
     sub = subparsers.add_parser(
         "select",
         parents=[common],
-        help="which scored pairs to train on, and why the others not",
-        description="Select pairs by their ensemble margin: a ledger with rank, kept or not, and why.",
+        help="select which scored pairs to train on",
+        description="Select pairs by ensemble margin. Writes a ledger: rank, kept or dropped, the reason.",
     )
     sub.add_argument(
-        "--scored", required=True, type=Path, help="scored.parquet, as `sera score` or a run wrote it"
+        "--scored", required=True, type=Path, help="scored.parquet written by `sera score` or a run"
     )
     sub.add_argument("--out", required=True, type=Path, help="parquet file to write (ledger.parquet)")
     sub.add_argument(
         "--rule",
         default=_SELECT.rule,
-        help=f"one of {', '.join(SELECTION_RULES)}, or module:function; top-fraction (SeRA's, the default), "
-        "top-k and threshold prefer, the others are controls",
+        help=f"one of {', '.join(SELECTION_RULES)}, or module:function (default: top-fraction, as in SeRA)",
     )
     sub.add_argument(
         "--fraction",
         type=float,
         default=_SELECT.fraction,
-        help="share kept, of all finite pairs (default: %(default)s)",
+        help="share of the finite pairs to keep (default: %(default)s)",
     )
-    sub.add_argument("--k", type=int, default=_SELECT.k, help="pairs kept by top-k (default: %(default)s)")
+    sub.add_argument(
+        "--k", type=int, default=_SELECT.k, help="pairs to keep with top-k (default: %(default)s)"
+    )
     sub.add_argument(
         "--threshold",
         type=float,
         default=_SELECT.threshold,
-        help="margin kept by threshold, nats (default: %(default)s)",
+        help="smallest margin to keep with threshold, in nats (default: %(default)s)",
     )
     sub.add_argument(
         "--min-margin",
         type=float,
         default=_SELECT.min_margin,
-        help="floor in nats: a pair not above it is not_preferred; --min-margin=-inf: no floor (default: 0)",
+        help="drop pairs at or below this margin, in nats; --min-margin=-inf: no floor (default: 0)",
     )
     sub.add_argument(
         "--direction",
@@ -110,7 +112,7 @@ def add_select(subparsers: Any, common: argparse.ArgumentParser) -> None:
         default=_SELECT.direction,
         help="which margins to prefer (default: large)",
     )
-    sub.add_argument("--seed", type=int, default=0, help="of the rule random (default: 0)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the rule `random` (default: 0)")
     _add_force(sub)
     sub.set_defaults(command=select)
 
@@ -120,16 +122,18 @@ def add_sample(subparsers: Any, common: argparse.ArgumentParser) -> None:
     sub = subparsers.add_parser(
         "sample",
         parents=[common],
-        help="a policy's own answers to the prompts of a file",
-        description="R responses a prompt, each with its log-probability under the policy and its own seed.",
+        help="sample a policy's responses to the prompts in a file",
+        description="Sample R responses per prompt, with log-probabilities under the policy and seeds.",
     )
     sub.add_argument(
         "--policy", required=True, help="folder, hub id, URL or package:<distribution>/<file>.gguf"
     )
     sub.add_argument(
-        "--prompts", required=True, help="prompts, or preference pairs for their prompts: jsonl, csv, …"
+        "--prompts",
+        required=True,
+        help="prompts, or preference pairs to take the prompts from: jsonl, csv, …",
     )
-    sub.add_argument("--n", type=int, required=True, metavar="R", help="responses a prompt")
+    sub.add_argument("--n", type=int, required=True, metavar="R", help="responses per prompt")
     sub.add_argument("--out", required=True, type=Path, help="parquet file to write (responses.parquet)")
     sub.add_argument(
         "--engine",
@@ -141,15 +145,18 @@ def add_sample(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=_SAMPLING.temperature, help="above 0 (default: %(default)s)"
     )
     sub.add_argument(
-        "--top-p", type=float, default=_SAMPLING.top_p, help="nucleus, in (0, 1] (default: %(default)s)"
+        "--top-p",
+        type=float,
+        default=_SAMPLING.top_p,
+        help="nucleus sampling, in (0, 1] (default: %(default)s)",
     )
     sub.add_argument(
         "--max-tokens",
         type=int,
-        help=f"a response is cut here (default: {_SAMPLING.max_tokens}, or what the model's positions leave)",
+        help=f"response length limit (default: {_SAMPLING.max_tokens}, or less if the context is shorter)",
     )
     sub.add_argument(
-        "--max-prompt-tokens", type=int, default=1024, help="a longer prompt is dropped (default: 1024)"
+        "--max-prompt-tokens", type=int, default=1024, help="longer prompts are dropped (default: 1024)"
     )
     sub.add_argument(
         "--seed", type=int, default=0, help="the same seed gives the same responses (default: 0)"
@@ -163,52 +170,52 @@ def _add_model_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--chat-template",
         metavar="T",
-        help="chatml, deepseek-r1, a Jinja file or Jinja text, in place of the policy's own template",
+        help="chatml, deepseek-r1, a Jinja file or Jinja text, instead of the policy's own template",
     )
     sub.add_argument(
         "--template-kwargs",
         metavar="JSON",
-        help="arguments for the chat template, for instance '{\"enable_thinking\": false}' for Qwen3",
+        help="arguments for the chat template, for example '{\"enable_thinking\": false}' for Qwen3",
     )
     sub.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic (default: float32)"
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="precision (default: float32)"
     )
     sub.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="default: an accelerator if there is one",
+        help="auto: an accelerator if there is one (default: auto)",
     )
     _add_force(sub)
 
 
 def _add_reading_flags(sub: argparse.ArgumentParser) -> None:
-    """How rows are read: what `[data]` says in an experiment."""
+    """How rows are read, as `[data]` sets it in an experiment."""
     sub.add_argument(
         "--format",
         choices=("auto", *FORMATS),
         default="auto",
-        help="how rows are written (default: auto: each row says by its fields)",
+        help="row format (default: auto, detected from each row's fields)",
     )
     sub.add_argument(
         "--columns",
         action="append",
         default=[],
         metavar="OURS=THEIRS",
-        help="the file's name of prompt, system, chosen or rejected; may be repeated",
+        help="the file's column name for prompt, system, chosen or rejected; may be repeated",
     )
     sub.add_argument(
         "--completions",
         choices=("worst", "random"),
         default="worst",
-        help="UltraFeedback's rejected completion: the worst, or a random one rated lower than the best "
+        help="UltraFeedback: reject the worst completion, or a random one rated below the best "
         "(default: worst)",
     )
     sub.add_argument(
         "--on-diverge",
         choices=("refuse", "split"),
         default="refuse",
-        help="conversations that differ before the last turn (default: refuse)",
+        help="pairs whose conversations differ before the last turn (default: refuse)",
     )
     sub.add_argument(
         "--on-bad-row",

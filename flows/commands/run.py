@@ -1,4 +1,4 @@
-"""`sera run`, `demo`, `advance`, `plan`: do a run or a round of it, or say what it would do."""
+"""`sera run`, `demo`, `advance`, `plan`: do a run or one round of it, or show its plan."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flows.commands.output import say
+from flows.commands.output import print_note
 from flows.commands.summary import closing_lines, rounds_table
 from flows.commands.tables import print_table, print_text
 from flows.display.run_view import run_records, show
@@ -28,7 +28,7 @@ DEMO = "bundled:demo"
 def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera run EXPERIMENT.toml [--name RUN] [--set a.b=value …]`."""
     sub = commands.add_parser(
-        "run", parents=[common], help="all rounds of an experiment; the same name again goes on"
+        "run", parents=[common], help="run all rounds of an experiment; rerunning resumes"
     )
     sub.add_argument("experiment", help="TOML file, or bundled:<name>")
     sub.add_argument("--name", help="run name (default: the file's stem)")
@@ -39,11 +39,9 @@ def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
 def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera demo [--quick]`."""
     sub = commands.add_parser(
-        "demo", parents=[common], help="the whole loop on a small real model and real preferences"
+        "demo", parents=[common], help="run the whole loop on a small real model and real preferences"
     )
-    sub.add_argument(
-        "--quick", action="store_true", help="one self-reviewed round on 16 pairs: the smoke test"
-    )
+    sub.add_argument("--quick", action="store_true", help="smoke test: one self-reviewed round on 16 pairs")
     _add_set(sub)
     sub.set_defaults(command=demo_command)
 
@@ -51,7 +49,7 @@ def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
 def add_advance(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera advance RUN`."""
     sub = commands.add_parser(
-        "advance", parents=[common], help="one further round of a run, or nothing if it has stopped"
+        "advance", parents=[common], help="run one more round; nothing if the run has stopped"
     )
     sub.add_argument("run")
     sub.set_defaults(command=advance_command)
@@ -60,7 +58,7 @@ def add_advance(commands: Any, common: argparse.ArgumentParser) -> None:
 def add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera plan EXPERIMENT.toml`."""
     sub = commands.add_parser(
-        "plan", parents=[common], help="what a run would reuse and do, and what that costs"
+        "plan", parents=[common], help="show which steps a run would reuse and do, and their cost"
     )
     sub.add_argument("experiment", help="TOML file, or bundled:<name>")
     sub.add_argument("--name", help="run name (default: the file's stem)")
@@ -74,41 +72,42 @@ def _add_set(sub: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="a.b=value",
-        help="change one setting of the file; may be repeated",
+        help="override a setting of the file; may be repeated",
     )
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Do a run to its end, or answer from the store when it is finished."""
+    """Run all rounds; a finished run is only printed."""
     config = load_experiment(args.experiment, args.set)
-    return _run(config, check_name(name_of(args.experiment) if args.name is None else args.name), args)
+    return _run_experiment(config, _run_name(args), args)
 
 
 def demo_command(args: argparse.Namespace) -> int:
-    """The demo, or its quick form."""
+    """Run the demo, or the quick demo."""
     experiment = f"{DEMO}-quick" if args.quick else DEMO
     name = "demo-quick" if args.quick else "demo"
-    return _run(load_experiment(experiment, args.set), name, args)
+    return _run_experiment(load_experiment(experiment, args.set), name, args)
 
 
 def advance_command(args: argparse.Namespace) -> int:
-    """One round of a run that is open; then, as always, how the run stands."""
+    """Run one round if the run is open, then print the run."""
     records = run_records(open_store(args.store), args.run)
     if records.state() == "open":
-        wait_until_free(records.store, records.run, say)  # before Prefect takes its seconds to start
+        # before starting Prefect, which takes seconds
+        wait_until_free(records.store, records.run, print_note)
         from flows.orchestration.embedded_server import prefect_api
 
-        with prefect_api(args.debug), ended_by_signal():
+        with prefect_api(args.debug), interrupt_on_termination():
             from flows.advance import sera_advance
 
             sera_advance(args.run, args.store)
-    return _tell(records, args)
+    return _print_run(records, args)
 
 
 def plan_command(args: argparse.Namespace) -> int:
     """Print the plan."""
     config = load_experiment(args.experiment, args.set)
-    found = plan(config, check_name(name_of(args.experiment) if args.name is None else args.name), args.store)
+    found = plan(config, _run_name(args), args.store)
     if args.json:
         print(json.dumps(found))
         return 0
@@ -124,26 +123,28 @@ def plan_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def name_of(experiment: str) -> str:
-    """A run's default name: the file's stem."""
-    return Path(experiment.removeprefix("bundled:")).stem
+def _run_name(args: argparse.Namespace) -> str:
+    """The run name from --name, else the file's stem."""
+    if args.name is not None:
+        return check_name(args.name)
+    return check_name(Path(args.experiment.removeprefix("bundled:")).stem)
 
 
-def _run(config: SeraConfig, name: str, args: argparse.Namespace) -> int:
-    begun = time.monotonic()
-    wait_until_free(open_store(args.store), name, say)  # before anything is recorded of a changed setting
+def _run_experiment(config: SeraConfig, name: str, args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    wait_until_free(open_store(args.store), name, print_note)  # before changed settings are recorded
     records = open_run.open_run(config, name, args.store)
     state = records.state()
     if state == "open" or (state not in PAUSED and test_side_is_open(records)):
-        _announce(config, name, args)
-        _work(config, name, args)
+        _print_forecast(config, name, args)
+        _run_flow(config, name, args)
         if not args.json:
-            print_text(f"{time.monotonic() - begun:.0f} s in all.")
-    return _tell(records, args)
+            print_text(f"{time.monotonic() - started:.0f} s in total.")
+    return _print_run(records, args)
 
 
-def _announce(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
-    say(_forecast(plan(config, name, args.store)))
+def _print_forecast(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
+    print_note(_forecast(plan(config, name, args.store)))
 
 
 def _forecast(found: dict[str, Any]) -> str:
@@ -151,11 +152,11 @@ def _forecast(found: dict[str, Any]) -> str:
     if not todo:
         return f"run {found['run']}: all {found['reuse']} steps are in the store; nothing to do."
     seconds = found["seconds"]
-    about = "an unknown time (the model is not on this machine yet)" if seconds is None else _minutes(seconds)
+    time_needed = "an unknown time (the model is not here yet)" if seconds is None else _minutes(seconds)
     return (
         f"run {found['run']}: {found['reuse']} steps to reuse, {todo} to do; "
         f"about {found['tokens']:,} tokens, {found['bytes'] / 1e6:,.0f} MB, "
-        f"{about} on this machine (a guess)."
+        f"{time_needed} on this machine (estimated)."
     )
 
 
@@ -163,18 +164,18 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
-def _work(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
+def _run_flow(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
     from flows.orchestration.embedded_server import prefect_api
 
-    with prefect_api(args.debug), ended_by_signal():
+    with prefect_api(args.debug), interrupt_on_termination():
         from flows.sera import sera
 
         sera(config, run=name, store=args.store)
 
 
 @contextmanager
-def ended_by_signal() -> Iterator[None]:
-    """Prefect's word for being asked to end is ours for an interrupt: the store holds what is finished."""
+def interrupt_on_termination() -> Iterator[None]:
+    """Treat Prefect's TerminationSignal as an interrupt; finished steps are in the store."""
     from prefect.exceptions import TerminationSignal
 
     try:
@@ -183,7 +184,7 @@ def ended_by_signal() -> Iterator[None]:
         raise KeyboardInterrupt from signal
 
 
-def _tell(records: RunStore, args: argparse.Namespace) -> int:
+def _print_run(records: RunStore, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(show(records)))
         return 0

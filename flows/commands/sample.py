@@ -1,4 +1,4 @@
-"""`sera sample`: a policy's own answers to the prompts of a file."""
+"""`sera sample`: sample a policy's responses to the prompts of a file."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from flows.commands.capability_inputs import (
     open_renderer,
     policy_folder,
     read_prompts,
-    reading_of,
+    reading_from_flags,
     render_prompts,
 )
 from flows.commands.output import (
-    answer,
     check_output,
     check_positive,
     count_lines,
+    print_note,
+    print_result,
     quiet_stdout,
     rate,
-    say,
     write_output,
 )
 from flows.display.progress import reporter
@@ -46,18 +46,18 @@ if TYPE_CHECKING:
 
 
 def sample(args: argparse.Namespace) -> int:
-    """R responses to every prompt of a file."""
+    """Sample R responses to every prompt of a file."""
     _check_sample(args)
     check_output(args.out, args.force)
     source = find_policy("--policy", args.policy)
-    prompts, repeated = read_prompts(args.prompts, reading_of(args))
+    prompts, repeated = read_prompts(args.prompts, reading_from_flags(args))
     with quiet_stdout(), tempfile.TemporaryDirectory(prefix="sera-") as scratch:
         folder = policy_folder("--policy", source, Path(scratch) / "policy")
         renderer = open_renderer("--policy", folder, args.chat_template, args.template_kwargs)
         rendered, long = _fit_prompts(args, folder, renderer, prompts)
         table, seconds = _sample(args, folder, renderer, rendered)
     write_output(table, args.out)
-    _answer_sample(args, table, len(rendered), count_reasons([*repeated, *long]), seconds)
+    _print_sample(args, table, len(rendered), count_reasons([*repeated, *long]), seconds)
     return 0
 
 
@@ -78,16 +78,16 @@ def _check_sample(args: argparse.Namespace) -> None:
 def _fit_prompts(
     args: argparse.Namespace, folder: Path, renderer: Renderer, prompts: Sequence[Prompt]
 ) -> tuple[list[tuple[Prompt, Ids]], list[Drop]]:
-    """The prompts as token ids, those left out for which the model has too few positions.
+    """The prompts as token ids, and the prompts dropped because the context is too short for them.
 
-    Sets the length of a response where the command gives none.
+    Sets args.max_tokens if the command does not.
     """
     positions = position_limit(folder)
     if args.max_tokens is None:
         args.max_tokens = _default_length(positions)
     if positions is not None and args.max_tokens >= positions:
         raise InputError(
-            f"--max-tokens {args.max_tokens}: the model holds {positions} tokens, prompt and response "
+            f"--max-tokens {args.max_tokens}: the model's context is {positions} tokens, prompt and response "
             "together; give fewer"
         )
     return render_prompts(
@@ -96,13 +96,13 @@ def _fit_prompts(
 
 
 def _default_length(positions: int | None) -> int:
-    """Tokens of a response where the command gives none; a small model keeps half its positions for it."""
+    """Default response length; half the context for a model with a short one."""
     default = SamplingConfig().max_tokens
     if positions is None or default < positions:
         return default
-    say(
-        f"responses are cut at {positions // 2} tokens, half of the model's {positions}; "
-        "--max-tokens sets another length"
+    print_note(
+        f"cutting responses at {positions // 2} tokens, half of the model's context of {positions}; "
+        "set another length with --max-tokens"
     )
     return positions // 2
 
@@ -110,7 +110,7 @@ def _default_length(positions: int | None) -> int:
 def _sample(
     args: argparse.Namespace, folder: Path, renderer: Renderer, rendered: Sequence[tuple[Prompt, Ids]]
 ) -> tuple[pa.Table, float]:
-    """responses.parquet in the prompts' order, and the seconds that sampling took."""
+    """The responses in prompt order, and the seconds that sampling took."""
     from tasks.sampling import Prompt as ToSample
     from tasks.sampling import sample_prompts
 
@@ -135,7 +135,7 @@ def _sample(
     return table, seconds
 
 
-def _answer_sample(
+def _print_sample(
     args: argparse.Namespace, table: pa.Table, prompts: int, dropped: dict[str, int], seconds: float
 ) -> None:
     tokens = table["tokens"].to_numpy()
@@ -155,4 +155,4 @@ def _answer_sample(
         f"{value['mean_tokens']:.1f} tokens on average, {cut:,} cut at {args.max_tokens} tokens",
         f"{tokens.sum():,} tokens in {seconds:.1f} s ({value['tokens_per_second']:,.0f} tokens/s)",
     ]
-    answer(args, value, lines)
+    print_result(args, value, lines)

@@ -1,4 +1,4 @@
-"""`sera score`: the margins of a preference file."""
+"""`sera score`: compute the margins of a preference file."""
 
 import argparse
 import gc
@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from flows.commands.capability_inputs import (
-    GivenPair,
+    InputPair,
     Limits,
     RenderedPair,
     check_device,
-    check_same_ids,
+    check_same_tokens,
     count_reasons,
     dropped_table,
     find_policy,
@@ -25,14 +25,14 @@ from flows.commands.capability_inputs import (
     open_renderer,
     policy_folder,
     read_pairs,
-    reading_of,
+    reading_from_flags,
     render_pairs,
 )
 from flows.commands.output import (
-    answer,
     check_output,
     check_positive,
     count_lines,
+    print_result,
     quiet_stdout,
     rate,
     write_output,
@@ -48,14 +48,14 @@ from tasks.engines.sampler import position_limit
 
 
 def score(args: argparse.Namespace) -> int:
-    """Margins of every pair of a file."""
+    """Score every pair of a file."""
     _check_score(args)
     beside = args.out.with_name(f"{args.out.stem}.dropped.parquet")
     for path in (args.out, beside):
         check_output(path, args.force)
     named = {"--policy": args.policy} | ({"--reference": args.reference} if args.reference else {})
     sources = {flag: find_policy(flag, source) for flag, source in named.items()}
-    given, degenerate = read_pairs(args.pairs, reading_of(args))
+    given, degenerate = read_pairs(args.pairs, reading_from_flags(args))
     with quiet_stdout(), tempfile.TemporaryDirectory(prefix="sera-") as scratch:
         folders = _policy_folders(sources, Path(scratch))
         pairs, unfit = _render(args, folders, given)
@@ -63,13 +63,13 @@ def score(args: argparse.Namespace) -> int:
     scored = _judge(args, pairs, scores)
     write_output(dropped_table({"data": degenerate, "render": unfit}), beside)
     write_output(scored, args.out)
-    _answer_score(args, scored, count_reasons([*degenerate, *unfit]), scores)
+    _print_score(args, scored, count_reasons([*degenerate, *unfit]), scores)
     return 0
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Log-probabilities under one policy, chosen and rejected alternating; what they cost."""
+    """Log-probabilities under one policy (chosen and rejected alternating), and their cost."""
 
     logps: np.ndarray
     tokens: int
@@ -78,13 +78,11 @@ class _Scores:
 
 def _check_score(args: argparse.Namespace) -> None:
     if args.score == "simpo" and args.reference is not None:
-        raise InputError(
-            "--reference: the score simpo has no reference; leave it out, or ask for --score implicit"
-        )
+        raise InputError("--reference: --score simpo has no reference; leave it out, or use --score implicit")
     if args.score != "simpo" and args.reference is None:
         raise InputError(
-            f"--score {args.score} measures against a reference: give --reference (the model the policy was "
-            "trained from), or ask for --score simpo, which has none"
+            f"--score {args.score} needs a reference: give --reference (the model the policy was "
+            "trained from), or use --score simpo, which has none"
         )
     if not (args.beta > 0 and math.isfinite(args.beta)):
         raise InputError(f"--beta {args.beta}: must be a number above 0")
@@ -96,15 +94,15 @@ def _policy_folders(sources: dict[str, Source], scratch: Path) -> dict[str, Path
 
 
 def _render(
-    args: argparse.Namespace, folders: dict[str, Path], given: Sequence[GivenPair]
+    args: argparse.Namespace, folders: dict[str, Path], given: Sequence[InputPair]
 ) -> tuple[list[RenderedPair], list[Drop]]:
-    """The pairs as token ids, after the check that policy and reference read them alike."""
+    """The pairs as token ids, after checking that policy and reference tokenize them alike."""
     renderers = [
         open_renderer(flag, folder, args.chat_template, args.template_kwargs)
         for flag, folder in folders.items()
     ]
     for reference in renderers[1:]:
-        check_same_ids(renderers[0], reference, given)
+        check_same_tokens(renderers[0], reference, given)
     positions = [limit for folder in folders.values() if (limit := position_limit(folder)) is not None]
     limits = Limits(
         args.max_prompt_tokens, args.max_response_tokens, args.on_long, min(positions) if positions else None
@@ -133,7 +131,7 @@ def _score_under(args: argparse.Namespace, flag: str, folder: Path, pairs: Seque
 
 
 def _judge(args: argparse.Namespace, pairs: Sequence[RenderedPair], scores: Sequence[_Scores]) -> pa.Table:
-    """scored.parquet; with no past round the ensemble is the policy itself."""
+    """The scored table. Without past rounds the ensemble is the policy itself."""
     policy, *reference = [quantise(found.logps) for found in scores]
     tokens = np.array([len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
     judged = judge_responses(args.score, args.beta, [1.0], [policy], reference, tokens)
@@ -149,7 +147,7 @@ def _judge(args: argparse.Namespace, pairs: Sequence[RenderedPair], scores: Sequ
     )
 
 
-def _answer_score(
+def _print_score(
     args: argparse.Namespace, scored: pa.Table, dropped: dict[str, int], scores: Sequence[_Scores]
 ) -> None:
     margins = scored["margin"].to_numpy()
@@ -175,4 +173,4 @@ def _answer_score(
         lines.append(
             f"{margins.size - finite.size:,} margins are not finite; `sera select` drops them as non_finite"
         )
-    answer(args, value, lines)
+    print_result(args, value, lines)

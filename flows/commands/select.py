@@ -1,4 +1,4 @@
-"""`sera select`: which scored pairs to train on. Needs neither torch nor a model."""
+"""`sera select`: select which scored pairs to train on. Needs neither torch nor a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.commands.output import answer, check_output, count_lines, write_output
+from flows.commands.output import check_output, count_lines, print_result, write_output
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.errors import InputError
 from sera_core.method.selection import select as select_pairs
@@ -18,7 +18,7 @@ from sera_core.reviewers import selection_table
 
 
 def select(args: argparse.Namespace) -> int:
-    """The ledger of a scored file."""
+    """Write the ledger of a scored file."""
     check_output(args.out, args.force)
     scored = _read_scored(args.scored)
     ids = scored["pair_id"].to_pylist()
@@ -48,22 +48,22 @@ def select(args: argparse.Namespace) -> int:
         "out": str(args.out),
     }
     head = f"{args.out}: {value['kept']:,} of {value['pairs']:,} pairs kept ({args.rule})"
-    answer(args, value, [head, *count_lines(value["by_reason"])])
+    print_result(args, value, [head, *count_lines(value["by_reason"])])
     return 0
 
 
 def _read_scored(path: Path) -> pa.Table:
-    """pair_id and ensemble_margin of a scored file, and prompt_id if it holds one."""
+    """Columns pair_id and ensemble_margin of a scored file, and prompt_id if it has one."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give the scored.parquet that `sera score` wrote")
+        raise InputError(f"{path}: no such file; give a scored.parquet from `sera score`")
     try:
         file = pq.ParquetFile(path)
         found = file.schema_arrow.names
         missing = [name for name in ("pair_id", "ensemble_margin") if name not in found]
         if missing:
             raise InputError(
-                f"{path}: no column {' and no column '.join(missing)} (found: {', '.join(found)}); give the "
-                "scored.parquet that `sera score` wrote"
+                f"{path}: no column {' and no column '.join(missing)} (found: {', '.join(found)}); give a "
+                "scored.parquet from `sera score`"
             )
         table = file.read(
             columns=[name for name in ("pair_id", "prompt_id", "ensemble_margin") if name in found]

@@ -1,4 +1,4 @@
-"""`sera list`, `show`, `verify`, `report`: look at runs and check them."""
+"""`sera list`, `show`, `verify`, `report`: show and check runs."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.export import round_of
-from flows.commands.output import answer
+from flows.commands.output import print_result
 from flows.commands.summary import closing_lines, rounds_table
 from flows.commands.tables import metric_cell, print_table, print_text
 from flows.display.progress import reporter
@@ -19,7 +19,7 @@ from sera_core.artifacts.store import open_store
 
 def add_list(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera list`."""
-    commands.add_parser("list", parents=[common], help="the runs in a store").set_defaults(
+    commands.add_parser("list", parents=[common], help="list the runs in a store").set_defaults(
         command=list_command
     )
 
@@ -27,30 +27,32 @@ def add_list(commands: Any, common: argparse.ArgumentParser) -> None:
 def add_show(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera show RUN [--round N]`."""
     sub = commands.add_parser(
-        "show", parents=[common], help="a run's rounds: decisions, metrics, pairs, artifacts"
+        "show", parents=[common], help="show a run's rounds: decisions, metrics, pairs, artifacts"
     )
     sub.add_argument("run")
-    sub.add_argument("--round", type=int, help="one round in full")
+    sub.add_argument("--round", type=int, help="show this round in full")
     sub.set_defaults(command=show_command)
 
 
 def add_verify(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera verify RUN`."""
-    sub = commands.add_parser("verify", parents=[common], help="hash every file again and follow every link")
+    sub = commands.add_parser(
+        "verify", parents=[common], help="check a run: hash every file and follow every link"
+    )
     sub.add_argument("run")
     sub.set_defaults(command=verify_command)
 
 
 def add_report(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera report RUN --out DIR`."""
-    sub = commands.add_parser("report", parents=[common], help="the run as HTML pages")
+    sub = commands.add_parser("report", parents=[common], help="write the run as HTML pages")
     sub.add_argument("run")
     sub.add_argument("--out", required=True, help="folder to write to")
     sub.set_defaults(command=report_command)
 
 
 def list_command(args: argparse.Namespace) -> int:
-    """The runs of a store."""
+    """List the runs of a store."""
     store = open_store(args.store)
     found = [show(records) for name in list_runs(store) if (records := RunStore(store, name)).configs()]
     rows = [
@@ -63,7 +65,7 @@ def list_command(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"store": store.url, "runs": rows}))
     elif not rows:
-        print_text(f"No runs in {store.url}; `sera demo` makes one.")
+        print_text(f"No runs in {store.url}; start one with `sera demo`.")
     else:
         columns = ["run", "rounds", "stop_reason", "head", "best_round"]
         print_table(f"runs in {store.url}", columns, [[row[name] for name in columns] for row in rows])
@@ -71,7 +73,7 @@ def list_command(args: argparse.Namespace) -> int:
 
 
 def show_command(args: argparse.Namespace) -> int:
-    """A run, or one of its rounds."""
+    """Show a run, or one of its rounds."""
     records = run_records(open_store(args.store), args.run)
     found = show(records)
     if args.round is not None:
@@ -90,36 +92,33 @@ def show_command(args: argparse.Namespace) -> int:
 
 
 def verify_command(args: argparse.Namespace) -> int:
-    """Check a run; a failure names the first file or link that does not hold."""
+    """Check a run; an error names the first bad file or link."""
     records = run_records(open_store(args.store), args.run)
     with reporter("verify") as progress:
         found = verify(records, progress)
     line = _verified(args.run, found)
-    answer(args, {"run": args.run, "ok": True, **asdict(found)}, [line])
+    print_result(args, {"run": args.run, "ok": True, **asdict(found)}, [line])
     return 0
 
 
 def _verified(run: str, found: Verified) -> str:
     if not found.rounds:
-        return (
-            f"run {run}: no round is finished, so there is nothing to verify yet but its configuration, "
-            "which holds."
-        )
+        return f"run {run}: the configuration is intact; no round is finished yet."
     return (
         f"run {run}: {found.files} files ({found.bytes / 1e6:,.1f} MB) of {found.steps} steps and "
-        f"{found.links} links of {found.rounds} rounds hold, down to the data and the start policy."
+        f"{found.links} links of {found.rounds} rounds are intact, down to the data and the start policy."
     )
 
 
 def report_command(args: argparse.Namespace) -> int:
-    """Write the pages."""
+    """Write the HTML pages."""
     from flows.display.run_report import write_run_report
 
     files = write_run_report(args.store, args.run, Path(args.out))
     if args.json:
         print(json.dumps({"run": args.run, "files": [str(file) for file in files]}))
     else:
-        print_text(f"{len(files)} pages; open {files[0]}")
+        print_text(f"wrote {len(files)} pages; open {files[0]}")
     return 0
 
 

@@ -1,33 +1,31 @@
-"""`sera diff`, `gc`: what differs between rounds, and what nothing refers to any more."""
+"""`sera diff`, `sera gc`: compare rounds, and delete unreferenced steps."""
 
 import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from flows.commands.output import answer
+from flows.commands.output import print_result
 from flows.commands.tables import metric_cell, print_table, print_text
 from flows.store_tools.diff import difference, side_of
-from flows.store_tools.garbage import collect, collected_lines, seconds_of
+from flows.store_tools.garbage import collect, collected_lines, parse_age
 from sera_core.artifacts.store import open_store
 
 
 def add_diff(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera diff RUN[:N] RUN[:N]`."""
-    sub = commands.add_parser(
-        "diff", parents=[common], help="what differs between two rounds: settings, steps, metrics"
-    )
+    sub = commands.add_parser("diff", parents=[common], help="compare two rounds: settings, steps, metrics")
     for side in ("left", "right"):
-        sub.add_argument(side, metavar="RUN[:N]", help="a run's round N (default: its last finished one)")
+        sub.add_argument(side, metavar="RUN[:N]", help="round N of a run (default: its last finished round)")
     sub.set_defaults(command=diff_command)
 
 
 def diff_command(args: argparse.Namespace) -> int:
-    """Show what differs; exit code 0 whether anything does or not."""
+    """Show the differences; the exit code is 0 in any case."""
     store = open_store(args.store)
     left, right = side_of(store, args.left), side_of(store, args.right)
     found = difference(left, right)
     if args.json:
-        answer(args, found, [])
+        print_result(args, found, [])
         return 0
     for line in _heading(found):
         print_text(line)
@@ -41,29 +39,29 @@ def diff_command(args: argparse.Namespace) -> int:
 def add_gc(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera gc [--delete] [--older-than 7d]`."""
     sub = commands.add_parser(
-        "gc", parents=[common], help="what nothing in the store refers to any more; --delete takes it away"
+        "gc", parents=[common], help="list unreferenced files in the store; --delete deletes them"
     )
-    sub.add_argument("--delete", action="store_true", help="take it away; without this nothing changes")
+    sub.add_argument("--delete", action="store_true", help="delete them; without this nothing changes")
     sub.add_argument(
         "--older-than",
         default="7d",
         metavar="AGE",
-        help="leave alone what is younger, by the store's clock: 90s, 30m, 12h, 7d, 2w (default: 7d)",
+        help="keep anything younger, by the store's clock: 90s, 30m, 12h, 7d, 2w (default: 7d)",
     )
     sub.set_defaults(command=gc_command)
 
 
 def gc_command(args: argparse.Namespace) -> int:
-    """Show what may go, or take it away."""
-    found = collect(open_store(args.store), args.delete, seconds_of(args.older_than))
-    answer(args, found, collected_lines(found))
+    """List unreferenced files, or delete them."""
+    found = collect(open_store(args.store), args.delete, parse_age(args.older_than))
+    print_result(args, found, collected_lines(found))
     return 0
 
 
 def _heading(found: dict[str, Any]) -> Iterator[str]:
-    yield f"{_name(found['left'])} against {_name(found['right'])}"
+    yield f"{_name(found['left'])} vs {_name(found['right'])}"
     if found["same_artifacts"]:
-        yield "Every step of the two holds the same bytes."
+        yield "All steps have the same content."
     if not found["config"]:
         yield "The settings are the same."
 
@@ -82,7 +80,7 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]], *names: s
 
 
 def _cell(value: Any) -> Any:
-    """A step by the beginnings of its key and digest, a metric with its interval."""
+    """A step as shortened key and digest, a metric with its interval."""
     if isinstance(value, dict) and "digest" in value:
         return f"key {value['key'][:12]}… digest {value['digest'][:12]}…"
     return metric_cell(value)

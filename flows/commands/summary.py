@@ -1,4 +1,4 @@
-"""What a finished run says: rounds, dropped pairs, examples, where things lie, what to try next."""
+"""The summary of a run: rounds, dropped pairs, examples, artifacts and next commands."""
 
 from collections.abc import Iterator
 
@@ -12,19 +12,19 @@ from sera_core.reporting.round_page import title_of
 
 STOPS = {
     "converged": "it converged: held-out accuracy, selection and margins no longer move",
-    "max_rounds": "it did all the rounds it may (limits.rounds; raise it and run again to go on)",
+    "max_rounds": "it reached limits.rounds (raise it and run again to continue)",
     "degraded": "held-out accuracy fell and the head was rolled back to the best round",
     "no_pairs": "no pairs were left to train on",
-    "budget": "it reached its budget (limits.hours or limits.tokens; raise it and run again to go on)",
+    "budget": "it reached its budget (raise limits.hours or limits.tokens and run again to continue)",
     "reviewer": "a reviewer stopped it",
 }
 
 
 def rounds_table(records: RunStore) -> None:
-    """One line a round."""
+    """Print one line per round."""
     columns = [
-        "round", "decision", "human", "generated", "share (asked)", "held-out accuracy",
-        "change since the head", "margin held out", "margin trained on",
+        "round", "decision", "human", "generated", "share (target)", "held-out accuracy",
+        "change since the head", "held-out margin", "margin of trained pairs",
     ]  # fmt: skip
     rows = []
     for r in records.history().rounds:
@@ -46,28 +46,28 @@ def rounds_table(records: RunStore) -> None:
 
 
 def closing_lines(records: RunStore) -> Iterator[str]:
-    """The run in plain sentences."""
+    """The run in sentences."""
     history, state = records.history(), records.stop_reason()
     for manifest in history.rounds:
         yield from _round_lines(manifest)
     waiting = records.waiting()
     if waiting:
         yield (
-            f"The run waits for a review of round {waiting['round']} until {waiting['until']}: "
+            f"The run is waiting for a review of round {waiting['round']} until {waiting['until']}: "
             f"sera review {records.run} --decision promote"
         )
     elif state:
         yield f"The run stopped with `{state}`: {STOPS[state]}."
     if history.best is not None:
-        yield f"Best round: {history.best.round} (the promoted one with the largest held-out accuracy)."
-        if (said := verdict_words(against_round_0(records))) is not None:
-            yield said
+        yield f"Best round: {history.best.round} (the promoted round with the highest held-out accuracy)."
+        if (verdict := verdict_words(against_round_0(records))) is not None:
+            yield verdict
         yield from _examples(records)
     if (final := test_record(records)) is not None:
         accuracy = with_interval(final["metrics"].get("test/rewards/accuracies"))
-        yield f"Test side, which decided nothing: accuracy {accuracy} under round {final['round']}."
+        yield f"Test set (used for no decision): accuracy {accuracy} for round {final['round']}."
     if history.rounds:
-        yield f"Artifacts: {records.store.url}. Next, try:"
+        yield f"Artifacts: {records.store.url}. Next:"
         store = "" if records.store.url in ("./sera-store", "sera-store") else f" --store {records.store.url}"
         yield f"  sera report {records.run} --out report{store}      # then open report/index.html"
         last = history.rounds[-1].round
@@ -104,8 +104,8 @@ def _round_lines(r: RoundManifest) -> Iterator[str]:
         )
     if "flipped" in m:
         yield (
-            f"  of {m['flipped']} flipped labels {m['flipped/dropped']} were dropped "
-            f"(chance would drop {m['flipped/dropped_by_chance']:.1f})."
+            f"  {m['flipped/dropped']} of {m['flipped']} flipped labels were dropped "
+            f"({m['flipped/dropped_by_chance']:.1f} expected by chance)."
         )
     if m.get("verdict") == "not_enough_evidence" and r.round:
         yield "  too few pairs to tell whether this round helped."

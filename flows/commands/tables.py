@@ -1,4 +1,4 @@
-"""Tables and text on stdout; data is never read as markup."""
+"""Tables and text on stdout; data is never interpreted as markup."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,14 +12,14 @@ from rich.text import Text
 from flows.display.round_card import with_interval
 from sera_core.guards.shown import shown
 
-LEAST_WIDTH = 60
-"""On a terminal of fewer columns the cells of a table have no room for their values: a list has."""
+MIN_TABLE_WIDTH = 60
+"""Narrower terminals get a list instead of a table."""
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table for people; on a narrow terminal a list."""
+    """Print a table; on a narrow terminal, a list."""
     console = Console()
-    if console.is_terminal and console.width < LEAST_WIDTH:
+    if console.is_terminal and console.width < MIN_TABLE_WIDTH:
         print_text("\n".join(_listed(title, columns, rows)))
         return
     table = Table(title=escape(shown(title)), title_justify="left")
@@ -27,13 +27,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(escape(shown(name)), overflow="fold")
     for row in rows:
         table.add_row(*(Text(shown(_cell(value))) for value in row))
-    if not console.is_terminal:  # a pipe or a log has no width of its own
+    if not console.is_terminal:  # pipes and logs have no width
         console = Console(width=160)
     console.print(table)
 
 
 def _listed(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
-    """Lines of `name: value`, those of a row together; of two columns the first is the name."""
+    """Lines of `name: value`, grouped by row; of two columns the first is the name."""
     yield title
     for row in rows:
         cells = [_cell(value) for value in row]
@@ -46,12 +46,12 @@ def _listed(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -
 
 
 def print_text(text: str) -> None:
-    """A paragraph, as it is."""
+    """Print text without wrapping it."""
     Console(soft_wrap=True).print(Text(shown(text)))
 
 
 def metric_cell(value: Any) -> Any:
-    """A metric as a table shows it: a rate with its interval, anything nested as JSON."""
+    """A metric as a table cell: a rate with its interval, nested values as JSON."""
     if isinstance(value, dict) and "value" in value:
         return with_interval(value)
     return json.dumps(value) if isinstance(value, dict | list) else value

@@ -1,1 +1,1 @@
-"""What people see of a run: cards, events, log lines and progress in Prefect, tables and the report."""
+"""Display of a run: cards, events, logs and progress in Prefect, and the HTML report."""

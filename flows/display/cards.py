@@ -1,4 +1,4 @@
-"""Cards in Prefect: of each round, an index of the run on its parent flow, and plans."""
+"""Prefect artifacts: a card per round, an index of the run, and plans."""
 
 import hashlib
 import re
@@ -15,9 +15,9 @@ from sera_core.artifacts.runs import RoundManifest, RunStore
 
 
 def key_of(run: str, what: str) -> str:
-    """An artifact's key: keys are global, of lower-case letters, digits and dashes.
+    """Key of an artifact. Keys are global and consist of lower-case letters, digits and dashes.
 
-    A name that is more than these gets a hash, so that `a.b` and `A-b` keep cards apart.
+    A name with other characters gets a hash, so that `a.b` and `A-b` have different keys.
     """
     slug = re.sub(r"[^a-z0-9-]", "-", run.lower())
     apart = "" if slug == run else "-" + hashlib.sha256(run.encode()).hexdigest()[:8]
@@ -28,7 +28,7 @@ def key_of(run: str, what: str) -> str:
 
 
 def publish_round(records: RunStore, manifest: RoundManifest, show_text: bool) -> None:
-    """Publish the card of a finished round; `show_text` = False keeps texts of pairs out of it."""
+    """Publish the card of a finished round, with texts of pairs if `show_text`."""
     create_markdown_artifact(
         round_card(records, manifest, show_text),
         key=key_of(records.run, f"round-{manifest.round}"),
@@ -37,7 +37,7 @@ def publish_round(records: RunStore, manifest: RoundManifest, show_text: bool) -
 
 
 def publish_index(records: RunStore) -> None:
-    """Publish the run's index as it is now."""
+    """Publish the run's index."""
     create_markdown_artifact(
         index_card(records), key=key_of(records.run, "index"), description=_description(records)
     )
@@ -51,9 +51,9 @@ def publish_plan(run: str, found: dict[str, Any]) -> None:
 
 
 def publish_missing(records: RunStore) -> None:
-    """Publish the cards of finished rounds that this server does not have.
+    """Publish cards of finished rounds that are missing on this server.
 
-    Its database was lost, or the process ended between a round's manifest and its card.
+    The server's database was lost, or the process died between a round's manifest and its card.
     """
     rounds = {key_of(records.run, f"round-{m.round}"): m for m in records.rounds()}
     if not rounds:
@@ -71,7 +71,7 @@ def publish_missing(records: RunStore) -> None:
 
 
 def _description(records: RunStore, manifest: RoundManifest | None = None) -> str:
-    """Says which store the run is in: keys are shared by runs of the same name in several stores."""
+    """Names the store, since runs of the same name in different stores share keys."""
     which = f"run {records.run}" + ("" if manifest is None else f", round {manifest.round}")
     return escape(f"{which}, in {records.store.url}")
 
@@ -80,7 +80,7 @@ def _description(records: RunStore, manifest: RoundManifest | None = None) -> st
 
 
 def index_card(records: RunStore) -> str:
-    """The run so far, a line a round, with links to their cards."""
+    """The run so far: one line per round, with a link to its card."""
     history, stop = records.history(), records.stop_reason()
     parts = [
         f"# run {escape(records.run)}",
@@ -94,7 +94,7 @@ def index_card(records: RunStore) -> str:
             [_line(records.run, manifest) for manifest in history.rounds],
         ),
         "\n".join(f"- round {m.round}, {m.decision}: {escape(m.reason)}" for m in history.rounds),
-        "## In a shell",
+        "## Commands",
         verbatim(
             [
                 command(records, "show"),
@@ -112,7 +112,7 @@ def _state(records: RunStore, stop: str | None) -> str:
     waiting = records.waiting()
     if waiting is None:
         return "open"
-    return escape(f"waiting for a person to decide on round {waiting['round']}, until {waiting['until']}")
+    return escape(f"waiting for a review of round {waiting['round']}, until {waiting['until']}")
 
 
 def _round(manifest: RoundManifest | None) -> str:
@@ -134,9 +134,9 @@ def _line(run: str, manifest: RoundManifest) -> list[str]:
 
 
 def plan_card(run: str, found: dict[str, Any]) -> str:
-    """What a run would do, step by step (flows.planning.plan.plan's dictionary), and what it would cost."""
-    totals = f"{found['reuse']} steps are in the store, {found['run_now']} would run now, {found['depends']} "
-    totals += f"depend on them: about {found['tokens']:,} tokens, {_seconds(found['seconds'])} of work and "
+    """A plan (from flows.planning.plan.plan) as a table, with totals."""
+    totals = f"{found['reuse']} steps are in the store, {found['run_now']} can run now, {found['depends']} "
+    totals += f"depend on those: about {found['tokens']:,} tokens, {_seconds(found['seconds'])} of work and "
     totals += f"{found['bytes']:,} bytes."
     rows = [
         [
@@ -149,7 +149,7 @@ def plan_card(run: str, found: dict[str, Any]) -> str:
         ]
         for row in found["steps"]
     ]
-    header = ["round", "step", "status", "why", "tokens", "expected work"]
+    header = ["round", "step", "status", "why", "tokens", "estimated time"]
     parts = [f"# plan of run {escape(run)}", escape(found["note"] or ""), escape(totals), table(header, rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -1,4 +1,4 @@
-"""Is this work of a deployed flow? Then a person looks at it in Prefect's UI, not on a terminal."""
+"""Whether this code runs in a deployed flow, whose output belongs in Prefect's UI."""
 
 import sys
 from functools import cache
@@ -6,8 +6,8 @@ from uuid import UUID
 
 
 def in_deployed_run() -> bool:
-    """Whether this code runs in a flow run, or a task run of one, that a deployment began."""
-    if "prefect" not in sys.modules:  # importing it takes seconds; who is in a run has done it
+    """Whether this code runs in a flow run of a deployment, or in one of its task runs."""
+    if "prefect" not in sys.modules:  # importing it takes seconds; a flow run has done so
         return False
     from prefect.context import FlowRunContext, TaskRunContext
 
@@ -19,7 +19,7 @@ def in_deployed_run() -> bool:
 
 @cache
 def _is_deployed(flow_run_id: UUID) -> bool:
-    """Of the run this is called in. Where the answer is no, Prefect asks its server for it each time."""
+    """Cached, because Prefect queries its server each time if the answer is no."""
     from prefect.runtime import deployment
 
     return deployment.id is not None

@@ -1,4 +1,4 @@
-"""Events of a run, for Prefect's automations: what happened, never a text of a pair."""
+"""Events for Prefect's automations; they never contain texts of pairs."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ ROUND, STOPPED, ALARM = "sera.round.completed", "sera.run.stopped", "sera.alarm.
 
 
 def round_completed(manifest: RoundManifest, store_url: str) -> None:
-    """`sera.round.completed`, and `sera.alarm.amplification` when the round's alarm was raised."""
+    """`sera.round.completed`, and `sera.alarm.amplification` if the round raised its alarm."""
     payload = {
         "round": manifest.round,
         "decision": manifest.decision,
@@ -41,7 +41,7 @@ def run_stopped(records: RunStore) -> None:
 
 def _emit(event: str, run: str, store_url: str, payload: dict[str, Any]) -> None:
     if PREFECT_API_URL.value() is None:
-        return  # without a server to tell, Prefect would start one
+        return  # without a server, Prefect would start one
     resource = {
         "prefect.resource.id": f"sera.run.{run}",
         "prefect.resource.name": run,

@@ -1,4 +1,4 @@
-"""Lines for the log of the Prefect run where a person reads it there, else for stderr."""
+"""Logging: to the Prefect run in a deployed flow, else to stderr."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -13,10 +13,7 @@ from tasks.engines.library_logs import hear_libraries
 
 
 def run_log() -> Callable[[str], None]:
-    """A function that logs a line: to the run this is called in, if it is a deployed flow's, else to stderr.
-
-    It may be called from any thread.
-    """
+    """A function that logs a line to the current deployed flow run, else to stderr; from any thread."""
     if not in_deployed_run():
         return to_stderr
     from prefect.logging import get_run_logger
@@ -32,31 +29,31 @@ def run_log() -> Callable[[str], None]:
 
 
 class _Shown(logging.Filter):
-    """Lets every line through with nothing in it that acts on a terminal or hides, and no credentials."""
+    """Escapes control characters and removes credentials."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = shown(without_secrets_in(record.getMessage())), ()
-        if record.exc_info:  # what a formatter finds here it takes as it is
-            told = logging.Formatter().formatException(record.exc_info)
-            record.exc_text = shown(without_secrets_in(told))
+        if record.exc_info:  # formatters use exc_text if it is set
+            text = logging.Formatter().formatException(record.exc_info)
+            record.exc_text = shown(without_secrets_in(text))
         return True
 
 
 _SHOWN = _Shown()
 
 
-def show_prefects_lines() -> None:
-    """What Prefect itself logs of runs and tasks, an error's message among it, is shown as text."""
+def escape_prefect_logs() -> None:
+    """Escape Prefect's own log lines about flow and task runs, such as error messages."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_SHOWN)
 
 
 @contextmanager
 def library_logs() -> Iterator[None]:
-    """Log lines of TRL, transformers, vLLM and our own steps go to the deployed run while the block runs.
+    """Send logs of TRL, transformers, vLLM and our steps to the deployed run while the block runs.
 
-    PREFECT_LOGGING_EXTRA_LOGGERS alone does not do it: it sets no level, so only warnings pass, it knows no
-    run in a library's own threads, and vLLM drops the handler when it is imported.
+    PREFECT_LOGGING_EXTRA_LOGGERS is not enough: it sets no level, so only warnings pass; it has no run in a
+    library's threads; and vLLM drops the handler on import.
     """
     if not in_deployed_run():
         yield
@@ -68,7 +65,7 @@ def library_logs() -> Iterator[None]:
     run = cast(PrefectLogAdapter, get_run_logger()).extra or {}
 
     class ToRun(APILogHandler):
-        """To this run, from any thread."""
+        """Logs to this run, from any thread."""
 
         def emit(self, record: logging.LogRecord) -> None:
             record.__dict__.update(run)

@@ -1,6 +1,6 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere; always on stderr.
+"""Progress of long steps on stderr: a bar on a terminal, else a line every 30 s.
 
-Work of a deployed flow shows it in Prefect: lines in the run's log, and an artifact that fills up.
+A deployed flow shows it in Prefect: lines in the run's log and a progress artifact.
 """
 
 import sys
@@ -28,10 +28,10 @@ from sera_core.artifacts.step import Progress as Report
 
 LINE_SECONDS = 30.0
 ARTIFACT_SECONDS = 2.0
-"""From the start of a step to its artifact, and between two updates of it, at least."""
+"""Minimum time before the first artifact and between updates."""
 LOOK_SECONDS = 0.2
 LAST_SECONDS = 5.0
-"""A finished step waits so long, at most, for a server that does not answer."""
+"""Maximum time that a finished step waits for the server."""
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def _lines(title: str) -> Report:
 
 @contextmanager
 def _artifact(title: str) -> Iterator[Report]:
-    """Lines, and a progress artifact of the task run this is called in, filled when the block ends well."""
+    """Log lines and a progress artifact of the current task run; set to 100 % on success."""
     shown, line = ProgressArtifact(title), _lines(title)
 
     def report(done: int, total: int, unit: str) -> None:
@@ -97,34 +97,34 @@ def _artifact(title: str) -> Iterator[Report]:
 
 
 class ProgressArtifact:
-    """A progress artifact kept up to date by a thread of its own: the work never waits for the server."""
+    """A progress artifact updated in a thread, so that the work does not wait for the server."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.state: tuple[int, int, str] | None = None
-        """Done, total and unit, as the work told them last."""
+        """Latest done, total and unit."""
         self._sent: tuple[int, int, str] | None = None
         self._id: UUID | None = None
         self._key = _key(title)
         self._log = run_log()
         self._finished = self._failed = False
-        self._over = threading.Event()
-        # With the context comes which run this is, and Prefect's open connection.
+        self._stop = threading.Event()
+        # The context holds the current run and Prefect's open connection.
         self._thread = threading.Thread(target=copy_context().run, args=(self._publish,), daemon=True)
 
     def start(self) -> None:
-        """Begin to publish, once the step turns out to be a long one."""
+        """Start the thread; it publishes after ARTIFACT_SECONDS."""
         self._thread.start()
 
     def end(self, finished: bool) -> None:
-        """Stop; the artifact of a finished step ends full."""
+        """Stop the thread; `finished` sets the artifact to 100 %."""
         self._finished = finished
-        self._over.set()
+        self._stop.set()
         self._thread.join(LAST_SECONDS)
 
     def _publish(self) -> None:
         last = time.monotonic()
-        while not self._over.wait(LOOK_SECONDS):
+        while not self._stop.wait(LOOK_SECONDS):
             if self.state != self._sent and time.monotonic() - last >= ARTIFACT_SECONDS:
                 self._send()
                 last = time.monotonic()
@@ -137,22 +137,22 @@ class ProgressArtifact:
         assert self.state is not None
         state = done, total, unit = self.state
         percent = 100.0 if self._finished else min(100.0, 100.0 * done / max(1, total))
-        said = f"{self.title}: {done:,} of {total:,} {unit}" if total else f"{self.title}: no {unit}"
+        text = f"{self.title}: {done:,} of {total:,} {unit}" if total else f"{self.title}: no {unit}"
         try:
             if self._id is None:
-                made = create_progress_artifact(percent, key=self._key, description=said)
-                self._id = cast(UUID, made)  # outside an event loop it does not hand back a coroutine
+                made = create_progress_artifact(percent, key=self._key, description=text)
+                self._id = cast(UUID, made)  # not a coroutine outside an event loop
             else:
-                update_progress_artifact(self._id, percent, description=said)
+                update_progress_artifact(self._id, percent, description=text)
             self._sent = state
-        except Exception as error:  # whatever the server says, the work goes on
+        except Exception as error:  # a server error must not stop the work
             if not self._failed:
-                self._log(f"{self.title}: its progress cannot be shown now ({error})")
+                self._log(f"{self.title}: cannot show progress ({error})")
             self._failed = True
 
 
 def _key(title: str) -> str:
-    """The artifact's key: of the round and the step, and its own task run, for a round scores many times."""
+    """Key of the artifact: round, step and task run, since a round scores several times."""
     from prefect.runtime import flow_run, task_run
 
     from flows.display.cards import key_of

@@ -1,4 +1,4 @@
-"""The card of a round: what a person looks at in Prefect before going on. Markdown from records alone."""
+"""The card of a round in Prefect, as markdown made from records."""
 
 import shlex
 from collections.abc import Sequence
@@ -17,26 +17,26 @@ from sera_core.reporting.round_page import histograms, title_of
 
 METRICS = (
     ("held-out accuracy", "heldout/rewards/accuracies", 3),
-    ("its paired change since the policy before", "heldout/accuracy_change", 3),
+    ("paired change since the previous policy", "heldout/accuracy_change", 3),
     ("held-out margin, nats", "heldout/margin", 3),
     ("margin of human pairs trained on, nats", "trained/margin", 3),
     ("held-out: prefers the longer answer", "heldout/preferred_longer", 3),
-    ("KL to the start policy, nats an answer", "samples/kl_reference", 3),
-    ("tokens of a sampled answer", "samples/tokens", 1),
+    ("KL to the start policy, nats per answer", "samples/kl_reference", 3),
+    ("tokens per sampled answer", "samples/tokens", 1),
     ("training loss", "train_loss", 4),
     ("human pairs trained on", "pairs/human", 0),
     ("generated pairs trained on", "pairs/generated", 0),
     ("generated share", "generated_share", 3),
-    ("generated share asked for", "target_share", 3),
+    ("target generated share", "target_share", 3),
     ("tokens of work", "tokens", 0),
     ("seconds of work", "seconds", 1),
 )
-"""What is held against the last round: name, key in the manifest's metrics, digits."""
+"""Metrics compared with the previous round: name, key in the manifest, digits."""
 LEDGER = ("pair_id", "origin", "stage", "ensemble_margin", "kept", "reason")
 
 
 def round_card(records: RunStore, manifest: RoundManifest, show_text: bool) -> str:
-    """A round in markdown: decision, metrics against the last round, plots, pairs by reason, artifacts."""
+    """A round in markdown: decision, metrics, plots, pairs by reason, artifacts."""
     rounds = records.rounds()[: manifest.round + 1]
     steps = {role: ref for role, ref in manifest.steps.items() if role in ROLES}
     files = RoundFiles({role: Artifact(records.store, ref) for role, ref in steps.items()})
@@ -48,33 +48,35 @@ def round_card(records: RunStore, manifest: RoundManifest, show_text: bool) -> s
         _metrics(manifest, rounds[-2] if len(rounds) > 1 else None),
         *_plots(rounds, ledger),
         "## Pairs",
-        table(["pairs", "reason", "which means", "count"], _counts(manifest)),
+        table(["pairs", "reason", "meaning", "count"], _counts(manifest)),
         *(_samples(files, ledger) if show_text else []),
         "## Artifacts",
         verbatim(_artifacts(records, manifest)),
-        "All rounds as pages, this one's included:",
+        "All rounds as HTML pages:",
         verbatim([command(records, "report", "--out report")]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _decision(manifest: RoundManifest) -> list[str]:
-    said = [f"**{manifest.decision}**: {words.DECISIONS[manifest.decision]}. Why: {escape(manifest.reason)}."]
+    lines = [
+        f"**{manifest.decision}**: {words.DECISIONS[manifest.decision]}. Why: {escape(manifest.reason)}."
+    ]
     if manifest.stop_reason is not None:
-        said.append(f"The run stops ({escape(manifest.stop_reason)}): {stop_words(manifest.stop_reason)}.")
+        lines.append(f"The run stops ({escape(manifest.stop_reason)}): {stop_words(manifest.stop_reason)}.")
     alarm: str | None = manifest.metrics.get("alarm")
     if alarm is not None:
-        said.append(f"Amplification alarm: {escape(words.ALARMS.get(alarm, alarm))}")
-    return said
+        lines.append(f"Amplification alarm: {escape(words.ALARMS.get(alarm, alarm))}")
+    return lines
 
 
 def stop_words(stop_reason: str) -> str:
-    """What a stop reason means."""
+    """The meaning of a stop reason."""
     return escape(words.STOPS.get(stop_reason, stop_reason))
 
 
 def _metrics(manifest: RoundManifest, before: RoundManifest | None) -> str:
-    """Only what was measured in this round or the last one has a row."""
+    """A table of the metrics measured in this round or the previous one."""
     rows = []
     for name, key, digits in METRICS:
         now, then = ({} if m is None else m.metrics.get(key) for m in (manifest, before))
@@ -84,7 +86,7 @@ def _metrics(manifest: RoundManifest, before: RoundManifest | None) -> str:
         if _value(now) is not None and _value(then) is not None and not key.endswith("_change"):
             change = words.number(_value(now) - _value(then), digits, signed=True)
         rows.append([name, _shown(now, digits), change, _shown(_value(then), digits)])
-    return table(["", "this round", "change", "last round"], rows)
+    return table(["metric", "this round", "change", "previous round"], rows)
 
 
 def _value(metric: Any) -> Any:
@@ -99,7 +101,7 @@ def _shown(metric: Any, digits: int) -> str:
 
 
 def with_interval(rate: dict[str, Any] | None, digits: int = 3) -> str:
-    """A value with its interval and the number of observations; a dash where it was not measured."""
+    """A value with its interval and number of observations; a dash if it was not measured."""
     if rate is None or rate.get("value") is None:
         return "–"
     return f"{words.interval(rate, digits)} (n = {rate['n']:,})"
@@ -109,12 +111,12 @@ def _plots(rounds: Sequence[RoundManifest], ledger: Sequence[Row]) -> list[str]:
     drawn = [image(plot, caption) for plot, caption in trends(rounds)]
     margins = dict(histograms(ledger)).get("human")
     if margins is not None:
-        drawn.append(image(margins, "Ensemble margins of the human pairs of this round, kept and dropped."))
+        drawn.append(image(margins, "Ensemble margins of this round's human pairs, kept and dropped."))
     return drawn
 
 
 def _counts(manifest: RoundManifest) -> list[list[str]]:
-    """Pairs and prompts of the ledger by reason, kept ones first."""
+    """Pairs and prompts in the ledger by reason, kept first."""
     rows = []
     for name, count in manifest.metrics.items():
         origin, _, reason = name.partition("/")
@@ -134,7 +136,7 @@ def _samples(files: RoundFiles, ledger: Sequence[Row]) -> list[str]:
         for side in ("prompt", "chosen", "rejected"):
             tokens = f" ({words.plural(pair[f'{side}_tokens'], 'token')})" if side != "prompt" else ""
             shown += [f"*{side}*{tokens}", quote(pair[side])]
-    return ["## Pairs worth looking at", *shown] if shown else []
+    return ["## Example pairs", *shown] if shown else []
 
 
 def _artifacts(records: RunStore, manifest: RoundManifest) -> list[str]:
@@ -146,6 +148,6 @@ def _artifacts(records: RunStore, manifest: RoundManifest) -> list[str]:
 
 
 def command(records: RunStore, name: str, options: str = "") -> str:
-    """A command line about the run, to be copied into a shell."""
+    """A `sera` command line for the run."""
     named = ["sera", name, shlex.quote(records.run), "--store", shlex.quote(records.store.url)]
     return " ".join([*named, options]).rstrip()

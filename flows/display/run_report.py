@@ -1,4 +1,4 @@
-"""A run's report: index.html for the run, beside it a copy of each round's page. No Prefect, no torch."""
+"""A run's HTML report: index.html and a copy of each round's page. No Prefect, no torch."""
 
 import json
 import os
@@ -25,16 +25,16 @@ DEFAULT_STORE = "./sera-store"
 TEST_RATES = (
     ("reward accuracy", "test/rewards/accuracies", 3),
     ("mean margin, nats", "test/margin", 3),
-    ("chosen answer is the longer one", "test/chosen_longer", 3),
-    ("preferred answer is the longer one", "test/preferred_longer", 3),
+    ("chosen answer is longer", "test/chosen_longer", 3),
+    ("preferred answer is longer", "test/preferred_longer", 3),
 )
 
 
 def write_run_report(store_url: str, run: str, out: Path) -> list[Path]:
-    """Write `out`/index.html and `out`/round-000.html, …; returns their paths.
+    """Write `out`/index.html and `out`/round-000.html, …. Returns their paths.
 
     Raises:
-        InputError: no such run, `out` is a file, or a file there with one of these names is not ours.
+        InputError: no such run, `out` is a file, or an existing file with such a name is not a report.
     """
     records = RunStore(open_store(store_url), run)
     if not records.configs():
@@ -58,15 +58,17 @@ def _round_page(records: RunStore, manifest: RoundManifest) -> bytes:
 
 def _refuse_foreign(out: Path, names: Sequence[str]) -> None:
     if os.path.lexists(out) and not out.is_dir():
-        raise InputError(f"--out {out}: this is a file or a link to nothing; name a folder for the report")
+        raise InputError(f"--out {out}: this is a file or a broken link; give a folder")
     check_place(out / "index.html")
     for name in names:
         path = out / name
         if path.is_symlink():
-            raise InputError(f"{path}: this is a link, and nothing is written through one; remove it")
+            raise InputError(
+                f"{path}: this is a link; remove it, since the report is not written through links"
+            )
         if path.exists() and not _is_report(path):
             raise InputError(
-                f"{path}: exists and is not a report of ours; give --out another folder, or move it away"
+                f"{path}: exists and is not a sera-flow report; give --out another folder, or move it away"
             )
 
 
@@ -95,7 +97,7 @@ def _index(records: RunStore, store_url: str) -> str:
         rounds=rounds,
         increment=config.review.reference == "previous",
         plots=trends(history.rounds) + _lengths(history.rounds),
-        lesson=_lesson(history),
+        lesson=_margin_note(history),
         test=None if test is None else _test_lines(test["metrics"]),
         test_round=None if test is None else test["round"],
         export=_export(records.run, store_url),
@@ -139,13 +141,13 @@ def _row(manifest: RoundManifest, best: RoundManifest | None) -> dict[str, Any]:
 def _state_words(records: RunStore, config: SeraConfig, stop_reason: str | None) -> str:
     done = words.plural(records.history().next_round, "round")
     if stop_reason is not None:
-        said = f"Stopped after {done} ({stop_reason}): {words.STOPS.get(stop_reason, stop_reason)}."
-        return said + _budget_words(records, stop_reason)
+        text = f"Stopped after {done} ({stop_reason}): {words.STOPS.get(stop_reason, stop_reason)}."
+        return text + _budget_words(records, stop_reason)
     waiting = records.waiting()
     if waiting is not None:
         until = f"until {waiting['until']}: `sera review {records.run}`"
-        return f"Waiting for a person to decide on round {waiting['round']}, {until}."
-    return f"Open: {done} of at most {config.limits.rounds} finished; run the experiment again to go on."
+        return f"Waiting for a review of round {waiting['round']}, {until}."
+    return f"Open: {done} of at most {config.limits.rounds} finished; rerun the experiment to continue."
 
 
 def _budget_words(records: RunStore, stop_reason: str) -> str:
@@ -160,14 +162,14 @@ def _best_words(best: RoundManifest | None) -> str:
         return "No round was promoted, so there is no best round."
     accuracy = best.metrics["heldout/rewards/accuracies"]
     return (
-        f"Round {best.round} is the best: of the promoted rounds it has the largest held-out reward "
-        f"accuracy, {words.interval(accuracy)} on {words.plural(accuracy['n'], 'pair')} (a tie goes to the "
-        "earlier round)."
+        f"Round {best.round} is the best: of the promoted rounds it has the highest held-out reward "
+        f"accuracy, {words.interval(accuracy)} on {words.plural(accuracy['n'], 'pair')} (ties go to the "
+        "later round)."
     )
 
 
 def _overlap_words(history: History) -> str:
-    """Which promoted rounds the evidence cannot tell from the best one."""
+    """Promoted rounds whose interval overlaps with that of the best round."""
     best = history.best
     if best is None:
         return ""
@@ -183,7 +185,7 @@ def _overlap_words(history: History) -> str:
     if not near:
         return ""
     others = f"round{'s' if len(near) > 1 else ''} {', '.join(near)}"
-    return f"Its interval overlaps with that of {others}, so the order between them may be chance."
+    return f"Its interval overlaps with that of {others}, so their order may be chance."
 
 
 def _series(rounds: Sequence[RoundManifest], key: str, name: str, style: str) -> list[Series]:
@@ -197,7 +199,7 @@ def _series(rounds: Sequence[RoundManifest], key: str, name: str, style: str) ->
 
 
 def trends(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
-    """(plot, caption) of held-out accuracy and mean margins over the rounds, what was measured of it."""
+    """(plot, caption) of held-out accuracy and mean margins over the rounds, if measured."""
     margins = _series(rounds, "trained/margin", "trained pairs", "b") + _series(
         rounds, "heldout/margin", "held-out pairs", "a"
     )
@@ -209,39 +211,39 @@ def trends(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
                 "accuracy",
                 0.5,
             ),
-            "Held-out reward accuracy; 0.5 is a coin.",
+            "Held-out reward accuracy; 0.5 is chance.",
         ),
         (
             lines(margins, "round", "mean margin", 0.0),
-            "Mean margin in nats of the human pairs trained on and of held-out pairs.",
+            "Mean margin in nats of trained human pairs and of held-out pairs.",
         ),
     ]
     return [(plot, caption) for plot, caption in wanted if plot is not None]
 
 
 def _lengths(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
-    """(plot, caption) of how length moves over the rounds."""
+    """(plot, caption) of response length over the rounds."""
     wanted = [
         (
-            lines(_series(rounds, "samples/tokens", "tokens of an answer", "c"), "round", "length"),
+            lines(_series(rounds, "samples/tokens", "tokens per answer", "c"), "round", "length"),
             "Mean length of sampled answers to held-out prompts.",
         ),
         (
             lines(
-                _series(rounds, "heldout/preferred_longer", "policy prefers the longer", "a")
-                + _series(rounds, "heldout/chosen_longer", "chosen is the longer", "c"),
+                _series(rounds, "heldout/preferred_longer", "policy prefers the longer answer", "a")
+                + _series(rounds, "heldout/chosen_longer", "chosen answer is longer", "c"),
                 "round",
                 "share of longer answers",
                 0.5,
             ),
-            "Held-out pairs: how often the policy prefers the longer answer, beside how often people did.",
+            "Held-out pairs: how often the policy and the labels prefer the longer answer.",
         ),
     ]
     return [(plot, caption) for plot, caption in wanted if plot is not None]
 
 
-def _lesson(history: History) -> list[str]:
-    """Whether margins grew from the first to the last head without accuracy."""
+def _margin_note(history: History) -> list[str]:
+    """Whether margins grew from the first to the last head without an increase in accuracy."""
     heads = history.lineage
     if len(heads) < 2:
         return []
@@ -250,15 +252,15 @@ def _lesson(history: History) -> list[str]:
     accuracy = [m["heldout/rewards/accuracies"] for m in (first, last)]
     if None in margin or None in (accuracy[0]["value"], accuracy[1]["low"]) or not margin[1] > margin[0]:
         return []
-    said = f"From round {heads[0].round} to {heads[-1].round} the mean held-out margin grew from "
-    said += f"{words.number(margin[0])} to {words.number(margin[1])} nats"
+    growth = f"From round {heads[0].round} to {heads[-1].round} the mean held-out margin grew from "
+    growth += f"{words.number(margin[0])} to {words.number(margin[1])} nats"
     if words.too_few(accuracy[1]):
-        return [f"{said}; {accuracy[1]['n']} held-out pairs are too few pairs to tell whether accuracy grew."]
+        return [f"{growth}; {accuracy[1]['n']} held-out pairs are too few to tell whether accuracy grew."]
     if accuracy[1]["low"] > accuracy[0]["value"]:
-        return [f"{said}, and held-out accuracy grew with it."]
+        return [f"{growth}, and held-out accuracy grew with it."]
     return [
-        f"{said}, while held-out accuracy went from {words.number(accuracy[0]['value'])} to "
-        f"{words.interval(accuracy[1])}: growing margins are not growing accuracy."
+        f"{growth}, while held-out accuracy went from {words.number(accuracy[0]['value'])} to "
+        f"{words.interval(accuracy[1])}: larger margins do not mean higher accuracy."
     ]
 
 
@@ -267,7 +269,7 @@ def _test_lines(metrics: dict[str, Any]) -> list[Line]:
     by_length = metrics.get("test/accuracy_by_length") or {}
     for key, name in (("chosen_longer", "longer"), ("chosen_shorter", "shorter")):
         if key in by_length:
-            made.append(rate_line(f"accuracy where the better answer is {name}", by_length[key]))
+            made.append(rate_line(f"accuracy where the chosen answer is {name}", by_length[key]))
     return made
 
 
@@ -283,20 +285,20 @@ def _settings(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _rerun(records: RunStore, history: History, stop_reason: str | None) -> str:
-    """What the same experiment again would compute: what the store holds is not done twice."""
+    """What a rerun of the experiment would recompute."""
     used = {ref.key: ref for manifest in history.rounds for ref in manifest.used}
-    missing = [ref.step for ref in used.values() if _lost(records, ref)]
-    said = "The same experiment under this name recomputes no finished round: the manifests above stand."
+    missing = [ref.step for ref in used.values() if _is_missing(records, ref)]
+    text = "Rerunning this experiment under this name recomputes no finished round."
     if stop_reason is None:
-        said += f" It goes on with round {history.next_round}."
+        text += f" It resumes with round {history.next_round}."
     held = len(used) - len(missing)
     steps = words.plural(len(used), "step")
-    said += f" Under another name it would find {held:,} of these rounds' {steps} in the store"
+    text += f" Under another name it would reuse {held:,} of these rounds' {steps} from the store"
     if not missing:
-        return f"{said} and recompute none of them."
-    return f"{said} and redo the others ({', '.join(sorted(set(missing)))}), and whatever rests on them."
+        return f"{text} and recompute none."
+    return f"{text} and recompute the others ({', '.join(sorted(set(missing)))}) and their dependents."
 
 
-def _lost(records: RunStore, ref: Any) -> bool:
+def _is_missing(records: RunStore, ref: Any) -> bool:
     record = find_record(records.store, ref.step, ref.key)
     return record is None or record.digest != ref.digest

@@ -1,4 +1,4 @@
-"""Reading a run for people and programs: the JSON of `sera show`, and whether its rounds helped."""
+"""Read a run: the JSON of `sera show`, and whether its reviewed rounds helped."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ from sera_core.reviewers import prompt_groups
 
 
 def run_records(store: Store, run: str) -> RunStore:
-    """The records of a run that exists.
+    """The records of an existing run.
 
     Raises:
-        InputError: there is no such run.
+        InputError: no such run.
     """
     records = RunStore(store, run)
     if not records.configs():
@@ -29,7 +29,7 @@ def run_records(store: Store, run: str) -> RunStore:
 
 
 def show(records: RunStore) -> dict[str, Any]:
-    """The run as `sera show --json` gives it."""
+    """The run, as in `sera show --json`."""
     history = records.history()
     return {
         "run": records.run,
@@ -55,7 +55,7 @@ def _round(records: RunStore, manifest: RoundManifest) -> dict[str, Any]:
 
 
 def uri_of(store: Store, place: dict[str, Any]) -> str:
-    """Where an artifact of a manifest lies: a file, or a folder of files."""
+    """URI of a manifest's artifact, a file or a folder."""
     record = find_record(store, place["step"], place["key"])
     if record is None:
         return f"{store.url}/steps/{place['step']}/{place['key']}"
@@ -72,7 +72,7 @@ def uri_of(store: Store, place: dict[str, Any]) -> str:
 def against_round_0(records: RunStore) -> Rate | None:
     """Change of held-out accuracy from round 0 to the head, on the same pairs; None without a later head.
 
-    Each round is judged against the head before it; a slow slide shows only here.
+    Each round is compared only with the previous head, so a slow decline shows only here.
     """
     head = records.history().head
     return None if head is None else since_round_0(records, head)
@@ -89,15 +89,15 @@ def since_round_0(records: RunStore, manifest: RoundManifest) -> Rate | None:
 
 
 def verdict_words(change: Rate | None) -> str | None:
-    """What the self-reviewed rounds did, in one honest sentence."""
+    """Whether the self-reviewed rounds helped, in one sentence."""
     if change is None:
         return None
-    said = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] on {change.n} held-out pairs"
+    numbers = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] on {change.n} held-out pairs"
     if change.low > 0:
-        return f"The reviewed rounds helped: accuracy of the head against round 0 {said}."
+        return f"The reviewed rounds helped: accuracy of the head against round 0 {numbers}."
     if change.high < 0:
-        return f"The reviewed rounds did harm: accuracy of the head against round 0 {said}."
-    return f"No evidence that the reviewed rounds helped: accuracy of the head against round 0 {said}."
+        return f"The reviewed rounds did harm: accuracy of the head against round 0 {numbers}."
+    return f"No evidence that the reviewed rounds helped: accuracy of the head against round 0 {numbers}."
 
 
 def _heldout_groups(store: Store, manifest: RoundManifest) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Handing a policy on: its lineage, its model card, the Hugging Face hub."""
+"""Export a policy: lineage, model card, Hugging Face hub."""

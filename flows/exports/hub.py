@@ -1,4 +1,4 @@
-"""A folder on the Hugging Face hub: private unless asked otherwise; the token from the environment alone."""
+"""Push a folder to the Hugging Face hub: private by default, token from HF_TOKEN only."""
 
 import os
 import re
@@ -12,27 +12,27 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9
 
 
 def check_target(repository: str) -> str:
-    """The token for a push, before anything is written.
+    """Check the repository name and return the token, before anything is written.
 
     Raises:
-        InputError: no repository's name, or no token in the environment.
+        InputError: a bad repository name, or no token in the environment.
     """
     if not _REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
-        raise InputError(f"--push-to {repository!r}: give ORG/NAME, of letters, digits, '.', '-' and '_'")
+        raise InputError(f"--push-to {repository!r}: give ORG/NAME with letters, digits, '.', '-' and '_'")
     token = os.environ.get("HF_TOKEN", "").strip()
     if not token:
         raise InputError(
-            "--push-to: no token; put one that may write into the environment variable HF_TOKEN "
+            "--push-to: no token; set the environment variable HF_TOKEN to a token with write access "
             "(https://huggingface.co/settings/tokens)"
         )
     return token
 
 
-def push(folder: Path, repository: str, public: bool, tell: Callable[[str], None]) -> str:
-    """Make the repository if there is none, and put the folder into it in one commit; returns its address.
+def push(folder: Path, repository: str, public: bool, report: Callable[[str], None]) -> str:
+    """Create the repository if needed and push the folder in one commit. Returns its URL.
 
     Raises:
-        InputError: the repository exists and is public, and that was not asked for.
+        InputError: the repository exists and is public, but --public was not given.
         SeraError: the hub refused or could not be reached.
     """
     import httpx
@@ -44,29 +44,29 @@ def push(folder: Path, repository: str, public: bool, tell: Callable[[str], None
     token = check_target(repository)
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token, library_name="sera-flow")
     try:
-        _make(api, repository, public)
-        tell(f"pushing to {repository} ({'public' if public else 'private'})")
+        _create_repository(api, repository, public)
+        report(f"pushing to {repository} ({'public' if public else 'private'})")
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Policy, lineage and card by sera-flow"
         )
     except (httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
         raise SeraError(
-            f"{repository}: the hub did not take it: {_said(error, token)}. What --to wrote is whole; to try "
-            "again leave --to out"
+            f"{repository}: the push failed: {_error_line(error, token)}. The folder of --to is complete; "
+            "to retry, leave --to out"
         ) from None
     return f"{api.endpoint}/{repository}"
 
 
-def _make(api: Any, repository: str, public: bool) -> None:
-    """A repository that exists keeps who may see it, so that is looked at before anything is sent."""
+def _create_repository(api: Any, repository: str, public: bool) -> None:
+    """Create the repository. An existing one keeps its visibility, so check that before pushing."""
     api.create_repo(repository, private=not public, exist_ok=True)
     if not public and not api.model_info(repository).private:
         raise InputError(
-            f"--push-to {repository}: exists and is public; give --public to push there, or another name"
+            f"--push-to {repository}: exists and is public; give --public to push there, or use another name"
         )
 
 
-def _said(error: Exception, token: str) -> str:
-    """The first line of an error, without the token whatever the library put into it."""
+def _error_line(error: Exception, token: str) -> str:
+    """The first line of an error, with the token removed."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0].replace(token, "…")

@@ -1,8 +1,7 @@
-"""Where a policy comes from: every step back to the data and the start policy, in one record. No Prefect.
+"""Lineage of a policy: every step back to the data and the start policy, in one record. No Prefect.
 
-The chain closes: each step names its inputs by key and digest, its key is the hash of its settings and of
-those digests, and the only steps without inputs are the data and the start policy, whose digests are those of
-the sources themselves.
+Each step names its inputs by key and digest, and its key is the hash of its settings and those digests. The
+only steps without inputs are the data and the start policy, identified by the digests of their sources.
 """
 
 from collections.abc import Mapping
@@ -20,16 +19,16 @@ COMMIT_DIGITS = 40
 
 
 class Source(Noun):
-    """Data or a model as it was given."""
+    """A data or model source."""
 
     name: str
     """Its name without folders."""
     digest: str
-    """sha256 of the file's bytes, or the commit of a hub id; of a model folder the digest of its files."""
+    """sha256 of a file, commit of a hub id, or digest of a model folder's files."""
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether the name is a hub id: its digest is a commit."""
+        """Whether this is a hub id (its digest is a commit)."""
         return len(self.digest) == COMMIT_DIGITS
 
 
@@ -42,11 +41,11 @@ class DataSource(Source):
 
 
 class Code(Noun):
-    """Code that did steps of the chain."""
+    """A version of the code that ran steps of the chain."""
 
     version: str
     digest: str | None
-    """Of the source files themselves."""
+    """Digest of the source files."""
 
 
 class LineageStep(Noun):
@@ -66,7 +65,7 @@ class LineageStep(Noun):
 
 
 class LineageRound(Noun):
-    """Who was at work in one round."""
+    """The policies and data of one round."""
 
     round: int
     decision: str
@@ -83,7 +82,7 @@ class LineageRound(Noun):
 
 
 class PolicyRecord(Noun):
-    """The policy itself."""
+    """The policy."""
 
     run: str
     round: int
@@ -91,7 +90,7 @@ class PolicyRecord(Noun):
     sha256: str
     """Digest of the policy's folder in the store."""
     weights: str
-    """Digest of its weights alone."""
+    """Digest of its weights."""
 
 
 class Lineage(Noun):
@@ -101,28 +100,28 @@ class Lineage(Noun):
     policy: PolicyRecord
     config_sha256: str
     config: dict[str, Any]
-    """Every setting that changes a result; sources by their digests."""
+    """Settings that change results, with digests for sources."""
     seed: int
     start: Source
     data: list[DataSource]
     code: list[Code]
     rounds: list[LineageRound]
     steps: list[LineageStep]
-    """Inputs before the steps made from them."""
+    """Inputs come before the steps that use them."""
 
 
 def lineage(records: RunStore, manifest: RoundManifest) -> Lineage:
-    """Everything that made a round's policy.
+    """The lineage of a round's policy.
 
     Raises:
         InputError: the round trained no policy.
-        StoreError: a step of the chain is missing, or is not the one that is named.
+        StoreError: a step of the chain is missing or has another digest.
     """
     if "policy" not in manifest.steps:
         raise InputError(
             f"round {manifest.round} trained no policy ({manifest.stop_reason}); choose another with --round"
         )
-    walk = _Walk(records)
+    walk = _Chain(records)
     rounds = [walk.round(r) for r in records.rounds()[: manifest.round + 1]]
     policy = walk.step(manifest.steps["policy"])
     made = walk.reached_from(policy)
@@ -171,15 +170,15 @@ def data_of(records: RunStore) -> list[DataSource]:
 
 
 def display_name(source: str, digest: str) -> str:
-    """A source without the folders, hosts and signatures that belong to the machine it was read on."""
+    """Name of a source without folders, hosts and signatures."""
     if len(digest) == COMMIT_DIGITS or source.startswith(("bundled:", "package:")):
         return source
     where = urlsplit(source).path if "://" in source else source
     return PurePosixPath(where).name or "source"
 
 
-class _Walk:
-    """The records of the chain, each read once and held against the digest it is named by."""
+class _Chain:
+    """The records of the chain, each read once and checked against its digest."""
 
     def __init__(self, records: RunStore) -> None:
         self.records = records
@@ -191,7 +190,7 @@ class _Walk:
         return self._seen[ref.key]
 
     def reached_from(self, record: StepRecord) -> list[StepRecord]:
-        """The step and all it was made from, inputs first; a step that is reached twice stands once."""
+        """The step and all its ancestors, each once, inputs first."""
         found: dict[str, StepRecord] = {}
         waiting = [(record, False)]
         while waiting:
@@ -226,7 +225,7 @@ class _Walk:
         )
 
     def _generated_judges(self, ref: StepRef | None, sampled: StepRef | None) -> list[StepRef]:
-        """Newest first. The sampler's own log-probabilities serve where its arithmetic is the scorer's."""
+        """Newest first. Without a head among the judges, the sampler's log-probabilities were used."""
         if ref is None or sampled is None:
             return []
         scored = self.step(ref)
@@ -234,7 +233,7 @@ class _Walk:
         return judges if len(judges) == len(scored.fields["weights"]) else [sampled, *judges]
 
     def _judges(self, scored: StepRecord, kind: str) -> list[StepRef]:
-        """Policies under which the log-probabilities were computed that a step's rewards come from."""
+        """Policies whose log-probabilities gave a step's rewards."""
         names = sorted(name for name in scored.inputs if name.startswith(f"{kind}-"))
         return [self.step(scored.inputs[name]).inputs["policy"] for name in names]
 
@@ -246,10 +245,10 @@ def _step(record: StepRecord) -> LineageStep:
 
 
 def _codes(made: list[StepRecord]) -> list[Code]:
-    """The versions of our code that were at work, in the order of the steps."""
+    """The code versions that ran the steps, in step order."""
     found: dict[tuple[Any, Any], Code] = {}
     for record in made:
-        told: Mapping[str, Any] = record.environment
-        pair = (told.get("sera-flow", "unknown"), told.get("code"))
+        environment: Mapping[str, Any] = record.environment
+        pair = (environment.get("sera-flow", "unknown"), environment.get("code"))
         found.setdefault(pair, Code(version=pair[0], digest=pair[1]))
     return list(found.values())

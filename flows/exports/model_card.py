@@ -1,7 +1,7 @@
-"""The card beside an exported policy: what it is, what made it, whether the method helped. No Prefect.
+"""Model card of an exported policy: what it is, how it was made, whether the method helped. No Prefect.
 
-It is written for people who were not there, so it holds no path of the machine, and says plainly where the
-evidence does not show that the rounds helped.
+It is meant for publication: it contains no local path, and it says so if there is no evidence that the
+reviewed rounds helped.
 """
 
 import json
@@ -20,39 +20,38 @@ from sera_core.reporting import words
 
 ROUND_METRICS = ("heldout/rewards/accuracies", "heldout/accuracy_change", "samples/kl_reference")
 LIMITS = (
-    "Held-out accuracy is the share of held-out pairs that the policy's own implicit reward ranks as their "
-    "labels do. It is no human judgement of its answers, and says nothing about safety or facts.",
-    "What is wrong or one-sided in the preference data may be in the policy too; self-review can make it "
-    "stronger.",
+    "Held-out accuracy is the share of held-out pairs that the policy's own implicit reward ranks as the "
+    "labels do. It is not a human judgement of its answers, and says nothing about safety or facts.",
+    "The policy may inherit errors and biases of the preference data, and self-review can amplify them.",
 )
 
 
 def model_card(records: RunStore, manifest: RoundManifest, chain: Lineage) -> str:
-    """README.md of an exported policy."""
+    """Write README.md of an exported policy."""
     parts = [
         _front_matter(chain),
         f"# {escape(records.run)}, round {manifest.round}",
         "A policy aligned by self-review (SeRA, self-reviewing and alignment): direct alignment on "
-        "preference pairs that the policy itself reviewed, and on pairs of its own answers. Made with "
+        "preference pairs reviewed by the policy itself, and on pairs of its own answers. Made with "
         "sera-flow "
         f"{_code(chain.code[-1].version)}.",
         "## Did it help?",
         "\n".join(f"* {line}" for line in _verdict(records, manifest)),
         "## Rounds",
         _rounds(records, manifest),
-        "Values are with their 95 % intervals and the number of pairs or answers they rest on. KL is to the "
-        "start policy, in nats an answer.",
-        "## What it was made from",
+        "Values with 95 % intervals and the number of pairs or answers. KL is to the start policy, in nats "
+        "per answer.",
+        "## Sources",
         "\n".join(f"* {line}" for line in _sources(chain)),
-        "## How",
+        "## Settings",
         table(["setting", "value"], _settings(records)),
         "## Use",
         _use(),
         "## Limits",
         "\n".join(f"* {line}" for line in LIMITS),
         "## Licence",
-        "Not stated here: it follows from the licences of the start policy and of the data, which whoever "
-        "publishes this policy has to check and to name in the metadata above (`license:`).",
+        "Not stated: it follows from the licences of the start policy and of the data. Whoever publishes "
+        "this policy has to check them and set `license:` in the metadata above.",
         "## Provenance",
         "\n".join(f"* {line}" for line in _provenance(chain)),
     ]
@@ -60,7 +59,7 @@ def model_card(records: RunStore, manifest: RoundManifest, chain: Lineage) -> st
 
 
 def _front_matter(chain: Lineage) -> str:
-    """Metadata as the hub reads it. JSON strings are YAML strings, whatever a name holds."""
+    """Metadata for the hub. Names are JSON strings, which are valid YAML."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if chain.start.is_on_hub:
         lines += [f"base_model: {json.dumps(chain.start.name)}", "base_model_relation: finetune"]
@@ -70,34 +69,34 @@ def _front_matter(chain: Lineage) -> str:
 
 
 def _verdict(records: RunStore, manifest: RoundManifest) -> Iterator[str]:
-    """What the evidence says of this round, good or bad."""
+    """The evidence on this round, good or bad."""
     accuracy = with_interval(manifest.metrics.get("heldout/rewards/accuracies"))
     yield f"Decision: **{manifest.decision}**. {escape(manifest.reason)}."
     yield f"Held-out accuracy: {accuracy}."
     change = since_round_0(records, manifest)
     if change is None:
-        yield "This is round 0: plain direct alignment on the given pairs, before any self-review."
+        yield "This is round 0: direct alignment on all human pairs, before any self-review."
     else:
         yield _since(asdict(change))
     final = test_record(records)
     if final is not None and final["round"] == manifest.round:
         test = with_interval(final["metrics"].get("test/rewards/accuracies"))
-        yield f"Accuracy on the test side, which decided nothing: {test}."
+        yield f"Accuracy on the test set (used for no decision): {test}."
     alarm: str | None = manifest.metrics.get("alarm")
     if alarm is not None:
-        yield f"Does it favour length? {escape(words.ALARMS.get(alarm, alarm))}"
+        yield f"Length bias: {escape(words.ALARMS.get(alarm, alarm))}"
 
 
 def _since(change: words.Rate) -> str:
-    said = f"{words.interval(change, signed=True)} on the same {change['n']:,} held-out pairs"
+    numbers = f"{words.interval(change, signed=True)} on the same {change['n']:,} held-out pairs"
     if not (words.finite(change["low"]) and words.finite(change["high"])):
-        return "Against round 0 (the same training without self-review) it could not be compared."
+        return "No comparison with round 0 (the same training without self-review) was possible."
     if change["low"] > 0:
-        return f"Against round 0 (before any self-review) accuracy rose: {said}."
+        return f"Against round 0 (before any self-review) accuracy rose: {numbers}."
     if change["high"] < 0:
-        return f"**The self-reviewed rounds did harm**: accuracy against round 0 {said}."
+        return f"**The self-reviewed rounds did harm**: accuracy against round 0 {numbers}."
     few = " There are too few pairs to tell." if words.too_few(change) else ""
-    return f"**No evidence that the self-reviewed rounds helped**: accuracy against round 0 {said}.{few}"
+    return f"**No evidence that the self-reviewed rounds helped**: accuracy against round 0 {numbers}.{few}"
 
 
 def _rounds(records: RunStore, manifest: RoundManifest) -> str:
@@ -107,7 +106,7 @@ def _rounds(records: RunStore, manifest: RoundManifest) -> str:
         pairs = [f"{r.pairs['human']:,}", f"{r.pairs['generated']:,}"]
         rows.append([str(r.round), r.decision, *pairs, *shown])
     header = ["round", "decision", "human pairs", "generated pairs", "held-out accuracy"]
-    return table([*header, "its change since the head before", "KL"], rows)
+    return table([*header, "change since the previous head", "KL"], rows)
 
 
 def _sources(chain: Lineage) -> Iterator[str]:
@@ -125,7 +124,7 @@ def _settings(records: RunStore) -> list[list[str]]:
         ("β", f"{train.beta:g}"),
         ("method", f"LoRA, rank {train.lora_rank}" if train.method == "lora" else "all weights"),
         ("learning rate", f"{config.learning_rate:g}"),
-        ("batch, epochs a round", f"{train.batch}, {train.epochs}"),
+        ("batch, epochs per round", f"{train.batch}, {train.epochs}"),
         ("arithmetic", config.model.dtype),
         ("review", f"score {config.score}, ensemble {config.review.ensemble}"),
         ("selection", f"{config.select.rule} ({config.select.fraction:g})"),
@@ -151,8 +150,8 @@ def _use() -> str:
 
 def _provenance(chain: Lineage) -> Iterator[str]:
     yield (
-        "`lineage.json`, beside this card, names every step from the data and the start policy to these "
-        "weights: settings, inputs, sha256 of every file, code, environment and seed"
+        "`lineage.json` lists every step from the data and the start policy to these weights: settings, "
+        "inputs, sha256 of every file, code, environment and seed"
     )
     yield f"policy: {_code(chain.policy.sha256)}; its weights: {_code(chain.policy.weights)}"
     yield f"configuration: {_code(chain.config_sha256)}"
@@ -161,6 +160,6 @@ def _provenance(chain: Lineage) -> Iterator[str]:
 
 
 def _code(text: str) -> str:
-    """Text in a code span that it cannot leave."""
+    """Text as a code span; backticks are removed."""
     plain = re.sub(r"[`\s]+", " ", shown_line(text))
     return f"`{plain}`"

@@ -1,1 +1,1 @@
-"""Prefect's side: the form, deployments, server and worker, limits, reviews by a person, lost runs."""
+"""Prefect: form, deployments, server and worker, concurrency limits, reviews, lost flow runs."""

@@ -1,4 +1,4 @@
-"""The password of a Prefect server we start, and whether somebody else's server asks for one."""
+"""Passwords of Prefect servers: create one for ours, check whether another server has one."""
 
 import base64
 import http.client
@@ -14,26 +14,26 @@ from typing import Any
 from sera_core.errors import InputError
 
 SERVER_SECRET = "PREFECT_SERVER_API_AUTH_STRING"
-"""What a Prefect server asks for."""
+"""Variable with the password that a Prefect server requires."""
 CLIENT_SECRET = "PREFECT_API_AUTH_STRING"
-"""What Prefect's client shows a server that asks for it."""
+"""Variable with the password that Prefect's client sends."""
 NO_PASSWORD = (
-    "the Prefect server of PREFECT_API_URL asks for no password: whoever reaches it can run code on its "
-    f"workers; start it with {SERVER_SECRET}=user:password, and give its clients {CLIENT_SECRET}"
+    "the Prefect server at PREFECT_API_URL has no password: anyone who can reach it can run code on its "
+    f"workers; start it with {SERVER_SECRET}=user:password and set {CLIENT_SECRET} for its clients"
 )
 _SECONDS = 10
 
 
 def new_secret() -> str:
-    """A password nobody can guess, in the form `user:password` that Prefect's clients expect."""
+    """A random password, in the form `user:password` that Prefect's clients expect."""
     return f"sera:{secrets.token_urlsafe(24)}"
 
 
-def secret_of(home: Path) -> tuple[str, Path | None]:
-    """The password of the server of `sera up`: the user's own, else one made once and kept in the home.
+def load_secret(home: Path) -> tuple[str, Path | None]:
+    """The password of the `sera up` server: from the environment, else created once in `home`.
 
     Returns:
-        The password, and the file (0600) that holds it; None where the user's environment has it.
+        The password, and the file (mode 0600) that holds it; None if it is from the environment.
 
     Raises:
         InputError: the file is empty.
@@ -48,12 +48,12 @@ def secret_of(home: Path) -> tuple[str, Path | None]:
     file.chmod(0o600)
     secret = file.read_text().strip()
     if not secret:
-        raise InputError(f"{file}: the server's password is empty; delete the file, and a new one is made")
+        raise InputError(f"{file}: the server's password is empty; delete the file to get a new one")
     return secret, file
 
 
-def asks_for_no_password(api: str) -> bool:
-    """Whether a Prefect server answers somebody who shows nothing; False where that cannot be told.
+def has_no_password(api: str) -> bool:
+    """Whether a Prefect server answers without a password; False if it cannot be reached.
 
     Args:
         api: URL of its API.
@@ -65,17 +65,17 @@ def asks_for_no_password(api: str) -> bool:
         return False
 
 
-def ask(api: str, path: str, body: dict[str, Any] | None = None, secret: str | None = None) -> Any:
+def request(api: str, path: str, body: dict[str, Any] | None = None, secret: str | None = None) -> Any:
     """Send a request to a Prefect server without Prefect's client: POST with a body, else GET.
 
     Args:
         api: URL of its API.
-        path: What comes after it.
+        path: Path below that URL.
         body: Sent as JSON.
         secret: The server's password.
 
     Raises:
-        OSError: the server does not answer, or refuses (urllib.error.HTTPError).
+        OSError: the server does not answer, or refuses the request (urllib.error.HTTPError).
     """
     headers = {"content-type": "application/json"}
     if secret:

@@ -1,4 +1,4 @@
-"""The Prefect server of PREFECT_API_URL: whether it is there, in one line and before anything is begun."""
+"""The Prefect server at PREFECT_API_URL: check it before a run starts, and fail with a one-line error."""
 
 import http.client
 import ssl
@@ -11,15 +11,15 @@ from urllib.parse import urlsplit
 from sera_core.errors import InputError
 
 ANSWER_SECONDS = 10
-REMEDY = "`sera up` starts one; `sera run` brings a server of its own when PREFECT_API_URL is not set"
+REMEDY = "start one with `sera up`, or unset PREFECT_API_URL: `sera run` then starts its own"
 
 
 @contextmanager
-def named_server(url: str) -> Iterator[str]:
+def use_server(url: str) -> Iterator[str]:
     """Use a server while the block runs.
 
     Raises:
-        InputError: the URL is none, nobody answers, or what answers is no Prefect server.
+        InputError: the URL is invalid, nothing answers, or it is not a Prefect server.
     """
     check_server(url)
     try:
@@ -28,52 +28,52 @@ def named_server(url: str) -> Iterator[str]:
         if not str(error).startswith("Failed to reach API at"):
             raise
         raise InputError(
-            f"{_variable(url)}: what answers there is not Prefect's API (--debug shows its answer); give its "
-            f"whole address, which mostly ends in /api. {REMEDY}"
+            f"{_variable(url)}: this is not Prefect's API (--debug shows the response); give the full "
+            f"URL, which usually ends in /api; {REMEDY}"
         ) from error
 
 
 def check_server(url: str) -> None:
-    """Whether somebody answers; who it is, Prefect's client finds out: it knows about certificates and keys.
+    """Check that something answers. Prefect's client checks the rest, such as certificates and keys.
 
     Raises:
-        InputError: the URL is none, or nobody answers.
+        InputError: the URL is invalid, or nothing answers.
     """
-    address = _health(url)
+    address = _health_url(url)
     if address is None:
-        raise InputError(f"{_variable(url)}: this is not an address like http://127.0.0.1:4200/api; {REMEDY}")
+        raise InputError(f"{_variable(url)}: this is not a URL like http://127.0.0.1:4200/api; {REMEDY}")
     try:
         with urllib.request.urlopen(address, timeout=ANSWER_SECONDS):
             pass
     except urllib.error.HTTPError:
-        pass  # somebody answered
+        pass  # something answered
     except ssl.SSLError:
-        pass  # likewise
+        pass  # something answered
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):
-            raise _nobody(url, error.reason) from error
-    except OSError as error:  # it took too long to answer, or hung up
-        raise _nobody(url, error) from error
+            raise _no_server(url, error.reason) from error
+    except OSError as error:  # timeout or closed connection
+        raise _no_server(url, error) from error
     except (http.client.HTTPException, ValueError):
-        pass  # somebody answered, and not in HTTP: let Prefect's client say so
+        pass  # not an HTTP answer: Prefect's client reports it
 
 
-def _health(url: str) -> str | None:
-    """Where to ask, without user and password, which urllib cannot read; None for no address."""
+def _health_url(url: str) -> str | None:
+    """The health URL without user and password, which urllib cannot parse; None if `url` is invalid."""
     try:
         parts = urlsplit(url)
         known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-    except ValueError:  # a port that is no number, a bracket that is not closed
+    except ValueError:  # bad port or bracket
         return None
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health" if known else None
 
 
-def _nobody(url: str, why: object) -> InputError:
-    return InputError(f"{_variable(url)}: no Prefect server answers there ({why}); {REMEDY}")
+def _no_server(url: str, why: object) -> InputError:
+    return InputError(f"{_variable(url)}: no Prefect server answers ({why}); {REMEDY}")
 
 
 def _variable(url: str) -> str:
-    """The variable with its value, a password left out."""
+    """The variable and its value, without the password."""
     start, _, rest = url.rpartition("@")
     return f"PREFECT_API_URL={start.partition('://')[0] + '://…@' if start else ''}{rest}"

@@ -1,4 +1,4 @@
-"""What a Prefect server needs to drive runs: pool, limit, variable, automations, deployments. Repeatable.
+"""Set up a Prefect server to drive runs: pool, limit, variable, automations, deployments. Idempotent.
 
 deploy(store="s3://bucket/runs")
 """
@@ -29,7 +29,7 @@ from prefect.settings import get_current_settings
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
-from flows.orchestration.authentication import NO_PASSWORD, asks_for_no_password
+from flows.orchestration.authentication import NO_PASSWORD, has_no_password
 from flows.orchestration.configured_server import check_server
 from flows.orchestration.limits import DEVICE_LIMIT
 from sera_core.data.sources import bundled_file
@@ -39,7 +39,7 @@ POOL = "sera"
 STORE_VARIABLE = "sera_store"
 NOTIFY_BLOCK = "sera-notify"
 CREDENTIALS_BLOCK = "sera-store"
-"""A Secret block of earlier versions: environment variables of the object store, as one JSON object."""
+"""A Secret block of earlier versions: the object store's environment variables as JSON."""
 _REFERENCE = f"prefect.blocks.secret.{CREDENTIALS_BLOCK}."
 
 
@@ -48,15 +48,15 @@ def deploy(
     store: str | None = None,
     notify: str | None = None,
 ) -> dict[str, dict[str, str]]:
-    """Make what is missing, change what differs, leave the rest; ids (of variables: values) by kind and name.
+    """Create or update everything. Returns ids (for variables: values) by kind and name.
 
     Args:
-        pool_type: Type of a work pool made now; a pool that is there keeps its own.
-        store: Folder or URL that flow runs use by default. None: the one the server has, else ./sera-store.
-        notify: URL that is told when a run stops or its alarm is raised, by POST of a JSON `text`.
+        pool_type: Type of a new work pool; an existing pool keeps its type.
+        store: Folder or URL that flow runs use by default. None: the server's current one, else ./sera-store.
+        notify: URL that gets a POST with a JSON `text` when a run stops or raises its alarm.
 
     Raises:
-        InputError: no server answers, or the pool's type is unknown.
+        InputError: no server answers, or the pool type is unknown.
     """
     with _client() as client:
         made = {
@@ -73,32 +73,32 @@ def deploy(
 def _client() -> Iterator[SyncPrefectClient]:
     url = get_current_settings().api.url
     if url is None:
-        raise InputError("no Prefect server is named: set PREFECT_API_URL, or start one with `sera up`")
+        raise InputError("no Prefect server: set PREFECT_API_URL, or start one with `sera up`")
     check_server(url)
     with get_client(sync_client=True) as client:
         if (problem := client.api_healthcheck()) is not None:
             raise InputError(
-                f"PREFECT_API_URL={url}: no Prefect server answers there ({problem}); `sera up` starts one"
+                f"PREFECT_API_URL={url}: no Prefect server answers ({problem}); start one with `sera up`"
             )
         yield client
 
 
 def warnings() -> list[str]:
-    """What makes the server of PREFECT_API_URL unsafe, one line each, with the remedy."""
+    """Security problems of the server at PREFECT_API_URL, one line each, with the remedy."""
     with _client() as client:
         found = []
-        if asks_for_no_password(str(get_current_settings().api.url)):
+        if has_no_password(str(get_current_settings().api.url)):
             found.append(NO_PASSWORD)
-        if _credentials_are_kept(client):
+        if _has_credentials_block(client):
             found.append(
-                f"the block {CREDENTIALS_BLOCK} of an earlier version hands the store's credentials to "
-                "whoever may use this server: set them in the worker's environment, then "
+                f"the block {CREDENTIALS_BLOCK} of an earlier version shows the store's credentials to "
+                "every user of this server: set them in the worker's environment, then run "
                 f"`prefect block delete secret/{CREDENTIALS_BLOCK}` and `sera deploy`"
             )
         return found
 
 
-def _credentials_are_kept(client: SyncPrefectClient) -> bool:
+def _has_credentials_block(client: SyncPrefectClient) -> bool:
     try:
         client.read_block_document_by_name(CREDENTIALS_BLOCK, "secret", include_secrets=False)
     except ObjectNotFound:
@@ -107,32 +107,32 @@ def _credentials_are_kept(client: SyncPrefectClient) -> bool:
 
 
 def _work_pool(client: SyncPrefectClient, pool_type: str) -> UUID:
-    """The pool, whose jobs take the store from the server's variable each time one starts."""
+    """Create or update the pool; its jobs read the store from the server's variable at start."""
     try:
         pool = client.read_work_pool(POOL)
     except ObjectNotFound:
         template = run_coro_as_sync(get_default_base_job_template_for_infrastructure_type(pool_type))
         if template is None:
             raise InputError(
-                f"--pool-type {pool_type}: this installation of Prefect does not know it; `prefect work-pool "
-                "create --help` says more, and a pool named sera made by hand is used as it is"
+                f"--pool-type {pool_type}: unknown to this Prefect installation; see `prefect work-pool "
+                "create --help`, or create a pool named sera yourself"
             ) from None
-        template = _closed(template, keep_references=False)
+        template = _job_template(template, keep_references=False)
         return client.create_work_pool(
             WorkPoolCreate(name=POOL, type=pool_type, base_job_template=template)
         ).id
-    template = _closed(pool.base_job_template, keep_references=_credentials_are_kept(client))
+    template = _job_template(pool.base_job_template, keep_references=_has_credentials_block(client))
     if template != pool.base_job_template:
         client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
     return pool.id
 
 
-def _closed(template: dict[str, Any], keep_references: bool) -> dict[str, Any]:
-    """The job template with our defaults, and without a command that a flow run could bring along.
+def _job_template(template: dict[str, Any], keep_references: bool) -> dict[str, Any]:
+    """The job template with our defaults, and without a command that a flow run could override.
 
     Args:
-        template: What the pool's jobs are made from.
-        keep_references: Whether variables taken from the block of an earlier version stay.
+        template: The pool's base job template.
+        keep_references: Keep variables that refer to the block of an earlier version.
     """
     properties = dict(template["variables"]["properties"])
     configuration = template["job_configuration"]
@@ -146,14 +146,14 @@ def _closed(template: dict[str, Any], keep_references: bool) -> dict[str, Any]:
         env = {name: value for name, value in env.items() if _REFERENCE not in str(value)}
     properties = {**properties, "env": {**properties["env"], "default": env}}
     if "working_dir" in properties and not properties["working_dir"].get("default"):
-        # Without one each flow run gets a temporary folder, deleted under the feet of a run resumed at once.
+        # Without it each flow run gets a temporary folder, which is deleted while a resumed run uses it.
         properties["working_dir"] = {**properties["working_dir"], "default": "/"}
     variables = {**template["variables"], "properties": properties}
     return {**template, "job_configuration": configuration, "variables": variables}
 
 
 def _with_command(template: Any, command: str | None) -> Any:
-    """A part of a job template with a command (None: the one Prefect makes) in place of the variable."""
+    """A part of a job template with the command variable replaced (None: by Prefect's default)."""
     if isinstance(template, list):
         return [_with_command(part, command) for part in template]
     if not isinstance(template, dict):
@@ -163,7 +163,7 @@ def _with_command(template: Any, command: str | None) -> Any:
 
 
 def _device_limit(client: SyncPrefectClient) -> UUID:
-    """One step at a time on the device; a limit somebody raised stays raised."""
+    """Create the limit of one step at a time on the device; an existing limit is kept."""
     try:
         return client.read_global_concurrency_limit_by_name(DEVICE_LIMIT).id
     except ObjectNotFound:
@@ -173,7 +173,7 @@ def _device_limit(client: SyncPrefectClient) -> UUID:
 
 
 def _store_variable(client: SyncPrefectClient, store: str | None) -> str:
-    """Set the variable where a store is named or none is set; its value now."""
+    """Set the variable if a store is given or none is set. Returns its value."""
     variable = client.read_variable_by_name(STORE_VARIABLE)
     if variable is not None and store is None:
         return str(variable.value)
@@ -186,12 +186,12 @@ def _store_variable(client: SyncPrefectClient, store: str | None) -> str:
 
 
 def absolute_store(store: str) -> str:
-    """The store as it can be named from any folder."""
+    """The store as a URL or absolute path."""
     return store if "://" in store else str(Path(store).expanduser().absolute())
 
 
 def _automations(client: SyncPrefectClient, notify: str | None) -> dict[str, str]:
-    """The automations of automations.yaml, by name; whether one is switched on is left as it is."""
+    """Create or update the automations of automations.yaml; they stay on or off as they were."""
     block = None if notify is None else _notification_block(notify)
     made = {}
     for entry in yaml.safe_load(bundled_file("", "automations.yaml").read_text())["automations"]:
@@ -201,7 +201,7 @@ def _automations(client: SyncPrefectClient, notify: str | None) -> dict[str, str
         existing = client.read_automations_by_name(entry["name"])
         if None not in (action.get("block_document_id", "") for action in entry["actions"]):
             made[entry["name"]] = str(_automation(client, AutomationCore.model_validate(entry), existing))
-        elif existing:  # made with --notify before
+        elif existing:  # from an earlier --notify
             made[entry["name"]] = str(existing[0].id)
     return made
 
@@ -217,7 +217,7 @@ def _automation(client: SyncPrefectClient, wanted: AutomationCore, existing: lis
 
 
 def _notification_block(url: str) -> UUID:
-    """Posts a JSON `text`, which chat programs take; the URL is kept as a secret, since it often is one."""
+    """A block that posts a JSON `text`, as chat programs expect; the URL is stored as a secret."""
     block = CustomWebhookNotificationBlock(
         name="sera",
         url="{{url}}",
@@ -232,17 +232,17 @@ def _notification_block(url: str) -> UUID:
 
 
 def _deployments(client: SyncPrefectClient) -> dict[str, str]:
-    """The deployments of prefect.yaml, with schedules switched on and off as they were."""
+    """Create or update the deployments of prefect.yaml; schedules stay on or off as they were."""
     file = bundled_file("", "prefect.yaml")
     entrypoints = {entry["entrypoint"] for entry in yaml.safe_load(file.read_text())["deployments"]}
     before = {
         (deployment.id, schedule.slug): schedule.active
-        for deployment in _deployed(client, entrypoints)
+        for deployment in _read_deployments(client, entrypoints)
         for schedule in deployment.schedules
     }
     _prefect_deploy(file)
     made = {}
-    for deployment in _deployed(client, entrypoints):
+    for deployment in _read_deployments(client, entrypoints):
         made[deployment.name] = str(deployment.id)
         for schedule in deployment.schedules:
             was_active = before.get((deployment.id, schedule.slug), schedule.active)
@@ -251,14 +251,14 @@ def _deployments(client: SyncPrefectClient) -> dict[str, str]:
     return made
 
 
-def _deployed(client: SyncPrefectClient, entrypoints: set[str]) -> list[DeploymentResponse]:
+def _read_deployments(client: SyncPrefectClient, entrypoints: set[str]) -> list[DeploymentResponse]:
     pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
     found = client.read_deployments(work_pool_filter=pool)
     return [deployment for deployment in found if deployment.entrypoint in entrypoints]
 
 
 def _prefect_deploy(file: Path) -> None:
-    """Prefect's own command does it; -P: a folder `flows` where the command was given is not ours."""
+    """Run `prefect deploy`; -P keeps a folder `flows` in the working directory off the path."""
     command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(
         [*command, "--prefect-file", str(file)], stdin=subprocess.DEVNULL, capture_output=True, text=True

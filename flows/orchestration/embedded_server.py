@@ -1,7 +1,7 @@
-"""A Prefect server of our own for one command: it ends with us, however we end.
+"""A Prefect server for one command; it ends when the command ends, even if that is killed.
 
-Prefect's own embedded server outlives a killed flow and keeps its output pipe open. This one is told by the
-kernel (Linux) or by a watching thread when its parent is gone, and writes to a file.
+Prefect's own embedded server outlives a killed flow and keeps its output pipe open. This one exits with its
+parent (a signal from the kernel on Linux, a watcher thread elsewhere) and logs to a file.
 
     python -m flows.orchestration.embedded_server PORT PARENT_PID
 """
@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import IO
 
 from flows.orchestration.authentication import CLIENT_SECRET, SERVER_SECRET, new_secret
-from flows.orchestration.configured_server import named_server
-from flows.orchestration.origins import guarded
+from flows.orchestration.configured_server import use_server
+from flows.orchestration.origins import restrict_origins
 from sera_core.artifacts.folders import cache_folder, writable
 from sera_core.errors import SeraError
 from sera_core.guards.orphans import end_with
 
 START_SECONDS = 180
-OURS = ("up.lock", "embedded-server.log")
-"""Files by which a folder is known as a home of a server of ours."""
+HOME_MARKERS = ("up.lock", "embedded-server.log")
+"""Files that mark a folder as the home of one of our servers."""
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -36,18 +36,17 @@ QUIET = {
     "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
     "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "true",
 }
-"""Settings of every server we start and of its clients: nothing leaves the machine, nothing starts a second
-server, no page of another site can change anything."""
+"""Settings of our servers and their clients: no telemetry, no second server, CSRF protection."""
 
 
-def track_nothing() -> None:
-    """Prefect sends no telemetry unless somebody asked for it. To be called before it is imported."""
+def disable_telemetry() -> None:
+    """Turn Prefect's telemetry off unless the environment sets it. Call before importing Prefect."""
     for name in ("DO_NOT_TRACK", "PREFECT_SERVER_ANALYTICS_ENABLED"):
         os.environ.setdefault(name, QUIET[name])
 
 
-def never_proxy_loopback() -> None:
-    """Keep proxies of the environment away from this machine's own servers, here and in child processes."""
+def bypass_loopback_proxy() -> None:
+    """Use no proxy for servers on this machine, here and in child processes."""
     for name in ("NO_PROXY", "no_proxy"):
         hosts = [host for host in os.environ.get(name, "").split(",") if host.strip()]
         if "*" not in hosts:
@@ -56,17 +55,17 @@ def never_proxy_loopback() -> None:
 
 @contextmanager
 def prefect_api(debug: bool = False) -> Iterator[str]:
-    """Use the configured Prefect server (PREFECT_API_URL), else one of our own while the block runs.
+    """Use the server at PREFECT_API_URL, else run our own while the block runs.
 
-    Ours answers this process alone: it asks for a secret that is made for it.
+    Our own server requires a new random password, so it serves only this process.
 
-    Must be entered before `prefect` is imported: its settings are read then.
+    Enter this before importing `prefect`, which reads its settings on import.
     """
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
     os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
-    track_nothing()
+    disable_telemetry()
     if configured := os.environ.get("PREFECT_API_URL"):
-        with named_server(configured):
+        with use_server(configured):
             yield configured
         return
     home = private_folder(Path(os.environ.get("PREFECT_HOME") or cache_folder() / "prefect"), "PREFECT_HOME")
@@ -74,16 +73,16 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = home / "embedded-server.log"
-    given, secret = os.environ.get(CLIENT_SECRET), new_secret()
-    theirs = {SERVER_SECRET: secret, CLIENT_SECRET: secret}
+    previous, secret = os.environ.get(CLIENT_SECRET), new_secret()
+    secrets = {SERVER_SECRET: secret, CLIENT_SECRET: secret}
     with open_private(log, "wb") as output:
         server = subprocess.Popen(
             [sys.executable, "-P", "-m", "flows.orchestration.embedded_server", str(port), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # an interrupt is ours to handle first
-            env={**os.environ, **QUIET, **theirs, "PREFECT_UI_API_URL": url, "PREFECT_API_URL": url},
+            start_new_session=True,  # Ctrl-C goes to this process only
+            env={**os.environ, **QUIET, **secrets, "PREFECT_UI_API_URL": url, "PREFECT_API_URL": url},
         )
     try:
         wait_until_healthy(server, f"{url}/health", log)
@@ -92,8 +91,8 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         os.environ.pop(CLIENT_SECRET, None)
-        if given is not None:
-            os.environ[CLIENT_SECRET] = given
+        if previous is not None:
+            os.environ[CLIENT_SECRET] = previous
         server.terminate()
         try:
             server.wait(timeout=10)
@@ -103,21 +102,23 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
 
 
 def private_folder(path: Path, name: str) -> Path:
-    """A folder one may write to, closed to other users where it holds nothing yet or is ours already.
+    """A writable folder, made private if it is new, empty or already ours.
 
     Raises:
-        InputError: it cannot be written to; `name` is the setting that names it.
+        InputError: it is not writable; `name` is the setting that gives it.
     """
-    ours = not path.is_dir() or not any(path.iterdir()) or any((path / name).exists() for name in OURS)
+    ours = (
+        not path.is_dir() or not any(path.iterdir()) or any((path / name).exists() for name in HOME_MARKERS)
+    )
     folder = writable(path, name)
     if ours:
-        with suppress(OSError):  # somebody else's
+        with suppress(OSError):  # owned by another user
             folder.chmod(0o700)
     return folder
 
 
 def open_private(path: Path, mode: str) -> IO[bytes]:
-    """A file that only this user reads; an older one is closed to others."""
+    """Open a file with mode 0600; an existing file is changed to that."""
     stream = open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
     with suppress(OSError):
         path.chmod(0o600)
@@ -125,17 +126,17 @@ def open_private(path: Path, mode: str) -> IO[bytes]:
 
 
 def free_port() -> int:
-    """A port of the loopback interface nobody listens on."""
+    """A free port on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def wait_until_healthy(server: subprocess.Popen, health: str, log: Path) -> None:
-    """Wait until a server that was just started answers.
+    """Wait until a server answers.
 
     Raises:
-        SeraError: it ended, or took too long.
+        SeraError: it exited, or took too long.
     """
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
@@ -146,25 +147,25 @@ def wait_until_healthy(server: subprocess.Popen, health: str, log: Path) -> None
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(0.2)
     code = server.poll()
-    how = f"did not start within {START_SECONDS} s" if code is None else f"ended at once (exit code {code})"
+    how = f"did not start within {START_SECONDS} s" if code is None else f"exited (exit code {code})"
     raise SeraError(
         f"the Prefect server {how}; its output is in {log}. "
-        "`sera doctor` checks the installation; a server of your own is used when PREFECT_API_URL names it"
+        "Check the installation with `sera doctor`, or use another server by setting PREFECT_API_URL"
     )
 
 
 def main() -> None:
-    """Serve Prefect's API on the loopback interface until the parent is gone."""
+    """Serve Prefect's API on the loopback interface until the parent exits."""
     port, parent = int(sys.argv[1]), int(sys.argv[2])
     end_with(parent)
-    os.umask(0o077)  # the database holds parameters, logs and blocks: for this user alone
+    os.umask(0o077)  # the database holds parameters, logs and blocks
     for file in Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").glob("prefect.db*"):
-        with suppress(OSError):  # another user's, who may close it
-            file.chmod(0o600)  # an earlier version left it open to all users of the machine
+        with suppress(OSError):  # owned by another user
+            file.chmod(0o600)  # earlier versions left it readable by all users
     import uvicorn
     from prefect.server.api.server import create_app
 
-    uvicorn.run(guarded(create_app()), host="127.0.0.1", port=port, log_level="warning")
+    uvicorn.run(restrict_origins(create_app()), host="127.0.0.1", port=port, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Prefect's form: the few settings a run is started with in the browser, made from SeraConfig's own fields.
+"""The form for starting a run in Prefect's UI: a few settings, generated from SeraConfig's fields.
 
-A field left empty takes the preset's value; what the form does not show is given in `overrides`.
+An empty field takes the preset's value; all other settings go into `overrides`.
 """
 
 import re
@@ -36,7 +36,7 @@ SHOWN = {
     "decide": ("review", "review_hours"),
     "limits": ("rounds",),
 }
-"""Settings in the form, by section; with the named ones below at most 25."""
+"""Settings shown in the form, by section; at most 25 with the extra fields below."""
 
 _BOUNDS = {
     "minimum": "at least {}",
@@ -46,11 +46,11 @@ _BOUNDS = {
 }
 
 _EMPTY = re.compile(r"[.;] [Ee]mpty: .*(?=\.$)")
-"""What an empty setting means in a file; in the form it means the preset's."""
+"""A help text's sentence on empty values in a file; in the form, empty means the preset's value."""
 
 
 def _in_order(schema: dict[str, Any]) -> None:
-    """The form shows fields by position: Postgres keeps a JSON object's keys in an order of its own."""
+    """Number the fields: the form sorts by position, and Postgres does not keep the order of JSON keys."""
     for position, field in enumerate(schema.get("properties", {}).values()):
         field["position"] = position
 
@@ -68,43 +68,43 @@ class FormPart(BaseModel):
 
 
 class TransformersEngine(FormPart):
-    """Samples with transformers: no further package, CPU or GPU."""
+    """Samples with transformers, on CPU or GPU."""
 
     model_config = ConfigDict(title="transformers")
 
     engine: Literal["transformers"] = "transformers"
-    """The engine's name."""
+    """Engine."""
     batch: Annotated[int, Field(ge=1)] = 32
     """Responses sampled at once; changes no result (at least 1)."""
 
     def settings(self) -> dict[str, Any]:
-        """What this choice says in SeraConfig."""
+        """The SeraConfig settings of this choice."""
         return {"sampling": {"engine": self.engine}, "execution": {"sampling_batch": self.batch}}
 
 
 class VllmEngine(FormPart):
-    """Samples with vLLM, which the worker must have installed."""
+    """Samples with vLLM; the worker must have it installed."""
 
     model_config = ConfigDict(title="vllm")
 
     engine: Literal["vllm"]
-    """The engine's name."""
+    """Engine."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of sampling; where it differs from the model's, samples are scored again."""
+    """Precision of sampling; if it differs from the model's, samples are scored again."""
 
     def settings(self) -> dict[str, Any]:
-        """What this choice says in SeraConfig."""
+        """The SeraConfig settings of this choice."""
         return {"sampling": {"engine": self.engine, "dtype": self.dtype}}
 
 
 def _without_default(schema: dict[str, Any]) -> None:
-    """An empty field is left out of the request, so the form must not send null for it."""
+    """Drop the default, so that the form omits an empty field instead of sending null."""
     schema.pop("default", None)
 
 
 def _optional(field: FieldInfo) -> tuple[Any, Any]:
-    """A setting of SeraConfig as a form field that may stay empty; its range in words."""
-    if field.annotation is bool:  # a switch has no empty place
+    """A SeraConfig setting as an optional form field, with its range in words."""
+    if field.annotation is bool:  # a switch cannot be empty
         return bool, Field(default=field.default, description=" ".join((field.description or "").split()))
     schema = TypeAdapter(field.rebuild_annotation()).json_schema()
     if "anyOf" in schema:
@@ -127,26 +127,30 @@ def _section(name: str, **named: Any) -> type[FormPart]:
     return create_model(f"{name.capitalize()}Section", __base__=FormPart, __doc__=doc, **named, **fields)
 
 
-_CLEAN: dict[str, Any] = {"pattern": CLEAN_PATTERN}
-"""In the schema alone, by which the server refuses a URL with credentials before it stores it."""
+_NO_CREDENTIALS: dict[str, Any] = {"pattern": CLEAN_PATTERN}
+"""Schema only: the server refuses URLs with credentials before storing them."""
 
 
-def _clean(depth: int) -> dict[str, Any]:
-    """A schema of values in which no text down to this depth is a URL with credentials."""
-    inner = {"items": _clean(depth - 1), "additionalProperties": _clean(depth - 1)} if depth else {}
-    return {**_CLEAN, **inner}
+def _no_credentials(depth: int) -> dict[str, Any]:
+    """A schema that allows no URL with credentials in values down to this depth."""
+    inner = (
+        {"items": _no_credentials(depth - 1), "additionalProperties": _no_credentials(depth - 1)}
+        if depth
+        else {}
+    )
+    return {**_NO_CREDENTIALS, **inner}
 
 
-def _clean_optional(schema: dict[str, Any]) -> None:
+def _optional_no_credentials(schema: dict[str, Any]) -> None:
     _without_default(schema)
-    schema.update(_CLEAN)
+    schema.update(_NO_CREDENTIALS)
 
 
 _SOURCE = (
     str,
     Field(
         description="Hub id, absolute folder, URL, or `package:<distribution>/<file>.gguf`.",
-        json_schema_extra=_CLEAN,
+        json_schema_extra=_NO_CREDENTIALS,
     ),
 )
 _TRAIN = (
@@ -154,30 +158,30 @@ _TRAIN = (
     Field(
         description="Preference pairs: absolute path or URL of a jsonl, json, csv or parquet file, "
         "`hub:<id>`, or `bundled:<name>`.",
-        json_schema_extra=_CLEAN,
+        json_schema_extra=_NO_CREDENTIALS,
     ),
 )
 _HELDOUT = (
     Annotated[str | None, WithJsonSchema({"type": "string"})],
     Field(
         default=None,
-        description="Held-out pairs, named likewise. Empty: split off the train pairs.",
-        json_schema_extra=_clean_optional,
+        description="Held-out pairs, same forms. Empty: split off the train pairs.",
+        json_schema_extra=_optional_no_credentials,
     ),
 )
 _ENGINE = (
     TransformersEngine | VllmEngine,
-    Field(default_factory=TransformersEngine, description="What samples the responses."),
+    Field(default_factory=TransformersEngine, description="Sampling engine."),
 )
 
 
-def _filled(name: str, **named: Any) -> tuple[Any, Any]:
+def _section_field(name: str, **named: Any) -> tuple[Any, Any]:
     section = _section(name, **named)
     return section, Field(default_factory=section, description=section.__doc__)
 
 
-_NAMED: dict[str, dict[str, Any]] = {"sampling": {"engine": _ENGINE}}
-"""Fields that are not SeraConfig's own."""
+_EXTRA_FIELDS: dict[str, dict[str, Any]] = {"sampling": {"engine": _ENGINE}}
+"""Extra fields that SeraConfig does not have."""
 
 _SECTIONS: dict[str, Any] = {
     "model": (_section("model", source=_SOURCE), Field(description="The start policy.")),
@@ -186,18 +190,18 @@ _SECTIONS: dict[str, Any] = {
         Preset,
         Field(
             default="demo",
-            description="Where empty fields come from: quick (a minute on two cores), demo (ten minutes; at "
-            "most 64 train pairs), full (the method's defaults; all pairs, long answers: a GPU's work).",
+            description="Values of empty fields: quick (a minute on two cores), demo (ten minutes; at most "
+            "64 train pairs), full (the method's defaults: all pairs, long responses; needs a GPU).",
         ),
     ),
-    **{name: _filled(name, **_NAMED.get(name, {})) for name in SHOWN if name != "model"},
+    **{name: _section_field(name, **_EXTRA_FIELDS.get(name, {})) for name in SHOWN if name != "model"},
     "overrides": (
         dict[str, Any],
         Field(
             default_factory=dict,
-            description="Any other setting of the configuration, as JSON with its sections: "
-            '{"train": {"epochs": 2}}. It wins over the fields above.',
-            json_schema_extra={"additionalProperties": _clean(3)},  # data, train, first, path
+            description="Other settings of the configuration, as JSON by section: "
+            '{"train": {"epochs": 2}}. Overrides the fields above.',
+            json_schema_extra={"additionalProperties": _no_credentials(3)},  # data, train, first, path
         ),
     ),
 }
@@ -205,58 +209,58 @@ _SECTIONS: dict[str, Any] = {
 RunForm: type[FormPart] = create_model(
     "RunForm",
     __base__=FormPart,
-    __doc__="A run: name a model and a data set; everything else has a value.",
+    __doc__="A run: give a model and a data set; all other fields have defaults.",
     **_SECTIONS,
 )
-"""What the browser shows and the API takes."""
+"""The form in the browser and in the API."""
 
 _PRESETS = {"quick": "bundled:demo-quick", "demo": "bundled:demo"}
 
 
-def config_of(given: Mapping[str, Any]) -> SeraConfig:
-    """The configuration a filled-in form asks for: preset, then fields, then overrides.
+def config_from_form(given: Mapping[str, Any]) -> SeraConfig:
+    """Turn a filled-in form into a configuration: preset, then fields, then overrides.
 
     Raises:
-        InputError: a setting that is unknown or out of range, by name; a relative path.
+        InputError: an unknown setting, a value out of range, or a relative path.
     """
     form = RunForm.model_validate(given)
-    said = form.model_dump(mode="json", exclude_none=True, exclude={"preset", "overrides"})
-    if isinstance(losses := said["train"].get("losses"), str):
-        said["train"]["losses"] = [losses]
-    said["sampling"].pop("engine")
+    fields = form.model_dump(mode="json", exclude_none=True, exclude={"preset", "overrides"})
+    if isinstance(losses := fields["train"].get("losses"), str):
+        fields["train"]["losses"] = [losses]
+    fields["sampling"].pop("engine")
     preset = getattr(form, "preset")  # noqa: B009 - the model is made at run time
     base = load_settings(_PRESETS[preset]) if preset in _PRESETS else {}
     base.pop("model", None)
     base.get("data", {}).pop("train", None)
-    asked: dict[str, Any] = {}
-    for more in (form.sampling.engine.settings(), said, form.overrides):  # type: ignore[attr-defined]
-        base, asked = merged(base, more), merged(asked, more)
+    changes: dict[str, Any] = {}
+    for more in (form.sampling.engine.settings(), fields, form.overrides):  # type: ignore[attr-defined]
+        base, changes = merged(base, more), merged(changes, more)
     for side in ("train", "heldout", "test", "prompts"):
         given_side = base["data"].get(side)
         if isinstance(given_side, str):
             base["data"][side] = [{"path": given_side}]
         for source in base["data"].get(side, ()):
             _check_absolute(source["path"] if isinstance(source, dict) else source, f"data.{side}")
-    return parse_config(without_idle(base, asked), "form")
+    return parse_config(without_idle(base, changes), "form")
 
 
 def _check_absolute(path: str, field: str) -> None:
     refuse_secrets(path, field)
     if ":" not in path and not path.startswith("/"):
         raise InputError(
-            f"{field}: {path!r} is a relative path, which means nothing on a worker; "
+            f"{field}: {path!r} is a relative path, which a worker cannot resolve; "
             "give an absolute path or a URL"
         )
 
 
 class _Form:
-    """Marks a SeraConfig parameter whose form is RunForm."""
+    """Annotation: a SeraConfig parameter shown as RunForm."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Accept a SeraConfig as it is and a filled-in form as what it asks for; show the form's schema."""
+        """Accept a SeraConfig or a filled-in form; the JSON schema is the form's."""
 
         def convert(value: Any) -> Any:
-            return config_of(value) if isinstance(value, Mapping) else value
+            return config_from_form(value) if isinstance(value, Mapping) else value
 
         return core_schema.no_info_before_validator_function(
             convert, handler(source), json_schema_input_schema=handler.generate_schema(RunForm)
@@ -264,12 +268,10 @@ class _Form:
 
 
 FormConfig = Annotated[SeraConfig, _Form()]
-"""A SeraConfig that Prefect's form and API give as RunForm."""
+"""A SeraConfig that Prefect's form and API show as RunForm."""
 
 
-if (
-    __name__ == "__main__"
-):  # python -m flows.orchestration.form: the form's schema, as the snapshot test keeps it
+if __name__ == "__main__":  # python -m flows.orchestration.form > tests/flows/form_schema.json
     import json
     import sys
 

@@ -1,6 +1,6 @@
-"""One flow run at a time: on a run, by its name; on a device, by the limit that stands for it.
+"""Concurrency limits: one flow run per run, one step per device.
 
-Prefect's limits only save work. Correctness rests on the store's create-only records.
+Prefect's limits only avoid wasted work. Correctness is ensured by the store's create-only records.
 """
 
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from tasks.step_functions import DEVICE_STEPS
 
 DEVICE_LIMIT = "sera-device"
 LEASE_SECONDS = 60
-"""A slot whose holder was killed frees itself after this long (Prefect's default is five minutes)."""
+"""A killed process's slot is freed after this long (Prefect's default is five minutes)."""
 WAIT_SECONDS = 120
 
 
 @contextmanager
 def run_slot(run: str, wait: float = WAIT_SECONDS) -> Iterator[None]:
-    """Be the only flow run of a deployment that works on this run.
+    """Hold the run's slot, so that no other deployed flow run works on it.
 
     Raises:
-        BusyError: another one does, and did not end while a killed one's slot would have freed itself.
+        BusyError: another flow run still holds it after `wait` seconds.
     """
-    if not in_deployed_run():  # a server of one's own, or a plain call: nobody else is there
+    if not in_deployed_run():  # no shared server
         yield
         return
     limit = f"sera-run-{run}"
@@ -48,20 +48,20 @@ def run_slot(run: str, wait: float = WAIT_SECONDS) -> Iterator[None]:
         except TimeoutError as error:
             raise BusyError(
                 f"run {run!r}: another flow run works on it (Prefect limit {limit!r}, waited {wait:.0f} s); "
-                "it goes on by itself, or cancel it and trigger this one again"
+                "let it finish, or cancel it and trigger this one again"
             ) from error
         yield
 
 
 def make_limit(name: str) -> None:
-    """A limit of one slot. Two flow runs that make it in the same moment both find it made."""
+    """Create a limit of one slot; simultaneous calls are fine."""
     with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
         client.upsert_global_concurrency_limit_by_name(name, 1)
 
 
 @contextmanager
 def device_slot(step: str, execution: ExecutionConfig) -> Iterator[None]:
-    """Hold a slot of the device's limit while a step uses it: an accelerator's always, a CPU's if named."""
+    """Hold a slot of the device while a step uses it: always on accelerators, on CPUs if set."""
     limit = None
     if step in DEVICE_STEPS and in_deployed_run():
         limit = execution.limit or (DEVICE_LIMIT if device_of(execution.device) != "cpu" else None)

@@ -1,7 +1,7 @@
-"""Flow runs whose processes ended with their worker: given back to the server, so that another takes them.
+"""Reschedule flow runs whose processes died with their worker, so that another worker resumes them.
 
-Without that the server would miss their heartbeat after minutes. Only flow runs of this machine are given
-back, known by the processes that were seen at work on them (Linux).
+Otherwise the server would notice only after minutes, by a missing heartbeat. Only flow runs of this machine
+are rescheduled; their processes are found in /proc (Linux).
 """
 
 import time
@@ -11,64 +11,68 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from flows.orchestration.authentication import ask
+from flows.orchestration.authentication import request
 
-_AGAIN = {
+_RESCHEDULED = {
     "type": "SCHEDULED",
     "name": "AwaitingRetry",
-    "message": "The worker ended, and this flow with it. Scheduled again, it goes on after the last step.",
+    "message": "The worker died and this flow run with it. Rescheduled; it resumes after the last step.",
 }
-_BECOMES = {"PENDING": _AGAIN, "RUNNING": _AGAIN, "CANCELLING": {"type": "CANCELLED", "name": "Cancelled"}}
-"""What a flow run becomes when its process is gone; in any other state it is left alone."""
+_NEW_STATES = {
+    "PENDING": _RESCHEDULED,
+    "RUNNING": _RESCHEDULED,
+    "CANCELLING": {"type": "CANCELLED", "name": "Cancelled"},
+}
+"""New state of a flow run whose process is gone; flow runs in other states are left alone."""
 
 
-class Seen:
-    """The flow runs a worker's process group works on, kept in a file that outlives us."""
+class FlowRunTracker:
+    """Tracks the flow runs of a worker's process group, in a file that survives a restart."""
 
     def __init__(self, file: Path, secret: str) -> None:
         self.file, self.secret = file, secret
-        self.at_work: set[str] = set()
+        self.active: set[str] = set()
         self.lost: set[str] = set()
-        self.looked = 0.0
+        self.scanned = 0.0
         if file.exists():
-            self.lost, self.looked = set(file.read_text().split()), file.stat().st_mtime
+            self.lost, self.scanned = set(file.read_text().split()), file.stat().st_mtime
 
-    def look(self, group: int) -> None:
-        """See who is at work now."""
-        self.looked = time.time()
-        self.at_work = set(_at_work(group))
+    def scan(self, group: int) -> None:
+        """Find the flow runs that are active now."""
+        self.scanned = time.time()
+        self.active = set(_active_flow_runs(group))
         self._write()
 
-    def lose(self) -> None:
-        """The worker has ended, and who was at work with it."""
-        self.lost |= self.at_work
-        self.at_work = set()
+    def mark_lost(self) -> None:
+        """Mark the active flow runs as lost, after the worker died."""
+        self.lost |= self.active
+        self.active = set()
 
-    def give_back(self, api: str) -> None:
-        """Give the lost ones back to the server; what cannot be told now stays for the next time."""
+    def reschedule_lost(self, api: str) -> None:
+        """Reschedule the lost flow runs; those that fail are retried at the next call."""
         for flow_run in sorted(self.lost):
             try:
-                self._give_back_one(api, f"/flow_runs/{flow_run}")
+                self._reschedule(api, f"/flow_runs/{flow_run}")
             except urllib.error.HTTPError as error:
-                if error.code != 404:  # deleted
+                if error.code != 404:  # 404: the flow run was deleted
                     continue
             except OSError:
                 continue
             self.lost.discard(flow_run)
             self._write()
 
-    def _give_back_one(self, api: str, path: str) -> None:
-        """Give one back, unless it goes on elsewhere since it was last seen."""
-        state = ask(api, path, secret=self.secret)["state"]
+    def _reschedule(self, api: str, path: str) -> None:
+        """Reschedule one flow run, unless its state changed since the last scan."""
+        state = request(api, path, secret=self.secret)["state"]
         since = datetime.fromisoformat(state["timestamp"]).timestamp()
-        if state["type"] in _BECOMES and since <= self.looked:
-            ask(api, f"{path}/set_state", {"state": _BECOMES[state["type"]]}, self.secret)
+        if state["type"] in _NEW_STATES and since <= self.scanned:
+            request(api, f"{path}/set_state", {"state": _NEW_STATES[state["type"]]}, self.secret)
 
     def _write(self) -> None:
-        self.file.write_text("\n".join(sorted(self.at_work | self.lost)))
+        self.file.write_text("\n".join(sorted(self.active | self.lost)))
 
 
-def _at_work(group: int) -> Iterator[str]:
+def _active_flow_runs(group: int) -> Iterator[str]:
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             fields = (folder / "stat").read_text().rpartition(")")[2].split()

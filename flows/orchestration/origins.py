@@ -1,7 +1,7 @@
-"""Who may talk to a Prefect server of ours: this machine's own programs and the pages of the server itself.
+"""Restrict our Prefect servers to programs on this machine and to the server's own pages.
 
-Prefect answers every origin and every name by default. A web page that somebody opens could then start flow
-runs here, either by a request from another origin or by a host name of its own that it points at 127.0.0.1.
+By default Prefect answers every origin and host name. Any web page the user opens could then start flow runs,
+by a cross-origin request or through a host name that resolves to 127.0.0.1 (DNS rebinding).
 """
 
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-"""Names of this machine that only it can mean; any port, so that one may be forwarded."""
+"""Host names of the loopback interface; any port is allowed, for port forwarding."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -18,11 +18,11 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def refusal(host: str, origin: str | None) -> str | None:
-    """Why a request is refused, None if it may be answered.
+    """Why a request is refused; None if it is allowed.
 
     Args:
         host: its Host header.
-        origin: its Origin header, which browsers send with what a page of another origin asks for.
+        origin: its Origin header, which browsers send with cross-origin requests.
     """
     if _name(host) not in LOOPBACK:
         return f"this server answers under 127.0.0.1 and localhost, not under {host!r}"
@@ -38,8 +38,8 @@ def _name(host: str) -> str | None:
         return None
 
 
-def guarded(app: App) -> App:
-    """The ASGI application, closed to foreign host names and to pages of other origins (status 403)."""
+def restrict_origins(app: App) -> App:
+    """The ASGI application; foreign host names and origins get status 403."""
 
     async def guard(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):

@@ -1,6 +1,6 @@
-"""Asking a person in Prefect: a deployed run suspends, holding no process, and goes on from the answer.
+"""Reviews in Prefect: a deployed run suspends without a process, and resumes with the answer.
 
-Question and answer are records in the store; the form is one way to write the answer, `sera review` another.
+Question and answer are records in the store; the answer comes from the form or from `sera review`.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from sera_core.artifacts.runs import DecisionName, RunStore
 
 
 class Review(RunInput):
-    """The form a person fills in."""
+    """The review form."""
 
     decision: DecisionName
     note: str = ""
 
 
 class FirstReview(RunInput):
-    """The form as long as no round is promoted: hold or roll_back would leave the run without a head."""
+    """The review form before any round is promoted: hold and roll_back need a head."""
 
     decision: Literal["promote", "stop"]
     note: str = ""
@@ -32,18 +32,18 @@ class FirstReview(RunInput):
 
 MEANINGS = {
     "promote": "the round's policy becomes the head",
-    "hold": "the head stays, the next round is tried from it",
+    "hold": "the head stays, and the next round starts from it",
     "roll_back": "the head goes back to the best round",
-    "stop": "the run ends here",
+    "stop": "the run stops",
 }
-"""What each answer does."""
+"""The effect of each decision."""
 
 
 def ask_person(records: RunStore) -> bool:
-    """Suspend until the open question is answered in the form; False where a flow run cannot suspend.
+    """Suspend until the open review is answered in the form; False if the flow run cannot suspend.
 
-    No timeout of Prefect's: it would fail the run. Whoever touches the run after the deadline writes the
-    default, and then that stands.
+    There is no Prefect timeout, since that would fail the run. After the deadline, the next command or flow
+    that opens the run records the default answer.
     """
     waiting = records.waiting()
     if waiting is None:
@@ -59,11 +59,11 @@ def ask_person(records: RunStore) -> bool:
         note="",
     )
     given = suspend_flow_run(wait_for_input=form, key=f"review-{number}")
-    assert given is not None  # Prefect fails a run that is resumed without the form
+    assert given is not None  # Prefect refuses to resume without the form
     answer = records.answer_of(number) or records.answer(number, given.decision, given.note, "prefect")
     if answer["decision"] != given.decision:
         get_run_logger().warning(
-            "the review of round %s was answered before: %s (%s); that stands",
+            "round %s was already reviewed: %s (%s); that answer counts",
             number, answer["decision"], answer["who"],
         )  # fmt: skip
     return True
@@ -73,15 +73,15 @@ def _describe(run: str, number: int, question: dict, offered: Sequence[str]) -> 
     evidence = question["evidence"]
     return "\n".join(
         [
-            f"## {run}, round {number}: what shall be done with it?",
+            f"## {run}, round {number}: promote it?",
             "",
-            f"The evidence says **{evidence['decision']}**: {escape(str(evidence['reason']))}",
+            f"Suggested decision: **{evidence['decision']}**: {escape(str(evidence['reason']))}",
             "",
             f"Convergence: {escape(str(evidence['verdict']))}. "
             f"Alarm: {escape(str(evidence['alarm'] or 'none'))}. "
-            f"Unanswered by {question['until']}, `{question['default']}` is taken.",
+            f"Without an answer by {question['until']}, the decision is `{question['default']}`.",
             "",
             *(f"* {decision}: {MEANINGS[decision]}" for decision in offered),
-            *(["", f"[The rounds before it](/artifacts/key/{key_of(run, 'index')})"] if number else []),
+            *(["", f"[Earlier rounds](/artifacts/key/{key_of(run, 'index')})"] if number else []),
         ]
     )

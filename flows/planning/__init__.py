@@ -1,1 +1,1 @@
-"""What a run would do and cost, without doing it."""
+"""Plan a run: its steps and their cost."""

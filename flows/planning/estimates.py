@@ -1,4 +1,4 @@
-"""How many tokens, seconds and bytes a step will take: a guess, mended by what was measured."""
+"""Estimate tokens, seconds and bytes of a step, from measured steps where there are any."""
 
 import time
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ from sera_core.models.model_sources import resolve_source
 
 CHARACTERS_A_TOKEN = 4.2
 COST = {"logps": 1.0, "sample": 2.5, "train": 3.0}
-"""Work of one token against one forward pass, as measured on two CPU cores.
+"""Cost per token relative to one forward pass, measured on two CPU cores.
 
 Training is full fine-tuning; an adapter saves a third."""
 EFFICIENCY = 0.7
-"""Share of the matrix product's speed that a forward pass reaches."""
+"""Speed of a forward pass relative to a plain matrix product."""
 SAMPLED_SHARE = 0.8
 """Mean length of a sampled response as a share of its limit."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of the data: pairs by side, mean tokens of a prompt and of an answer, parameters of the model."""
+    """Sizes: pairs by side, mean tokens of a prompt and of an answer, model parameters."""
 
     train: int
     heldout: int
@@ -43,7 +43,7 @@ def _length(message: dict[str, Any]) -> int:
 
 
 def workload(config: SeraConfig, data: StepRecord, store: Store) -> Workload:
-    """Sizes from the data step's record, and its texts."""
+    """Sizes from the data step's record and texts."""
     table = pq.read_table(
         Artifact(store, data.ref).path("train.parquet"), columns=["prompt", "chosen", "rejected"]
     ).to_pylist()
@@ -58,7 +58,7 @@ def _tokens(characters: Sequence[float]) -> float:
 
 
 def parameters_of(config: SeraConfig) -> float | None:
-    """Parameters of the model, from its files; None for a model that is not on this machine."""
+    """Number of model parameters, from its files; None if the model is not on this machine."""
     source = resolve_source(config.model.source, config.model.revision)
     if source.kind == "package":
         from gguf import GGUFReader
@@ -76,7 +76,7 @@ def parameters_of(config: SeraConfig) -> float | None:
 
 
 def gigaflops(seconds: float = 1.0) -> float:
-    """Speed of this machine's float32 matrix product, in GFLOP/s: the best of many, as on an idle one."""
+    """Speed of a float32 matrix product on this machine in GFLOP/s, best of many."""
     a = np.ones((768, 768), dtype=np.float32)
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -87,7 +87,7 @@ def gigaflops(seconds: float = 1.0) -> float:
 
 
 class Estimator:
-    """Expected cost of steps of one run."""
+    """Estimates the cost of a run's steps."""
 
     def __init__(self, config: SeraConfig, store: Store, records: RunStore, size: Workload) -> None:
         self.config, self.size = config, size
@@ -95,7 +95,7 @@ class Estimator:
         self.measured = _measured(store, records)
 
     def expected(self, spec: StepSpec) -> dict[str, Any]:
-        """{"tokens", "seconds", "bytes"} of a step to be done; seconds are None for a model not at hand."""
+        """{"tokens", "seconds", "bytes"} of a step; seconds are None if the model is not on this machine."""
         tokens = self._tokens(spec)
         return {
             "tokens": int(tokens),
@@ -153,7 +153,7 @@ class Estimator:
 
 
 def _measured(store: Store, records: RunStore) -> dict[str, float]:
-    """Seconds a token of each step in the run's finished rounds."""
+    """Seconds per token of each step in the run's finished rounds."""
     tokens: dict[str, float] = {}
     seconds: dict[str, float] = {}
     for manifest in records.rounds():

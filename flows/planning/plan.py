@@ -1,10 +1,10 @@
-"""What a run would do, without doing it: the algorithm box walked with a `do` that only looks things up."""
+"""Plan a run: call the functions of flows/round.py with a `do` that only looks up records."""
 
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flows import round as box
+from flows import round as sera_round
 from flows.planning.estimates import Estimator, workload
 from flows.round import Past, Ref, Steps
 from flows.running.open_run import check_template, load_data, resolved, source_digests
@@ -16,19 +16,19 @@ from sera_core.artifacts.store import Store, numbered, open_store
 from sera_core.config import SeraConfig
 
 UNKNOWN = "?"
-"""Begins the digest of what a step not done would make: no file has it, yet two steps differ in it."""
+"""Prefix of the digest of a step that is not done yet; unique per step."""
 
 
-Answers = Callable[[int], Mapping[str, Any] | None]
-"""What a person answered about a round, if anything."""
+AnswerOf = Callable[[int], Mapping[str, Any] | None]
+"""The recorded review answer of a round, if any."""
 
 
-def unanswered(round: int) -> None:
-    """No person was asked."""
+def no_answer(round: int) -> None:
+    """No reviews are answered."""
 
 
 class Walk:
-    """A `do` that notes each step: reuse, run or depends, and why."""
+    """A `do` that lists each step as reuse, run or depends, and why."""
 
     def __init__(self, store_url: str, estimator: Estimator | None = None) -> None:
         self.store, self.estimator = open_store(store_url), estimator
@@ -37,7 +37,7 @@ class Walk:
         self._seen: set[str] = set()
 
     def do(self, spec: StepSpec) -> Ref:
-        """Note the step; the pointer to it, or to what it would be."""
+        """List the step. Returns a reference to it, or to its future result."""
         unknown = [name for name, ref in spec.inputs.items() if ref and ref.digest.startswith(UNKNOWN)]
         record = None if unknown else find_record(self.store, spec.step, spec.key)
         key = spec.key or ""
@@ -54,18 +54,18 @@ class Walk:
         }
         cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "bytes": 0}
         if reuse:
-            return row | {"status": "reuse", "why": "its record is in the store"} | cost
+            return row | {"status": "reuse", "why": "record in the store"} | cost
         if self.estimator is not None:
             cost = self.estimator.expected(spec)
         if unknown:
             return row | {"status": "depends", "why": f"on {', '.join(unknown)}"} | cost
         parts = sum(1 for _ in numbered(self.store, spec.path + "/part-{:05d}.json"))
-        why = f"goes on after {parts} finished parts" if parts else "no record of it in the store"
+        why = f"resumes after {parts} finished parts" if parts else "no record in the store"
         return row | {"status": "run", "why": why} | cost
 
 
 def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
-    """Every step of a run: `reuse`, `run` or `depends`, why, and what it is expected to cost."""
+    """Every step of a run: `reuse`, `run` or `depends`, why, and its estimated cost."""
     digests = source_digests(config)
     check_template(config)
     records = RunStore(open_store(store_url), run)
@@ -101,7 +101,7 @@ def _history(config: SeraConfig, records: RunStore, digests: Mapping[str, Any]) 
         return records.history(), None
     changed = "; ".join(differences(configs[0].resolved, now))
     note = f"run {records.run!r} exists with another configuration ({changed}): `sera run` would refuse it; "
-    return History([]), note + "planned as under a new --name"
+    return History([]), note + "this is the plan under a new --name"
 
 
 def walk_rounds(
@@ -109,21 +109,23 @@ def walk_rounds(
     digests: Mapping[str, Any],
     history: History,
     walk: Walk,
-    answer_of: Answers = unanswered,
-) -> box.Sides:
-    """Walk every round up to the limit; rounds to come are taken as promoted."""
-    sides = box.prepare(config, digests, walk.do)
+    answer_of: AnswerOf = no_answer,
+) -> sera_round.Sides:
+    """Walk every round up to the limit; future rounds count as promoted."""
+    sides = sera_round.prepare(config, digests, walk.do)
     heads: list[Mapping[str, Ref]] = []
-    told: list[dict[str, Any]] = []
+    planned: list[dict[str, Any]] = []
     stopped = bool(history.rounds) and history.rounds[-1].stop_reason is not None
     last = history.next_round if stopped else max(config.limits.rounds, history.next_round)
     for number in range(last):
         walk.round = number
         before = History(history.rounds[:number]) if number <= history.next_round else None
-        entries = told if before is None or not before.rounds else before.entries()
-        head_accuracy = before.head.accuracy if before is not None and before.head else _last_accuracy(told)
+        entries = planned if before is None or not before.rounds else before.entries()
+        head_accuracy = (
+            before.head.accuracy if before is not None and before.head else _last_accuracy(planned)
+        )
         made = _round(config, sides, Past(list(heads)), number, entries, head_accuracy, walk, answer_of)
-        told = [*entries, _entry(walk, number, made)]
+        planned = [*entries, _entry(walk, number, made)]
         if number < history.next_round:
             heads = [manifest.steps for manifest in History(history.rounds[: number + 1]).lineage]
         else:
@@ -132,7 +134,7 @@ def walk_rounds(
 
 
 def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
-    """What a round to come will say of itself: its records', where another run has done it already."""
+    """The history entry of a future round; from its records if another run has done it."""
     evidence, decision = made["evidence"], made["decision"]
     record = evidence and find_record(walk.store, evidence.step, evidence.key)
     accuracy = record.metric(ACCURACY)["value"] if record else None
@@ -144,35 +146,37 @@ def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
     }
 
 
-def _asks(store: Store, decision: Ref) -> bool:
-    """Whether a decision that was made already is a question to a person."""
+def _needs_answer(store: Store, decision: Ref) -> bool:
+    """Whether a recorded decision requested a review."""
     found = decision and find_record(store, decision.step, decision.key)
     return bool(found and found.metric("ask"))
 
 
-def _last_accuracy(told: list[dict[str, Any]]) -> float | None:
-    promoted = [entry["accuracy"] for entry in told if entry["decision"] == "promote"]
+def _last_accuracy(planned: list[dict[str, Any]]) -> float | None:
+    promoted = [entry["accuracy"] for entry in planned if entry["decision"] == "promote"]
     return promoted[-1] if promoted else None
 
 
 def _round(
     config: SeraConfig,
-    sides: box.Sides,
+    sides: sera_round.Sides,
     past: Past,
     number: int,
     entries: list[dict[str, Any]],
     head_accuracy: float | None,
     walk: Walk,
-    answer_of: Answers,
+    answer_of: AnswerOf,
 ) -> Steps:
-    made = box.self_review(config, sides, past, number, walk.do)
+    made = sera_round.self_review(config, sides, past, number, walk.do)
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
-    made["policy"] = box.align(config, sides, past, number, made["mixture"], walk.do)
-    made["evidence"] = box.gather_evidence(
+    made["policy"] = sera_round.align(config, sides, past, number, made["mixture"], walk.do)
+    made["evidence"] = sera_round.gather_evidence(
         config, sides, past, number, made["mixture"], made["policy"], walk.do
     )
-    made["decision"] = box.judge(config, past, number, made, entries, head_accuracy, None, walk.do)
-    if _asks(walk.store, made["decision"]) and (answer := answer_of(number)) is not None:
-        made["decision"] = box.judge(config, past, number, made, entries, head_accuracy, answer, walk.do)
+    made["decision"] = sera_round.decide(config, past, number, made, entries, head_accuracy, None, walk.do)
+    if _needs_answer(walk.store, made["decision"]) and (answer := answer_of(number)) is not None:
+        made["decision"] = sera_round.decide(
+            config, past, number, made, entries, head_accuracy, answer, walk.do
+        )
     walk.do(steps.report(number, {r: ref for r, ref in made.items() if r not in ("data", "model")}))
     return made

@@ -1,1 +1,1 @@
-"""A run being worked on: opened and named, its rounds computed step by step, each closed by a manifest."""
+"""Runs: open and name a run, run its rounds, write a manifest for each."""

@@ -1,4 +1,4 @@
-"""Turn a finished round into its manifest: the record that makes it count."""
+"""Build the manifest of a finished round."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,11 +19,11 @@ FILES = {
     "mixture": ("mixture", "mixture.parquet"),
     "report": ("report", "report.html"),
 }
-"""What a person looks for: role -> (role of the step, file or folder in it)."""
+"""The artifacts listed in a manifest: role -> (role of the step, file or folder in it)."""
 
 
 def manifest_of(session: Session, round: int, made: Steps) -> RoundManifest:
-    """The manifest of a round whose steps are done; without pairs it has no policy, evidence or decision."""
+    """The manifest of a finished round; a round without pairs has no policy, evidence or decision."""
     records = {role: session.record_of(ref) for role, ref in made.items() if ref is not None}
     earlier = {ref.key for manifest in session.history.rounds for ref in manifest.used}
     return RoundManifest(
@@ -36,16 +36,16 @@ def manifest_of(session: Session, round: int, made: Steps) -> RoundManifest:
         used=[record.ref for record in session.used.values()],
         artifacts=artifacts_of(records),
         created=now(),
-        **told_by(records, [record for key, record in session.used.items() if key not in earlier]),
+        **manifest_fields(records, [record for key, record in session.used.items() if key not in earlier]),
     )
 
 
-def told_by(records: Mapping[str, StepRecord], new: Sequence[StepRecord]) -> dict[str, Any]:
-    """What a manifest says of a round, from the records of its steps.
+def manifest_fields(records: Mapping[str, StepRecord], new: Sequence[StepRecord]) -> dict[str, Any]:
+    """The manifest fields derived from step records.
 
     Args:
-        records: of the round's own steps, by role.
-        new: of all the steps that the round used and none before it: their tokens and seconds are its.
+        records: records of the round's own steps, by role.
+        new: records of all steps first used in this round; they give its tokens and seconds.
 
     Raises:
         StoreError: a record lacks a metric.
@@ -63,7 +63,7 @@ def told_by(records: Mapping[str, StepRecord], new: Sequence[StepRecord]) -> dic
 
 
 def artifacts_of(records: dict[str, StepRecord]) -> dict[str, dict[str, Any]]:
-    """The round's artifacts: step and path, sha256 (of a folder: its digest), bytes and rows."""
+    """The round's artifacts: step, path, sha256 (for a folder: its digest), bytes and rows."""
     found = {}
     for role, (step, path) in FILES.items():
         if step in records and any(name.startswith(path) for name in records[step].files):
@@ -90,11 +90,11 @@ def _decision(records: Mapping[str, StepRecord]) -> dict[str, Any]:
 
 
 def _metrics(records: Mapping[str, StepRecord], new: Sequence[StepRecord]) -> dict[str, Any]:
-    """What a person compares between rounds; the whole evidence stands in its own artifact."""
+    """Metrics to compare between rounds; the full evidence is an artifact of its own."""
     metrics: dict[str, Any] = {}
     for role in ("evidence", "policy", "mixture"):
         metrics |= records[role].metrics if role in records else {}
-    metrics |= records["mixture"].counts  # <origin>/<reason> of every pair and prompt, from the whole ledger
+    metrics |= records["mixture"].counts  # <origin>/<reason> of every pair and prompt
     for role in ("scored", "responses"):
         if role in records:
             metrics |= {n: v for n, v in records[role].metrics.items() if n.startswith("margin_noise")}

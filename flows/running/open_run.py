@@ -1,4 +1,4 @@
-"""Opening a run: what its sources hold, is its name free, is it finished, waiting or open. No Prefect."""
+"""Open a run: digest its sources, check the configuration, create or find its records. No Prefect."""
 
 import math
 from collections.abc import Mapping
@@ -28,10 +28,10 @@ Digests = dict[str, Any]
 
 
 def source_digests(config: SeraConfig) -> Digests:
-    """Content digests of the model's source and of every data source, by side.
+    """Content digests of the model and of every data source, by side.
 
     Raises:
-        InputError: a source that is missing or cannot be read.
+        InputError: a source is missing or cannot be read.
     """
     data = {
         side: [source_digest(source.path, source.split) for source in getattr(config.data, side)]
@@ -41,7 +41,7 @@ def source_digests(config: SeraConfig) -> Digests:
 
 
 def resolved(config: SeraConfig, digests: Digests) -> dict[str, Any]:
-    """What a run's config_sha256 covers: fields that change a result, paths replaced by what they hold."""
+    """The input of config_sha256: settings that change results, with content digests for paths."""
     fields = config.result_fields()
     fields["model"].pop("source")
     fields["model"].pop("revision")
@@ -52,17 +52,17 @@ def resolved(config: SeraConfig, digests: Digests) -> dict[str, Any]:
 
 
 def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
-    """Check the input, then create the run or find it. Bad data is refused before any model is loaded.
+    """Check the input, then create or find the run. Bad data is refused before any model is loaded.
 
     Raises:
-        InputError: a bad name, source or row, a tracker that is not installed, or a configuration that is not
+        InputError: a bad name, source or row, a tracker that is not installed, or a configuration other than
             the run's.
     """
     store = open_store(store_url, remember=True)
     if (warning := check_shared(store, config.execution.accept_racy_store)) is not None:
         run_log()(warning)
     records = RunStore(store, run)
-    if records.state() == "open":  # one that has stopped trains no more
+    if records.state() == "open":  # a stopped run does not train
         refuse_missing(config.execution.tracking)
     digests = source_digests(config)
     check_template(config)
@@ -72,11 +72,11 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
 
 
 def check_template(config: SeraConfig) -> None:
-    """A model folder must know how to render a conversation, or be told.
+    """Check that there is a chat template.
 
     Raises:
-        InputError: the folder has no chat template, or several and no default one, and model.chat_template
-            gives none.
+        InputError: the model folder has no chat template (or several without a default), and
+            model.chat_template is not set.
     """
     if config.model.chat_template is not None:
         refuse_unused(template_text(config.model.chat_template), config.model.template_kwargs)
@@ -100,10 +100,10 @@ def check_template(config: SeraConfig) -> None:
 
 
 def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> StepRecord:
-    """Do the data step: every row is checked here.
+    """Do the data step, which checks every row.
 
     Raises:
-        InputError: a row that cannot be used, an overlap of the sides, or a side that ends up empty.
+        InputError: a bad row, an overlap between sides, or an empty side.
     """
     from tasks.step_functions import work_of
 
@@ -115,13 +115,13 @@ def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> S
     if not record.counts.get("heldout"):
         raise InputError(
             f"no held-out pair: {dict(record.counts)}; give data.heldout, or a data.heldout_fraction above 0 "
-            "(every decision rests on pairs the policy was not trained on)"
+            "(decisions need pairs the policy was not trained on)"
         )
     return record
 
 
-def ask(session: Session, round: int, decision: Ref) -> dict[str, Any] | None:
-    """Put the round to a person; returns the answer when there is one."""
+def request_review(session: Session, round: int, decision: Ref) -> dict[str, Any] | None:
+    """Request a review of the round. Returns the answer if there is one."""
     found = session.record_of(decision).metrics
     evidence = {name: found[name] for name in ("decision", "reason", "verdict", "alarm")}
     decide = session.config.decide
@@ -129,8 +129,8 @@ def ask(session: Session, round: int, decision: Ref) -> dict[str, Any] | None:
     return session.records.answer_of(round)
 
 
-def commit_test(session: Session, round: int, ref: Ref) -> None:
-    """Record the evidence on the test side beside the run."""
+def record_test_evidence(session: Session, round: int, ref: Ref) -> None:
+    """Record the test evidence in the run's folder."""
     record = session.record_of(ref)
     final = {
         "format": FORMAT,
@@ -145,6 +145,6 @@ def commit_test(session: Session, round: int, ref: Ref) -> None:
 
 
 def test_record(records: RunStore) -> dict[str, Any] | None:
-    """The evidence on the test side under the best round's policy, once it was made."""
+    """The test evidence of the best round's policy; None if there is none yet."""
     best = records.history().best
     return None if best is None else records.test_evidence(best.round)

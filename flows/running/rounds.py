@@ -1,6 +1,6 @@
-"""Working through one round, and the last word once a run has stopped.
+"""Run one round, and report on the test set once a run has stopped.
 
-Plain Python: Prefect wraps it (flows/sera.py).
+Plain Python; flows/sera.py wraps it in Prefect flows.
 """
 
 from flows import round
@@ -14,24 +14,24 @@ from sera_core.errors import BudgetReached
 from tasks.engines.tracking import refuse_missing
 
 PAUSED = ("waiting", "budget")
-"""States in which a run may go on later, so that its last word is not said yet."""
+"""States from which a run may resume, so the test set is not reported yet."""
 
 
 def run_round(session: Session, number: int) -> str:
     """Do a round's steps and commit its manifest. Returns `open`, a stop reason, `waiting` or `budget`.
 
     Raises:
-        InputError: the tracker that the training will tell is not installed here.
+        InputError: the configured tracker is not installed here.
     """
     refuse_missing(session.config.execution.tracking)
     try:
-        return _steps_of(session, number)
+        return _run_steps(session, number)
     except BudgetReached as reached:
         session.records.record_stop("budget", str(reached))
         return "budget"
 
 
-def _steps_of(session: Session, number: int) -> str:
+def _run_steps(session: Session, number: int) -> str:
     config, past, history, do = session.config, session.past(), session.history, session.do
     sides = session.prepare()
     made = round.self_review(config, sides, past, number, do)
@@ -41,13 +41,13 @@ def _steps_of(session: Session, number: int) -> str:
         made["evidence"] = round.gather_evidence(
             config, sides, past, number, made["mixture"], made["policy"], do
         )
-        told, accuracy = history.entries(), history.head.accuracy if history.head else None
-        made["decision"] = round.judge(config, past, number, made, told, accuracy, None, do)
+        entries, accuracy = history.entries(), history.head.accuracy if history.head else None
+        made["decision"] = round.decide(config, past, number, made, entries, accuracy, None, do)
         if session.record_of(made["decision"]).metric("ask"):
-            answer = open_run.ask(session, number, made["decision"])
+            answer = open_run.request_review(session, number, made["decision"])
             if answer is None:
                 return "waiting"
-            made["decision"] = round.judge(config, past, number, made, told, accuracy, answer, do)
+            made["decision"] = round.decide(config, past, number, made, entries, accuracy, answer, do)
     made["report"] = do(
         steps.report(number, {role: ref for role, ref in made.items() if role not in ("data", "model")})
     )
@@ -56,17 +56,17 @@ def _steps_of(session: Session, number: int) -> str:
 
 
 def report_test_side(session: Session) -> None:
-    """The test side under the best round's policy, once the run has stopped. It decides nothing."""
-    session.meter.limits = LimitsConfig()  # the run has stopped already: its last figures have no limit
+    """Evaluate the best round's policy on the test set, once the run has stopped."""
+    session.meter.limits = LimitsConfig()  # the run has stopped; the test report is not limited
     best = session.history.best
     if best is None or not test_side_is_open(session.records):
         return
     ref = round.test_evidence(session.config, session.prepare(), best.steps["policy"], session.do)
-    open_run.commit_test(session, best.round, ref)
+    open_run.record_test_evidence(session, best.round, ref)
 
 
 def test_side_is_open(records: RunStore) -> bool:
-    """Whether there is a test side that the best round's policy was not held against yet."""
+    """Whether there is a test set on which the best round's policy is not evaluated yet."""
     best = records.history().best
     if best is None or open_run.test_record(records) is not None:
         return False

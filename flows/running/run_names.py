@@ -1,4 +1,4 @@
-"""A deployed run's name: `{date}` and `{data}` filled in once, and whether such a run was done before."""
+"""Names of deployed runs (`{date}` and `{data}` filled in once), and lookup of finished runs."""
 
 import string
 from typing import Any
@@ -19,23 +19,23 @@ _PARTS = ("date", "data")
 
 
 def resolve_run_name(template: str, config: SeraConfig) -> str:
-    """The run's name, filled in once: a flow run that is retried on another day keeps its first name.
+    """Fill in the run's name once: a flow run that restarts on another day keeps its name.
 
-    `{date}` is today in UTC, `{data}` eight hex digits of the sha256 of what the data sources hold.
+    `{date}` is today in UTC, `{data}` eight hex digits of the sha256 of the data sources' content.
 
     Raises:
-        InputError: another placeholder, or a name that is none.
+        InputError: an unknown placeholder, or an invalid name.
     """
     if not (used := _placeholders(template)):
         return check_name(template)
-    settled = _labels().get(LABEL)
-    if settled is None:
+    name = _labels().get(LABEL)
+    if name is None:
         values = {"date": now()[:10]}
         if "data" in used:
             values["data"] = sha256_json(open_run.source_digests(config)["data"])[:8]
-        settled = check_name(template.format(**{part: values[part] for part in used}))
-    _label(str(settled))
-    return str(settled)
+        name = check_name(template.format(**{part: values[part] for part in used}))
+    _label(str(name))
+    return str(name)
 
 
 def _placeholders(template: str) -> set[str]:
@@ -46,7 +46,7 @@ def _placeholders(template: str) -> set[str]:
     used = {name for _, name, _, _ in parts if name is not None}
     if unknown := used - set(_PARTS):
         raise InputError(
-            f"run name {template!r}: unknown {sorted(unknown)}; a name takes {{date}} and {{data}}"
+            f"run name {template!r}: unknown {sorted(unknown)}; allowed are {{date}} and {{data}}"
         )
     return used
 
@@ -64,13 +64,13 @@ def _label(name: str) -> None:
 
 
 def record_finished(records: RunStore) -> None:
-    """Record that a run with this content and these limits has stopped; the first one stands."""
+    """Record that a run with this configuration and these limits is finished; only the first counts."""
     path = _finished_path(records.configs()[-1].resolved, _limits(records))
     create_json(records.store, path, {"format": FORMAT, "run": records.run, "created": now()})
 
 
 def find_finished(store: Store, config: SeraConfig) -> str | None:
-    """The run that did exactly this (same settings, same content of model and data) to its end, or None."""
+    """The finished run with the same settings, model and data content; None if there is none."""
     resolved = open_run.resolved(config, open_run.source_digests(config))
     found = read_typed(store, _finished_path(resolved, config.limits.model_dump(mode="json")), Finished)
     return None if found is None else found.run

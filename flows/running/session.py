@@ -1,4 +1,4 @@
-"""A run being worked on: store, configuration and history, how a step is done and paid for. No Prefect."""
+"""A process working on a run: does steps and counts them against the budget. No Prefect."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from sera_core.config import LimitsConfig
 from sera_core.errors import BudgetReached, InputError
 
 Runner = Callable[[StepSpec], StepRecord]
-"""Does a step that has no record yet."""
+"""Does a step that has no record."""
 
 
 @dataclass
 class Meter:
-    """Tokens and seconds of the steps a run has used, each counted once."""
+    """Tokens and seconds of a run's steps, each step counted once."""
 
     limits: LimitsConfig
     tokens: int = 0
@@ -27,7 +27,7 @@ class Meter:
         """Count a step.
 
         Raises:
-            BudgetReached: it crossed limits.tokens or limits.hours.
+            BudgetReached: limits.tokens or limits.hours is reached.
         """
         if record.key in self.seen:
             return
@@ -46,12 +46,12 @@ class Meter:
 
 
 def tokens_of(record: StepRecord) -> int:
-    """Tokens a step trained, scored or sampled."""
+    """Tokens that a step trained on, scored or sampled."""
     return sum(int(value) for name, value in record.metrics.items() if name.startswith("tokens/"))
 
 
 class Session:
-    """One process working on one run."""
+    """A process working on a run."""
 
     def __init__(self, store_url: str, run: str, runner: Runner) -> None:
         self.store: Store = open_store(store_url, remember=True)
@@ -71,7 +71,7 @@ class Session:
             self.meter.seen |= {ref.key for ref in manifest.used}
 
     def do(self, spec: StepSpec) -> StepRef:
-        """Find a step's record or do the step; count it; return the pointer to it."""
+        """Do a step unless it has a record; count it; return a reference to it."""
         record = find_record(self.store, spec.step, spec.key) or self.runner(spec)
         self.used[record.key] = record
         self.meter.add(record)

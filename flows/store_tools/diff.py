@@ -1,4 +1,4 @@
-"""What differs between two rounds, of one run or of two: configuration, steps, metrics."""
+"""Compare two rounds, of one run or two: configuration, steps, metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from sera_core.errors import InputError
 
 @dataclass(frozen=True)
 class Side:
-    """One side of the comparison: a run, and one of its rounds unless it has none yet."""
+    """One side of a comparison: a run and one of its rounds (None if it has no finished round)."""
 
     records: RunStore
     manifest: RoundManifest | None
@@ -25,7 +25,7 @@ class Side:
 
 
 def side_of(store: Store, text: str) -> Side:
-    """`RUN:N`, or `RUN` for its last finished round.
+    """Parse `RUN:N`, or `RUN` for its last finished round.
 
     Raises:
         InputError: no such run or round.
@@ -42,7 +42,7 @@ def side_of(store: Store, text: str) -> Side:
 
 
 def difference(left: Side, right: Side) -> dict[str, Any]:
-    """What differs, as `sera diff --json` gives it; what is equal on both sides is left out."""
+    """The differences, as in `sera diff --json`; equal values are left out."""
     steps = _steps(left.manifest, right.manifest)
     return {
         "left": left.name,
@@ -55,7 +55,7 @@ def difference(left: Side, right: Side) -> dict[str, Any]:
 
 
 def _config(left: RunStore, right: RunStore) -> list[dict[str, Any]]:
-    """Every setting, and the digests of what the data and the model hold."""
+    """Differing settings and content digests."""
     records = [records.configs()[-1] for records in (left, right)]
     both = [_by_number({**record.config, "digests": record.resolved["digests"]}) for record in records]
     decide = {key for record in records for key in flatten(_by_number(record.resolved))}
@@ -66,7 +66,7 @@ def _config(left: RunStore, right: RunStore) -> list[dict[str, Any]]:
 
 
 def _by_number(value: Any) -> Any:
-    """Lists of sections (data sources) as sections named by their number, so that each setting has a key."""
+    """Turn lists of sections (data sources) into sections keyed by number, so that each setting has a key."""
     if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
         value = {str(number): item for number, item in enumerate(value)}
     return {k: _by_number(v) for k, v in value.items()} if isinstance(value, Mapping) else value
@@ -89,9 +89,9 @@ def _why(left: Mapping[str, StepRef], right: Mapping[str, StepRef], role: str) -
     if role not in left or role not in right:
         return "only right" if role not in left else "only left"
     if left[role].key == right[role].key:
-        return "the same work, other content"
+        return "same step, other content"
     if left[role].digest == right[role].digest:
-        return "other settings or inputs, the same content"
+        return "other settings or inputs, same content"
     return "other settings or inputs"
 
 

@@ -1,13 +1,13 @@
-"""What a store must keep: every step that a run rests on, or that an unfinished run would reuse. No Prefect.
+"""Steps that a store must keep: those that a run uses or an unfinished run would reuse. No Prefect.
 
-Roots are the manifests of every run with the steps they name, the evidence on the test side, the open round
-of every run that may go on (its steps recomputed as `sera plan` does), and steps that are being done now.
+Roots are the steps named in the manifests of all runs, the test evidence, and the steps that open rounds
+would use (computed as in `sera plan`). Claimed steps are kept too.
 """
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from flows import round as box
+from flows import round as sera_round
 from flows.planning.plan import Walk, walk_rounds
 from flows.running.open_run import test_record
 from sera_core.artifacts.lease import claim_path, look
@@ -17,33 +17,33 @@ from sera_core.artifacts.runs import RunStore, list_runs
 from sera_core.artifacts.store import Store
 
 COLLECTED = "collected.json"
-"""The copy of a step's record that was taken away, kept until its files go too."""
+"""Copy of a step's deleted record, kept until its files are deleted."""
 Place = tuple[str, str]
 """Name and key of a step."""
 
 
 class Collected(Noun):
-    """What `COLLECTED` holds."""
+    """Content of `COLLECTED`."""
 
     format: int
     record: dict[str, Any] | None
 
 
 class Roots:
-    """The steps to keep; the records of those that are done, each read once."""
+    """The steps to keep, with the records of those that are done."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.records: dict[Place, StepRecord | None] = {}
         for run in list_runs(store):
-            for place in of_run(RunStore(store, run)):
+            for place in steps_of_run(RunStore(store, run)):
                 self._keep(place)
 
     def __contains__(self, place: Place) -> bool:
         return place in self.records
 
     def _keep(self, place: Place) -> None:
-        """The step, and every step it was made from."""
+        """Keep the step and all its ancestors."""
         waiting = [place]
         while waiting:
             place = waiting.pop()
@@ -54,7 +54,7 @@ class Roots:
 
 
 def _collected(store: Store, place: Place) -> StepRecord | None:
-    """The copy of a record that an earlier pass took away."""
+    """The copy of a record deleted in an earlier pass."""
     path = f"steps/{place[0]}/{place[1]}/{COLLECTED}"
     copy = read_typed(store, path, Collected)
     if copy is None or copy.record is None:
@@ -63,26 +63,26 @@ def _collected(store: Store, place: Place) -> StepRecord | None:
 
 
 def is_claimed(store: Store, place: Place) -> bool:
-    """Whether somebody is at work on the step."""
+    """Whether a process is doing the step."""
     seen = look(store, claim_path(*place))
     return seen is not None and not seen.is_over
 
 
-def of_run(records: RunStore) -> Iterator[Place]:
-    """Steps that a run rests on, or would reuse when it goes on."""
+def steps_of_run(records: RunStore) -> Iterator[Place]:
+    """Steps that a run uses, or would reuse when it resumes."""
     if not records.configs():
         return
     for manifest in records.rounds():
         yield from _places([*manifest.used, *manifest.steps.values()])
-        # Every round's, not only the best one's: another version may have called another round the best.
+        # Of every round: another version may have chosen another best round.
         if (final := records.test_evidence(manifest.round)) is not None:
             yield from _places([StepRef.model_validate(final["step"])])
-    if records.stop_reason() in (None, "budget"):  # a budget that is raised lets the open round go on
-        yield from _of_open_round(records)
-    yield from _of_test_side(records)
+    if records.stop_reason() in (None, "budget"):  # after a raised budget the open round resumes
+        yield from _open_round_steps(records)
+    yield from _test_steps(records)
 
 
-def _of_open_round(records: RunStore) -> Iterator[Place]:
+def _open_round_steps(records: RunStore) -> Iterator[Place]:
     walk = Walk(records.store.url)
     config = records.configs()[-1].settings
     digests = records.configs()[-1].resolved["digests"]
@@ -90,15 +90,15 @@ def _of_open_round(records: RunStore) -> Iterator[Place]:
     yield from ((row["step"], row["key"]) for row in walk.rows if row["key"] is not None)
 
 
-def _of_test_side(records: RunStore) -> Iterator[Place]:
-    """The last word of a run, as far as it was prepared."""
+def _test_steps(records: RunStore) -> Iterator[Place]:
+    """Steps of a test evaluation that is not finished."""
     best = records.history().best
     if best is None or test_record(records) is not None:
         return
     walk = Walk(records.store.url)
     config = records.configs()[-1].settings
-    sides = box.prepare(config, records.configs()[-1].resolved["digests"], walk.do)
-    box.test_evidence(config, sides, best.steps["policy"], walk.do)
+    sides = sera_round.prepare(config, records.configs()[-1].resolved["digests"], walk.do)
+    sera_round.test_evidence(config, sides, best.steps["policy"], walk.do)
     yield from ((row["step"], row["key"]) for row in walk.rows if row["key"] is not None)
 
 

@@ -1,8 +1,7 @@
-"""Checking a run: every record follows from the one before, every file holds what its record says.
+"""Verify a run: every link between its records, and the hash of every file.
 
 run-000.json -> round manifests (each with its parent's sha256) -> the steps they name -> their inputs -> the
-data and the model, whose digests stand in run-000.json again. Files are read from the store itself, not from
-a cache beside it.
+data and the model, whose digests are in run-000.json. Files are read from the store, not from a cache.
 """
 
 import json
@@ -11,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from flows.running.manifests import artifact, told_by
+from flows.running.manifests import artifact, manifest_fields
 from sera_core.artifacts.canonical import canonical_json, files_digest
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef, find_record, parse_part
 from sera_core.artifacts.records import read_record, read_series
@@ -20,14 +19,14 @@ from sera_core.artifacts.upkeep import upkeep
 from sera_core.errors import StoreError
 from sera_core.steps import SIDES
 
-Told = Callable[[int, int, str], None]
-AT_ONCE = 4
-"""Files that are read at the same time."""
+ReportProgress = Callable[[int, int, str], None]
+PARALLEL_READS = 4
+"""Files read in parallel."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked and holds."""
+    """Counts of what was verified."""
 
     rounds: int
     steps: int
@@ -36,13 +35,13 @@ class Verified:
     bytes: int
 
 
-def verify(records: RunStore, progress: Told = lambda done, total, unit: None) -> Verified:
-    """Follow every link of a run's chain, then hash every file of every step in it.
+def verify(records: RunStore, progress: ReportProgress = lambda done, total, unit: None) -> Verified:
+    """Follow every link of a run, then hash every file of its steps.
 
-    A local store may hold no symbolic link, and a finished step's folder no file that no record names.
+    Symbolic links in a local store, and unrecorded files in the folder of a finished step, are errors.
 
     Raises:
-        StoreError: the first thing that does not hold, by name.
+        StoreError: the first problem, with its path.
     """
     chain = Chain(records)
     chain.follow()
@@ -51,7 +50,7 @@ def verify(records: RunStore, progress: Told = lambda done, total, unit: None) -
     files = [(record, name) for record in chain.steps.values() for name in record.files]
     size = sum(record.files[name].bytes for record, name in files)
     done = 0
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
         try:
             for read in pool.map(chain.check_file, *zip(*files, strict=True)) if files else ():
                 done += read
@@ -72,7 +71,7 @@ class Chain:
         self.links = self.rounds = 0
 
     def follow(self) -> None:
-        """From the run's configuration to the data and the model."""
+        """Check all links from the configuration to the data and the model."""
         configs = self.records.configs()
         for number, config in enumerate(configs):
             self._check_config(number, config, configs[0])
@@ -85,23 +84,22 @@ class Chain:
             self._check_policies(manifest, History(rounds[:number]))
             self._check_answer(manifest)
             self._check_artifacts(manifest)
-            self._check_told(manifest, {ref.key for before in rounds[:number] for ref in before.used})
+            self._check_fields(manifest, {ref.key for before in rounds[:number] for ref in before.used})
             self._check_final(manifest)
         self.rounds = len(rounds)
 
     def refuse_unrecorded(self) -> None:
-        """Refuse files that lie beside those of the steps, and that no record names."""
+        """Refuse files in step folders that no record names."""
         found = [path for record in self.steps.values() for path in self._unrecorded(record)]
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            self._broken(
+            self._fail(
                 found[0],
-                f"no record names this file{more}: the step that finished here did not write it. Nothing of "
-                "the run was made from it; remove it",
+                f"no record names this file{more}, so no step of the run wrote or used it; remove it",
             )
 
     def _unrecorded(self, record: StepRecord) -> list[str]:
-        """Files in the folder of the attempt that finished; other attempts' leftovers are for gc."""
+        """Unrecorded files in the folder of the finished attempt; other attempts are left to gc."""
         recorded = {f"{file.attempt}/{name}" for name, file in record.files.items()}
         attempts = sorted({file.attempt for file in record.files.values()})
         beside = [
@@ -110,12 +108,12 @@ class Chain:
             for name in upkeep(self.store).files_below(f"{_folder(record)}/{attempt}")
             if (path := f"{attempt}/{name}") not in recorded
         ]
-        if beside:  # rare, so that the parts are read only then
+        if beside:  # rare, so parts are read only then
             recorded |= self._in_parts(record)
         return [f"{_folder(record)}/{path}" for path in beside if path not in recorded]
 
     def _in_parts(self, record: StepRecord) -> set[str]:
-        """Files that a finished shard or a checkpoint of the step names."""
+        """Files named in the step's finished shards or checkpoints."""
         found = set()
         for number, data in read_series(self.store, _folder(record) + "/part-{:05d}.json"):
             part = parse_part(data, f"{self.store.url}/{_folder(record)}/part-{number:05d}.json")
@@ -123,17 +121,17 @@ class Chain:
         return found
 
     def check_file(self, record: StepRecord, name: str) -> int:
-        """Hash one file as the store holds it; returns its size."""
+        """Hash one file in the store. Returns its size."""
         file = record.files[name]
         path = f"{_folder(record)}/{file.attempt}/{name}"
         found = upkeep(self.store).hashed(path)
         if found is None:
-            self._broken(path, "missing; restore it from a copy of the store")
+            self._fail(path, "missing; restore it from a copy of the store")
         if found != (file.sha256, file.bytes):
-            said = f"{file.bytes:,} bytes, sha256 {file.sha256[:12]}…"
-            self._broken(
+            recorded = f"{file.bytes:,} bytes, sha256 {file.sha256[:12]}…"
+            self._fail(
                 path,
-                f"{found[1]:,} bytes, sha256 {found[0][:12]}… where its record says {said}; it was changed",
+                f"{found[1]:,} bytes, sha256 {found[0][:12]}… but its record says {recorded}; it was changed",
             )
         return file.bytes
 
@@ -141,83 +139,85 @@ class Chain:
 
     def _check_config(self, number: int, config: RunRecord, first: RunRecord) -> None:
         path = f"{self.records.path}/run-{number:03d}.json"
-        self._hold(config.run == self.records.run, path, f"is the record of the run {config.run!r}")
-        self._hold(config.changed is None, path, f"{config.changed} is not what its config_sha256 covers")
-        self._hold(
-            config.config_sha256 == first.config_sha256, path, "is of another configuration than run-000.json"
+        self._check(config.run == self.records.run, path, f"is the record of the run {config.run!r}")
+        self._check(config.changed is None, path, f"{config.changed} does not match its config_sha256")
+        self._check(
+            config.config_sha256 == first.config_sha256, path, "has another configuration than run-000.json"
         )
 
     def _check_manifest(self, manifest: RoundManifest, config: RunRecord) -> None:
         path = self._round_path(manifest.round)
-        self._hold(manifest.run == self.records.run, path, f"is a round of the run {manifest.run!r}")
-        self._hold(
-            manifest.config_sha256 == config.config_sha256, path, "was made under another configuration"
-        )
+        self._check(manifest.run == self.records.run, path, f"is a round of the run {manifest.run!r}")
+        self._check(manifest.config_sha256 == config.config_sha256, path, "has another configuration")
 
     def _check_sources(self, manifest: RoundManifest, config: RunRecord) -> None:
-        """Data and model are those the configuration names."""
+        """Data and model are those of the configuration."""
         digests, path = config.resolved["digests"], self._round_path(manifest.round)
         data = self.steps[manifest.steps["data"].key].fields
         for side in SIDES:
             found = [source["digest"] for source in data[side]]
-            self._hold(found == digests["data"][side], path, f"was made from other {side} data")
+            self._check(found == digests["data"][side], path, f"uses other {side} data")
         model = self.steps[manifest.steps["model"].key].fields
-        self._hold(model["source_digest"] == digests["model"], path, "was made from another start policy")
+        self._check(model["source_digest"] == digests["model"], path, "uses another start policy")
 
     def _check_policies(self, manifest: RoundManifest, before: History) -> None:
-        """What it started from and what sampled for it: the head of that time, or the start policy."""
+        """Start and sampling policy are the head of that time, or the start policy."""
         path = self._round_path(manifest.round)
         own = {manifest.steps["model"].digest}
         own |= {head.steps["policy"].digest for head in before.lineage}
         for role, source in (("policy", "start"), ("samples", "policy")):
             if role in manifest.steps:
                 ref = self.steps[manifest.steps[role].key].inputs[source]
-                self._hold(ref.digest in own, path, f"{role}: not from a policy of this run's own lineage")
+                self._check(ref.digest in own, path, f"{role}: not from a policy in this run's lineage")
 
     def _check_answer(self, manifest: RoundManifest) -> None:
-        """A decision that a person made is the answer that was recorded."""
+        """A reviewed decision matches the recorded answer."""
         if "decision" not in manifest.steps:
             return
-        told = self.steps[manifest.steps["decision"].key].fields["answer"]
-        if told is not None:
+        used = self.steps[manifest.steps["decision"].key].fields["answer"]
+        if used is not None:
             given = self.records.given_answer(manifest.round) or {}
             path = f"{self.records.path}/review-{manifest.round:03d}-answer.json"
-            self._hold({name: given.get(name) for name in told} == told, path, "is not what was decided by")
+            self._check(
+                {name: given.get(name) for name in used} == used,
+                path,
+                "differs from the answer in the decision",
+            )
 
     def _check_artifacts(self, manifest: RoundManifest) -> None:
         for role, place in manifest.artifacts.items():
             record = self.steps.get(place["key"])
-            self._hold(
+            self._check(
                 record is not None and _artifact(record, place["path"]) == place,
                 self._round_path(manifest.round),
-                f"the artifact {role} is not what its step recorded (steps/{place['step']}/{place['key']})",
+                f"the artifact {role} differs from its step's record (steps/{place['step']}/{place['key']})",
             )
 
-    def _check_told(self, manifest: RoundManifest, earlier: Collection[str]) -> None:
-        """What a round says of itself is what its steps recorded, and it names all that it rests on.
+    def _check_fields(self, manifest: RoundManifest, earlier: Collection[str]) -> None:
+        """The manifest matches its steps' records, and `used` names all steps it depends on.
 
         Args:
-            manifest: the round's.
-            earlier: keys of the steps that earlier rounds used.
+            manifest: the round's manifest.
+            earlier: keys of the steps used in earlier rounds.
         """
         path = self._round_path(manifest.round)
         records = {role: self.steps[ref.key] for role, ref in manifest.steps.items()}
         new = [self.steps[ref.key] for ref in manifest.used if ref.key not in earlier]
-        for name, told in told_by(records, new).items():
+        for name, expected in manifest_fields(records, new).items():
             found = getattr(manifest, name)
-            other = canonical_json(found) != canonical_json(told)
+            other = canonical_json(found) != canonical_json(expected)
             what = (
-                next(iter(changed for changed, *_ in changes({name: told}, {name: found})), name)
+                next(iter(changed for changed, *_ in changes({name: expected}, {name: found})), name)
                 if other
                 else ""
             )
-            self._hold(not other, path, f"{what} is not what the round's steps recorded")
+            self._check(not other, path, f"{what} differs from the records of the round's steps")
         used = {ref.key for ref in manifest.used} | set(earlier)
         for record in self._reached(list(records.values())):
-            self._hold(record.key in used, path, f"rests on {_folder(record)}, which `used` does not name")
+            self._check(record.key in used, path, f"depends on {_folder(record)}, which `used` does not name")
 
     def _reached(self, records: list[StepRecord]) -> Iterator[StepRecord]:
-        """The steps and all they were made from."""
+        """The steps and all their ancestors."""
         seen = set()
         while records:
             record = records.pop()
@@ -227,41 +227,41 @@ class Chain:
                 records += [self.steps[ref.key] for ref in record.inputs.values()]
 
     def _check_final(self, manifest: RoundManifest) -> None:
-        """The evidence on the test side is that of the round's own policy."""
+        """The test evidence is from the round's own policy."""
         final = self.records.test_evidence(manifest.round)
         if final is None:
             return
         path = f"{self.records.path}/final-{manifest.round:03d}.json"
         self._step(StepRef.model_validate(final["step"]), path)
         record = self.steps[final["step"]["key"]]
-        self._hold(record.step == "test", path, f"its step is {record.step!r}, not the test side's")
+        self._check(record.step == "test", path, f"its step is {record.step!r}, not `test`")
         judged = self.steps[record.inputs["policy_test"].key].inputs["policy"]
-        self._hold(judged == manifest.steps.get("policy"), path, "is not from the policy of its round")
+        self._check(judged == manifest.steps.get("policy"), path, "is not from the policy of its round")
         same = canonical_json(final["metrics"]) == canonical_json(record.metrics)
-        self._hold(same, path, "its metrics are not what its step recorded")
+        self._check(same, path, "its metrics differ from its step's record")
 
     def check_measured(self) -> None:
-        """What the steps recorded of evidence, decisions and weights is what their files hold."""
+        """The recorded metrics of evidence, decisions and weights match the files of their steps."""
         for record in self.steps.values():
             held = _measured(Artifact(self.store, record.ref))
             told = {name: record.metrics.get(name) for name in held}
             other = next(iter(changes(held, {name: _plain(value) for name, value in told.items()})), None)
             where = f"{_folder(record)}/done.json"
-            self._hold(other is None, where, f"its metric {other and other[0]} is not that of its files")
+            self._check(other is None, where, f"its metric {other and other[0]} differs from its files")
 
     # --------------------------------------------------------------------------------------------- steps
 
     def _step(self, ref: StepRef, named_by: str) -> None:
-        """A step and, from it, every step it was made from."""
+        """Check a step and all its ancestors."""
         waiting = [(ref, named_by)]
         while waiting:
             ref, named_by = waiting.pop()
             self.links += 1
             record = self.steps.get(ref.key) or self._read(ref, named_by)
-            self._hold(
+            self._check(
                 record.digest == ref.digest,
                 f"{_folder(record)}/done.json",
-                f"holds other content (digest {record.digest[:12]}…) than {named_by} names "
+                f"has other content (digest {record.digest[:12]}…) than {named_by} names "
                 f"({ref.digest[:12]}…)",
             )
             if ref.key not in self.steps:
@@ -272,21 +272,21 @@ class Chain:
         path = f"steps/{ref.step}/{ref.key}"
         record = find_record(self.store, ref.step, ref.key)
         if record is None:
-            self._broken(f"{path}/done.json", f"missing, and {named_by} names it; run the experiment again")
+            self._fail(f"{path}/done.json", f"missing, but {named_by} names it; run the experiment again")
         for name in record.parts:
             data = read_record(self.store, f"{path}/{name}")
-            self._hold(data is not None, f"{path}/{name}", "missing, and the step was made from it")
+            self._check(data is not None, f"{path}/{name}", "missing, but the step was made from it")
             parse_part(data, f"{self.store.url}/{path}/{name}")
         return record
 
     def _round_path(self, number: int) -> str:
         return f"{self.records.path}/round-{number:03d}.json"
 
-    def _hold(self, holds: bool, path: str, what: str) -> None:
+    def _check(self, holds: bool, path: str, what: str) -> None:
         if not holds:
-            self._broken(path, f"{what}; restore it from a copy of the store")
+            self._fail(path, f"{what}; restore it from a copy of the store")
 
-    def _broken(self, path: str, what: str) -> NoReturn:
+    def _fail(self, path: str, what: str) -> NoReturn:
         raise StoreError(f"{self.store.url}/{path}: {what}")
 
 
@@ -295,7 +295,7 @@ def _folder(record: StepRecord) -> str:
 
 
 def _artifact(record: StepRecord, path: str) -> dict[str, Any] | None:
-    """The artifact as the step's own record has it; None where it names no such file."""
+    """The artifact according to the step's record; None if it names no such file."""
     return artifact(record, path) if path.endswith("/") or path in record.files else None
 
 

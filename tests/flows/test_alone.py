@@ -226,7 +226,7 @@ def test_token_ids_of_our_own_files_are_kept(models: Path, tmp_path: Path, sera:
     sera("score", "--policy", models / "policy", *flags, "--out", tmp_path / "a.parquet")
     assert pq.read_table(tmp_path / "a.parquet")["chosen_tokens"].to_pylist() == [len(chosen)]
     said = sera("score", "--policy", models / "other", *flags, "--out", tmp_path / "b.parquet")
-    assert "rendered anew" in said.err
+    assert "rendering all texts again" in said.err
     assert pq.read_table(tmp_path / "b.parquet")["chosen_tokens"].to_pylist() == [len(chosen) + 1]
 
 
@@ -284,7 +284,7 @@ def test_an_output_file_is_replaced_only_with_force(
     out = tmp_path / "scored.parquet"
     out.write_text("mine")
     flags = ("score", "--policy", models / "policy", "--score", "simpo", "--pairs", pairs, "--out", out)
-    assert "exists already" in sera(*flags, code=2).err
+    assert "already exists" in sera(*flags, code=2).err
     assert out.read_text() == "mine"
     sera(*flags, "--force")
     assert pq.read_table(out).num_rows == 8

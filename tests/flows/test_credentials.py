@@ -113,7 +113,7 @@ def test_a_block_of_an_earlier_version_is_warned_of_and_its_references_go_with_i
 
     said, environment = deployed()
     assert "prefect block delete secret/sera-store" in said and environment["AWS_X"] == reference
-    assert "asks for no password" in said  # this server of the user's own
+    assert "has no password" in said  # this server of the user's own
     servers.prefect(server.environment, "block", "delete", "secret/sera-store")
     said, environment = deployed()
     assert "sera-store" not in said and "AWS_X" not in environment

@@ -70,7 +70,7 @@ def test_the_same_work_with_other_content_is_told_apart_from_other_work(diff, ke
     manifest["steps"]["policy"]["digest"] = "0" * 64
     path.write_text(json.dumps(manifest))
     (row,) = diff("first", "again")["steps"]
-    assert row["role"] == "policy" and row["why"] == "the same work, other content"
+    assert row["role"] == "policy" and row["why"] == "same step, other content"
 
 
 def test_a_run_without_a_finished_round_still_has_settings(diff, kept_store):
@@ -83,7 +83,7 @@ def test_a_run_without_a_finished_round_still_has_settings(diff, kept_store):
 
 def test_for_people_it_is_tables(kept_store, sera):
     text = sera("diff", "first:0", "second:0", "--store", kept_store).out
-    assert "first:0 against second:0" in text and "Every step of the two holds the same bytes." in text
+    assert "first:0 vs second:0" in text and "All steps have the same content." in text
     assert "select.fraction" in text
 
 

@@ -7,7 +7,7 @@ import tinyrun
 from pydantic import ValidationError
 
 from flows.experiments import load_experiment
-from flows.orchestration.form import config_of
+from flows.orchestration.form import config_from_form
 from sera_core.config import SeraConfig
 from sera_core.effects import EFFECTS
 
@@ -116,11 +116,11 @@ def test_a_control_of_a_sound_file_need_not_take_out_what_the_change_robs_of_its
 
 def test_a_form_drops_what_the_preset_says_in_vain_and_refuses_what_the_person_says_in_vain():
     two = {"model": {"source": "tiny"}, "data": {"train": "/pairs.jsonl"}, "preset": "demo"}
-    assert config_of({**two, "mix": {"shares": [0.0]}}).sampling.responses == 8
+    assert config_from_form({**two, "mix": {"shares": [0.0]}}).sampling.responses == 8
     with pytest.raises(ValueError, match=r"sampling\.responses = 5"):
-        config_of({**two, "mix": {"shares": [0.0]}, "sampling": {"responses": 5}})
+        config_from_form({**two, "mix": {"shares": [0.0]}, "sampling": {"responses": 5}})
     with pytest.raises(ValueError, match=r"train\.lora_rank"):
-        config_of({**two, "train": {"method": "full"}, "overrides": {"train": {"lora_rank": 4}}})
+        config_from_form({**two, "train": {"method": "full"}, "overrides": {"train": {"lora_rank": 4}}})
 
 
 def test_the_bundled_experiments_say_nothing_in_vain():

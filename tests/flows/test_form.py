@@ -7,7 +7,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from flows.experiments import load_experiment
-from flows.orchestration.form import FormConfig, config_of
+from flows.orchestration.form import FormConfig, config_from_form
 from sera_core.config import SeraConfig
 
 SNAPSHOT = Path(__file__).with_name("form_schema.json")
@@ -55,7 +55,7 @@ def test_the_engine_is_chosen_by_tabs():
 
 
 def test_two_fields_start_a_run_with_the_demos_settings():
-    config = config_of(TWO)
+    config = config_from_form(TWO)
     demo = load_experiment("bundled:demo")
     assert config.model.source == "/models/policy" and config.data.train[0].path == "/data/pairs.jsonl"
     for section in ("review", "select", "sampling", "mix", "train", "evaluate", "decide", "limits"):
@@ -64,18 +64,18 @@ def test_two_fields_start_a_run_with_the_demos_settings():
 
 @pytest.mark.parametrize(("preset", "rounds"), [("quick", 2), ("demo", 3), ("full", 4)])
 def test_empty_fields_take_the_presets_values(preset, rounds):
-    assert config_of({**TWO, "preset": preset}).limits.rounds == rounds
+    assert config_from_form({**TWO, "preset": preset}).limits.rounds == rounds
 
 
 def test_the_full_preset_is_the_methods_defaults():
     plain = SeraConfig.model_validate(
         {"model": {"source": "/models/policy"}, "data": {"train": [{"path": "/data/pairs.jsonl"}]}}
     )
-    assert config_of({**TWO, "preset": "full"}) == plain
+    assert config_from_form({**TWO, "preset": "full"}) == plain
 
 
 def test_every_field_of_the_form_reaches_the_configuration():
-    config = config_of(
+    config = config_from_form(
         {
             "model": {"source": "/m", "dtype": "bfloat16"},
             "data": {"train": "/a.jsonl", "heldout": "/b.jsonl"},
@@ -108,7 +108,7 @@ def test_every_field_of_the_form_reaches_the_configuration():
 
 def test_the_transformers_tab_sets_its_batch():
     form = {**TWO, "sampling": {"engine": {"engine": "transformers", "batch": 7}}}
-    assert config_of(form).execution.sampling_batch == 7
+    assert config_from_form(form).execution.sampling_batch == 7
 
 
 @pytest.mark.parametrize(
@@ -128,5 +128,5 @@ def test_a_wrong_value_is_refused_with_its_fields_name(change, named):
 
 
 def test_a_configuration_from_python_passes_as_it_is():
-    config = config_of(TWO)
+    config = config_from_form(TWO)
     assert FORM.validate_python(config) is config

@@ -88,7 +88,7 @@ def read_only(kept_store, monkeypatch):
 def test_a_store_that_may_only_be_read_is_listed_by_the_machines_clock(read_only, sera, caplog):
     assert sera("gc", "--json", "--store", read_only).json["items"]
     assert caplog.text.count("this machine's clock") == 1
-    assert "needs the right to write" in sera("gc", "--delete", "--store", read_only, code=1).err
+    assert "needs permission to write" in sera("gc", "--delete", "--store", read_only, code=1).err
 
 
 def test_without_delete_nothing_changes(kept_store, sera):
@@ -101,7 +101,7 @@ def test_without_delete_nothing_changes(kept_store, sera):
     }  # fmt: skip
     assert found["items"] and not found["deleted"] and found["older_than_seconds"] == 7 * DAY
     assert all(set(item) == {"path", "why", "files", "bytes"} for item in found["items"])
-    assert "Nothing was changed: --delete does it." in sera("gc", "--store", kept_store).out
+    assert "Nothing was deleted; use --delete." in sera("gc", "--store", kept_store).out
     assert files(kept_store) == before
 
 
@@ -139,7 +139,7 @@ def test_a_record_is_put_back_when_a_run_came_to_rest_on_it_between_the_passes(k
     before = files(kept_store)
     gc(kept_store)
     shutil.copytree(tmp_path / "second", kept_store / "runs" / "second")
-    with pytest.raises(StoreError, match="missing, and"):
+    with pytest.raises(StoreError, match="missing, but"):
         holds(kept_store, "second")
     gc(aged(kept_store))
     assert holds(kept_store, "second")
@@ -154,14 +154,14 @@ def test_a_record_is_put_back_at_once_when_a_run_found_it_while_it_was_taken(
     shutil.move(aged(kept_store) / "runs" / "second", tmp_path / "second")
     taken = []
 
-    def take_record_and_be_late(store, place):
+    def delete_record_late(store, place):
         garbage_take(store, place)
         taken.append(place)
         if len(taken) == 1:
             shutil.copytree(tmp_path / "second", kept_store / "runs" / "second")
 
-    garbage_take = garbage.take_record
-    monkeypatch.setattr(garbage, "take_record", take_record_and_be_late)
+    garbage_take = garbage.delete_record
+    monkeypatch.setattr(garbage, "delete_record", delete_record_late)
     assert len(gc(kept_store)["restored"]) == len(taken) > 1
     assert holds(kept_store, "second")
 
@@ -264,8 +264,8 @@ def test_checkpoints_and_lost_attempts_of_finished_work_go(kept_store):
     (step / ".done.json.0123456789abcdef").write_bytes(b"half")
     sampled = [path.read_bytes() for path in sorted(kept_store.glob("steps/sample/*/part-*.json"))]
     why = {Path(item["path"]).name: item["why"] for item in gc(aged(kept_store))["items"]}
-    assert why["part-00000.json"] == "a checkpoint of finished work"
-    assert why["a" * 16] == "files of an attempt that the step's record does not name"
+    assert why["part-00000.json"] == "a checkpoint of a finished step"
+    assert why["a" * 16] == "files of an attempt not named in the step's record"
     assert why[".done.json.0123456789abcdef"] == "a temporary file of a killed process"
     assert not attempt.exists() and not (step / "part-00000.json").exists()
     assert (
@@ -357,13 +357,13 @@ def test_notes_of_runs_that_are_no_more_go_and_others_stay(kept_store):
     ("text", "seconds"), [("0", 0), ("90s", 90), ("1.5h", 5400), ("7d", 7 * DAY), ("2w", 14 * DAY)]
 )
 def test_ages_are_written_with_their_unit(text, seconds):
-    assert garbage.seconds_of(text) == seconds
+    assert garbage.parse_age(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["7", "d", "-1d", "7 days", "１d", "1e9d", ""])
 def test_an_age_without_a_unit_or_in_other_digits_is_refused(text):
     with pytest.raises(InputError, match="--older-than"):
-        garbage.seconds_of(text)
+        garbage.parse_age(text)
 
 
 @pytest.mark.flow

@@ -15,9 +15,9 @@ import pytest
 from flows.orchestration.authentication import (
     CLIENT_SECRET,
     SERVER_SECRET,
-    ask,
-    asks_for_no_password,
-    secret_of,
+    has_no_password,
+    load_secret,
+    request,
 )
 from flows.orchestration.embedded_server import (
     QUIET,
@@ -68,15 +68,15 @@ def test_a_log_is_for_this_user_alone(tmp_path):
 
 def test_the_password_of_a_home_is_made_once(tmp_path, monkeypatch):
     monkeypatch.delenv(SERVER_SECRET, raising=False)
-    secret, file = secret_of(tmp_path)
-    assert len(secret) > 30 and secret_of(tmp_path) == (secret, file)
+    secret, file = load_secret(tmp_path)
+    assert len(secret) > 30 and load_secret(tmp_path) == (secret, file)
     file.chmod(0o644)
-    assert stat.S_IMODE(secret_of(tmp_path)[1].stat().st_mode) == 0o600
+    assert stat.S_IMODE(load_secret(tmp_path)[1].stat().st_mode) == 0o600
     file.write_text("\n")
     with pytest.raises(InputError, match="auth: the server's password is empty"):
-        secret_of(tmp_path)
+        load_secret(tmp_path)
     monkeypatch.setenv(SERVER_SECRET, "the user's own")
-    assert secret_of(tmp_path) == ("the user's own", None)
+    assert load_secret(tmp_path) == ("the user's own", None)
 
 
 def test_a_folder_somebody_else_uses_keeps_its_mode(tmp_path):
@@ -129,7 +129,7 @@ def test_a_page_of_another_origin_starts_nothing(tmp_path):
         ) as answer:
             assert json.loads(answer.read()) == 0  # none of them made a flow
         assert status({"Origin": f"http://127.0.0.1:{port}"}) == 201  # the server's own page
-        assert asks_for_no_password(url)
+        assert has_no_password(url)
         assert _upgrade(port, "https://evil.example") == 403
         for file in home.rglob("*"):
             if file.is_file():
@@ -147,8 +147,8 @@ def test_the_server_of_one_command_answers_that_command_alone(tmp_path, monkeypa
 
     def status(url: str, secret: str | None) -> int:
         try:
-            ask(url, "/flows/count", {}, secret)
-            ask(url, "/admin/version", secret=secret)
+            request(url, "/flows/count", {}, secret)
+            request(url, "/admin/version", secret=secret)
         except urllib.error.HTTPError as error:
             return error.code
         return 200
@@ -168,7 +168,7 @@ def test_the_server_of_one_command_answers_that_command_alone(tmp_path, monkeypa
         blind = urllib.request.Request(f"{url}/flows/count", b"{}", {"Authorization": basic})
         with pytest.raises(urllib.error.HTTPError, match="403"):  # no token
             urllib.request.urlopen(blind, timeout=30)
-        assert not asks_for_no_password(url)
+        assert not has_no_password(url)
     assert os.environ[CLIENT_SECRET] == "the user's own"
 
 

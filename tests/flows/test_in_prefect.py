@@ -47,7 +47,7 @@ def test_a_run_from_the_form_names_itself_shows_its_rounds_and_is_not_done_twice
     assert {f"{key}-index", f"{key}-round-0", f"{key}-round-1"} <= set(artifacts(place, key))
 
     again = ended(place, trigger(place, config=form, run="other-{date}-{data}", store=store))
-    assert f"nothing new: run {run} did exactly this" in again["state"]["message"]
+    assert f"nothing new: run {run} is identical and finished" in again["state"]["message"]
     same = ended(place, trigger(place, config=form, run=run, store=store))
     assert "nothing new" in same["state"]["message"]
     assert [path.name for path in (tmp_path / "store/runs").iterdir()] == [run]
@@ -153,6 +153,6 @@ def test_the_collecting_deployment_lists_what_may_go_and_takes_nothing_unasked(p
     before = sorted(path for path in store.rglob("*") if path.is_file())
     told = ended(place, trigger(place, "sera-gc/sera-gc", store=str(store), older_than="0s"))
     found = collect(open_store(str(store)), False, 0)
-    expected = f"may go: {len(found['items'])} items, {found['bytes']:,} bytes"
+    expected = f"unreferenced: {len(found['items'])} items, {found['bytes']:,} bytes"
     assert expected in told["state"]["message"]
     assert sorted(path for path in store.rglob("*") if path.is_file()) == before

@@ -171,7 +171,7 @@ class Change:
         (-0.01, 0.11, 400, "**No evidence that the self-reviewed rounds helped**"),
         (-0.09, -0.01, 400, "**The self-reviewed rounds did harm**"),
         (-0.5, 0.6, 8, "There are too few pairs to tell."),
-        (float("nan"), float("nan"), 0, "could not be compared"),
+        (float("nan"), float("nan"), 0, "No comparison with round 0"),
     ],
 )
 def test_the_card_says_plainly_whether_the_method_helped(kept_store, low, high, n, said):

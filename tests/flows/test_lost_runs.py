@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-from flows.orchestration.lost_runs import Seen
+from flows.orchestration.lost_runs import FlowRunTracker
 
 SECRET = "sera:a password"
 LONG_AGO = datetime.now(UTC) - timedelta(hours=1)
@@ -75,20 +75,20 @@ def test_the_flow_run_of_every_process_in_the_group_is_seen_and_remembered(tmp_p
     )
     try:
         process.stdout.readline()
-        seen = Seen(tmp_path / "seen", SECRET)
-        seen.look(process.pid)
-        assert seen.at_work == {"a-run"}
-        assert Seen(tmp_path / "seen", SECRET).lost == {"a-run"}  # whoever starts after we were killed
+        seen = FlowRunTracker(tmp_path / "seen", SECRET)
+        seen.scan(process.pid)
+        assert seen.active == {"a-run"}
+        assert FlowRunTracker(tmp_path / "seen", SECRET).lost == {"a-run"}  # after a kill
     finally:
         process.kill()
         process.communicate()
-    seen.look(process.pid)
-    assert seen.at_work == set() == Seen(tmp_path / "seen", SECRET).lost  # it ended by itself
+    seen.scan(process.pid)
+    assert seen.active == set() == FlowRunTracker(tmp_path / "seen", SECRET).lost  # it ended by itself
 
 
 def test_only_runs_that_were_under_way_when_last_seen_are_given_back(tmp_path):
-    seen = Seen(tmp_path / "seen", SECRET)
-    seen.look(0)  # a group with no flow in it
+    seen = FlowRunTracker(tmp_path / "seen", SECRET)
+    seen.scan(0)  # a group with no flow in it
     later = datetime.now(UTC) + timedelta(minutes=1)
     states = {
         "running": ("RUNNING", LONG_AGO),
@@ -100,14 +100,14 @@ def test_only_runs_that_were_under_way_when_last_seen_are_given_back(tmp_path):
         "deleted": 404,
         "not-now": 503,
     }
-    seen.at_work = set(states)
-    seen.lose()
+    seen.active = set(states)
+    seen.mark_lost()
     with server(states) as (url, done):
-        seen.give_back(url)
+        seen.reschedule_lost(url)
     assert done == {"running": "SCHEDULED", "taken": "SCHEDULED", "being-cancelled": "CANCELLED"}
     assert seen.lost == {"not-now"}
     states = {"not-now": ("RUNNING", LONG_AGO)}
-    again = Seen(tmp_path / "seen", SECRET)
+    again = FlowRunTracker(tmp_path / "seen", SECRET)
     with server(states) as (url, done):
-        again.give_back(url)
+        again.reschedule_lost(url)
     assert done == {"not-now": "SCHEDULED"} and again.lost == set()

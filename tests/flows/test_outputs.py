@@ -41,7 +41,7 @@ def test_a_report_is_written_again_over_itself(kept_store, tmp_path, sera):
 
 def test_a_folder_in_a_pages_place_is_refused(kept_store, tmp_path, sera):
     (tmp_path / "report" / "index.html").mkdir(parents=True)
-    assert "not a report of ours" in sera(*report(kept_store, tmp_path / "report"), code=2).err
+    assert "not a sera-flow report" in sera(*report(kept_store, tmp_path / "report"), code=2).err
 
 
 def places(tmp_path: Path) -> dict[str, Path]:

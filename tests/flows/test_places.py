@@ -16,7 +16,7 @@ import tinyrun
 from flows.cli import parser
 from flows.experiments import load_settings
 from flows.orchestration import configured_server
-from flows.orchestration.embedded_server import free_port, never_proxy_loopback, prefect_api
+from flows.orchestration.embedded_server import bypass_loopback_proxy, free_port, prefect_api
 from sera_core.artifacts.folders import cache_folder
 from sera_core.errors import InputError
 
@@ -51,7 +51,7 @@ def test_proxies_and_packages_of_the_working_directory_do_not_reach_our_server(t
 def test_a_persons_own_exceptions_from_the_proxy_stay(monkeypatch, given, expected):
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, given)
-    never_proxy_loopback()
+    bypass_loopback_proxy()
     assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == expected
 
 
@@ -154,14 +154,14 @@ PAGE = b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\nConnection: close\r\n\r\
 )
 def test_what_is_no_address_of_a_prefect_server_is_named(url, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", url)
-    with pytest.raises(InputError, match=r"PREFECT_API_URL=.* not an address"), prefect_api():
+    with pytest.raises(InputError, match=r"PREFECT_API_URL=.* not a URL"), prefect_api():
         pass
 
 
 def test_a_prefect_server_that_nobody_runs_is_named_at_once(monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", f"http://somebody:secret@127.0.0.1:{free_port()}/api")
     with (
-        pytest.raises(InputError, match=r"no Prefect server answers there .*refused.*sera up") as told,
+        pytest.raises(InputError, match=r"no Prefect server answers .*refused.*sera up") as told,
         prefect_api(),
     ):
         pass
@@ -172,7 +172,7 @@ def test_a_prefect_server_that_is_silent_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(configured_server, "ANSWER_SECONDS", 0.2)
     with (
         answering(b"") as url,
-        pytest.raises(InputError, match=r"no Prefect server answers there .*timed out"),
+        pytest.raises(InputError, match=r"no Prefect server answers .*timed out"),
     ):
         configured_server.check_server(url)
 
@@ -198,4 +198,4 @@ def test_a_run_with_a_server_that_is_another_ones_says_what_to_do(tmp_path):
             timeout=120,
         )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"PREFECT_API_URL={url}: what answers there is not Prefect's API" in done.stderr
+    assert f"PREFECT_API_URL={url}: this is not Prefect's API" in done.stderr

@@ -45,7 +45,7 @@ def test_a_server_that_fails_does_not_fail_the_step_and_is_named_once(monkeypatc
             report(done, 8, "pairs")
             time.sleep(0.1)
     assert len(clock.calls) >= 2
-    assert capsys.readouterr().err == "train: its progress cannot be shown now (no server)\n"
+    assert capsys.readouterr().err == "train: cannot show progress (no server)\n"
 
 
 def test_a_step_that_is_short_or_says_nothing_makes_no_artifact(monkeypatch):

@@ -142,7 +142,7 @@ def test_a_private_repository_that_exists_is_pushed_to_again(hub, kept_store):
 def test_a_refusal_of_the_hub_is_one_line_without_the_token(hub, kept_store):
     hub.failing = True
     refused = export(hub, kept_store, "--push-to", "team/policy")
-    assert refused.returncode == 1 and "team/policy: the hub did not take it" in refused.stderr
+    assert refused.returncode == 1 and "team/policy: the push failed" in refused.stderr
     assert TOKEN not in refused.stderr and "Traceback" not in refused.stderr
 
 

@@ -106,7 +106,7 @@ def test_the_export_is_the_best_rounds_policy_and_never_overwrites(finished, tmp
         not list((tmp_path / "policy").rglob("*.bin"))
         and (tmp_path / "policy" / "model.safetensors").exists()
     )
-    assert "exists already" in sera(*command, code=2).err
+    assert "already exists" in sera(*command, code=2).err
 
 
 def test_list_report_and_plan_tell_of_the_finished_run(finished, tmp_path, sera):
@@ -128,7 +128,7 @@ def test_a_changed_configuration_under_the_same_name_is_refused_with_the_differe
 
 def test_the_test_side_is_reported_once_the_run_stopped(finished):
     _, _, store, done = finished
-    assert "Test side, which decided nothing" in done.stdout
+    assert "Test set (used for no decision)" in done.stdout
     assert "the reviewed rounds" in done.stdout or "The reviewed rounds" in done.stdout
     assert len(list((store / "runs" / "tiny").glob("final-*.json"))) == 1
 

@@ -10,7 +10,7 @@ import tinyrun
 from hidden import ACTING, hidden_in
 
 from flows.cli import main
-from flows.orchestration.form import config_of
+from flows.orchestration.form import config_from_form
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 
@@ -101,7 +101,7 @@ def test_the_form_refuses_credentials_in_fields_and_overrides(url):
     two = {"model": {"source": "/m"}, "data": {"train": "/p.jsonl"}}
     for more in ({"data": {"train": url}}, {"overrides": {"data": {"test": [{"path": url}]}}}):
         with pytest.raises(InputError, match="may hold no credentials") as refused:
-            config_of({**two, **more})
+            config_from_form({**two, **more})
         assert SECRET not in str(refused.value)
 
 

@@ -137,7 +137,7 @@ def test_the_log_of_a_deployed_run_holds_none(monkeypatch):
 def test_what_prefect_itself_logs_of_a_run_holds_none(caplog):
     from prefect.logging.loggers import flow_run_logger  # noqa: F401 - Prefect's loggers are set up
 
-    logs.show_prefects_lines()
+    logs.escape_prefect_logs()
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logger = logging.getLogger(name)
         logger.addHandler(caplog.handler)

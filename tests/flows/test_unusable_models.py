@@ -145,5 +145,5 @@ def test_a_response_without_a_length_is_cut_where_the_model_is_too_small_for_the
     given = ["sample", "--policy", tmp_path / "policy", "--prompts", tmp_path / "prompts.jsonl", "--n", 1]
     given += ["--out", tmp_path / "out.parquet"]
     said = sera(*given, "--json")
-    assert "cut at 32 tokens" in said.err and said.json["mean_tokens"] <= 32
+    assert "at 32 tokens" in said.err and said.json["mean_tokens"] <= 32
     assert "--max-tokens 64" in said_of(sera, *given, "--force", "--max-tokens", 64)

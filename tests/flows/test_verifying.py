@@ -91,7 +91,7 @@ def test_a_run_without_a_finished_round_has_nothing_to_verify_yet(kept_store, se
         if not path.name.startswith("run-"):
             path.unlink()
     said = sera("verify", "first", "--store", kept_store).out
-    assert "no round is finished, so there is nothing to verify yet" in said and "start policy" not in said
+    assert "no round is finished yet" in said and "start policy" not in said
     change(kept_store / "runs" / "first" / "run-000.json", config_sha256="0" * 64)
     sera("verify", "first", "--store", kept_store, code=1)
 
@@ -225,6 +225,6 @@ def test_an_answer_changed_after_the_decision_is_found(tmp_path):
     assert verify(records).rounds == 1
     path = tmp_path / "store" / "runs" / "first" / "review-000-answer.json"
     change(path, who="eve")
-    with pytest.raises(StoreError, match="is not what was decided by") as failed:
+    with pytest.raises(StoreError, match="differs from the answer in the decision") as failed:
         verify(records)
     assert str(path) in str(failed.value)

@@ -98,7 +98,7 @@ def check_told(told: Told, lines: int | None = 1) -> None:
     """
     said = f"sera {' '.join(told.argv)}: exit {told.code}\n{told.err}"
     assert told.code in (0, *REFUSED), said
-    assert "--debug shows where" not in told.err and "Traceback" not in told.err, said
+    assert "--debug shows the traceback" not in told.err and "Traceback" not in told.err, said
     assert "errors.pydantic.dev" not in told.err + told.out, said
     if told.code:
         assert sum(line.startswith("sera: ") for line in told.err.splitlines()) == 1, said

@@ -250,7 +250,7 @@ def test_a_damaged_file_is_refused_by_name_or_read_as_it_stands(folder, file, ho
 def test_what_stands_for_token_ids_and_is_none_is_refused_with_its_row(tmp_path, ids):
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n" + json.dumps(ROWS[-1] | {"chosen_ids": ids}))
-    with pytest.raises(InputError, match=r"pairs\.jsonl line 2: chosen_ids holds no list of token ids"):
+    with pytest.raises(InputError, match=r"pairs\.jsonl line 2: chosen_ids is not a list of token ids"):
         inputs.read_pairs(str(path), Reading())
 
 
