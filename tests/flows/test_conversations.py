@@ -6,6 +6,7 @@ import pytest
 import tinyrun
 
 import sera_core
+from flows.cli import main
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store

@@ -125,7 +125,7 @@ def test_a_source_is_named_without_where_it_lay(source, digest, name):
 # ---------------------------------------------------------------------------------------------------- card
 
 
-def test_the_card_beside_the_policy_has_metadata_rounds_data_and_provenance(exported, capsys):
+def test_the_card_beside_the_policy_has_metadata_rounds_data_and_provenance(exported):
     folder, _ = exported
     card = (folder / "README.md").read_text()
     chain = Lineage.model_validate_json((folder / "lineage.json").read_text())

@@ -190,7 +190,7 @@ def test_flipped_labels_are_counted_against_chance(option_run):
         assert "flipped" not in run.rounds
 
 
-def test_the_lora_policy_of_each_round_grows_out_of_the_one_before(option_run, tmp_path):
+def test_the_lora_policy_of_each_round_grows_out_of_the_one_before(option_run, tmp_path, sera):
     name, _, run, folder = option_run
     if name != "sum":
         return

@@ -98,7 +98,7 @@ def test_a_policy_is_opened_only_from_a_folder_of_recorded_files(kept_store, els
         open_run(str(kept_store), "first")[1].policy_path()
 
 
-def test_a_file_planted_beside_the_start_policy_stops_the_run_by_name(tmp_path, capsys):
+def test_a_file_planted_beside_the_start_policy_stops_the_run_by_name(tmp_path):
     import tinyrun
     from golden.table import numbers_from_hashes
 
