@@ -228,4 +228,4 @@ def test_a_model_folder_with_a_pipe_for_a_file_is_refused(capsys, folder, specia
     experiment = tinyrun.experiment(folder)
     (folder / "policy" / name).unlink(missing_ok=True)
     special("pipe", folder / "policy" / name)
-    assert f"{name}: is a pipe, not a file" in refused(capsys, folder, experiment=experiment)
+    assert f"{name}: this is a pipe, not a file" in refused(capsys, folder, experiment=experiment)

@@ -55,7 +55,7 @@ def test_template_arguments_of_a_command_are_a_json_object_that_the_template_tak
     for given, words in (
         ("{brief", "not JSON"),
         ("[1]", "not an object"),
-        ('{"breif": 1}', "'breif' changes"),
+        ('{"breif": 1}', "'breif' has no"),
     ):
         said = said_of(capsys, *score(tmp_path, "--template-kwargs", given))
         assert "--template-kwargs" in said and words in said
@@ -77,7 +77,7 @@ def test_whatever_a_template_raises_is_refused_with_the_row(capsys, tmp_path):
         tmp_path / "pairs.jsonl", [*tinyrun.pairs(2), {"prompt": "x", "chosen": "y", "rejected": "z"}]
     )
     said = said_of(capsys, *score(tmp_path))
-    assert "pairs.jsonl line 3" in said and "refuses a conversation of the roles user" in said
+    assert "pairs.jsonl line 3" in said and "rejects a conversation with the roles user" in said
 
 
 def test_a_token_without_an_embedding_is_refused_with_both_sizes(capsys, tmp_path):
@@ -95,7 +95,7 @@ def test_a_token_without_an_embedding_is_refused_with_both_sizes(capsys, tmp_pat
     tinyrun.write_rows(tmp_path / "pairs.jsonl", rows)
     said = said_of(capsys, *score(tmp_path, "--force"))
     assert "pairs.jsonl line 2" in said and "'extra199'" in said and "resize" in said
-    assert f"hold {tiny.VOCAB_SIZE} ids and its tokenizer {first + 200}" in said
+    assert f"has {tiny.VOCAB_SIZE} embeddings and its tokenizer {first + 200}" in said
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_the_newest_of_many_epochs_is_found_in_few_reads(store):
 
 def test_a_lease_written_by_a_newer_version_is_refused_by_name(store):
     create_json(store, "runs/r/lease/00000.json", {"format": FORMAT + 1})
-    with pytest.raises(StoreError, match=r"00000\.json: written by a newer sera-flow \(format 2\)"):
+    with pytest.raises(StoreError, match=r"00000\.json: written by a newer sera-flow \(format 2,"):
         lease.look(store, lease.lease_path("r"))
 
 

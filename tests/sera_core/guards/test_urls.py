@@ -83,7 +83,7 @@ CLEAN = [
 def test_credentials_are_found_cut_and_never_repeated(url):
     assert secret_in(url)
     assert SECRET not in without_secrets(url) and secret_in(without_secrets(url)) is None
-    with pytest.raises(InputError, match=r"holds .*environment") as refused:
+    with pytest.raises(InputError, match=r"contains .*environment") as refused:
         refuse_secrets(url)
     assert SECRET not in str(refused.value)
 
