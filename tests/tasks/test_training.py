@@ -321,7 +321,7 @@ def test_a_sequence_longer_than_the_model_is_refused(bench: Bench) -> None:
     longer = Bench.__new__(Bench)
     longer.__dict__ |= {**bench.__dict__, "rows": long}
     mixture = longer.mixture(every={"chosen_ids": [5] * 600, "ref_chosen_logps": -1.0})
-    with pytest.raises(InputError, match=r"600 response tokens do not fit the model's 512 positions"):
+    with pytest.raises(InputError, match=r"600 response tokens exceed the model's 512 positions"):
         bench.run(bench.spec(mixture, FULL))
 
 
