@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, model_validator
 
 from sera_core.data.formats import FormatName, Reading
-from sera_core.effects import refuse_idle
+from sera_core.effects import refuse_ineffective
 from sera_core.guards.urls import refuse_secrets, without_secrets
 
 Dtype = Literal["float32", "bfloat16"]
@@ -364,7 +364,7 @@ class SeraConfig(Part):
     def _has_effect(self, info: ValidationInfo) -> "SeraConfig":
         if (info.context or {}).get("stored"):
             return self
-        refuse_idle(self)
+        refuse_ineffective(self)
         decide = self.decide
         if decide.review == "always" and decide.review_default in ("hold", "roll_back"):
             raise ValueError(

@@ -151,7 +151,7 @@ EFFECTS: tuple[Row, ...] = (
 """Fields that can be ineffective. A field without a row always has an effect."""
 
 
-def idle(config: "SeraConfig") -> list[tuple[str, Any, str]]:
+def ineffective_settings(config: "SeraConfig") -> list[tuple[str, Any, str]]:
     """(field, value, when it has an effect) of every changed setting that has no effect."""
     found = []
     for row in EFFECTS:
@@ -168,7 +168,7 @@ def idle(config: "SeraConfig") -> list[tuple[str, Any, str]]:
     return found
 
 
-def refuse_idle(config: "SeraConfig") -> None:
+def refuse_ineffective(config: "SeraConfig") -> None:
     """Refuse settings without effect.
 
     Raises:
@@ -176,7 +176,7 @@ def refuse_idle(config: "SeraConfig") -> None:
     """
     lines = [
         f"{field} = {_said(value)} has no effect here: it has one {words}. Remove it, or change that"
-        for field, value, words in idle(config)
+        for field, value, words in ineffective_settings(config)
     ]
     if lines:
         raise ValueError("\n".join(lines))

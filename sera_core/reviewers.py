@@ -92,11 +92,11 @@ def _fit_penalty(rewards: Nats, tokens: np.ndarray, sweep: Sweep) -> dict[str, A
     finite = np.isfinite(rewards)
     alphas = penalty_grid(rewards[finite], tokens[finite]) if finite.any() else np.zeros(1)
     differences = np.array([sweep(rewards - alpha * tokens) for alpha in alphas], dtype=np.float64)
-    told = [None if np.isnan(value) else value for value in differences.tolist()]
+    finite_differences = [None if np.isnan(value) else value for value in differences.tolist()]
     return {
         "alpha": nearest_zero(alphas, differences),
         "alphas": alphas.tolist(),
-        "length_differences": told,
+        "length_differences": finite_differences,
     }
 
 

@@ -241,7 +241,7 @@ def _tell(read: loading.Read, reading: Reading) -> None:
     """Say what the rows were read as, unless it is the plain form, and what is probably not meant."""
     loading.refuse_unmapped("--columns", reading.columns, read.unmapped)
     if set(read.formats) - {"preference"}:
-        say(f"read {loading.told_formats(read.formats)}")
+        say(f"read {loading.format_counts(read.formats)}")
     if read.repeated_prompts:
         say(loading.repeated_prompts_warning(read.repeated_prompts))
 

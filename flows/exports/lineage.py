@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef
-from sera_core.artifacts.records import FORMAT, Noun
+from sera_core.artifacts.records import FORMAT, StrictModel
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.errors import InputError
 from sera_core.steps import SIDES
@@ -19,7 +19,7 @@ from sera_core.steps import SIDES
 COMMIT_DIGITS = 40
 
 
-class Source(Noun):
+class Source(StrictModel):
     """Data or a model as it was given."""
 
     name: str
@@ -41,7 +41,7 @@ class DataSource(Source):
     weight: float
 
 
-class Code(Noun):
+class Code(StrictModel):
     """Code that did steps of the chain."""
 
     version: str
@@ -49,7 +49,7 @@ class Code(Noun):
     """Of the source files themselves."""
 
 
-class LineageStep(Noun):
+class LineageStep(StrictModel):
     """One step of the chain."""
 
     step: str
@@ -65,7 +65,7 @@ class LineageStep(Noun):
     seconds: float
 
 
-class LineageRound(Noun):
+class LineageRound(StrictModel):
     """Who was at work in one round."""
 
     round: int
@@ -82,7 +82,7 @@ class LineageRound(Noun):
     references: list[StepRef]
 
 
-class PolicyRecord(Noun):
+class PolicyRecord(StrictModel):
     """The policy itself."""
 
     run: str
@@ -94,7 +94,7 @@ class PolicyRecord(Noun):
     """Digest of its weights alone."""
 
 
-class Lineage(Noun):
+class Lineage(StrictModel):
     """`lineage.json`."""
 
     format: int

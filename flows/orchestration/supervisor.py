@@ -24,7 +24,7 @@ from flows.orchestration.authentication import CLIENT_SECRET, SERVER_SECRET, sec
 from flows.orchestration.embedded_server import QUIET, open_private, private_folder, wait_until_healthy
 from flows.orchestration.lost_runs import Seen
 from sera_core.errors import BusyError, InputError, SeraError
-from sera_core.guards.orphans import end_with, guarded_group
+from sera_core.guards.orphans import exit_with_parent, guarded_group
 
 STARTS, STARTS_SECONDS = 5, 120
 """A process that was started so often within so many seconds is not started again."""
@@ -225,7 +225,7 @@ def main() -> None:
     # a shell's background job ignores it, and so would the worker, which ends by interrupting itself
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with guarded_group():
-        end_with(parent)
+        exit_with_parent(parent)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

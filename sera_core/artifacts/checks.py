@@ -63,26 +63,26 @@ def check_file(path: Path, sha256: str, size: int) -> None:
         StoreError: it is missing, or its content differs.
     """
     if not path.exists():
-        raise missing(path)
+        raise missing_error(path)
     if path.stat().st_size != size:
-        raise wrong(path, f"{path.stat().st_size} bytes, but its record says {size}")
+        raise mismatch_error(path, f"{path.stat().st_size} bytes, but its record says {size}")
     check_hash(path, sha256_file(path), sha256)
 
 
 def check_hash(where: object, found: str, sha256: str) -> None:
     """Compare a hash with the recorded one."""
     if found != sha256:
-        raise wrong(where, f"sha256 {found[:12]}…, but its record says {sha256[:12]}…")
+        raise mismatch_error(where, f"sha256 {found[:12]}…, but its record says {sha256[:12]}…")
 
 
-def missing(where: object) -> StoreError:
+def missing_error(where: object) -> StoreError:
     """The error for a recorded file that does not exist."""
     return StoreError(
         f"{where}: missing from the store; restore it, or delete its step's done.json and run again"
     )
 
 
-def wrong(where: object, what: str) -> StoreError:
+def mismatch_error(where: object, what: str) -> StoreError:
     """The error for a file that does not match its record."""
     return StoreError(
         f"{where}: {what}; the file was modified or truncated. Restore it, or delete its step and run again"

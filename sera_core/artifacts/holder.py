@@ -12,10 +12,10 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from sera_core.artifacts.records import Noun
+from sera_core.artifacts.records import StrictModel
 
 
-class Holder(Noun):
+class Holder(StrictModel):
     """A process that holds a lease."""
 
     token: str
@@ -45,7 +45,7 @@ def this_process() -> Holder:
     )
 
 
-def lives(holder: Holder) -> bool | None:
+def is_alive(holder: Holder) -> bool | None:
     """Whether the process is alive; None if it belongs to another machine or namespace."""
     if holder.place != _place():
         return None
@@ -77,8 +77,8 @@ def _place() -> str:
 def _began(pid: int) -> str | None:
     """Start time of a process; `over` for a zombie, None if it cannot be read."""
     if sys.platform != "linux":
-        told = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
-        return told.stdout.strip() or None
+        done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
+        return done.stdout.strip() or None
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from sera_core.artifacts.canonical import canonical_json
-from sera_core.artifacts.holder import Holder, lives, this_process
+from sera_core.artifacts.holder import Holder, is_alive, this_process
 from sera_core.artifacts.manifest import StepRecord, StepSpec, find_record
-from sera_core.artifacts.records import FORMAT, Noun, read_record, typed
+from sera_core.artifacts.records import FORMAT, StrictModel, read_record, typed
 from sera_core.artifacts.store import Store, create_json
 from sera_core.artifacts.upkeep import upkeep
 from sera_core.errors import BusyError
@@ -37,7 +37,7 @@ TELL_SECONDS = 60.0
 Tell = Callable[[str], None]
 
 
-class Epoch(Noun):
+class Epoch(StrictModel):
     """The record that a process took a lease."""
 
     format: int
@@ -46,7 +46,7 @@ class Epoch(Noun):
     since: str
 
 
-class Beat(Noun):
+class Beat(StrictModel):
     """A heartbeat."""
 
     format: int
@@ -68,12 +68,12 @@ class Held:
     @property
     def is_over(self) -> bool:
         """Whether the next epoch may be taken."""
-        return self.released or self.age > EXPIRE_SECONDS or lives(self.epoch.holder) is False
+        return self.released or self.age > EXPIRE_SECONDS or is_alive(self.epoch.holder) is False
 
     @property
-    def surely_held(self) -> bool:
+    def holder_is_alive(self) -> bool:
         """Whether the holder is known to be alive: a running process of this machine."""
-        return not self.is_over and lives(self.epoch.holder) is True
+        return not self.is_over and is_alive(self.epoch.holder) is True
 
     def __str__(self) -> str:
         return f"{self.epoch.holder}, since {self.epoch.since} (last heartbeat {self.age:.0f} s ago)"
@@ -256,7 +256,7 @@ def wait_until_free(store: Store, run: str, tell: Tell) -> Held | None:
     watch = Watch()
     while (seen := look(store, lease_path(run))) is not None and not watch.is_over(seen):
         beaten = first is not None and (first.epoch, first.beats) != (seen.epoch, seen.beats)
-        if seen.surely_held or beaten:
+        if seen.holder_is_alive or beaten:
             raise BusyError(
                 f"run {run!r} is held by {seen}. `sera show {run}` shows its progress. To continue the run "
                 "here, stop that process first"
@@ -291,7 +291,7 @@ def claim(store: Store, spec: StepSpec, tell: Tell) -> Iterator[StepRecord | Non
         tell: called with a line that says what this process waits for.
     """
     assert spec.key is not None
-    path, told, watch = claim_path(spec.step, spec.key), float("-inf"), Watch()
+    path, reported, watch = claim_path(spec.step, spec.key), float("-inf"), Watch()
     while True:
         seen = look(store, path)
         # In this order: a process writes its record before it releases its claim.
@@ -300,9 +300,9 @@ def claim(store: Store, spec: StepSpec, tell: Tell) -> Iterator[StepRecord | Non
             return
         if (seen is None or watch.is_over(seen)) and (lease := take(store, path, seen)) is not None:
             break
-        if seen is not None and time.monotonic() > told + TELL_SECONDS:
+        if seen is not None and time.monotonic() > reported + TELL_SECONDS:
             tell(f"step {spec.step} {spec.key[:12]}… is being computed by {seen}; waiting for its record")
-            told = time.monotonic()
+            reported = time.monotonic()
         time.sleep(LOOK_SECONDS)
     try:
         yield None

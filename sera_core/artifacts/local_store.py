@@ -16,7 +16,7 @@ from sera_core.artifacts.checks import (
     check_blob,
     check_file,
     check_path,
-    missing,
+    missing_error,
 )
 from sera_core.errors import StoreError
 
@@ -40,19 +40,19 @@ class LocalStore:
             return None
         if size > MAX_RECORD_BYTES:
             raise StoreError(f"{file}: {size:,} bytes are too many for a record; the file was modified")
-        with _told(file):
+        with _clear_errors(file):
             return file.read_bytes()
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         file = self.inside(path)
-        with _told(file), file.open("rb") as stream:
+        with _clear_errors(file), file.open("rb") as stream:
             stream.seek(start)
             return stream.read(stop - start)
 
     def create(self, path: str, data: bytes) -> bytes:
         target = self.inside(path)
         temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:16]}"
-        with _told(target):
+        with _clear_errors(target):
             _make_folder(target.parent)
             try:
                 with temporary.open("xb") as stream:
@@ -71,12 +71,12 @@ class LocalStore:
 
     def remove(self, path: str) -> None:
         file = self.inside(path)
-        with _told(file):
+        with _clear_errors(file):
             file.unlink(missing_ok=True)
 
     def workspace(self, path: str) -> Path:
         folder = self.inside(path)
-        with _told(folder):
+        with _clear_errors(folder):
             _make_folder(folder)
         return folder
 
@@ -85,7 +85,7 @@ class LocalStore:
     ) -> Blob:
         self.inside(f"{path}/{relative}")
         file = workspace / relative
-        with _told(file):
+        with _clear_errors(file):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
             for folder in file.parents[: len(Path(relative).parts)]:
@@ -98,7 +98,7 @@ class LocalStore:
         try:
             _size(file)
         except (FileNotFoundError, NotADirectoryError):
-            raise missing(file) from None
+            raise missing_error(file) from None
         found = file.stat()
         seen = (path, found.st_mtime_ns, found.st_size)
         if seen not in self._verified or found.st_size != size:
@@ -162,12 +162,12 @@ def _fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _told(where: Path) -> Iterator[None]:
+def _clear_errors(where: Path) -> Iterator[None]:
     """Turn a full disk or missing permissions into a StoreError."""
     try:
         yield
     except OSError as error:
-        if (trouble := no_room(error, where)) is not None:
+        if (trouble := disk_full_error(error, where)) is not None:
             raise trouble from error
         if error.errno in _CLOSED and not isinstance(error, StoreError):
             raise StoreError(
@@ -177,7 +177,7 @@ def _told(where: Path) -> Iterator[None]:
         raise
 
 
-def no_room(error: Exception, where: Path) -> StoreError | None:
+def disk_full_error(error: Exception, where: Path) -> StoreError | None:
     """The error for a write that failed on a full disk; None for any other error.
 
     Libraries wrap the system's error in their own classes, so its text is checked too.

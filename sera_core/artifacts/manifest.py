@@ -9,7 +9,7 @@ from pydantic import Field
 from sera_core.artifacts.canonical import files_digest, sha256_json
 from sera_core.artifacts.measures import Metrics
 from sera_core.artifacts.recorded import copy_recorded, refuse_unrecorded
-from sera_core.artifacts.records import Noun, read_record, typed
+from sera_core.artifacts.records import StrictModel, read_record, typed
 from sera_core.artifacts.store import Store
 from sera_core.errors import StoreError
 
@@ -18,7 +18,7 @@ PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pt2
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
 
 
-class StepRef(Noun):
+class StepRef(StrictModel):
     """A pointer to a finished step: name, key (hash of what it computes) and digest (hash of its files)."""
 
     step: str
@@ -26,7 +26,7 @@ class StepRef(Noun):
     digest: str
 
 
-class StepSpec(Noun):
+class StepSpec(StrictModel):
     """What a step computes. Its key is the hash of everything that changes the result, and nothing else."""
 
     step: str
@@ -54,7 +54,7 @@ class StepSpec(Noun):
         return f"steps/{self.step}/{self.key}"
 
 
-class FileRecord(Noun):
+class FileRecord(StrictModel):
     """One file of a step."""
 
     attempt: str = Field(pattern=r"^[0-9a-f]{16}$")
@@ -63,7 +63,7 @@ class FileRecord(Noun):
     rows: int | None = None
 
 
-class PartRecord(Noun):
+class PartRecord(StrictModel):
     """`part-00007.json`: one finished shard, or one checkpoint."""
 
     format: int
@@ -71,7 +71,7 @@ class PartRecord(Noun):
     info: dict[str, Any]
 
 
-class StepRecord(Noun):
+class StepRecord(StrictModel):
     """`done.json`: the files a step wrote, its settings and inputs, its metrics and how long it took."""
 
     format: int

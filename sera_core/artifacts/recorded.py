@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from sera_core.artifacts.checks import check_hash, missing
+from sera_core.artifacts.checks import check_hash, missing_error
 from sera_core.errors import StoreError
 
 _CHUNK = 8 * 2**20
@@ -48,10 +48,10 @@ def refuse_unrecorded(folder: Path, recorded: Collection[str]) -> None:
     """
     for name, is_link in entries(folder):
         if is_link or name not in recorded:
-            raise unrecorded(folder / name, is_link)
+            raise unrecorded_error(folder / name, is_link)
 
 
-def unrecorded(where: object, is_link: bool) -> StoreError:
+def unrecorded_error(where: object, is_link: bool) -> StoreError:
     """The error for a file or link in a step's folder that the step did not write."""
     if is_link:
         return StoreError(
@@ -73,10 +73,10 @@ def copy_recorded(source: Path, target: Path, sha256: str) -> None:
     try:
         handle = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
-        raise missing(source) from None
+        raise missing_error(source) from None
     except OSError as error:
         if source.is_symlink():
-            raise unrecorded(source, is_link=True) from error
+            raise unrecorded_error(source, is_link=True) from error
         raise
     with os.fdopen(handle, "rb") as stream, target.open("xb") as out:
         while data := stream.read(_CHUNK):

@@ -13,7 +13,7 @@ FORMAT = 1
 """Version of every record's layout."""
 
 
-class Noun(BaseModel):
+class StrictModel(BaseModel):
     """A frozen pydantic model that rejects unknown keys and does not convert types."""
 
     model_config = ConfigDict(
@@ -21,7 +21,7 @@ class Noun(BaseModel):
     )
 
 
-AnyNoun = TypeVar("AnyNoun", bound=Noun)
+AnyModel = TypeVar("AnyModel", bound=StrictModel)
 
 
 def read_record(store: Store, path: str) -> dict[str, Any] | None:
@@ -52,7 +52,7 @@ def checked(data: Any, where: str) -> dict[str, Any]:
     return data
 
 
-def typed(kind: type[AnyNoun], data: Any, where: str) -> AnyNoun:
+def typed(kind: type[AnyModel], data: Any, where: str) -> AnyModel:
     """Validate a record as an instance of `kind`.
 
     Raises:
@@ -74,7 +74,7 @@ def first_wrong(error: ValidationError) -> str:
     return f"{shown_line(f'{field}: {message}' if field else message):.300}"
 
 
-def read_typed(store: Store, path: str, kind: type[AnyNoun]) -> AnyNoun | None:
+def read_typed(store: Store, path: str, kind: type[AnyModel]) -> AnyModel | None:
     """Read a record and validate it as `kind`; None when it does not exist.
 
     Raises:

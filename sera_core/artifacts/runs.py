@@ -20,7 +20,7 @@ from sera_core.artifacts import lease
 from sera_core.artifacts.canonical import canonical_json, sha256_json
 from sera_core.artifacts.manifest import StepRef
 from sera_core.artifacts.measures import Metrics, is_rate
-from sera_core.artifacts.records import FORMAT, Noun, first_wrong, read_series, read_typed, typed
+from sera_core.artifacts.records import FORMAT, StrictModel, first_wrong, read_series, read_typed, typed
 from sera_core.artifacts.store import Store, create_json
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError, StoreError
@@ -52,7 +52,7 @@ ACCURACY = "heldout/rewards/accuracies"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class RunRecord(Noun):
+class RunRecord(StrictModel):
     """The configuration a run was started (or re-opened) with."""
 
     format: int
@@ -116,7 +116,7 @@ def _first_other(covered: Any, config: Any, name: str) -> str | None:
     return next((other for other in found if other is not None), None)
 
 
-class Place(Noun):
+class Place(StrictModel):
     """Location and hash of an artifact of a round: a file, or a folder (its path ends with `/`)."""
 
     step: str
@@ -127,7 +127,7 @@ class Place(Noun):
     rows: int | None
 
 
-class RoundManifest(Noun):
+class RoundManifest(StrictModel):
     """One finished round."""
 
     format: int
@@ -189,7 +189,7 @@ class RoundManifest(Noun):
         return self
 
 
-class Question(Noun):
+class Question(StrictModel):
     """`review-000.json`: what a person is asked about a round."""
 
     format: int
@@ -206,7 +206,7 @@ class Question(Noun):
         return until
 
 
-class Answer(Noun):
+class Answer(StrictModel):
     """`review-000-answer.json`: a person's answer, or the default after the deadline."""
 
     format: int
@@ -216,7 +216,7 @@ class Answer(Noun):
     when: str
 
 
-class Stop(Noun):
+class Stop(StrictModel):
     """`stop-000.json`: the budget that ended a run."""
 
     format: int
@@ -225,7 +225,7 @@ class Stop(Noun):
     created: str
 
 
-class Finished(Noun):
+class Finished(StrictModel):
     """`finished/….json`: the finished run with this configuration (its hash is the file's name)."""
 
     format: int
@@ -238,7 +238,7 @@ class Finished(Noun):
         return check_name(run)
 
 
-class Final(Noun):
+class Final(StrictModel):
     """`final-000.json`: the evidence on the test side under the policy of a round."""
 
     format: int

@@ -18,7 +18,7 @@ import aiohttp
 from botocore import exceptions as botocore_errors
 from botocore.parsers import ResponseParserError
 
-from sera_core.artifacts.checks import MAX_RECORD_BYTES, wrong
+from sera_core.artifacts.checks import MAX_RECORD_BYTES, mismatch_error
 from sera_core.errors import StoreError
 
 T = TypeVar("T")
@@ -32,10 +32,10 @@ S3_CONFIG = {
     "s3": {"addressing_style": "path"},
     "max_pool_connections": 16,
 }
-_PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
-_PASSING_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
+_RETRY_STATUS = {408, 409, 429, 500, 502, 503, 504}
+_RETRY_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
 _REDIRECTS = {301, 302, 307, 308}
-_PASSING_ERRORS = (
+_RETRY_ERRORS = (
     TimeoutError,
     ConnectionError,
     aiohttp.ClientError,
@@ -46,7 +46,7 @@ _PASSING_ERRORS = (
     botocore_errors.ReadTimeoutError,
     ResponseParserError,
 )
-_NO_LEAVE = (
+_ACCESS_ERRORS = (
     PermissionError,
     botocore_errors.NoCredentialsError,
     botocore_errors.PartialCredentialsError,
@@ -97,7 +97,7 @@ class Requests:
 
     async def put(self, key: str, data: bytes) -> None:
         """Write an object, replacing any existing one."""
-        await self._again(
+        await self._with_retries(
             "write",
             key,
             len(data),
@@ -111,7 +111,7 @@ class Requests:
         the stored bytes decide.
         """
         try:
-            await self._again(
+            await self._with_retries(
                 "create",
                 key,
                 len(data),
@@ -141,7 +141,7 @@ class Requests:
                 return await _whole(body, size)
 
         try:
-            return await self._again("read", key, 0, once)
+            return await self._with_retries("read", key, 0, once)
         except FileNotFoundError:
             return None
 
@@ -163,26 +163,26 @@ class Requests:
                     )
                 there = answer["ContentLength"] if whole else int(answer["ContentRange"].rpartition("/")[2])
                 if size is not None and there != size:
-                    raise wrong(self._where(key), f"{there:,} bytes, but its record says {size:,}")
+                    raise mismatch_error(self._where(key), f"{there:,} bytes, but its record says {size:,}")
                 return await _whole(body, stop - start)
 
         try:
-            return await self._again("read", key, stop - start, once)
+            return await self._with_retries("read", key, stop - start, once)
         except _Refused as refused:
             what = f"it ends before byte {stop:,}, but its record says it is longer"
-            raise wrong(self._where(key), what) from refused
+            raise mismatch_error(self._where(key), what) from refused
 
     async def size(self, key: str) -> int | None:
         """Bytes of an object, or None."""
         try:
-            answer = await self._again("find", key, 0, lambda: self._call("head_object", Key=key))
+            answer = await self._with_retries("find", key, 0, lambda: self._call("head_object", Key=key))
         except FileNotFoundError:
             return None
         return answer["ContentLength"]
 
     async def delete(self, key: str) -> None:
         """Remove an object if it exists."""
-        await self._again("remove", key, 0, lambda: self._call("delete_object", Key=key))
+        await self._with_retries("remove", key, 0, lambda: self._call("delete_object", Key=key))
 
     async def listing(self, prefix: str, delimiter: str = "") -> AsyncIterator[Listed | str]:
         """Objects below a prefix and, with a delimiter, the folders; for display only."""
@@ -190,7 +190,7 @@ class Requests:
         while True:
             arguments = {"Prefix": prefix, "Delimiter": delimiter, **more}
             try:
-                answer = await self._again(
+                answer = await self._with_retries(
                     "list", prefix, 0, lambda given=arguments: self._call("list_objects_v2", **given)
                 )
             except FileNotFoundError as error:
@@ -207,13 +207,15 @@ class Requests:
 
     async def begin_parts(self, key: str) -> str:
         """Start an upload in parts; returns its id."""
-        answer = await self._again("write", key, 0, lambda: self._call("create_multipart_upload", Key=key))
+        answer = await self._with_retries(
+            "write", key, 0, lambda: self._call("create_multipart_upload", Key=key)
+        )
         return answer["UploadId"]
 
     async def put_part(self, key: str, upload: str, number: int, data: bytes) -> dict[str, Any]:
         """Upload one part, numbered from 1; returns its entry for `end_parts`."""
         part = {"UploadId": upload, "PartNumber": number, "Body": data}
-        answer = await self._again(
+        answer = await self._with_retries(
             "write", key, len(data), lambda: self._call("upload_part", Key=key, **part)
         )
         return {"PartNumber": number, "ETag": answer["ETag"]}
@@ -222,7 +224,7 @@ class Requests:
         """Complete the upload. If it is unknown, an earlier try completed it and its response was lost."""
         named = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
         try:
-            await self._again(
+            await self._with_retries(
                 "write", key, 2**23, lambda: self._call("complete_multipart_upload", Key=key, **named)
             )
         except FileNotFoundError:
@@ -233,7 +235,7 @@ class Requests:
 
     async def abort_parts(self, key: str) -> None:
         """Abort every unfinished upload of an object, including those whose id we never received."""
-        answer = await self._again(
+        answer = await self._with_retries(
             "clean up", key, 0, lambda: self._call("list_multipart_uploads", Prefix=key)
         )
         for upload in answer.get("Uploads") or []:
@@ -241,7 +243,7 @@ class Requests:
                 continue
             arguments = {"Key": key, "UploadId": upload["UploadId"]}
             try:
-                await self._again(
+                await self._with_retries(
                     "clean up",
                     key,
                     0,
@@ -258,7 +260,7 @@ class Requests:
     def _where(self, key: str) -> str:
         return f"s3://{self.bucket}/{key}"
 
-    async def _again(self, verb: str, key: str, size: int, once: Callable[[], Awaitable[T]]) -> T:
+    async def _with_retries(self, verb: str, key: str, size: int, once: Callable[[], Awaitable[T]]) -> T:
         """Send a request, with retries while the error may be temporary.
 
         Raises:
@@ -273,49 +275,49 @@ class Requests:
                 async with asyncio.timeout(min(left, patience.one_request(size))):
                     return await once()
             except Exception as error:
-                if not _may_pass(error):
-                    raise self._clear(error, key) from error
+                if not _is_temporary(error):
+                    raise self._translated(error, key) from error
                 last = error
             pause = _PAUSES[min(tried, len(_PAUSES)) - 1] * random.uniform(0.75, 1.25)
             spent = time.monotonic() - began
             if tried == patience.tries or spent + pause >= total:
                 raise StoreError(
                     f"{self._where(key)}: the object store did not {verb} it in {tried} tries, {spent:.0f} s "
-                    f"(last error: {_said(last)}). Committed files are complete; run again when it responds"
+                    f"(last error: {_describe(last)}). Committed files are safe; run again when it responds"
                 ) from last
             await asyncio.sleep(pause)
         raise AssertionError("the loop returns or raises")
 
-    def _clear(self, error: Exception, key: str) -> Exception:
+    def _translated(self, error: Exception, key: str) -> Exception:
         """The exception to raise for an error that a retry cannot fix."""
         if isinstance(error, StoreError):
             return error
         if isinstance(error, RecursionError) or _status(error) in _REDIRECTS:  # s3fs follows some in circles
             return StoreError(
-                f"s3://{self.bucket}: the server redirects requests, so the region or endpoint is wrong; set "
+                f"s3://{self.bucket}: the server redirects requests: region or endpoint is wrong; set "
                 "AWS_DEFAULT_REGION to the bucket's region, or correct AWS_ENDPOINT_URL"
             )
         if _is_page(error):
             return self._no_s3(key)
         if isinstance(error, FileExistsError) or getattr(error, "errno", None) == errno.EINVAL:
             # AWS and moto raise FileExistsError for a refused create, Ceph and Swift EINVAL.
-            return _Refused(f"{self._where(key)}: the object store refused: {_said(error)}")
+            return _Refused(f"{self._where(key)}: the object store refused: {_describe(error)}")
         if _code(error) == "NoSuchBucket":
             return StoreError(
                 f"s3://{self.bucket}: this bucket does not exist; create it, or check AWS_ENDPOINT_URL"
             )
         if isinstance(error, FileNotFoundError):
             return FileNotFoundError(self._where(key))
-        if isinstance(error, _NO_LEAVE):
+        if isinstance(error, _ACCESS_ERRORS):
             return StoreError(
-                f"{self._where(key)}: access denied ({_said(error)}); check AWS_ACCESS_KEY_ID, "
+                f"{self._where(key)}: access denied ({_describe(error)}); check AWS_ACCESS_KEY_ID, "
                 "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, and that get, put, delete and list are allowed"
             )
-        return StoreError(f"{self._where(key)}: the object store refused: {_said(error)}")
+        return StoreError(f"{self._where(key)}: the object store refused: {_describe(error)}")
 
     def listing_error(self, error: Exception, key: str) -> Exception:
-        """As `_clear`, for a listing: an existing bucket can always be listed, even if it is empty."""
-        found = self._clear(error, key)
+        """As `_translated`, for a listing: an existing bucket can always be listed, even if it is empty."""
+        found = self._translated(error, key)
         return self._no_s3(key) if isinstance(found, FileNotFoundError) else found
 
     def _no_s3(self, key: str) -> StoreError:
@@ -358,16 +360,16 @@ def _is_page(error: Exception) -> bool:
     return 400 <= _status(error) < 500 and _code(error) == "" and "Error" in _response(error)
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_temporary(error: Exception) -> bool:
     """Whether the error is temporary, so that a retry may succeed."""
     response = _response(error)
     if response:
-        return _status(error) in _PASSING_STATUS or _code(error) in _PASSING_CODES
-    return isinstance(error, _PASSING_ERRORS) and not isinstance(error, StoreError)
+        return _status(error) in _RETRY_STATUS or _code(error) in _RETRY_CODES
+    return isinstance(error, _RETRY_ERRORS) and not isinstance(error, StoreError)
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, TimeoutError) and not str(error):
         return "no answer in time"
-    told = [_code(error) or type(error).__name__, *(str(part) for part in error.args[-1:] if part)]
-    return ": ".join(told)
+    parts = [_code(error) or type(error).__name__, *(str(part) for part in error.args[-1:] if part)]
+    return ": ".join(parts)

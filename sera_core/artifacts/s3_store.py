@@ -15,9 +15,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sera_core.artifacts.checks import Blob, Progress, check_blob, check_file, check_path, check_url, missing
+from sera_core.artifacts.checks import (
+    Blob,
+    Progress,
+    check_blob,
+    check_file,
+    check_path,
+    check_url,
+    missing_error,
+)
 from sera_core.artifacts.folders import cache_folder
-from sera_core.artifacts.local_store import no_room
+from sera_core.artifacts.local_store import disk_full_error
 from sera_core.artifacts.scratch import scratch_folder
 from sera_core.errors import InputError, StoreError
 
@@ -175,9 +183,9 @@ class S3Store:
             local.parent.mkdir(parents=True, exist_ok=True)
             (scratch / local.name).replace(local)
         except FileNotFoundError:
-            raise missing(f"{self.url}/{path}") from None
+            raise missing_error(f"{self.url}/{path}") from None
         except OSError as error:
-            if (trouble := no_room(error, local)) is not None:
+            if (trouble := disk_full_error(error, local)) is not None:
                 raise trouble from error
             raise
         finally:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from sera_core import __version__
 from sera_core.artifacts.canonical import files_digest, finite, sha256_file
-from sera_core.artifacts.local_store import no_room
+from sera_core.artifacts.local_store import disk_full_error
 from sera_core.artifacts.manifest import (
     Artifact,
     FileRecord,
@@ -39,7 +39,7 @@ Progress = Callable[[int, int, str], None]
 """progress(done, total, unit): called now and then while a step runs."""
 
 
-def quiet(done: int, total: int, unit: str) -> None:
+def no_progress(done: int, total: int, unit: str) -> None:
     """Report no progress."""
 
 
@@ -47,7 +47,7 @@ class Attempt:
     """One attempt at a step: its configuration, inputs and parts, and its own folder to write into."""
 
     def __init__(
-        self, store: Store, spec: StepSpec, execution: ExecutionConfig, progress: Progress = quiet
+        self, store: Store, spec: StepSpec, execution: ExecutionConfig, progress: Progress = no_progress
     ) -> None:
         self.store, self.spec, self.execution, self.progress = store, spec, execution, progress
         self.id = secrets.token_hex(8)
@@ -189,14 +189,14 @@ Work = Callable[[Attempt], list[str]]
 
 
 def run_step(
-    store: Store, spec: StepSpec, work: Work, execution: ExecutionConfig, progress: Progress = quiet
+    store: Store, spec: StepSpec, work: Work, execution: ExecutionConfig, progress: Progress = no_progress
 ) -> StepRecord:
     """The record of a step: from the store, or computed now (DESIGN, laws 1 to 3)."""
     return find_record(store, spec.step, spec.key) or make_step(store, spec, work, execution, progress)
 
 
 def make_step(
-    store: Store, spec: StepSpec, work: Work, execution: ExecutionConfig, progress: Progress = quiet
+    store: Store, spec: StepSpec, work: Work, execution: ExecutionConfig, progress: Progress = no_progress
 ) -> StepRecord:
     """Compute a step that has no record yet; returns its record, or that of a faster process."""
     started, clock = datetime.now(UTC), time.monotonic()
@@ -211,7 +211,7 @@ def make_step(
             shutil.rmtree(attempt.folder, ignore_errors=True)
         raise
     except Exception as error:
-        if (trouble := no_room(error, attempt.folder)) is None:
+        if (trouble := disk_full_error(error, attempt.folder)) is None:
             raise
         if not attempt.committed:
             shutil.rmtree(attempt.folder, ignore_errors=True)

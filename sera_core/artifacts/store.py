@@ -19,7 +19,7 @@ from sera_core.artifacts.canonical import finite
 from sera_core.artifacts.checks import Blob, Progress, check_url
 from sera_core.artifacts.local_store import LocalStore
 from sera_core.artifacts.s3_store import S3Store
-from sera_core.data.expanding import DEPTH, is_deep
+from sera_core.data.size_limits import DEPTH, is_deep
 from sera_core.data.sources import json_value
 from sera_core.errors import InputError, StoreError
 from sera_core.guards.shown import shown_line

@@ -22,7 +22,7 @@ from typing import Any, Protocol, cast
 
 from sera_core.artifacts.canonical import sha256_file
 from sera_core.artifacts.folders import write_whole
-from sera_core.artifacts.recorded import entries, unrecorded
+from sera_core.artifacts.recorded import entries, unrecorded_error
 from sera_core.artifacts.store import LocalStore, S3Store, Store
 
 LOG = logging.getLogger("sera.store")
@@ -133,7 +133,7 @@ class LocalUpkeep:
         for name, is_link in entries(self.root):
             if is_link:
                 self.store.plain(name)
-                raise unrecorded(self.root / name, is_link)  # `plain` accepts a link to itself
+                raise unrecorded_error(self.root / name, is_link)  # `plain` accepts a link to itself
 
     def delete(self, paths: Sequence[str]) -> None:
         for path in paths:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sera_core.data.stand_ins import refuse_special
+from sera_core.data.file_checks import refuse_special
 from sera_core.errors import InputError
 
 Message = Mapping[str, str]
@@ -27,7 +27,7 @@ CHATML = (
 )
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 """Keys under which templates read an assistant's reasoning."""
-LONGEST = 2**20
+MAX_CHARACTERS = 2**20
 """Maximum characters of a template; real ones have up to about ten thousand."""
 NAMES = ("chatml", "deepseek-r1")
 """Templates that ship with the package."""
@@ -39,7 +39,7 @@ _FIXED_DATE = (
     "{% endmacro %}"
 )
 # Arguments that transformers' apply_chat_template sets itself.
-_OURS = {
+_RESERVED = {
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
     "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
@@ -74,14 +74,14 @@ def template_text(template: str) -> str:
 
 
 def refuse_long(what: str, size: int) -> None:
-    """Refuse a template of more than `LONGEST` characters (or bytes).
+    """Refuse a template of more than `MAX_CHARACTERS` characters (or bytes).
 
     Raises:
         InputError: it is longer.
     """
-    if size > LONGEST:
+    if size > MAX_CHARACTERS:
         raise InputError(
-            f"{what} has {size:,} characters, more than the maximum of {LONGEST:,}: use another template."
+            f"{what} has {size:,} characters, more than the limit of {MAX_CHARACTERS:,}: use another one."
         )
 
 
@@ -117,7 +117,7 @@ def refuse_unused(template: str, arguments: Mapping[str, Any]) -> None:
     first, *rest = template.split("{#")
     code = first + "".join(part.partition("#}")[2] for part in rest)  # without comments
     for name in arguments:
-        if name in _OURS:
+        if name in _RESERVED:
             raise InputError(f"template argument {name!r} is set by the renderer: remove it.")
         if not re.search(rf"\b{re.escape(name)}\b", code):
             raise InputError(
@@ -158,7 +158,7 @@ def remedy(template: str) -> str:
 # -------------------------------------------------------------------------------------------------- losses
 
 
-def lost_of_prompt(messages: Sequence[Message], text: str) -> str | None:
+def missing_from_prompt(messages: Sequence[Message], text: str) -> str | None:
     """Description of the text that a template dropped from a prompt; None if every message is complete.
 
     White space around a message may be trimmed. The reasoning of earlier assistant turns may be missing: many
@@ -184,7 +184,7 @@ def lost_of_prompt(messages: Sequence[Message], text: str) -> str | None:
     return None
 
 
-def lost_of_answer(answer: Message, prompt: str, written: str) -> str | None:
+def missing_from_answer(answer: Message, prompt: str, written: str) -> str | None:
     """Description of the text that a template dropped from an answer; None if the answer is complete.
 
     White space around the answer and around `<think>` and `</think>` may differ, and the generation prompt

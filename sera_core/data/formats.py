@@ -177,8 +177,8 @@ def _orca(where: str, data: Data, reading: Reading) -> Data:
 
 def _alpaca(where: str, data: Data, reading: Reading) -> Data:
     del reading
-    told = "\n".join(str(data[name]) for name in ("instruction", "input") if _held(data, name))
-    read: Data = {"prompt": told}
+    prompt = "\n".join(str(data[name]) for name in ("instruction", "input") if _held(data, name))
+    read: Data = {"prompt": prompt}
     if not _held(data, "chosen") and (output := _listed(where, "output", data.get("output"))):
         ((chosen, rejected),) = _pairs(where, "output", [output])
         read |= {"chosen": chosen, "rejected": rejected}

@@ -119,7 +119,7 @@ def _refusal(name: str, bad: Mapping[str, Sequence[str]], formats: Mapping[str, 
     if count == 1:
         ((only,),) = bad.values()
         return f"{only}; {remedy}"
-    lines = [f"{name}: {count:,} rows cannot be used (read as {told_formats(formats)}):"]
+    lines = [f"{name}: {count:,} rows cannot be used (read as {format_counts(formats)}):"]
     for kind, messages in sorted(bad.items()):
         more = f", the first {NAMED}" if len(messages) > NAMED else ""
         lines.append(f"  {kind}: {KINDS[kind]}, {len(messages):,} rows{more}:")
@@ -127,7 +127,7 @@ def _refusal(name: str, bad: Mapping[str, Sequence[str]], formats: Mapping[str, 
     return "\n".join([*lines, f"correct them, {remedy}"])
 
 
-def told_formats(formats: Mapping[str, int]) -> str:
+def format_counts(formats: Mapping[str, int]) -> str:
     """`1,200 rows as hh, 3 as preference`."""
     ordered = sorted(formats.items(), key=lambda entry: (-entry[1], entry[0]))
     return ", ".join(f"{count:,} rows as {name}" for name, count in ordered) or "no row"

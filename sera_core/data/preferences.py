@@ -111,27 +111,27 @@ def drop_degenerate(
             )
         else:
             dropped.append(Drop(side, pair, "equal"))
-    kept, repeated = _first_of_each(side, sorted(different, key=lambda pair: (*order(pair), pair.format)))
+    kept, repeated = _first_of_each(side, sorted(different, key=lambda pair: (*sort_key(pair), pair.format)))
     return kept, dropped + repeated
 
 
 def drop_repeated_prompts(prompts: Iterable[Prompt]) -> tuple[list[Prompt], list[Drop]]:
     """Distinct prompts, sorted by prompt_id, and the repetitions."""
-    return _first_of_each("prompts", sorted(prompts, key=order))
+    return _first_of_each("prompts", sorted(prompts, key=sort_key))
 
 
 def _first_of_each(side: str, items: Sequence[Any]) -> tuple[list[Any], list[Drop]]:
     kept, dropped, seen = [], [], set()
     for item in items:
-        if order(item) in seen:
+        if sort_key(item) in seen:
             dropped.append(Drop(side, item, "duplicate"))
         else:
-            seen.add(order(item))
+            seen.add(sort_key(item))
             kept.append(item)
     return kept, dropped
 
 
-def order(item: Pair | Prompt) -> tuple[str, str]:
+def sort_key(item: Pair | Prompt) -> tuple[str, str]:
     """Sort key of the rows in every file: (prompt_id, pair_id)."""
     return item.prompt_id, item.pair_id or ""
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from sera_core.data.chat_templates import (
     Message,
     default_template,
-    lost_of_answer,
-    lost_of_prompt,
+    missing_from_answer,
+    missing_from_prompt,
     reasoning_name,
     refuse_long,
     refuse_unused,
@@ -265,7 +265,7 @@ class Renderer:
         messages = list(messages)
         if self._last_prompt is None or self._last_prompt[0] != messages:
             rendered = self._render(messages, True)
-            self._refuse_loss(lost_of_prompt(messages, rendered.text))
+            self._refuse_loss(missing_from_prompt(messages, rendered.text))
             self._last_prompt = (messages, rendered)
         return self._last_prompt[1]
 
@@ -280,7 +280,7 @@ class Renderer:
                 f"{len(prompt.text)}): {remedy(self.template)}"
             )
         response = whole.after(len(prompt.text))
-        self._refuse_loss(lost_of_answer(answer, prompt.text, response.text))
+        self._refuse_loss(missing_from_answer(answer, prompt.text, response.text))
         return prompt, response
 
     def _refuse_loss(self, lost: str | None) -> None:

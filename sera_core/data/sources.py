@@ -17,7 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from sera_core.data.expanding import (
+from sera_core.data.file_checks import placeholder_problem, refuse_special
+from sera_core.data.remote import reading_remote
+from sera_core.data.size_limits import (
     DEPTH,
     Limits,
     check_depth,
@@ -26,8 +28,6 @@ from sera_core.data.expanding import (
     read_limited,
     unzipped,
 )
-from sera_core.data.remote import reading_remote
-from sera_core.data.stand_ins import refuse_special, stand_in
 from sera_core.errors import InputError
 from sera_core.guards.urls import refuse_secrets
 
@@ -83,7 +83,7 @@ def read_source(path: str, split: str = "train") -> tuple[str, list[Row]]:
         return _read_hub(path, split)
     data = _read_bytes(path)
     name = _display_name(path)
-    if what := stand_in(data):
+    if what := placeholder_problem(data):
         raise InputError(f"{path}: {what}")
     plain = unzipped(name, data) if name.lower().endswith(".gz") else data
     rows = list(_parser(name, path)(name, plain))

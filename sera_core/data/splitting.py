@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from sera_core.artifacts.canonical import derived_seed
-from sera_core.data.preferences import Drop, Message, Pair, Prompt, order, under_both_labels
+from sera_core.data.preferences import Drop, Message, Pair, Prompt, sort_key, under_both_labels
 from sera_core.errors import InputError
 from sera_core.method.selection import round_half_up
 
@@ -66,7 +66,7 @@ def subset(items: Sequence[Item], count: int, seed: int, purpose: str) -> tuple[
         purpose: draws with different purposes are independent of each other.
     """
     key = _hashed(seed, purpose)
-    drawn = set(sorted(range(len(items)), key=lambda i: key(*order(items[i])))[:count])
+    drawn = set(sorted(range(len(items)), key=lambda i: key(*sort_key(items[i])))[:count])
     taken = [item for i, item in enumerate(items) if i in drawn]
     return taken, [item for i, item in enumerate(items) if i not in drawn]
 
@@ -109,7 +109,7 @@ def remove_overlap(
 
 
 def _overlap_message(side: str, shared: Sequence[Pair | Prompt], name: str, groups: int) -> str:
-    first = min(shared, key=order)
+    first = min(shared, key=sort_key)
     what = f"pair {first.pair_id}" if first.pair_id else f"prompt {first.prompt_id}"
     noun = "prompts" if side == "prompts" else "pairs"
     return (

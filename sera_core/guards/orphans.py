@@ -12,7 +12,7 @@ from contextlib import contextmanager
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """End this process when its parent ends: by a kernel signal (Linux) and a watching thread."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

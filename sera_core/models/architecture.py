@@ -25,7 +25,7 @@ _WINDOWS = (
     "local_window_size",
     "index_topk",
 )
-_MAY_BOUND_SIGHT = ("window", "chunk", "topk", "block_size")
+_WINDOW_NAME_PARTS = ("window", "chunk", "topk", "block_size")
 
 
 def text_config(model: Any) -> Any:
@@ -83,7 +83,7 @@ def window(model: Any) -> int | None:
     )
 
 
-def refuse_beyond_sparse_sight(model: Any, longest: int) -> None:
+def refuse_beyond_index_topk(model: Any, longest: int) -> None:
     """Refuse sequences longer than the number of tokens that sparse attention selects (`index_topk`).
 
     Its selection scores are often tied (a ReLU makes them zero), and the choice among ties depends on the
@@ -110,7 +110,7 @@ def probe_length(model: Any, longest: int) -> int:
     sizes = (
         size
         for name, value in names.items()
-        if name in _WINDOWS or any(part in name for part in _MAY_BOUND_SIGHT)
+        if name in _WINDOWS or any(part in name for part in _WINDOW_NAME_PARTS)
         for size in _sizes(value)
     )
     beyond = max((size for size in sizes if size < longest), default=0)

@@ -24,7 +24,7 @@ from sera_core.models.architecture import (
     keeps_state,
     positions,
     probe_length,
-    refuse_beyond_sparse_sight,
+    refuse_beyond_index_topk,
     rope_boundary,
     text_config,
     unsupported,
@@ -34,7 +34,7 @@ from sera_core.models.architecture import (
 from sera_core.models.response_batches import Item, Mode, batch_logps, response_batches
 
 __all__ = [
-    "CANNOT",
+    "UNSUPPORTED_ERRORS",
     "Item",
     "Mode",
     "check_items",
@@ -50,7 +50,15 @@ Progress = Callable[[int, int], None]
 
 TOKENS_PER_BATCH = 2048
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-CANNOT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+UNSUPPORTED_ERRORS = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """Exceptions that transformers raises for features that an architecture does not have."""
 
 # ------------------------------------------------------------------------------------------------- public
@@ -216,7 +224,7 @@ def scoring_mode(model: Any, longest: int = 0) -> Mode:
         InputError: the model is not causal, its plain forward pass fails, no mode agrees with it, or
             `longest` exceeds the tokens that sparse attention selects.
     """
-    refuse_beyond_sparse_sight(model, longest)
+    refuse_beyond_index_topk(model, longest)
     decided, bound = _MODES.setdefault(model, {}), window(model)
     length = probe_length(model, longest)
     packable = bool(
@@ -289,7 +297,7 @@ def _plain_probe(model: Any, items: Sequence[Item]) -> np.ndarray:
         causal = all(_is_causal(model, item) for item in (items[0], items[-1]))
     except torch.OutOfMemoryError:
         raise
-    except CANNOT as error:
+    except UNSUPPORTED_ERRORS as error:
         said = str(error).strip().split("\n")[0]
         raise unsupported(
             model, f"its forward pass over plain text fails ({type(error).__name__}: {said})"
@@ -322,7 +330,7 @@ def _agrees(model: Any, mode: Mode, items: Sequence[Item], budget: int, expected
             sums[indices] = [values.sum() for values in logps]
     except torch.OutOfMemoryError:
         raise
-    except CANNOT:
+    except UNSUPPORTED_ERRORS:
         return False
     tolerance = _tolerance(model)
     return np.allclose(sums, expected, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -17,9 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from sera_core.artifacts.canonical import files_digest, sha256_file
-from sera_core.data.stand_ins import refuse_special, stand_in
+from sera_core.data.file_checks import placeholder_problem, refuse_special
 from sera_core.errors import InputError
-from sera_core.models.weights import refuse_misfit, refuse_other_tensors, wrapper_of
+from sera_core.models.weights import refuse_mismatched_tensors, refuse_mismatched_weights, wrapper_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,12 +97,12 @@ def load_policy(
             device_map="meta" if device == "meta" else None,
         )
         model, loading = loaded
-        refuse_misfit(weights, loading)
+        refuse_mismatched_weights(weights, loading)
         if adapter:
             from peft import PeftModel, get_peft_model_state_dict
 
             model = PeftModel.from_pretrained(model, str(folder))
-            refuse_other_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model))
+            refuse_mismatched_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model))
             model = model.merge_and_unload()
     return model.to(device=device, dtype=getattr(torch, dtype)).eval()
 
@@ -321,7 +321,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         return {}
     try:
         text = path.read_text(encoding="utf-8")
-        if what := stand_in(text.encode()):
+        if what := placeholder_problem(text.encode()):
             raise InputError(f"{path}: {what}")
         value = json.loads(text)
     except InputError:

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sera_core.data.stand_ins import refuse_special, stand_in
+from sera_core.data.file_checks import placeholder_problem, refuse_special
 from sera_core.errors import InputError
 
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
@@ -63,7 +63,7 @@ def strip_wrapper(folder: Path) -> str:
     return prefix
 
 
-def refuse_misfit(folder: Path, loading: dict[str, Any]) -> None:
+def refuse_mismatched_weights(folder: Path, loading: dict[str, Any]) -> None:
     """Refuse weights that do not match the configuration.
 
     Args:
@@ -90,7 +90,7 @@ def refuse_misfit(folder: Path, loading: dict[str, Any]) -> None:
         )
 
 
-def refuse_other_tensors(file: Path, expected: Collection[str]) -> None:
+def refuse_mismatched_tensors(file: Path, expected: Collection[str]) -> None:
     """Refuse an adapter file whose tensors do not match its configuration.
 
     Raises:
@@ -98,14 +98,14 @@ def refuse_other_tensors(file: Path, expected: Collection[str]) -> None:
     """
     held = set(tensor_names(file))
     loading = {"missing_keys": set(expected) - held, "unexpected_keys": held - set(expected)}
-    refuse_misfit(file.parent, loading)
+    refuse_mismatched_weights(file.parent, loading)
 
 
 def _header(file: Path) -> dict[str, Any]:
     with refuse_special(file).open("rb") as stream:
         start = stream.read(8)
         rest = stream.read(56)
-        if what := stand_in(start + rest):
+        if what := placeholder_problem(start + rest):
             raise InputError(f"{file}: {what}")
         try:
             (length,) = struct.unpack("<Q", start)

@@ -95,7 +95,7 @@ def test_a_plan_tells_what_the_rows_were_read_as(capsys, folder):
 
 def test_pairs_of_one_prompt_cannot_be_held_out(capsys, folder):
     rows = [{"prompt": "a", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(8)]
-    assert "all pairs share one prompt" in refused(capsys, folder, rows=rows)
+    assert "all pairs have the same prompt" in refused(capsys, folder, rows=rows)
 
 
 def test_roles_out_of_order_are_named(capsys, folder):

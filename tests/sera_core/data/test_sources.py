@@ -150,7 +150,7 @@ def test_a_missing_shipped_file_names_the_nearest_one():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.jsonl", b'{"a": 1}\n{"a": \n', r"p\.jsonl line 2: not JSON"),
+        ("p.jsonl", b'{"a": 1}\n{"a": \n', r"p\.jsonl line 2: not valid JSON"),
         ("p.jsonl", b'{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}', r"line 2: an object has the key 'c' twice"),
         ("p.json", b'[{"a": 1, "a": 2}]', r"p\.json: an object has the key 'a' twice"),
         (
@@ -160,7 +160,7 @@ def test_a_missing_shipped_file_names_the_nearest_one():
         ),
         ("p.csv", b"prompt,chosen,chosen\na,b,c\n", r"p\.csv: two columns are named 'chosen'"),
         ("p.json", b'[{"a": ' + b"9" * 5000 + b"}]", r"p\.json: cannot be read as JSON .*5000 digits"),
-        ("p.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"p\.jsonl line 1: not JSON .*5000 digits"),
+        ("p.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"p\.jsonl line 1: not valid JSON .*5000 digits"),
         *(
             (name, start, what)
             for name in ("p.jsonl", "p.json", "p.csv", "p.parquet")
@@ -169,14 +169,14 @@ def test_a_missing_shipped_file_names_the_nearest_one():
                 (b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "this is a web page"),
             )
         ),
-        ("p.jsonl", b'{"a": 1}\n[1]\n', r"p\.jsonl line 2: a list of rows, .* name the file \.json"),
+        ("p.jsonl", b'{"a": 1}\n[1]\n', r"p\.jsonl line 2: .*a list of rows; name the file \.json"),
         ("p.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"p\.jsonl line 2: not UTF-8"),
         ("p.jsonl", b"", r"p\.jsonl: the file has no rows"),
         ("p.json", b"\n", r"p\.json: the file has no rows"),
         ("p.parquet", b"", r"p\.parquet: not a readable parquet file"),
-        ("p.json", b'[{"a": 1},\n oops]', r"p\.json line 2: not JSON"),
-        ("p.json", b'{"a": 1}\n{"a": 2}\n', r"p\.json line 2: not JSON .* name it \.jsonl"),
-        ("p.json", b'{"rows": []}', r"p\.json: holds an object without rows"),
+        ("p.json", b'[{"a": 1},\n oops]', r"p\.json line 2: not valid JSON"),
+        ("p.json", b'{"a": 1}\n{"a": 2}\n', r"p\.json line 2: not valid JSON .* name it \.jsonl"),
+        ("p.json", b'{"rows": []}', r"p\.json: contains an object without rows"),
         ("p.json", b"[" * 100_000, r"p\.json"),
         ("p.csv", b"a,b\n1,2\n3\n", r"p\.csv row 2: the number of cells differs"),
         ("p.csv", b"a,b\n1,2,3\n", r"p\.csv row 1: the number of cells differs"),

@@ -30,7 +30,7 @@ def refuse_special(path: Path) -> Path:
     raise InputError(f"{path}: this is {kind}, not a file; use a regular file")
 
 
-def stand_in(data: bytes) -> str | None:
+def placeholder_problem(data: bytes) -> str | None:
     """A message if the content is a Git LFS pointer or a web page instead of the file; else None."""
     start = data[:200].lstrip().lower()
     if start.startswith(b"version https://git-lfs"):

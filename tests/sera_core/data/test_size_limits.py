@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sera_core.data import expanding
-from sera_core.data.expanding import EXPANDED_VARIABLE, LEAST_EXPANDED, ROW_VARIABLE, Limits
+from sera_core.data import size_limits
+from sera_core.data.size_limits import EXPANDED_VARIABLE, LEAST_EXPANDED, ROW_VARIABLE, Limits
 from sera_core.data.sources import read_rows, source_digest
 from sera_core.errors import InputError
 
@@ -139,7 +139,7 @@ def test_a_plain_file_is_limited_by_the_same_variable(tmp_path, monkeypatch, nam
 def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
     with (tmp_path / "p.jsonl").open("wb") as file:
         file.truncate(2**32 - 1)  # takes no room on disk
-    monkeypatch.setattr(expanding, "main_memory", lambda: (2.0**34, 2.0**31))
+    monkeypatch.setattr(size_limits, "main_memory", lambda: (2.0**34, 2.0**31))
     tracemalloc.start()
     refused(
         str(tmp_path / "p.jsonl"),
@@ -153,7 +153,7 @@ def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path, monkey
 
 
 def test_a_small_file_that_expands_beyond_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(expanding, "main_memory", lambda: (2.0**34, 2.0**25))
+    monkeypatch.setattr(size_limits, "main_memory", lambda: (2.0**34, 2.0**25))
     monkeypatch.setenv(EXPANDED_VARIABLE, str(2**40))
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b" " * 2**26))
     with pytest.raises(InputError, match=r"p\.jsonl\.gz: reading its [\d,]+ bytes needs 3 times"):
@@ -207,7 +207,7 @@ def test_a_download_that_never_ends_is_stopped_at_the_limit(endless, monkeypatch
 
 
 def test_a_download_stops_where_memory_does(endless, monkeypatch):
-    monkeypatch.setattr(expanding, "main_memory", lambda: (2.0**34, 2.0**25))
+    monkeypatch.setattr(size_limits, "main_memory", lambda: (2.0**34, 2.0**25))
     refused(f"{endless}/p.jsonl", "times as much memory, but 33,554,432 bytes are available")
 
 
