@@ -29,7 +29,7 @@ from sera_core.guards.urls import clean_sources
 DecisionName = Literal["promote", "hold", "roll_back", "stop"]
 STOP_REASONS = ("converged", "max_rounds", "degraded", "no_pairs", "budget", "reviewer")
 HEADLESS_DECISIONS: tuple[DecisionName, ...] = ("promote", "stop")
-"""Decisions allowed while no round is promoted: without a head, a hold or roll-back has no policy to keep."""
+"""Decisions allowed while no round is promoted: a hold or roll-back needs a head to keep or return to."""
 ALWAYS = ("data", "model", "pairs", "scored", "human", "mixture")
 """Step roles that every round has."""
 STEP_OF = {
@@ -478,7 +478,7 @@ class RunStore:
         if decision not in offered:
             raise InputError(
                 f"run {self.run!r}, round {round}: {decision!r} is not allowed, because no round is promoted "
-                f"yet and the run would have no head; answer {' or '.join(offered)}"
+                f"yet and the run would be without a head; answer {' or '.join(offered)}"
             )
 
     def ask(self, round: int, evidence: Mapping[str, Any], hours: float, default: str) -> dict[str, Any]:
