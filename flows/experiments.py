@@ -12,9 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from sera_core.artifacts.runs import flatten
 from sera_core.config import SeraConfig
+from sera_core.data.file_checks import refuse_special
 from sera_core.data.sources import bundled_file
-from sera_core.data.stand_ins import refuse_special
-from sera_core.effects import idle
+from sera_core.effects import ineffective_settings
 from sera_core.errors import InputError
 from sera_core.guards.urls import secret_in, without_secrets
 
@@ -52,7 +52,7 @@ def without_idle(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[s
     except ValidationError:
         return settings  # reported when the settings are checked
     named, result = flatten(changes), settings
-    for field, *_ in idle(config):
+    for field, *_ in ineffective_settings(config):
         section, _, name = field.partition(".")
         if field not in named and name in result.get(section, {}):
             result = {**result, section: {k: v for k, v in result[section].items() if k != name}}

@@ -1,4 +1,4 @@
-"""SeRA's mathematics, nouns and artifacts: no Prefect, no trainer, no sampling engine."""
+"""SeRA's mathematics, data handling and store. Imports no Prefect, no trainer and no sampling engine."""
 
 from typing import Any
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from sera_core.data.formats import FormatName, Reading
-from sera_core.effects import refuse_idle
+from sera_core.effects import refuse_ineffective
 from sera_core.extensions import is_own, own_function
 from sera_core.guards.urls import refuse_secrets, without_secrets
 
@@ -395,7 +395,7 @@ class SeraConfig(Part):
         if (info.context or {}).get("stored"):
             return self
         self.check_own_code()
-        refuse_idle(self)
+        refuse_ineffective(self)
         decide = self.decide
         if decide.review == "always" and decide.review_default in ("hold", "roll_back"):
             raise ValueError(

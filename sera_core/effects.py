@@ -1,7 +1,7 @@
-"""Which settings have an effect together with the others: one table, a row for each field that may have none.
+"""Refuse settings that would have no effect in combination with the other settings.
 
-A setting that would change nothing is refused: whoever wrote it expects something of it. Only values other
-than the default are asked about. Limits rob nothing of its effect: a run of one round may be given more.
+The user expects a setting to do something, so an ineffective one is an error. Only values other than the
+default are checked. Limits are not considered, because they can be raised later.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A field (dotted), when it has an effect, and that in words."""
+    """A field (dotted), the condition under which it has an effect, and that condition in words."""
 
     field: str
     when: "Callable[[SeraConfig], bool]"
@@ -24,7 +24,7 @@ class Row:
 
 
 def _generates(config: "SeraConfig") -> bool:
-    """Whether any round has generated pairs."""
+    """Whether any round uses generated pairs."""
     mix = config.mix
     return any(share > 0 for share in mix.shares or (mix.ramp_start, mix.ramp_end))
 
@@ -34,7 +34,7 @@ def _samples(config: "SeraConfig") -> bool:
 
 
 def _draws(config: "SeraConfig") -> bool:
-    """Whether the split, a subset, a rejected completion or flipped labels are drawn."""
+    """Whether the split, a subset, a rejected completion or flipped labels are drawn at random."""
     data = config.data
     splits = (not data.heldout and data.heldout_fraction > 0) or (not data.test and data.test_fraction > 0)
     limits = data.train_pairs is not None or data.heldout_pairs is not None or data.flip_fraction > 0
@@ -46,8 +46,8 @@ def _draws(config: "SeraConfig") -> bool:
     )
 
 
-GENERATED = "only where generated pairs are mixed in (a share above 0 in `mix`)"
-SAMPLED = "only where something is sampled (a share above 0 in `mix`, or evaluate.prompts above 0)"
+GENERATED = "only if generated pairs are mixed in (a share above 0 in `mix`)"
+SAMPLED = "only if something is sampled (a share above 0 in `mix`, or evaluate.prompts above 0)"
 
 
 OWN_READS = ("fraction", "min_margin", "direction")
@@ -61,7 +61,7 @@ def _selecting(section: str, name: str, rules: tuple[str, ...]) -> Row:
         return reads and (section == "select" or _generates(config))
 
     more = " and generated pairs are mixed in" if section == "select_generated" else ""
-    return Row(f"{section}.{name}", when, f"only where {section}.rule is {' or '.join(rules)}{more}")
+    return Row(f"{section}.{name}", when, f"only if {section}.rule is {' or '.join(rules)}{more}")
 
 
 def _selection_rows(section: str) -> list[Row]:
@@ -79,9 +79,9 @@ EFFECTS: tuple[Row, ...] = (
     Row(
         "data.heldout_fraction",
         lambda c: not (c.data.heldout and c.data.heldout_fraction),
-        "only where data.heldout is not given",
+        "only if data.heldout is not given",
     ),
-    Row("data.test_fraction", lambda c: not c.data.test, "only where data.test is not given"),
+    Row("data.test_fraction", lambda c: not c.data.test, "only if data.test is not given"),
     Row("data.prompts", _generates, GENERATED),
     Row(
         "data.completions",
@@ -91,19 +91,19 @@ EFFECTS: tuple[Row, ...] = (
     Row(
         "data.split_seed",
         _draws,
-        "only where a split, a subset, a rejected completion or flipped labels are drawn",
+        "only if a split, a subset, a rejected completion or flipped labels are drawn",
     ),
     Row(
         "data.on_overlap",
         lambda c: bool(c.data.heldout or c.data.test or c.data.prompts),
-        "only where data.heldout, data.test or data.prompts is given",
+        "only if data.heldout, data.test or data.prompts is given",
     ),
     Row(
         "review.reference",
         lambda c: c.score != "simpo",
         "except with the score simpo, which has no reference",
     ),
-    Row("review.ensemble", lambda c: c.review.gamma > 0, "only where review.gamma is above 0"),
+    Row("review.ensemble", lambda c: c.review.gamma > 0, "only if review.gamma is above 0"),
     *_selection_rows("select"),
     Row("select_generated.rule", _generates, GENERATED),
     *_selection_rows("select_generated"),
@@ -123,10 +123,10 @@ EFFECTS: tuple[Row, ...] = (
     Row(
         "mix.ramp_start",
         lambda c: not c.mix.shares and c.mix.ramp_rounds > 1,
-        "only where mix.shares is empty and the ramp takes more than one round",
+        "only if mix.shares is empty and the ramp takes more than one round",
     ),
-    Row("mix.ramp_end", lambda c: not c.mix.shares, "only where mix.shares is empty"),
-    Row("mix.ramp_rounds", lambda c: not c.mix.shares, "only where mix.shares is empty"),
+    Row("mix.ramp_end", lambda c: not c.mix.shares, "only if mix.shares is empty"),
+    Row("mix.ramp_rounds", lambda c: not c.mix.shares, "only if mix.shares is empty"),
     Row("mix.on_short", _generates, GENERATED),
     Row(
         "train.label_smoothing",
@@ -141,15 +141,13 @@ EFFECTS: tuple[Row, ...] = (
         lambda c: set(c.train.losses) != {"simpo"},
         "except with the loss simpo alone, which has no reference",
     ),
-    Row("evaluate.responses", lambda c: c.evaluate.prompts > 0, "only where evaluate.prompts is above 0"),
-    Row("evaluate.max_tokens", lambda c: c.evaluate.prompts > 0, "only where evaluate.prompts is above 0"),
-    Row(
-        "decide.review_hours", lambda c: c.decide.review != "never", "only where decide.review asks a person"
-    ),
+    Row("evaluate.responses", lambda c: c.evaluate.prompts > 0, "only if evaluate.prompts is above 0"),
+    Row("evaluate.max_tokens", lambda c: c.evaluate.prompts > 0, "only if evaluate.prompts is above 0"),
+    Row("decide.review_hours", lambda c: c.decide.review != "never", "only if decide.review asks a person"),
     Row(
         "decide.review_default",
         lambda c: c.decide.review != "never",
-        "only where decide.review asks a person",
+        "only if decide.review asks a person",
     ),
     Row(
         "execution.sampling_batch",
@@ -157,11 +155,11 @@ EFFECTS: tuple[Row, ...] = (
         f'with sampling.engine = "transformers", and {SAMPLED}',
     ),
 )
-"""Fields that a combination can rob of their effect. A field without a row always has one."""
+"""Fields that can be ineffective. A field without a row always has an effect."""
 
 
-def idle(config: "SeraConfig") -> list[tuple[str, Any, str]]:
-    """(field, value, when it has an effect) of every setting that was changed and would change nothing."""
+def ineffective_settings(config: "SeraConfig") -> list[tuple[str, Any, str]]:
+    """(field, value, when it has an effect) of every changed setting that has no effect."""
     found = []
     for row in EFFECTS:
         section, name = row.field.split(".")
@@ -177,15 +175,15 @@ def idle(config: "SeraConfig") -> list[tuple[str, Any, str]]:
     return found
 
 
-def refuse_idle(config: "SeraConfig") -> None:
+def refuse_ineffective(config: "SeraConfig") -> None:
     """Refuse settings without effect.
 
     Raises:
-        ValueError: names each of them, and when it would have an effect.
+        ValueError: lists each of them, and when it would have an effect.
     """
     lines = [
-        f"{field} = {_said(value)} changes nothing here: it has an effect {words}; remove it, or change that"
-        for field, value, words in idle(config)
+        f"{field} = {_said(value)} has no effect here: it has one {words}. Remove it, or change that"
+        for field, value, words in ineffective_settings(config)
     ]
     if lines:
         raise ValueError("\n".join(lines))

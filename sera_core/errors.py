@@ -4,12 +4,12 @@ from sera_core.guards.shown import shown
 
 
 class SeraError(Exception):
-    """Base of every error this project raises on purpose; the command line shows only its message."""
+    """Base class of this project's errors; the command line shows only the message."""
 
     exit_code = 1
 
     def __str__(self) -> str:
-        """The message as it may be shown: Prefect logs it, and keeps it as the message of a state."""
+        """The message with control characters escaped: Prefect logs it and stores it in the run's state."""
         return shown(super().__str__())
 
 
@@ -20,11 +20,11 @@ class InputError(SeraError, ValueError):
 
 
 class StoreError(SeraError, OSError):
-    """The store broke a promise: a wrong hash, a missing file, a refused write."""
+    """The store failed: a wrong hash, a missing file, a refused write."""
 
 
 class BusyError(SeraError, RuntimeError):
-    """Someone else holds the run (exit code 3)."""
+    """Another process holds the run (exit code 3)."""
 
     exit_code = 3
 

@@ -1,4 +1,4 @@
-"""The README's table of settings, made from the configuration itself.
+"""Generate the README's table of settings from the configuration classes.
 
 python -m sera_core.reference README.md      # writes it between the two markers
 """
@@ -18,7 +18,7 @@ BEGIN, END = "<!-- settings: made by `make reference` -->", "<!-- end of setting
 
 
 def settings_table() -> str:
-    """Every setting with its default and help text, a table a section."""
+    """Every setting with its default and help text, one table per section."""
     lines: list[str] = []
     for name, field in SeraConfig.model_fields.items():
         section = _section(field)
@@ -60,7 +60,7 @@ def _literals(annotation: Any) -> tuple[Any, ...]:
 
 
 def with_table(text: str) -> str:
-    """The README's text with the table between its markers renewed.
+    """The README's text with the table between the markers replaced.
 
     Raises:
         ValueError: a marker is missing.

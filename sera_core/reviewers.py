@@ -1,6 +1,6 @@
-"""From stored log-probabilities to rewards, margins and the ledger of a selection.
+"""Compute rewards, margins and the selection's ledger from stored log-probabilities.
 
-The one place where policies, references and ensembles meet.
+The only place that combines policies, references and ensembles.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,19 +27,19 @@ from sera_core.method.selection import Selection, select
 
 Nats = np.ndarray
 Sweep = Callable[[Nats], float]
-"""Mean length difference, in tokens, of the pairs that these rewards would make; nan without any."""
+"""sweep(rewards): mean length difference, in tokens, of the pairs these rewards would give; nan if none."""
 NOISE = "margin_noise_nats"
-"""Metric of a review: what a human pair's margin stays below by noise alone; `…_generated` of a pairing."""
+"""Metric of a review: noise floor of a human pair's margin, in nats; `…_generated` for generated pairs."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Rewards of responses under the newest policy, and under the ensemble (which orders pairs)."""
+    """Rewards of responses under the newest policy, and under the ensemble (used to rank pairs)."""
 
     reward: Nats
     ensemble: Nats
     penalty: dict[str, Any] | None
-    """DICE's sweep: alphas (nats a token), mean length differences (tokens), and the alpha taken."""
+    """DICE's sweep: alphas (nats per token), mean length differences (tokens), and the chosen alpha."""
 
 
 def judge_responses(
@@ -53,8 +53,8 @@ def judge_responses(
 ) -> Judgement:
     """Rewards β·s of every response, newest policy first.
 
-    Scores are rounded without β (1e-6 nats, an average a token 1e-9), so that neither ties nor margins hang
-    on the last bits or on β.
+    Scores are rounded without β (to 1e-6 nats; per-token averages to 1e-9), so that ties and margins do not
+    depend on the last bits or on β.
 
     Args:
         score: one of `rewards.SCORES`.
@@ -63,8 +63,8 @@ def judge_responses(
         policies: log π_k(y|x) for each policy, in nats.
         references: log π_ref,k(y|x) likewise; empty for simpo.
         tokens: length of each response in tokens.
-        sweep: with DICE's length penalty, what it is fitted by (`sweep_of_responses`, `sweep_of_pairs`); None
-            for no penalty.
+        sweep: the function that DICE's length penalty is fitted with (`sweep_of_responses`,
+            `sweep_of_pairs`); None for no penalty.
     """
     refs: Sequence[Nats | None] = references or [None] * len(policies)
     rewards = [
@@ -83,7 +83,7 @@ def judge_responses(
 
 
 def rounding(score: str) -> float:
-    """What a score without β is rounded to, in nats: a sum over tokens, or an average a token."""
+    """Rounding step of a score without β, in nats: of a sum over tokens, or of a per-token average."""
     return 1e-6 if score == "implicit" else 1e-9
 
 
@@ -92,21 +92,21 @@ def _fit_penalty(rewards: Nats, tokens: np.ndarray, sweep: Sweep) -> dict[str, A
     finite = np.isfinite(rewards)
     alphas = penalty_grid(rewards[finite], tokens[finite]) if finite.any() else np.zeros(1)
     differences = np.array([sweep(rewards - alpha * tokens) for alpha in alphas], dtype=np.float64)
-    told = [None if np.isnan(value) else value for value in differences.tolist()]
+    finite_differences = [None if np.isnan(value) else value for value in differences.tolist()]
     return {
         "alpha": nearest_zero(alphas, differences),
         "alphas": alphas.tolist(),
-        "length_differences": told,
+        "length_differences": finite_differences,
     }
 
 
 def sweep_of_responses(tokens: np.ndarray, prompts: np.ndarray, usable: np.ndarray) -> Sweep:
-    """Mean of |best| − |worst| in tokens over prompts, of the responses that may be paired.
+    """Mean of |best| − |worst| in tokens over prompts, for the responses that may be paired.
 
     Args:
         tokens: length of each response.
         prompts: number of each response's prompt.
-        usable: which may be paired; what has no finite reward is left out too.
+        usable: which may be paired; responses without a finite reward are excluded too.
     """
 
     def difference(rewards: Nats) -> float:
@@ -123,12 +123,12 @@ def sweep_of_pairs(
 ) -> Sweep:
     """Mean of |y_w| − |y_l| in tokens over the human pairs that the selection would keep.
 
-    The labels are given, so what a penalty can balance is which pairs stay.
+    The labels are fixed, so a penalty can only change which pairs are kept.
 
     Args:
         tokens: length of each response, chosen and rejected in turn.
-        rules: arguments of `select`, its rule included.
-        seed: of the selection.
+        rules: arguments of `select`, including its rule.
+        seed: seed of the selection.
     """
 
     def difference(rewards: Nats) -> float:
@@ -154,13 +154,13 @@ def probed_noise(
     Args:
         score, beta, weights: as in `judge_responses`.
         ids: key of each response.
-        policies: log π_k(y|x) as the ensemble reads them, newest first.
+        policies: log π_k(y|x) of the ensemble's policies, newest first.
         references: log π_ref,k(y|x) likewise; empty for simpo.
-        probes: the same of a few responses in float32, tables of id, logps and tokens by name:
-            `exact-policy-000`, … and `exact-ref-000`, …; empty where nothing was probed.
+        probes: the same for a few responses in float32, tables of id, logps and tokens by name:
+            `exact-policy-000`, … and `exact-ref-000`, …; empty if there is no probe.
 
     Raises:
-        SeraError: a probe is of other responses.
+        SeraError: a probe has other responses.
     """
     if not probes:
         return Noise(0.0, 0)
@@ -169,7 +169,7 @@ def probed_noise(
     places = dict.fromkeys(probed)
     places |= {id: row for row, id in enumerate(ids) if id in places}
     if None in places.values() or any(table["id"] != first["id"] for table in probes.values()):
-        raise SeraError("the noise probe is of other responses than those reviewed; delete that step")
+        raise SeraError("the noise probe has other responses than the review; delete that step and run again")
     tokens = first["tokens"].to_numpy().astype(np.int64)
     rows = np.array([places[id] for id in probed], dtype=np.int64)
 
@@ -191,11 +191,11 @@ def probed_noise(
 
 
 def prompt_groups(pairs: Path, pair_ids: Sequence[str]) -> np.ndarray:
-    """Number of each pair's prompt group (as the split has them): pairs of one group move together.
+    """Number of each pair's prompt group (as in the split); pairs of one group are not independent.
 
     Args:
-        pairs: a file with the columns `pair_id` and `prompt` that holds all the pairs.
-        pair_ids: the pairs, in the order wanted.
+        pairs: a file with the columns `pair_id` and `prompt` and all the pairs.
+        pair_ids: the pairs, in output order.
     """
     keys = {
         row["pair_id"]: group_key(row["prompt"]) for row in schema.iter_rows(pairs, ["pair_id", "prompt"])
@@ -206,7 +206,7 @@ def prompt_groups(pairs: Path, pair_ids: Sequence[str]) -> np.ndarray:
 
 
 def interleaved(table: pa.Table) -> tuple[Nats, Nats]:
-    """(chosen, rejected) log-probabilities of a logps table of pairs, whose rows alternate."""
+    """(chosen, rejected) log-probabilities from a logps table of pairs, whose rows alternate."""
     values = table["logps"].to_numpy()
     return values[0::2], values[1::2]
 

@@ -1,1 +1,1 @@
-"""The steps of a round, one capability a file: each reads refs from the store and writes one step."""
+"""The step functions of a round. Each reads its inputs from the store and writes one step."""

@@ -1,11 +1,10 @@
-"""Preference data into the store: read, checked, divided (`load_pairs`), then turned into token ids
-(`render_pairs`).
+"""Read, check and split preference data (`load_pairs`), then tokenise it (`render_pairs`).
 
-Every row read is either on a side or in dropped.parquet with its reason; the counts say so:
+Every row is either on a side or in dropped.parquet with its reason, so that
 
     read = train + heldout + test + prompts + Σ reasons
 
-Files are sorted by (prompt_id, pair_id): what the sources hold decides the bytes, not the order of rows.
+Files are sorted by (prompt_id, pair_id), so their bytes do not depend on the order of the source rows.
 """
 
 import json
@@ -33,7 +32,7 @@ from sera_core.data.preferences import (
     Pair,
     drop_degenerate,
     drop_repeated_prompts,
-    order,
+    sort_key,
     under_both_labels,
 )
 from sera_core.data.sources import read_source
@@ -62,7 +61,7 @@ Row = dict[str, Any]
 
 
 def load_pairs(attempt: Attempt) -> list[str]:
-    """Read the sources, refuse what is malformed, drop what is degenerate, and divide the rest into sides."""
+    """Read the sources, refuse malformed rows, drop degenerate pairs, and split the rest into sides."""
     fields = attempt.fields
     dropped: list[Drop] = []
     attempt.metrics |= {"formats": {}, "repeated_prompts": 0}
@@ -80,9 +79,9 @@ def load_pairs(attempt: Attempt) -> list[str]:
     sides["train"], flipped = flip_labels(sides["train"], fields["flip_fraction"], fields["split_seed"])
 
     for side in PAIR_SIDES:
-        rows = [_pair_row(pair) for pair in sorted(sides[side], key=order)]
+        rows = [_pair_row(pair) for pair in sorted(sides[side], key=sort_key)]
         schema.write_table(schema.from_rows(schema.PAIRS, rows), attempt.write(f"{side}.parquet"))
-    prompts = [{"prompt_id": p.prompt_id, "prompt": p.prompt} for p in sorted(sides["prompts"], key=order)]
+    prompts = [{"prompt_id": p.prompt_id, "prompt": p.prompt} for p in sorted(sides["prompts"], key=sort_key)]
     schema.write_table(schema.from_rows(schema.PROMPTS, prompts), attempt.write("prompts.parquet"))
     _write_dropped(
         attempt, [_ledger_row("data", d.side, d.item.pair_id, d.item.prompt_id, d.reason) for d in dropped]
@@ -94,7 +93,7 @@ def load_pairs(attempt: Attempt) -> list[str]:
 
 
 def _read_side(attempt: Attempt, side: str, dropped: list[Drop], unmapped: list[set[str]]) -> list[Any]:
-    """The pairs (or prompts) of one side's sources, without repetitions; adds to the count of rows read."""
+    """Distinct pairs (or prompts) of one side's sources; updates the counts and metrics."""
     items: list[Any] = []
     formats = Counter[str]()
     sources = attempt.spec.where["sources"][side]
@@ -121,8 +120,8 @@ def _read_source(attempt: Attempt, side: str, path: str, source: Mapping[str, An
     digest, rows = read_source(path, source["split"])
     if digest != source["digest"]:
         raise InputError(
-            f"data.{side}: {path} changed while running (digest {digest[:12]}… where "
-            f"{source['digest'][:12]}… was read at the start); leave the file alone and run again"
+            f"data.{side}: {path} changed during the run (digest {digest[:12]}…, at the start "
+            f"{source['digest'][:12]}…); do not modify the file, and run again"
         )
     attempt.counts["read"] += len(rows)
     read = read_prompts if side == "prompts" else read_pairs
@@ -135,7 +134,7 @@ def _reading(fields: Mapping[str, Any]) -> Reading:
 
 
 def _apart(given: dict[str, list[Any]], on_overlap: str, dropped: list[Drop]) -> dict[str, list[Any]]:
-    """The given sources without shared prompts. Test gives way to nothing, held-out to test, train to all."""
+    """Remove shared prompts between the given sides: from held-out if in test, from train if in any other."""
     for side, names in (
         ("heldout", ("test",)),
         ("prompts", ("heldout", "test")),
@@ -148,14 +147,14 @@ def _apart(given: dict[str, list[Any]], on_overlap: str, dropped: list[Drop]) ->
 
 
 def _divide(given: dict[str, list[Any]], fields: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Split off train what is not given."""
+    """Split held-out and test sides off train, unless they are given."""
     if not given["train"]:
         return given
     fractions = {side: 0.0 if fields[side] else fields[f"{side}_fraction"] for side in ("heldout", "test")}
     if fractions["heldout"] > 0 and len(groups_of(given["train"])) == 1:
         raise InputError(
-            "data.train: all pairs share one prompt, whose pairs stay on one side, so none can be held out; "
-            "give data.heldout, or pairs of more prompts"
+            "data.train: all pairs have the same prompt and must stay on one side, so none can be held out; "
+            "set data.heldout, or add pairs with other prompts"
         )
     split = split_groups(given["train"], fractions["heldout"], fractions["test"], fields["split_seed"])
     given["train"] = split["train"]
@@ -175,14 +174,12 @@ def _limit(sides: dict[str, list[Any]], fields: Mapping[str, Any], dropped: list
 def _refuse_empty(
     sides: Mapping[str, Sequence[Any]], fields: Mapping[str, Any], dropped: Sequence[Drop]
 ) -> None:
-    """A side that was given must not come out empty: nothing could be done with it."""
+    """Refuse a side that was given but has no usable row."""
     for side, items in sides.items():
         if fields[side] and not items:
             why = Counter(drop.reason for drop in dropped if drop.side == side)
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(why.items()))
-            raise InputError(
-                f"data.{side}: no row is left ({reasons}); give rows that can be used, or other settings"
-            )
+            raise InputError(f"data.{side}: no row is left ({reasons}); correct the rows or the settings")
 
 
 def _measure_groups(attempt: Attempt, sides: Mapping[str, Sequence[Any]], flipped: int) -> None:
@@ -202,7 +199,7 @@ def _pair_row(pair: Pair) -> dict[str, Any]:
 
 
 def _ledger_row(step: str, side: str, pair_id: str | None, prompt_id: str, reason: str) -> dict[str, Any]:
-    """A row of the ledger; its stage is the step's name, with the side behind it unless that is train."""
+    """A ledger row; its stage is the step's name, followed by the side unless that is train."""
     stage = step if side == "train" else f"{step}_{side}"
     row = {"pair_id": pair_id, "prompt_id": prompt_id, "stage": stage, "reason": reason}
     return row | {"origin": "human", "round": 0, "kept": False}
@@ -223,9 +220,9 @@ def _count(attempt: Attempt, sides: Mapping[str, Sequence[Any]], reasons: Iterab
 
 
 def render_pairs(attempt: Attempt) -> list[str]:
-    """Turn every side into token ids, and drop (or cut) what is too long, empty or equal as tokens.
+    """Tokenise every side, and drop (or cut) rows that are too long, empty or equal as tokens.
 
-    prompts.parquet holds what may be sampled from: each prompt of a train pair once, and prompt-only rows.
+    prompts.parquet has the prompts for sampling: each distinct train prompt, and prompt-only rows.
     """
     from sera_core.data.rendering import Renderer
 
@@ -256,7 +253,7 @@ def render_pairs(attempt: Attempt) -> list[str]:
 def _render_side(
     attempt: Attempt, renderer: "Renderer", side: str, rows: Sequence[Row], dropped: list[Row]
 ) -> list[Row]:
-    """The side's rows with token ids; what cannot be used goes to `dropped` with its reason."""
+    """The side's usable rows with token ids; the others go to `dropped` with their reason."""
     kept, reasons = [], Counter[str]()
     for start in range(0, len(rows), ROWS_AT_ONCE):
         attempt.progress(start, len(rows), f"{side} rows")
@@ -280,7 +277,7 @@ def _texts(row: Row) -> list[Message]:
 
 
 def _with_ids(renderer: "Renderer", rows: Sequence[Row]) -> list[Row]:
-    """Pairs or prompts with their token ids, of whatever length."""
+    """Pairs or prompts with their token ids, of any length."""
     if "pair_id" not in rows[0]:
         return [_with_prompt_ids(renderer, row) for row in rows]
     try:
@@ -299,7 +296,7 @@ def _with_prompt_ids(renderer: "Renderer", row: Row) -> Row:
 
 
 def _name_the_pair(renderer: "Renderer", rows: Sequence[Row]) -> None:
-    """Say which of several pairs the chat template refuses."""
+    """Raise an error that names the pair which the chat template rejects."""
     for row in rows:
         try:
             renderer.render_pairs([row])
@@ -308,7 +305,7 @@ def _name_the_pair(renderer: "Renderer", rows: Sequence[Row]) -> None:
 
 
 def _unusable(attempt: Attempt, renderer: "Renderer", row: Row) -> str | None:
-    """The reason why a row with its ids cannot be used, if there is one; long answers are cut here."""
+    """Reason why a tokenised row is unusable, or None; cuts long answers."""
     fields = attempt.fields
     if len(row["prompt_ids"]) > fields["max_prompt_tokens"]:
         return "prompt_too_long"
@@ -332,7 +329,7 @@ def _unusable(attempt: Attempt, renderer: "Renderer", row: Row) -> str | None:
 def _refuse_equal(row: Row, on_equal: str, cut: bool) -> None:
     if on_equal == "refuse":
         after = " after the cut at data.max_response_tokens" if cut else ""
-        length = len(row["prompt"][-1]["content"])  # never a text: the message is shown in Prefect
+        length = len(row["prompt"][-1]["content"])  # not the text itself: Prefect shows the message
         raise InputError(
             f"pair {row['pair_id']} (its prompt ends in a message of {length:,} characters): chosen and "
             f'rejected are the same tokens{after}; remove the row, or set data.on_equal = "drop"'

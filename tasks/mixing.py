@@ -1,4 +1,4 @@
-"""Mix human and generated pairs at the round's share, and account for every pair and prompt in one ledger."""
+"""Mix human and generated pairs at the round's share, and write one ledger of all pairs and prompts."""
 
 import json
 import tempfile
@@ -20,10 +20,10 @@ from sera_core.method.mixing import mix, training_order
 
 
 def mix_pairs(attempt: Attempt) -> list[str]:
-    """Write mixture.parquet (pairs trained on, in order) and ledger.parquet (each pair and prompt, and why).
+    """Write mixture.parquet (training pairs in order) and ledger.parquet (each pair and prompt, with reason).
 
-    When the share asks for generated pairs and there are none, or nothing is left at all, the record says
-    `no_pairs` and the mixture is empty.
+    If the share needs generated pairs and there are none, or no pair is left, the record says `no_pairs` and
+    the mixture is empty.
     """
     fields = attempt.fields
     human = _Side(attempt, "human")
@@ -55,7 +55,7 @@ def mix_pairs(attempt: Attempt) -> list[str]:
 
 
 class _Side:
-    """The pairs of one origin: their selection, and what the mix takes."""
+    """The pairs of one origin, and which of them are selected and mixed."""
 
     def __init__(self, attempt: Attempt, origin: str) -> None:
         self._attempt, self._origin = attempt, origin
@@ -70,32 +70,32 @@ class _Side:
             self.ids = strings(path, schema.LEDGER, "pair_id")[kept]
             self._turned = (strings(path, schema.LEDGER, "reason") == "relabelled")[kept]
             ranks = numbers(path, schema.LEDGER, "rank")[kept].astype(np.int64)
-        # Without an order of its own the rule's kept pairs are drawn from: equal places, a seeded order.
+        # A rule without an order: all places are equal, so the mix takes a seeded draw.
         self.places = ranks if origin in attempt.fields["by_rank"] else np.zeros_like(ranks)
         self._over = np.empty(0, dtype=np.int64)
 
     def drop(self, over_share: np.ndarray) -> None:
-        """Mark the kept pairs the share had no room for."""
+        """Mark selected pairs beyond the share as dropped."""
         self._over = self._kept[over_share]
 
     def ledger(self) -> Iterator[pa.Table]:
-        """The selection's ledger, with what the mix dropped of it."""
+        """The selection's ledger, with the pairs dropped by the mix."""
         first = 0
         for table in row_groups(self._ledger, schema.LEDGER) if self._ledger else ():
             over = np.zeros(table.num_rows, dtype=bool)
             low, high = np.searchsorted(self._over, [first, first + table.num_rows])
             over[self._over[low:high] - first] = True
             first += table.num_rows
-            told = {"kept": False, "reason": "over_share", "stage": "mix"}
-            for name, value in told.items() if over.any() else ():
+            dropped = {"kept": False, "reason": "over_share", "stage": "mix"}
+            for name, value in dropped.items() if over.any() else ():
                 column = [value if o else v for o, v in zip(over, table[name].to_pylist(), strict=True)]
                 table = _with(table, name, column)
             yield table
 
     def pairs(self, taken: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        """The taken pairs as they are trained on, in the file's order: (number within taken, rows).
+        """The taken pairs for training, in the file's order: (number within taken, rows).
 
-        Relabelled ones are turned; reference log-probabilities stand beside each.
+        Relabelled pairs are swapped; each row has reference log-probabilities.
 
         Args:
             taken: indices into `ids`.
@@ -114,13 +114,13 @@ class _Side:
                     yield places[rows], references.beside(table.take(rows), places[rows], turn)
         if found != taken.size:
             raise SeraError(
-                f"{self._pairs_path()}: holds {found} of the {taken.size} {self._origin} pairs that the "
+                f"{self._pairs_path()}: has {found} of the {taken.size} {self._origin} pairs that the "
                 "selection kept; delete that step and run again"
             )
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns of the pairs' file as it holds them."""
+        """Schema of the pairs' file."""
         return pq.read_schema(self._pairs_path())
 
     def _pairs_path(self) -> Path:
@@ -130,7 +130,7 @@ class _Side:
 
 
 class _References:
-    """Reference log-probabilities of the taken pairs by side, in nats; absent without a source."""
+    """Reference log-probabilities of the taken pairs by side, in nats; null without a source."""
 
     def __init__(self, attempt: Attempt, origin: str, lookup: Lookup, count: int, pairs: Path) -> None:
         self._attempt, self._lookup, self._pairs = attempt, lookup, pairs
@@ -143,7 +143,7 @@ class _References:
             self._read_logps(attempt.input(name).path("logps.parquet"))
 
     def beside(self, pairs: pa.Table, places: np.ndarray, turn: bool) -> pa.Table:
-        """Rows of the mixture: the pairs at these places, with the sides exchanged if they turn."""
+        """Rows of the mixture: the pairs at these places, with chosen and rejected swapped if `turn`."""
         sides = ("rejected", "chosen") if turn else ("chosen", "rejected")
         source = {"chosen": sides[0], "rejected": sides[1]}
         source |= {f"{side}_ids": f"{source[side]}_ids" for side in ("chosen", "rejected")}
@@ -155,7 +155,7 @@ class _References:
         return pa.Table.from_arrays(columns, schema=schema.as_held(schema.MIXTURE, pairs.schema))
 
     def _read_logps(self, path: Path) -> None:
-        """Of a file whose rows are the chosen and the rejected response of each pair in turn."""
+        """Read a file whose rows alternate between chosen and rejected response of each pair."""
         for table in row_groups(path, schema.LOGPS):
             ids = [id.removesuffix("/chosen") for id in table["id"].to_pylist()[0::2]]
             places = self._lookup.places(np.array(ids, dtype=np.str_))
@@ -166,7 +166,7 @@ class _References:
                 self._known[side, places[rows]] = known[side::2][rows]
 
     def _read_samples(self, column: str) -> None:
-        """Values that stand in responses.parquet already: no policy runs twice on a response."""
+        """Read values from responses.parquet, where they are already computed."""
         made = self._attempt.input("responses")
         keys, where = np.unique(self._sample_keys(), return_inverse=True)
         samples, values = Lookup(keys), np.zeros(keys.size)
@@ -179,7 +179,7 @@ class _References:
             known[places[rows]] = table[column].is_valid().to_numpy()[rows]
             seen[places[rows]] = True
         if not seen.all():
-            raise SeraError(f"sample {keys[~seen][0]}: in a pair, but not in responses.parquet")
+            raise SeraError(f"sample {keys[~seen][0]}: used in a pair, but missing in responses.parquet")
         self._values, self._known = values[where], known[where]
 
     def _sample_keys(self) -> np.ndarray:
@@ -221,9 +221,9 @@ def _write_mixture(attempt: Attempt, taken: dict[_Side, np.ndarray], total: int)
 
 
 def _write_ledger(attempt: Attempt, human: _Side, generated: _Side) -> dict[str, Any]:
-    """Every input pair, generated pair and prompt without one: kept or dropped, where and why.
+    """Write the ledger of every input pair, generated pair and prompt without a pair.
 
-    Returns how many of the dropped human pairs had a turned label, and how many chance would have dropped.
+    Returns how many of the dropped human pairs had a flipped label, and how many are expected by chance.
     """
     flipped = set(json.loads(attempt.input("rendered").path("flipped.json").read_text()))
     counts: Counter[tuple[bool, bool]] = Counter()
@@ -251,14 +251,14 @@ def _ledger(attempt: Attempt, human: _Side, generated: _Side) -> Iterator[pa.Tab
 
 
 def _with(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
-    """The table with another column in the place of one."""
+    """The table with one column replaced."""
     place = table.schema.get_field_index(name)
     field = table.schema.field(place)
     return table.set_column(place, field, pa.array(values, type=field.type))
 
 
 def _flips(counts: Counter[tuple[bool, bool]]) -> dict[str, Any]:
-    """Args: counts: of judged human pairs by (turned label, kept)."""
+    """Metrics of flipped labels. `counts`: number of human pairs by (flipped label, kept)."""
     dropped = counts[True, False] + counts[False, False]
     share = (counts[True, True] + counts[True, False]) / max(1, counts.total())
     return {

@@ -1,4 +1,4 @@
-"""Bring the start policy into the store as a plain folder."""
+"""Copy the start policy into the store as a policy folder."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def import_model(attempt: Attempt) -> list[str]:
     """Write policy/ (config, safetensors, tokenizer, chat template) from the model source.
 
     Raises:
-        InputError: the source cannot be used, its weights do not fit its configuration, or it changed since
+        InputError: the source cannot be used, its weights do not match its configuration, or it changed since
             the run was planned.
     """
     where, folder = attempt.spec.where, attempt.write("policy/config.json").parent
@@ -25,7 +25,7 @@ def import_model(attempt: Attempt) -> list[str]:
         _set_template(folder, template)
     files = [f"policy/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()]
     load_tokenizer(folder)
-    load_policy(folder, device="meta")  # every tensor is there and has its shape; no weights are read
+    load_policy(folder, device="meta")  # checks names and shapes of all tensors without reading weights
     attempt.counts["files"] = len(files)
     return files
 

@@ -1,4 +1,4 @@
-"""Pairs out of the policy's own answers: its best with its worst, by its own reward."""
+"""Make pairs from the policy's responses: by default the best with the worst by implicit reward."""
 
 import hashlib
 import json
@@ -28,25 +28,25 @@ from sera_core.reviewers import (
 
 FILES = ["responses.parquet", "pairs.parquet", "pair_samples.parquet", "scored.parquet", "ledger.parquet"]
 PAIRS_AT_ONCE = 256
-"""Pairs whose texts are in memory at one time."""
+"""Pairs whose texts are in memory at once."""
 
 
 class _Samples:
-    """The responses by number: what pairing reads of each; texts and token ids stay in the file."""
+    """The responses by number, without their texts and token ids, which stay in the file."""
 
     def __init__(self, attempt: Attempt) -> None:
         self.path = attempt.input("samples").path("responses.parquet")
         ids = strings(self.path, schema.RESPONSES, "prompt_id")
         self.prompts, self.index = np.unique(ids, return_inverse=True)
-        """Distinct prompt_ids, ascending; and the number of each response's."""
+        """Distinct prompt_ids, ascending, and the prompt number of each response."""
         self.sample = self._numbers("sample")
         self.tokens = self._numbers("tokens")
         self.logps = self._numbers("policy_logps")
         self.empty, self.cut, self.distinct = self._read()
         self.usable = ~self.empty if attempt.fields["allow_cut"] else ~self.empty & ~self.cut
-        """Whether a response has text, and ended by itself where that is asked for."""
+        """Whether a response has text and, if required, was not cut at the limit."""
         if np.count_nonzero(np.diff(self.index)) + 1 > max(1, self.prompts.size):
-            raise SeraError(f"{self.path}: a prompt's responses do not stand together; sample again")
+            raise SeraError(f"{self.path}: the responses of a prompt are not consecutive; sample again")
 
     def __len__(self) -> int:
         return self.index.size
@@ -59,7 +59,7 @@ class _Samples:
         return numbers(self.path, schema.RESPONSES, name)
 
     def _read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each response: no text, cut by the limit, and a number that is equal for equal token ids."""
+        """For each response: whether it is empty, whether it was cut, and a hash of its token ids."""
         empty, cut, distinct = (np.zeros(len(self), dtype=kind) for kind in (bool, bool, np.int64))
         first, names = 0, ["response", "finish_reason", "response_ids"]
         for table in row_groups(self.path, schema.RESPONSES, names):
@@ -76,7 +76,7 @@ def _hash(ids: list[int]) -> int:
 
 
 def pair_samples(attempt: Attempt) -> list[str]:
-    """Write the judged responses, the generated pairs with margins, and a ledger of prompts without one."""
+    """Write the responses with rewards, the generated pairs with margins, and a ledger of other prompts."""
     samples = _Samples(attempt)
     policies, references = _inputs(attempt, samples)
     judged = _judge(attempt, samples, policies, references)
@@ -104,9 +104,9 @@ def pair_samples(attempt: Attempt) -> list[str]:
 
 
 def _inputs(attempt: Attempt, samples: _Samples) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """log π of every response, newest first: policies' and references'.
+    """log π of every response under policies and references, newest first.
 
-    The newest policy's come with the samples unless scored apart.
+    The newest policy's values come from the sampler, unless the samples were scored separately.
     """
     inputs = sorted(attempt.spec.inputs)
     policies = [_values(attempt, name) for name in inputs if name.startswith("policy-")]
@@ -119,7 +119,7 @@ def _inputs(attempt: Attempt, samples: _Samples) -> tuple[list[np.ndarray], list
 def _judge(
     attempt: Attempt, samples: _Samples, policies: list[np.ndarray], references: list[np.ndarray]
 ) -> Judgement:
-    """Rewards of every response; the metrics tell the noise in a generated pair's margin."""
+    """Rewards of every response; sets the metric for the noise in a generated pair's margin."""
     fields = attempt.fields
     sweep, tokens = None, samples.tokens.astype(np.int64)
     if fields["length_penalty"] == "dice":
@@ -183,7 +183,7 @@ def _lists(values: list[np.ndarray], rows: slice, count: int) -> list[list[float
 
 
 def _valid(attempt: Attempt, samples: _Samples, judged: Judgement) -> np.ndarray:
-    """A response may be paired when it has text, ended by itself (or may be cut), and has a finite reward."""
+    """Whether a response may be paired: has text, is not cut (unless allowed), and has a finite reward."""
     finite = np.isfinite(judged.ensemble)
     attempt.metrics |= {
         "responses": len(samples),
@@ -207,7 +207,7 @@ def _seeds(attempt: Attempt, prompts: np.ndarray) -> dict[int, int] | None:
 def _write_pairs(
     attempt: Attempt, samples: _Samples, chosen: np.ndarray, rejected: np.ndarray, reasons: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Write the pairs; returns the numbers of their responses, (chosen, rejected). `reasons` is amended."""
+    """Write the pairs; returns the numbers of their responses, (chosen, rejected). Updates `reasons`."""
     order = np.lexsort((rejected, chosen))
     chosen, rejected = chosen[order], rejected[order]
     kept = np.zeros(chosen.size, dtype=bool)
@@ -224,7 +224,7 @@ def _write_pairs(
                 prompt = samples.index[chosen[number]]
                 if prompt != last:
                     last, seen = prompt, set()
-                if pair["chosen"] == pair["rejected"]:  # other token ids, the same text
+                if pair["chosen"] == pair["rejected"]:  # same text with different token ids
                     reasons[prompt] = "equal_text"
                 elif pair["pair_id"] not in seen:
                     seen.add(pair["pair_id"])
@@ -251,10 +251,10 @@ class _Sources:
     def pairs(
         self, chosen: np.ndarray, rejected: np.ndarray
     ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """(row of pairs.parquet, row of pair_samples.parquet) of each."""
+        """(row of pairs.parquet, row of pair_samples.parquet) of each pair."""
         places = self._lookup.places(self._samples.prompts[self._samples.index[chosen]])
         if (places < 0).any():
-            raise SeraError(f"{self._samples.path}: answers a prompt that is not among the rendered ones")
+            raise SeraError(f"{self._samples.path}: has a response to a prompt that is not rendered")
         prompts = self._prompts.take(places)
         responses = self._responses.take(np.concatenate([chosen, rejected]))
         for prompt, best, worst in zip(
@@ -309,7 +309,7 @@ def _write_scored(
 
 
 def _write_ledger(attempt: Attempt, prompts: np.ndarray, reasons: np.ndarray) -> None:
-    """Prompts that gave no pair, and why (the pairs themselves are in the selection's ledger)."""
+    """Write the prompts without a pair and the reason (pairs are in the selection's ledger)."""
     attempt.counts["prompts"] = prompts.size
     counts = Counter(map(str, reasons))
     attempt.counts.update({f"prompts/{reason}": count for reason, count in counts.items()})

@@ -1,4 +1,4 @@
-"""Review human pairs by the policy's own probabilities, and select the ones it prefers clearly."""
+"""Score human pairs with the policy's log-probabilities, and select pairs by margin."""
 
 import json
 from typing import Any
@@ -76,7 +76,7 @@ def review_pairs(attempt: Attempt) -> list[str]:
 
 
 def select_pairs(attempt: Attempt) -> list[str]:
-    """Write ledger.parquet: for each scored pair its rank, kept or dropped, and why."""
+    """Write ledger.parquet: rank, kept or dropped, and reason of each scored pair."""
     fields = attempt.fields
     scored = schema.read_table(attempt.input("review").path("scored.parquet"), schema.SCORED)
     prompts = _prompt_ids(attempt)
@@ -105,7 +105,7 @@ def _prompt_ids(attempt: Attempt) -> dict[str, str]:
 
 
 def _sweep(attempt: Attempt, pair_ids: list[str], tokens: np.ndarray) -> Sweep | None:
-    """What DICE's penalty is fitted by: the lengths of the pairs that this round's selection would keep."""
+    """The sweep for DICE's penalty: lengths of the pairs that this round's selection would keep."""
     if attempt.fields["length_penalty"] != "dice":
         return None
     tokens = tokens.astype(np.int64)
@@ -113,7 +113,7 @@ def _sweep(attempt: Attempt, pair_ids: list[str], tokens: np.ndarray) -> Sweep |
 
 
 def _noise(record: StepRecord) -> float:
-    """The noise floor of the margins a review or pairing step wrote, in nats; 0 where none was measured."""
+    """Noise floor of the margins of a review or pairing step, in nats; 0 if not measured."""
     return max([0.0, *(value for name, value in record.metrics.items() if name.startswith(NOISE))])
 
 
@@ -126,12 +126,13 @@ def _probes(attempt: Attempt) -> dict[str, pa.Table]:
 
 
 def _logps(attempt: Attempt, name: str, pairs: pa.Table) -> pa.Table:
-    """The log-probabilities under one policy, checked to be those of these pairs in this order."""
+    """Log-probabilities under one policy, after a check that they belong to these pairs in this order."""
     table = schema.read_table(attempt.input(name).path("logps.parquet"), schema.LOGPS)
     ids = table["id"].to_pylist()
     expected = [f"{pair}/{side}" for pair in pairs["pair_id"].to_pylist() for side in ("chosen", "rejected")]
     if ids != expected:
         raise SeraError(
-            f"{name}: its log-probabilities are not those of the pairs under review; delete that step"
+            f"{name}: its log-probabilities belong to other pairs than the review; delete that step and run "
+            "again"
         )
     return table

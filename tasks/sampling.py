@@ -1,7 +1,7 @@
-"""A policy's own answers: R responses a prompt, each with its token ids, its seed and its log-probability.
+"""Sample R responses per prompt from a policy, each with token ids, seed and log-probability.
 
-Work is cut into shards of a fixed number of prompts in prompt_id order; a finished shard is committed and not
-sampled again. Batches are formed inside a shard only: an interrupted run gives the bytes of a whole one.
+Prompts are split into shards of fixed size in prompt_id order; finished shards are committed and not sampled
+again. Batches never span shards, so an interrupted run gives the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from sera_core.errors import SeraError
 from sera_core.method.rewards import quantise
 from sera_core.models.devices import device_of
 from sera_core.models.policies import shared_policy
+from tasks.engines.choose import open_sampler
 from tasks.engines.sampler import (
     Finished,
     Request,
     Sampler,
     Settings,
     no_progress,
-    open_sampler,
     position_limit,
 )
 
 SHARD_PROMPTS = 64
-"""Prompts a shard: fixed, so that batches are formed from the same responses whatever the machine."""
+"""Prompts per shard: fixed, so that batches are the same on every machine."""
 PROBED_RESPONSES = 16
-"""Responses of the first shard whose log-probabilities are compared with the scorer's."""
+"""Number of responses of the first shard whose log-probabilities are compared with the scorer's."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def sample_prompts(
     """The rows of responses.parquet for these prompts, in their order, samples 0 … `responses` − 1 of each.
 
     Args:
-        sampler: the engine that holds the policy.
-        renderer: turns ids into text.
-        prompts: what to answer.
-        settings: how.
-        responses: R, responses a prompt.
-        seed: of the run; each response's own is derived from (seed, round, prompt_id, sample).
-        round: whose responses these are.
-        finished: told how many responses are complete.
+        sampler: the engine with the policy.
+        renderer: decodes ids into text.
+        prompts: the prompts.
+        settings: sampling settings.
+        responses: R, responses per prompt.
+        seed: seed of the run; each response's seed is derived from (seed, round, prompt_id, sample).
+        round: the current round.
+        finished: called with the number of complete responses.
     """
     keys = [(prompt, number) for prompt in prompts for number in range(responses)]
     seeds = [derived_seed(seed, round, prompt.prompt_id, number) for prompt, number in keys]
@@ -92,9 +92,9 @@ def sample_prompts(
 
 
 def sample_responses(attempt: Attempt) -> list[str]:
-    """Write responses.parquet, and dropped.parquet with every prompt of the side that was not sampled from.
+    """Write responses.parquet, and dropped.parquet with every prompt of the side that was not sampled.
 
-    The sampler's log-probabilities are kept where it computes in the scorer's arithmetic and a probe agrees.
+    The sampler's log-probabilities are kept if it uses the scorer's dtype and a probe agrees.
     """
     prompts = _choose_prompts(attempt)
     shards = [prompts[start : start + SHARD_PROMPTS] for start in range(0, len(prompts), SHARD_PROMPTS)]
@@ -114,7 +114,7 @@ def sample_responses(attempt: Attempt) -> list[str]:
 
 
 class _Work:
-    """The shards, and the engine, opened when the first of them needs it."""
+    """The shards, and the engine, which is loaded on first use."""
 
     def __init__(self, attempt: Attempt, shards: Sequence[Sequence[Prompt]]) -> None:
         self.attempt, self.shards = attempt, shards
@@ -162,7 +162,7 @@ class _Work:
 
 
 def _folders(attempt: Attempt) -> tuple[Path, Path]:
-    """The policy's folder, and the initial policy's, which an adapter belongs to."""
+    """The policy's folder, and the initial policy's, which is the base of an adapter."""
     return attempt.input("policy").folder("policy"), attempt.input("model").folder("policy")
 
 
@@ -171,7 +171,7 @@ def _read_part(attempt: Attempt, part: dict[str, Any]) -> pa.Table:
 
 
 def _merge(attempt: Attempt, parts: list[dict[str, Any]]) -> None:
-    """All shards in one file; log-probabilities in another arithmetic than the scorer's are left out."""
+    """Merge all shards into one file, without log-probabilities in another dtype than the scorer's."""
     attempt.use_parts(parts)
     tables = [_read_part(attempt, part) for part in parts]
     merged = pa.concat_tables([schema.table(schema.RESPONSES, {"prompt_id": []}), *tables]).combine_chunks()
@@ -186,10 +186,10 @@ def _merge(attempt: Attempt, parts: list[dict[str, Any]]) -> None:
 
 
 def _choose_prompts(attempt: Attempt) -> list[Prompt]:
-    """The side's distinct prompts in prompt_id order: all that fit, or a seeded `prompts` of them.
+    """The side's distinct prompts in prompt_id order: all that fit, or `prompts` of them drawn at random.
 
-    Train prompts are drawn anew each round; held-out ones are the same in all rounds, whose figures are
-    compared.
+    Train prompts are drawn anew each round; held-out prompts are the same in all rounds, so that metrics are
+    comparable.
     """
     fields = attempt.fields
     drawn_in = fields["round"] if fields["side"] == "train" else "all rounds"
@@ -206,7 +206,7 @@ def _choose_prompts(attempt: Attempt) -> list[Prompt]:
 
 
 def _distinct_prompts(attempt: Attempt) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts that leave room for a response of `max_tokens`, and those that do not."""
+    """The prompts that leave room for a response of `max_tokens`, and the others."""
     name = {"train": "prompts.parquet", "heldout": "heldout.parquet"}[attempt.fields["side"]]
     rows = schema.iter_rows(attempt.input("rendered").path(name), ["prompt_id", "prompt_ids"])
     distinct = {row["prompt_id"]: Prompt(row["prompt_id"], tuple(row["prompt_ids"])) for row in rows}
@@ -242,7 +242,7 @@ def _probe(attempt: Attempt, prompts: Sequence[Prompt], sampled: pa.Table) -> No
     """Compare the sampler's log-probabilities of a few responses with the scorer's; record the difference.
 
     Raises:
-        SeraError: they differ by more than `max_parity_nats` although both compute in the same arithmetic.
+        SeraError: they differ by more than `max_parity_nats` although both use the same dtype.
     """
     from sera_core.models.logprobs import score_tokens, sequence_logps
 
@@ -262,15 +262,15 @@ def _probe(attempt: Attempt, prompts: Sequence[Prompt], sampled: pa.Table) -> No
     if fields["dtype"] == fields["model_dtype"] and not differences[worst] <= allowed:
         row = rows[worst]
         raise SeraError(
-            f"prompt {row['prompt_id']}, sample {row['sample']}: the {fields['engine']} engine gives the "
-            f"response {row['policy_logps']:.4f} nats, the scorer {scored[worst]:.4f}: further apart than "
-            f"sampling.max_parity_nats = {allowed}; the engine may hold other weights. Use sampling.engine = "
-            '"transformers", or allow more where the arithmetic (bfloat16) explains it'
+            f"prompt {row['prompt_id']}, sample {row['sample']}: the {fields['engine']} engine computes "
+            f"{row['policy_logps']:.4f} nats for the response, the scorer {scored[worst]:.4f}, a difference "
+            f"above sampling.max_parity_nats = {allowed}; the engine may have other weights. Use "
+            'sampling.engine = "transformers", or raise the limit if bfloat16 rounding explains it'
         )
 
 
 def _measure(attempt: Attempt, sampled: pa.Table) -> None:
-    """Counts and metrics of the responses; none is left out of the file for its reason."""
+    """Counts and metrics of the responses; all of them stay in the file."""
     tokens = sampled["tokens"].to_numpy()
     cut = np.array([reason == "length" for reason in sampled["finish_reason"].to_pylist()], dtype=bool)
     attempt.counts["responses"] = len(sampled)

@@ -1,4 +1,4 @@
-"""Log-probabilities of responses under one policy: each computed once, kept by shard, read by later steps."""
+"""Compute log-probabilities of responses under one policy, by shard; later steps read them from the store."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from sera_core.models.devices import device_of
 from sera_core.models.policies import shared_policy
 
 SHARD_ROWS = 128
-"""Rows a shard: fixed, so that batches are formed from the same responses whatever the machine."""
+"""Rows per shard: fixed, so that batches are the same on every machine."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """One response to score: its key, its prompt's token ids and its own."""
+    """One response to score: its key, the prompt's token ids and the response's."""
 
     id: str
     prompt_ids: list[int]
@@ -31,7 +31,7 @@ def score_texts(attempt: Attempt) -> list[str]:
     """Write logps.parquet: log π(y|x) of every response in a file of pairs or samples, in the file's order.
 
     The key of a pair's response is `<pair_id>/chosen` or `<pair_id>/rejected`, of a sample
-    `<prompt_id>/<sample>`. A probe does so for a few rows alone, see `_score_probe`.
+    `<prompt_id>/<sample>`. A probe scores only a few rows, see `_score_probe`.
     """
     if "probe" in attempt.fields:
         return _score_probe(attempt)
@@ -49,7 +49,7 @@ def score_texts(attempt: Attempt) -> list[str]:
 
 
 def _score_probe(attempt: Attempt) -> list[str]:
-    """A few rows spread over the file, each response by the plain loop: what the others' noise is held to."""
+    """Score a few rows spread over the file with the plain loop, to measure the noise of the others."""
     from sera_core.models.logprobs import plain_sequence_logps, score_tokens
 
     file = _Texts(attempt)
@@ -82,7 +82,7 @@ class _Texts:
         self.rows = len(self._file)
 
     def read(self, numbers: Sequence[int]) -> list[Text]:
-        """The responses of these rows: two of a pair, one of a sample."""
+        """The responses of these rows: two per pair, one per sample."""
         rows = self._file.take(numbers)
         if self._prompts is None:
             return [
@@ -113,9 +113,7 @@ class _PromptIds:
         places = self._lookup.places(np.array(prompt_ids, dtype=np.str_))
         if (places < 0).any():
             missing = prompt_ids[int(np.argmin(places))]
-            raise SeraError(
-                f"prompt {missing}: its samples are to be scored, but it is not among the rendered"
-            )
+            raise SeraError(f"prompt {missing}: it has samples to score, but it is not among the rendered")
         rows, first = self._rows[places], len(self._files[0])
         early, late = (
             file.take(some)

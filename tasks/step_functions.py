@@ -1,11 +1,11 @@
-"""Which function does the work of which step, and where: here, or in a child process group."""
+"""Map each step to its function, and run it here or in a child process group."""
 
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 
 from sera_core.artifacts.lease import claim
 from sera_core.artifacts.manifest import StepRecord, StepSpec
-from sera_core.artifacts.step import Progress, Work, make_step, quiet
+from sera_core.artifacts.step import Progress, Work, make_step, no_progress
 from sera_core.artifacts.store import open_store
 from sera_core.config import ExecutionConfig
 from sera_core.models.devices import device_of
@@ -27,19 +27,19 @@ WORK = {
     "decide": "tasks.deciding:decide_round",
     "report": "tasks.reporting:report_round",
 }
-"""Imported when it is needed: trl and torch take seconds."""
+"""Imported on first use, because trl and torch take seconds."""
 
 DEVICE_STEPS = frozenset({"logps", "sample", "train"})
-"""Steps that put a policy on the device."""
+"""Steps that load a policy onto the device."""
 CHILD_STEPS = DEVICE_STEPS | {"evaluate", "test"}
 """Steps that may run in a child process group."""
 CLAIMED_STEPS = DEVICE_STEPS
-"""Steps that may take long: whoever needs one that is being done waits for it."""
+"""Long steps: a process that needs one waits if another process is computing it."""
 NOTHING = nullcontext()
 
 
 def work_of(step: str) -> Work:
-    """The function that does a step's work: (attempt) -> relative paths of the files it wrote."""
+    """The step function of a step: (attempt) -> relative paths of the files it wrote."""
     module, name = WORK[step].split(":")
     return getattr(import_module(module), name)
 
@@ -48,22 +48,22 @@ def do_work(
     store_url: str,
     spec: StepSpec,
     execution: ExecutionConfig,
-    progress: Progress = quiet,
+    progress: Progress = no_progress,
     log: Log = to_stderr,
     device: AbstractContextManager[None] = NOTHING,
 ) -> StepRecord:
-    """The record of a step that has none yet: made now, in this process or in a child.
+    """Run a step that has no record yet, in this process or a child; returns its record.
 
     Args:
         store_url: folder or URL of the store.
-        spec: the step. Whoever asks has looked for its record (`Session.do`).
-        execution: how it is done; `child` and `device` say where.
-        progress: told how the work goes.
-        log: told every line that a child prints, and what is waited for.
-        device: entered for the work alone, not while another one's record is waited for.
+        spec: the step. The caller has already looked for its record (`Session.do`).
+        execution: execution settings; `child` and `device` say where it runs.
+        progress: called with the step's progress.
+        log: called with every line that a child prints, and with what this process waits for.
+        device: context entered only for the step function, not while waiting for another process.
 
     Raises:
-        SeraError: what the work raised, by the same class wherever it ran; or a child died, and how.
+        SeraError: the step function raised it (same class), or a child died; the message says how.
     """
     store = open_store(store_url, remember=True)
     with claim(store, spec, log) if spec.step in CLAIMED_STEPS else NOTHING as record:
@@ -76,7 +76,7 @@ def do_work(
 
 
 def in_child(execution: ExecutionConfig) -> bool:
-    """Whether device work runs in a child process group."""
+    """Whether device steps run in a child process group."""
     if execution.child == "auto":
         return device_of(execution.device) != "cpu"
     return execution.child == "always"

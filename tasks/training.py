@@ -1,4 +1,4 @@
-"""One round of alignment: start policy and mixture in, policy and log out; resumes from checkpoints."""
+"""Train one round: start policy and mixture in, policy and log out; resumes from checkpoints."""
 
 import contextlib
 import json
@@ -14,10 +14,10 @@ from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.step import Attempt
 from sera_core.config import TrainConfig
 from sera_core.errors import InputError, SeraError
-from sera_core.models.architecture import refuse_beyond_sparse_sight
+from sera_core.models.architecture import refuse_beyond_index_topk
 from sera_core.models.devices import device_of
 from sera_core.models.policies import load_policy, load_tokenizer, save_policy, weights_digest
-from tasks.engines.library_logs import is_heard
+from tasks.engines.library_logs import is_forwarded
 from tasks.engines.start_check import Probe, StartCheck, StartDiffersError
 from tasks.engines.tracking import PROJECT, ended, refuse_missing, report_to, trackers
 from tasks.engines.training_data import Mixture, training_order
@@ -26,19 +26,19 @@ LOG = logging.getLogger("sera.train")
 
 
 def train_policy(attempt: Attempt) -> list[str]:
-    """Write policy/ and log.jsonl (a line an optimizer step, without times).
+    """Write policy/ and log.jsonl (one line per optimizer step, without times).
 
     Raises:
-        InputError: the mixture cannot be trained on, or a tracking package is missing.
-        SeraError: policy and reference differ at step 0 where they are the same, or the loss or a weight is
-            not finite.
+        InputError: the mixture cannot be used for training, or a tracking package is missing.
+        SeraError: policy and reference should be equal at step 0 but differ, or the loss or a weight is not
+            finite.
     """
     run = TrainingRun(attempt)
     run.refuse_unusable()
     try:
         files = _train(run)
     except StartDiffersError as error:
-        LOG.warning("%s; computed once more", error)
+        LOG.warning("%s; retrying once", error)
         run = TrainingRun(attempt, first_margin=error.margin)
         files = _train(run)
     attempt.write("log.jsonl").write_text(
@@ -49,23 +49,23 @@ def train_policy(attempt: Attempt) -> list[str]:
 
 
 def _train(run: "TrainingRun") -> list[str]:
-    with tempfile.TemporaryDirectory(prefix="sera-train-") as scratch, quiet():
+    with tempfile.TemporaryDirectory(prefix="sera-train-") as scratch, hide_library_notices():
         trainer = run.build(Path(scratch))
         with ended(run.attempt.execution.tracking):
             trainer.train()
         return run.write_policy(trainer.model)
 
 
-def warmed_up(step: int, warmup_steps: int) -> float:
-    """Share of the peak learning rate at a step (from 0): rises to 1 over the warm-up, never from 0."""
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """Fraction of the peak learning rate at a step (from 0): rises linearly to 1 during warm-up, never 0."""
     return min(1.0, (step + 1) / max(1, warmup_steps))
 
 
 class TrainingRun:
-    """State of one attempt at training: what is to be done, what was logged, where it goes on from."""
+    """State of one training attempt: settings, data, log and checkpoint position."""
 
     def __init__(self, attempt: Attempt, first_margin: float | None = None) -> None:
-        """`first_margin`: the margin at step 0, in nats, for which an earlier computation was refused."""
+        """`first_margin`: margin at step 0, in nats, with which the first try was refused; else None."""
         fields = attempt.fields
         self.attempt, self.train = attempt, TrainConfig.model_validate(fields["train"])
         self.bf16 = fields["dtype"] == "bfloat16"
@@ -86,12 +86,12 @@ class TrainingRun:
 
     @property
     def must_start_at_zero(self) -> bool:
-        """Whether every margin of the first batch has to be zero but for noise."""
+        """Whether every margin of the first batch must be zero up to noise."""
         return self.needs_reference and self.attempt.fields["start_is_reference"]
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in all."""
+        """Total number of optimizer steps."""
         return math.ceil(len(self.order) / self.train.batch)
 
     def pair_id(self, pair: dict[str, Any]) -> str:
@@ -103,12 +103,14 @@ class TrainingRun:
         return self.order[step * self.train.batch : (step + 1) * self.train.batch]
 
     def refuse_unusable(self) -> None:
-        """Everything that can be refused before a model is loaded."""
+        """All checks that do not need a loaded model."""
         if not self.order:
             raise InputError("the mixture has no pairs; select or sample more")
         refuse_missing(self.attempt.execution.tracking)
         if self.train.method == "full" and self.starts_from_adapter:
-            raise SeraError("the start policy is an adapter but train.method is full; a run has one method")
+            raise SeraError(
+                'the start policy is an adapter, but train.method is "full"; keep one method per run'
+            )
         if self.train.method == "lora":
             self._refuse_other_base()
 
@@ -118,21 +120,21 @@ class TrainingRun:
         return (self.start / "adapter_config.json").is_file()
 
     def _refuse_other_base(self) -> None:
-        """An adapter means nothing on other weights than those it was trained on."""
+        """Check that the start adapter belongs to the run's model."""
         start, model = self.attempt.input("start").ref, self.attempt.input("model").ref
         base = start.model_dump()
         if self.starts_from_adapter:
             base = json.loads((self.start / "base.json").read_text())
         if base["digest"] != model.digest:
             raise SeraError(
-                f"the start policy stands on the weights {base['digest'][:12]}… but the run's model is "
-                f"{model.digest[:12]}…: an adapter belongs to one base; start from the run's own model"
+                f"the start policy's base has the weights {base['digest'][:12]}…, but the run's model is "
+                f"{model.digest[:12]}…: an adapter works only with its base; start from the run's model"
             )
 
     # ------------------------------------------------------------------------------------------ building
 
     def build(self, scratch: Path) -> Any:
-        """The trainer, at the last checkpoint if there is one."""
+        """Create the trainer, resumed from the last checkpoint if there is one."""
         from datasets import Dataset
         from datasets.table import InMemoryTable
 
@@ -147,7 +149,7 @@ class TrainingRun:
         disable_dropout(self.model)
         text_config = transformer.config.get_text_config()
         self.mixture.refuse_lengths(getattr(text_config, "max_position_embeddings", None))
-        refuse_beyond_sparse_sight(transformer, self.mixture.longest_sequence)
+        refuse_beyond_index_topk(transformer, self.mixture.longest_sequence)
         self.optimizer = self._make_optimizer(checkpoint)
         first, tracking = len(self.lines), self.attempt.execution.tracking
         logs = self.attempt.spec.where.get("logs") or str(scratch)
@@ -167,7 +169,7 @@ class TrainingRun:
         return self.trainer
 
     def _make_optimizer(self, checkpoint: dict[str, Path] | None) -> Any:
-        """AdamW over the trainable parameters; from a checkpoint with weights, moments and log put back."""
+        """AdamW over the trainable parameters; restores weights, moments and log from a checkpoint."""
         import torch
 
         from tasks.engines.checkpoints import load_checkpoint, trainable
@@ -181,7 +183,7 @@ class TrainingRun:
         return optimizer
 
     def _load_model(self) -> tuple[Any, Any]:
-        """(model to train, the transformer in it); weights in float32, also for bfloat16 arithmetic."""
+        """(model to train, its transformer); weights are float32, also with bfloat16 autocast."""
         import torch
 
         if self.train.method == "full":
@@ -236,9 +238,7 @@ class TrainingRun:
             disable_tqdm=True,
             log_level="error",
         )
-        arguments._n_gpu = min(
-            1, arguments.n_gpu
-        )  # one process trains on one device, however many are visible
+        arguments._n_gpu = min(1, arguments.n_gpu)  # train on one device, even if more are visible
         return arguments
 
     def _schedule(self, optimizer: Any, first: int) -> Any:
@@ -247,7 +247,7 @@ class TrainingRun:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         warmup = math.ceil(self.train.warmup * self.steps)
-        return LambdaLR(optimizer, lambda step: warmed_up(step, warmup), last_epoch=first - 1)
+        return LambdaLR(optimizer, lambda step: warmup_factor(step, warmup), last_epoch=first - 1)
 
     # ----------------------------------------------------------------------------------------- each step
 
@@ -258,7 +258,7 @@ class TrainingRun:
             restore_rng(checkpoint["rng.safetensors"])
 
     def _check(self, step: int) -> None:
-        """Before an update: the batch holds the planned pairs, all is finite, step 0 is as it should be."""
+        """Before an update: check the batch's pairs, that values are finite, and the margins at step 0."""
         pairs = self.trainer.pairs()
         assert sorted(pair["row"] for pair in pairs) == sorted(self.rows_of(step)), "not the planned pairs"
         for pair in pairs:
@@ -283,15 +283,15 @@ class TrainingRun:
         return self.start_check.score(policy, self.attempt.execution.tokens_per_batch)
 
     def _done(self, step: int, logs: dict[str, float]) -> None:
-        """After an update: a line of the log, progress, and now and then a checkpoint."""
+        """After an update: log a line, report progress, and write a checkpoint if due."""
         rows = self.rows_of(step)
         tokens = (self.lines[-1]["tokens/trained"] if self.lines else 0) + sum(
             self.mixture.tokens[row] for row in rows
         )
         metrics = {name: value for name, value in logs.items() if name != "epoch"}
         self.lines.append({"step": step, **metrics, "pairs": len(rows), "tokens/trained": tokens})
-        told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        LOG.info("step %d of %d: %s", step + 1, self.steps, told)
+        summary = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        LOG.info("step %d of %d: %s", step + 1, self.steps, summary)
         self.attempt.progress(min((step + 1) * self.train.batch, len(self.order)), len(self.order), "pairs")
         every = self.attempt.execution.checkpoint_steps
         if every and (step + 1) % every == 0 and step + 1 < self.steps:
@@ -323,12 +323,12 @@ class TrainingRun:
     # -------------------------------------------------------------------------------------------- result
 
     def write_policy(self, model: Any) -> list[str]:
-        """policy/…: weights from the model, everything else from the start policy."""
+        """Write policy/…: weights from the model, everything else from the start policy."""
         from tasks.engines.checkpoints import refuse_not_finite
 
         refuse_not_finite(model, self.steps - 1)
         folder = self.attempt.write("policy/config.json").parent
-        start = self.attempt.input("start").folder("policy")  # looked at again: training took its time
+        start = self.attempt.input("start").folder("policy")  # check its files again after training
         save_policy(model, start, folder)
         if self.train.method == "lora":
             base = self.attempt.input("model").ref.model_dump()
@@ -336,7 +336,7 @@ class TrainingRun:
         return sorted(f"policy/{path.name}" for path in folder.iterdir())
 
     def report(self) -> None:
-        """Counts and metrics of the step's record."""
+        """Set the counts and metrics of the step's record."""
         seen = sum(line["pairs"] for line in self.lines)
         assert seen == len(self.order), f"{seen} pairs were trained on where {len(self.order)} were planned"
         self.attempt.counts["pairs"] = len(self.mixture.pair_ids)
@@ -357,17 +357,14 @@ class TrainingRun:
 
 
 def superseded(parts: Sequence[dict[str, Any]], keep: int) -> list[int]:
-    """Numbers of the checkpoints that are not among the `keep` of the most steps."""
+    """Numbers of all checkpoints but the `keep` latest."""
     return sorted(range(len(parts)), key=lambda number: parts[number]["info"]["step"])[:-keep]
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' own notices off the terminal: what matters here is an error or in the log.
-
-    A library that somebody listens to keeps its voice.
-    """
-    names = [n for n in ("transformers", "trl", "accelerate", "peft", "datasets") if not is_heard(n)]
+def hide_library_notices() -> Iterator[None]:
+    """Hide the libraries' notices on the terminal; libraries with an attached log handler keep theirs."""
+    names = [n for n in ("transformers", "trl", "accelerate", "peft", "datasets") if not is_forwarded(n)]
     levels = {name: logging.getLogger(name).level for name in names}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -242,7 +242,7 @@ def _report_formats(read: loading.Read, reading: Reading) -> None:
     """Report the detected row formats and warn about repeated prompts."""
     loading.refuse_unmapped("--columns", reading.columns, read.unmapped)
     if set(read.formats) - {"preference"}:
-        print_note(f"read {loading.told_formats(read.formats)}")
+        print_note(f"read {loading.format_counts(read.formats)}")
     if read.repeated_prompts:
         print_note(loading.repeated_prompts_warning(read.repeated_prompts))
 

@@ -20,7 +20,7 @@ from sera_core.artifacts.lease import wait_until_free
 from sera_core.artifacts.runs import RunStore, check_name
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
-from sera_core.data.loading import told_formats
+from sera_core.data.loading import format_counts
 
 DEMO = "bundled:demo"
 
@@ -114,7 +114,7 @@ def plan_command(args: argparse.Namespace) -> int:
     if found["note"]:
         print_text(found["note"])
     for side, formats in found["formats"].items():
-        print_text(f"data.{side}: read {told_formats(formats)}")
+        print_text(f"data.{side}: read {format_counts(formats)}")
     columns = ["round", "step", "status", "why", "tokens", "seconds", "bytes"]
     print_table(
         f"plan of {found['run']}", columns, [[row[name] for name in columns] for row in found["steps"]]

@@ -39,7 +39,8 @@ from flows.display.progress import reporter
 from sera_core.config import SamplingConfig
 from sera_core.data.preferences import Drop, Prompt
 from sera_core.errors import InputError
-from tasks.engines.sampler import Settings, check_engine, open_sampler, position_limit
+from tasks.engines.choose import check_engine, open_sampler
+from tasks.engines.sampler import Settings, position_limit
 
 if TYPE_CHECKING:
     from sera_core.data.rendering import Renderer

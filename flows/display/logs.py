@@ -9,7 +9,7 @@ from flows.display.deployed import in_deployed_run
 from sera_core.guards.shown import shown
 from sera_core.guards.urls import without_secrets_in
 from tasks.engines.child import to_stderr
-from tasks.engines.library_logs import hear_libraries
+from tasks.engines.library_logs import forward_library_logs
 
 
 def run_log() -> Callable[[str], None]:
@@ -74,5 +74,5 @@ def library_logs() -> Iterator[None]:
         def format(self, record: logging.LogRecord) -> str:
             return shown(super().format(record))
 
-    with hear_libraries(ToRun()):
+    with forward_library_logs(ToRun()):
         yield

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef
-from sera_core.artifacts.records import FORMAT, Noun
+from sera_core.artifacts.records import FORMAT, StrictModel
 from sera_core.artifacts.runs import RoundManifest, RunStore
 from sera_core.errors import InputError
 from sera_core.steps import SIDES
@@ -18,7 +18,7 @@ from sera_core.steps import SIDES
 COMMIT_DIGITS = 40
 
 
-class Source(Noun):
+class Source(StrictModel):
     """A data or model source."""
 
     name: str
@@ -40,7 +40,7 @@ class DataSource(Source):
     weight: float
 
 
-class Code(Noun):
+class Code(StrictModel):
     """A version of the code that ran steps of the chain."""
 
     version: str
@@ -48,7 +48,7 @@ class Code(Noun):
     """Digest of the source files."""
 
 
-class LineageStep(Noun):
+class LineageStep(StrictModel):
     """One step of the chain."""
 
     step: str
@@ -64,7 +64,7 @@ class LineageStep(Noun):
     seconds: float
 
 
-class LineageRound(Noun):
+class LineageRound(StrictModel):
     """The policies and data of one round."""
 
     round: int
@@ -81,7 +81,7 @@ class LineageRound(Noun):
     references: list[StepRef]
 
 
-class PolicyRecord(Noun):
+class PolicyRecord(StrictModel):
     """The policy."""
 
     run: str
@@ -93,7 +93,7 @@ class PolicyRecord(Noun):
     """Digest of its weights."""
 
 
-class Lineage(Noun):
+class Lineage(StrictModel):
     """`lineage.json`."""
 
     format: int

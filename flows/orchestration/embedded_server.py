@@ -23,7 +23,7 @@ from flows.orchestration.configured_server import use_server
 from flows.orchestration.origins import restrict_origins
 from sera_core.artifacts.folders import cache_folder, writable
 from sera_core.errors import SeraError
-from sera_core.guards.orphans import end_with
+from sera_core.guards.orphans import exit_with_parent
 
 START_SECONDS = 180
 HOME_MARKERS = ("up.lock", "embedded-server.log")
@@ -157,7 +157,7 @@ def wait_until_healthy(server: subprocess.Popen, health: str, log: Path) -> None
 def main() -> None:
     """Serve Prefect's API on the loopback interface until the parent exits."""
     port, parent = int(sys.argv[1]), int(sys.argv[2])
-    end_with(parent)
+    exit_with_parent(parent)
     os.umask(0o077)  # the database holds parameters, logs and blocks
     for file in Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").glob("prefect.db*"):
         with suppress(OSError):  # owned by another user

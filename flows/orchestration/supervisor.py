@@ -24,7 +24,7 @@ from flows.orchestration.authentication import CLIENT_SECRET, SERVER_SECRET, loa
 from flows.orchestration.embedded_server import QUIET, open_private, private_folder, wait_until_healthy
 from flows.orchestration.lost_runs import FlowRunTracker
 from sera_core.errors import BusyError, InputError, SeraError
-from sera_core.guards.orphans import end_with, guarded_group
+from sera_core.guards.orphans import exit_with_parent, guarded_group
 
 STARTS, STARTS_SECONDS = 5, 120
 """A process is not restarted after this many starts within this many seconds."""
@@ -227,7 +227,7 @@ def main() -> None:
     # ignored in a shell's background job, but the worker stops by interrupting itself
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with guarded_group():
-        end_with(parent)
+        exit_with_parent(parent)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

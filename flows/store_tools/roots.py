@@ -12,7 +12,7 @@ from flows.planning.plan import Walk, walk_rounds
 from flows.running.open_run import test_record
 from sera_core.artifacts.lease import claim_path, look
 from sera_core.artifacts.manifest import StepRecord, StepRef, find_record, parse_record
-from sera_core.artifacts.records import Noun, read_typed
+from sera_core.artifacts.records import StrictModel, read_typed
 from sera_core.artifacts.runs import RunStore, list_runs
 from sera_core.artifacts.store import Store
 
@@ -22,7 +22,7 @@ Place = tuple[str, str]
 """Name and key of a step."""
 
 
-class Collected(Noun):
+class Collected(StrictModel):
     """Content of `COLLECTED`."""
 
     format: int

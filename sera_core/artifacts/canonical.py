@@ -11,7 +11,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: an infinite number becomes its name (`"-inf"`), NaN null (absent)."""
+    """The value as JSON can hold it: infinities become strings (`"-inf"`), NaN becomes null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     if isinstance(value, Mapping):
@@ -62,5 +62,5 @@ def pair_id(prompt: Messages, chosen: Messages, rejected: Messages) -> str:
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part: (run seed, round, prompt_id, sample) for a response."""
+    """A 63-bit seed derived from all parts, e.g. (run seed, round, prompt_id, sample) for a response."""
     return int.from_bytes(hashlib.sha256(canonical_json(list(parts))).digest()[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""Local folders put together from files of the store: a policy from S3, an adapter beside its base."""
+"""Local folders assembled from files of the store: a policy from S3, an adapter beside its base."""
 
 import logging
 import os
@@ -18,12 +18,12 @@ LOG = logging.getLogger("sera.cache")
 
 
 def cache_folder() -> Path:
-    """Where assembled folders live: $SERA_CACHE, else ~/.cache/sera-flow.
+    """The cache folder: $SERA_CACHE, else ~/.cache/sera-flow.
 
-    Where nothing can be written in the home directory, as in many containers, it is a temporary folder.
+    If the home directory is not writable, as in many containers, a temporary folder is used.
 
     Raises:
-        InputError: nothing can be written to $SERA_CACHE.
+        InputError: $SERA_CACHE is not writable.
     """
     if given := os.environ.get("SERA_CACHE"):
         return writable(Path(given), "SERA_CACHE")
@@ -31,31 +31,31 @@ def cache_folder() -> Path:
         return writable(Path.home() / ".cache" / "sera-flow", "SERA_CACHE")
     except (InputError, RuntimeError) as error:  # RuntimeError: this user has no home
         folder = _temporary_cache()
-        LOG.warning("%s; until then the cache is %s", error, folder)
-        os.environ["SERA_CACHE"] = str(folder)  # said once, and the same in child processes
+        LOG.warning("%s; using %s as the cache for now", error, folder)
+        os.environ["SERA_CACHE"] = str(folder)  # warn once; child processes use the same folder
         return folder
 
 
 def writable(folder: Path, setting: str) -> Path:
-    """The folder, made if need be.
+    """Create the folder if needed, and check that it is writable.
 
     Raises:
-        InputError: nothing can be written there; the message names the setting that moves it.
+        InputError: it is not; the message names `setting`, which sets the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"{folder}: this folder cannot be made ({error.strerror}); set {setting} to a folder that can be "
+            f"{folder}: cannot create this folder ({error.strerror}); set {setting} to a folder that can be "
             "written to"
         ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: nothing can be written here; set {setting} to a folder that can be")
+        raise InputError(f"{folder}: not writable; set {setting} to a writable folder")
     return folder
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place and move it there: it is whole or as before, and no link is followed."""
+    """Write a file atomically (temporary file, then rename); links are not followed."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         temporary.write_bytes(data)
@@ -71,17 +71,17 @@ def _temporary_cache() -> Path:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise InputError(f"{folder}: this is not a folder of yours alone; set SERA_CACHE to one that is")
+        raise InputError(f"{folder}: other users can access this folder; set SERA_CACHE to a private one")
     return folder
 
 
 def assemble(name: str, files: Mapping[str, Path], texts: Mapping[str, str] | None = None) -> Path:
-    """A folder in the cache that holds exactly the files (links where possible) and texts, made in one move.
+    """Create a cache folder with exactly these files (as links where possible) and texts, atomically.
 
     Args:
-        name: the first part of the folder's name; the rest depends on what it holds.
-        files: paths in the folder, and the files that belong there.
-        texts: paths in the folder, and what is to be written there.
+        name: prefix of the folder's name; the rest is a hash of the content.
+        files: path in the folder -> source file.
+        texts: path in the folder -> text to write there.
     """
     links, texts = {relative: source.absolute() for relative, source in files.items()}, texts or {}
     held = sha256_json([{relative: str(source) for relative, source in links.items()}, texts])
@@ -92,19 +92,19 @@ def assemble(name: str, files: Mapping[str, Path], texts: Mapping[str, str] | No
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as scratch:
         made = Path(scratch) / "made"
         _fill(made, links, texts)
-        if os.path.lexists(target):  # somebody put something else into it
-            LOG.warning("%s: held other files than it was made of, and is made again", target)
+        if os.path.lexists(target):  # its content was changed
+            LOG.warning("%s: unexpected content in this cached folder; creating it again", target)
             target.rename(Path(scratch) / "other")
         try:
             made.rename(target)
-        except OSError:  # another process was first
+        except OSError:  # another process created it first
             if not _holds_exactly(target, links, texts):
                 raise
     return target
 
 
 def _holds_exactly(folder: Path, links: Mapping[str, Path], texts: Mapping[str, str]) -> bool:
-    """Whether a folder in the cache is what `_fill` makes: a library reads whatever else lies in it."""
+    """Whether a cached folder holds only what `_fill` wrote: libraries read any extra file too."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     found = dict(entries(folder))

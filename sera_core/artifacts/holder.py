@@ -1,7 +1,6 @@
-"""Who holds a lease: a process of a machine, and whether it still lives, as far as can be told from here.
+"""The process that holds a lease, and whether it is still alive.
 
-A process is known by its number, the time it began and the boot and process namespace it belongs to: the
-number alone may have been given to another one since.
+A process is identified by pid, start time, and boot id with process namespace, because pids are reused.
 """
 
 import getpass
@@ -13,28 +12,28 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from sera_core.artifacts.records import Noun
+from sera_core.artifacts.records import StrictModel
 
 
-class Holder(Noun):
-    """A process that holds something."""
+class Holder(StrictModel):
+    """A process that holds a lease."""
 
     token: str
-    """Its own in every lease, so that a holder knows its record from another's."""
+    """Random per lease, so that a holder can recognise its own record."""
     host: str
     user: str
     pid: int
     began: str
-    """When the process began, as its machine counts."""
+    """Start time of the process, in its machine's clock ticks."""
     place: str
-    """Boot and process namespace: within one, a number and a beginning mean one process."""
+    """Boot id and process namespace: within one, pid and start time identify a process."""
 
     def __str__(self) -> str:
         return f"process {self.pid} of {self.user} on {self.host}"
 
 
 def this_process() -> Holder:
-    """Ourselves, with a token of its own each time."""
+    """The current process, with a new token each time."""
     pid = os.getpid()
     return Holder(
         token=secrets.token_hex(8),
@@ -46,15 +45,15 @@ def this_process() -> Holder:
     )
 
 
-def lives(holder: Holder) -> bool | None:
-    """Whether the process is there; None where that cannot be told from here."""
+def is_alive(holder: Holder) -> bool | None:
+    """Whether the process is alive; None if it belongs to another machine or namespace."""
     if holder.place != _place():
         return None
     try:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's, so there is one
+    except PermissionError:  # it exists, but belongs to another user
         pass
     began = _began(holder.pid)
     return None if began is None else began == holder.began
@@ -63,7 +62,7 @@ def lives(holder: Holder) -> bool | None:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's number without a name
+    except (KeyError, OSError):  # a container's uid without a name
         return str(os.getuid())
 
 
@@ -76,10 +75,10 @@ def _place() -> str:
 
 
 def _began(pid: int) -> str | None:
-    """When a process began; `over` for one that only waits to be reaped, None where it is hidden from us."""
+    """Start time of a process; `over` for a zombie, None if it cannot be read."""
     if sys.platform != "linux":
-        told = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
-        return told.stdout.strip() or None
+        done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
+        return done.stdout.strip() or None
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

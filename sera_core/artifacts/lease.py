@@ -1,14 +1,14 @@
-"""Who works on a run, and who computes a long step: one at a time, so that nobody's work is wasted.
+"""Leases: one process at a time works on a run or computes a long step, so that no work is done twice.
 
     runs/<run>/lease/00000.json           create-only: who took the epoch, and when
     runs/<run>/lease/00000-beat.json      rewritten by its owner alone, every 15 s; the last says `released`
     steps/<step>/<key>/claim/…            likewise
 
-An epoch is over when its last beat says so, when it is a minute old by the store's own clock, when whoever
-waits has seen no further beat for a minute of their own clock (the store's may have jumped), or when its
-holder was a process of this machine that is gone. Then the next one may be created. Correctness never rests
-on any of it: records are create-only, and whoever holds an epoch that is over finds so before it commits a
-round (`Lease.check`).
+An epoch has ended when its last heartbeat says `released`, when that heartbeat is a minute old by the store's
+clock, when a waiting process has seen no new heartbeat for a minute of its own clock (the store's clock may
+have jumped), or when its holder was a process of this machine that no longer exists. Then the next epoch may
+be created. Leases only save work; correctness does not depend on them: records are create-only, and a holder
+checks that its epoch is still the newest before it commits a round (`Lease.check`).
 """
 
 import threading
@@ -19,26 +19,26 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from sera_core.artifacts.canonical import canonical_json
-from sera_core.artifacts.holder import Holder, lives, this_process
+from sera_core.artifacts.holder import Holder, is_alive, this_process
 from sera_core.artifacts.manifest import StepRecord, StepSpec, find_record
-from sera_core.artifacts.records import FORMAT, Noun, read_record, typed
+from sera_core.artifacts.records import FORMAT, StrictModel, read_record, typed
 from sera_core.artifacts.store import Store, create_json
 from sera_core.artifacts.upkeep import upkeep
 from sera_core.errors import BusyError
 
 BEAT_SECONDS = 15.0
 EXPIRE_SECONDS = 60.0
-"""Without a beat for so long, by the store's clock, an epoch is over."""
+"""An epoch without a heartbeat for this long, by the store's clock, has ended."""
 LOOK_SECONDS = 1.0
-"""Between two looks at what somebody else holds."""
+"""Time between two reads of a lease that another process holds."""
 TELL_SECONDS = 60.0
-"""Between two lines that say what is waited for."""
+"""Time between two log lines while waiting."""
 
 Tell = Callable[[str], None]
 
 
-class Epoch(Noun):
-    """The record of having taken a lease."""
+class Epoch(StrictModel):
+    """The record that a process took a lease."""
 
     format: int
     epoch: int
@@ -46,8 +46,8 @@ class Epoch(Noun):
     since: str
 
 
-class Beat(Noun):
-    """A sign of life."""
+class Beat(StrictModel):
+    """A heartbeat."""
 
     format: int
     token: str
@@ -57,39 +57,39 @@ class Beat(Noun):
 
 @dataclass(frozen=True)
 class Held:
-    """What is seen of the newest epoch."""
+    """The newest epoch of a lease and its last heartbeat."""
 
     epoch: Epoch
     beats: int
     released: bool
     age: float
-    """Seconds since its last sign of life, by the store's clock."""
+    """Seconds since its last heartbeat, by the store's clock."""
 
     @property
     def is_over(self) -> bool:
         """Whether the next epoch may be taken."""
-        return self.released or self.age > EXPIRE_SECONDS or lives(self.epoch.holder) is False
+        return self.released or self.age > EXPIRE_SECONDS or is_alive(self.epoch.holder) is False
 
     @property
-    def surely_held(self) -> bool:
-        """Whether the holder is known to be at work: a process of this machine that is there."""
-        return not self.is_over and lives(self.epoch.holder) is True
+    def holder_is_alive(self) -> bool:
+        """Whether the holder is known to be alive: a running process of this machine."""
+        return not self.is_over and is_alive(self.epoch.holder) is True
 
     def __str__(self) -> str:
-        return f"{self.epoch.holder}, since {self.epoch.since} (last sign of life {self.age:.0f} s ago)"
+        return f"{self.epoch.holder}, since {self.epoch.since} (last heartbeat {self.age:.0f} s ago)"
 
 
 class Watch:
-    """What one process sees of a lease over time."""
+    """Tracks the heartbeats of a lease while this process waits for it."""
 
     def __init__(self) -> None:
         self._last: tuple[int, str, int] | None = None
         self._since = 0.0
 
     def is_over(self, seen: Held) -> bool:
-        """Whether the epoch seen is over, or has given no further sign of life for a minute of this watch.
+        """Whether the epoch has ended, or had no new heartbeat for a minute since it was first seen.
 
-        By the store's clock a beat may lie in the future, for as long as a clock was wrong.
+        The store's clock alone is not enough: after a clock change a heartbeat can lie in the future.
         """
         sign = (seen.epoch.epoch, seen.epoch.holder.token, seen.beats)
         if sign != self._last:
@@ -98,7 +98,7 @@ class Watch:
 
 
 class Lease:
-    """An epoch of our own, kept alive by a thread until it is released."""
+    """An epoch held by this process; a thread sends heartbeats until it is released."""
 
     def __init__(self, store: Store, path: str, epoch: Epoch) -> None:
         self.store, self.path, self.epoch = store, path, epoch
@@ -112,22 +112,22 @@ class Lease:
         return self.epoch.epoch
 
     def check(self) -> None:
-        """Find out whether the epoch is still the newest.
+        """Check that the epoch is still the newest.
 
         Raises:
-            BusyError: somebody took the next one: this process was paused, or cut off from the store, for
-                longer than a lease lives.
+            BusyError: another process took the next one, because this one was paused or could not reach the
+                store for longer than a lease lasts.
         """
         after = _read_epoch(self.store, self.path, self.number + 1)
         if after is not None:
             raise BusyError(
-                f"{self.store.url}/{self.path}: this process held it since {self.epoch.since} (epoch "
-                f"{self.number}), gave no sign of life for {EXPIRE_SECONDS:.0f} s, and {after.holder} took "
-                f"over at {after.since}; it stops here and commits nothing more. What it finished is kept"
+                f"{self.store.url}/{self.path}: this process held the lease since {self.epoch.since} (epoch "
+                f"{self.number}) but sent no heartbeat for {EXPIRE_SECONDS:.0f} s, and {after.holder} took "
+                f"over at {after.since}. It stops here and commits nothing more; finished steps are kept"
             )
 
     def release(self) -> None:
-        """Let the next one in at once. Where the store cannot be reached the epoch runs out by itself."""
+        """Release the lease at once. If the store cannot be reached, the epoch expires by itself."""
         self._end.set()
         self._thread.join()
         with suppress(Exception):
@@ -135,7 +135,7 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._end.wait(BEAT_SECONDS):
-            # A beat that fails is made up for by the next; if none arrives the epoch runs out.
+            # A failed heartbeat is retried by the next one; if all fail, the epoch expires.
             with suppress(Exception):
                 if _read_epoch(self.store, self.path, self.number + 1) is not None:
                     return
@@ -147,11 +147,11 @@ class Lease:
         upkeep(self.store).replace(_beat_path(self.path, self.number), canonical_json(beat.model_dump()))
 
 
-# ------------------------------------------------------------------------------------------------- looking
+# ------------------------------------------------------------------------------------------------- reading
 
 
 def look(store: Store, path: str) -> Held | None:
-    """The newest epoch of a lease and when it last gave a sign of life; None when it was never taken."""
+    """The newest epoch of a lease and its last heartbeat; None if the lease was never taken."""
     epoch = _newest(store, path)
     if epoch is None:
         return None
@@ -165,7 +165,7 @@ def look(store: Store, path: str) -> Held | None:
 
 
 def _newest(store: Store, path: str) -> Epoch | None:
-    """Numbers are dense, so that doubling and then halving the step finds the last in a few reads."""
+    """The newest epoch. Numbers are dense, so a doubling, then halving search needs only a few reads."""
     newest, last, step = None, -1, 1
     while (found := _read_epoch(store, path, last + step)) is not None:
         newest, last, step = found, last + step, 1 if last < 0 else 2 * step
@@ -197,7 +197,7 @@ def _beat_path(path: str, number: int) -> str:
 
 
 def take(store: Store, path: str, after: Held | None) -> Lease | None:
-    """Take the epoch after the one that was seen to be over; None when somebody else was faster."""
+    """Create the epoch after one that has ended; None if another process was faster."""
     number = 0 if after is None else after.epoch.epoch + 1
     since = datetime.now(UTC).isoformat(timespec="seconds")
     ours = Epoch(format=FORMAT, epoch=number, holder=this_process(), since=since)
@@ -211,23 +211,23 @@ _HELD: dict[tuple[str, str], Lease] = {}
 
 
 def held(store: Store, run: str) -> Lease | None:
-    """The lease on a run that this process holds."""
+    """The lease on a run that this process holds, or None."""
     return _HELD.get((store.url, run))
 
 
 @contextmanager
 def hold(store: Store, run: str, tell: Tell) -> Iterator[Lease]:
-    """Be the only one that works on a run while the block runs.
+    """Hold the lease on a run while the block runs.
 
-    Where somebody who may be gone holds it, the next sign of life, or its absence for a minute, decides.
+    If the current holder may be dead, wait up to a minute for its next heartbeat.
 
     Args:
         store: where the run is.
         run: its name.
-        tell: told what is waited for.
+        tell: called with a line that says what this process waits for.
 
     Raises:
-        BusyError: somebody else works on it: who, where and since when.
+        BusyError: another process works on the run; the message says who, where and since when.
     """
     lease = _take_run(store, run, tell)
     _HELD[store.url, run] = lease
@@ -247,23 +247,23 @@ def _take_run(store: Store, run: str, tell: Tell) -> Lease:
 
 
 def wait_until_free(store: Store, run: str, tell: Tell) -> Held | None:
-    """Wait until nobody holds the run; the last one who did, or None.
+    """Wait until the run's lease is free; returns its last holder, or None.
 
     Raises:
-        BusyError: its holder is at work.
+        BusyError: its holder is alive.
     """
     first: Held | None = None
     watch = Watch()
     while (seen := look(store, lease_path(run))) is not None and not watch.is_over(seen):
         beaten = first is not None and (first.epoch, first.beats) != (seen.epoch, seen.beats)
-        if seen.surely_held or beaten:
+        if seen.holder_is_alive or beaten:
             raise BusyError(
-                f"run {run!r} is held by {seen}. It goes on by itself: `sera show {run}` tells how far it "
-                "is. End that process to go on here"
+                f"run {run!r} is held by {seen}. `sera show {run}` shows its progress. To continue the run "
+                "here, stop that process first"
             )
         if first is None:
             first = seen
-            tell(f"run {run}: held by {seen}; waiting for its next sign of life, a minute at most")
+            tell(f"run {run}: held by {seen}; waiting up to a minute for its next heartbeat")
         time.sleep(LOOK_SECONDS)
     return seen
 
@@ -280,30 +280,29 @@ def claim_path(step: str, key: str) -> str:
 
 @contextmanager
 def claim(store: Store, spec: StepSpec, tell: Tell) -> Iterator[StepRecord | None]:
-    """Be the only one that does a step while the block runs, or get the record that another one made.
+    """Claim a step while the block runs, or yield the record that another process made.
 
-    Whoever asks has looked for the record: it is looked for again only where somebody else claimed the step.
-
-    Whoever comes second waits: for the record, or for a claim that is given up or runs out.
+    If another process holds the claim, wait for its record, or until the claim is released or expires.
 
     Args:
         store: where the step is.
-        spec: the step; all its inputs are known.
-        tell: told what is waited for.
+        spec: the step; all its inputs are known. The caller has already looked for its record, so it is
+            looked for again only if another process claimed the step.
+        tell: called with a line that says what this process waits for.
     """
     assert spec.key is not None
-    path, told, watch = claim_path(spec.step, spec.key), float("-inf"), Watch()
+    path, reported, watch = claim_path(spec.step, spec.key), float("-inf"), Watch()
     while True:
         seen = look(store, path)
-        # After looking: who was seen to be done has left its record before it let go.
+        # In this order: a process writes its record before it releases its claim.
         if seen is not None and (record := find_record(store, spec.step, spec.key)) is not None:
             yield record
             return
         if (seen is None or watch.is_over(seen)) and (lease := take(store, path, seen)) is not None:
             break
-        if seen is not None and time.monotonic() > told + TELL_SECONDS:
-            tell(f"step {spec.step} {spec.key[:12]}… is being done by {seen}; waiting for its record")
-            told = time.monotonic()
+        if seen is not None and time.monotonic() > reported + TELL_SECONDS:
+            tell(f"step {spec.step} {spec.key[:12]}… is being computed by {seen}; waiting for its record")
+            reported = time.monotonic()
         time.sleep(LOOK_SECONDS)
     try:
         yield None

@@ -16,7 +16,7 @@ from sera_core.artifacts.checks import (
     check_blob,
     check_file,
     check_path,
-    missing,
+    missing_error,
 )
 from sera_core.errors import StoreError
 
@@ -25,7 +25,7 @@ _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class LocalStore:
-    """A folder. Nothing outside it is read or written, whatever a record or a link in it says."""
+    """A folder. Nothing outside it is read or written, even if a record or a link points there."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -39,20 +39,20 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return None
         if size > MAX_RECORD_BYTES:
-            raise StoreError(f"{file}: {size:,} bytes are no record; it was tampered with")
-        with _told(file):
+            raise StoreError(f"{file}: {size:,} bytes are too many for a record; the file was modified")
+        with _clear_errors(file):
             return file.read_bytes()
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         file = self.inside(path)
-        with _told(file), file.open("rb") as stream:
+        with _clear_errors(file), file.open("rb") as stream:
             stream.seek(start)
             return stream.read(stop - start)
 
     def create(self, path: str, data: bytes) -> bytes:
         target = self.inside(path)
         temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:16]}"
-        with _told(target):
+        with _clear_errors(target):
             _make_folder(target.parent)
             try:
                 with temporary.open("xb") as stream:
@@ -71,12 +71,12 @@ class LocalStore:
 
     def remove(self, path: str) -> None:
         file = self.inside(path)
-        with _told(file):
+        with _clear_errors(file):
             file.unlink(missing_ok=True)
 
     def workspace(self, path: str) -> Path:
         folder = self.inside(path)
-        with _told(folder):
+        with _clear_errors(folder):
             _make_folder(folder)
         return folder
 
@@ -85,7 +85,7 @@ class LocalStore:
     ) -> Blob:
         self.inside(f"{path}/{relative}")
         file = workspace / relative
-        with _told(file):
+        with _clear_errors(file):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
             for folder in file.parents[: len(Path(relative).parts)]:
@@ -98,7 +98,7 @@ class LocalStore:
         try:
             _size(file)
         except (FileNotFoundError, NotADirectoryError):
-            raise missing(file) from None
+            raise missing_error(file) from None
         found = file.stat()
         seen = (path, found.st_mtime_ns, found.st_size)
         if seen not in self._verified or found.st_size != size:
@@ -107,39 +107,38 @@ class LocalStore:
         return file
 
     def keep(self, file: Path, sha256: str, name: str) -> None:
-        """Nothing to do: it is here already."""
+        """Nothing to do: the file is local already."""
 
     def names(self, path: str) -> list[str]:
         folder = self.inside(path)
         return sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
 
     def inside(self, path: str) -> Path:
-        """The file, if neither the path nor a link on the way to it leads elsewhere.
+        """Local path of a file, if neither the path nor a link in it leads elsewhere.
 
         Raises:
-            StoreError: it does, out of the store or to another place in it.
+            StoreError: a link leads out of the store or to another place in it.
         """
         return self.plain(check_path(self.url, path))
 
     def plain(self, path: str) -> Path:
-        """The same for a path that a listing gave, whose names need not be ours."""
+        """As `inside`, for a path from a listing, whose names need not follow our rules."""
         file = self.root / path
         root, real = os.path.realpath(self.root), os.path.realpath(file)
         if Path(real) == Path(root) / path:
             return file
         if real != root and not real.startswith(root.rstrip("/") + "/"):
             raise StoreError(
-                f"{file}: a link leads out of the store, to {real}; what lies there is not the store's. "
-                "Replace the link by what it points to"
+                f"{file}: a link leads out of the store, to {real}. Replace the link with what it points to"
             )
         raise StoreError(
-            f"{file}: a link leads to another place in the store, {real}; a store holds plain files and "
-            "folders. Replace the link by what it points to"
+            f"{file}: a link leads to another place in the store, {real}; a store may contain only plain "
+            "files and folders. Replace the link with what it points to"
         )
 
 
 def _make_folder(folder: Path) -> None:
-    """A folder and those above it, each entry durable: a power cut loses no record by its folder."""
+    """Create a folder and its parents, each synced to disk so that a power cut loses no record."""
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -147,10 +146,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _size(file: Path) -> int:
-    """Bytes of a plain file; a folder, a pipe or a device in a file's place is refused."""
+    """Bytes of a file; a folder, pipe or device in its place is an error."""
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise StoreError(f"{file}: is no plain file; it was not written by sera-flow. Remove it")
+        raise StoreError(f"{file}: not a regular file, so sera-flow did not write it. Remove it")
     return found.st_size
 
 
@@ -163,31 +162,31 @@ def _fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _told(where: Path) -> Iterator[None]:
-    """A full disk, or one that refuses, in one clear sentence."""
+def _clear_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk or missing permissions into a StoreError."""
     try:
         yield
     except OSError as error:
-        if (trouble := no_room(error, where)) is not None:
+        if (trouble := disk_full_error(error, where)) is not None:
             raise trouble from error
         if error.errno in _CLOSED and not isinstance(error, StoreError):
             raise StoreError(
-                f"{where}: the store may not be written or read here ({error}); nothing was committed. Give "
-                "a --store you may write to, on a file system with hard links"
+                f"{where}: cannot read or write the store here ({error}); nothing was committed. Choose a "
+                "--store that you can write to, on a file system with hard links"
             ) from error
         raise
 
 
-def no_room(error: Exception, where: Path) -> StoreError | None:
-    """A clear error where a write failed on a full disk; None for any other error.
+def disk_full_error(error: Exception, where: Path) -> StoreError | None:
+    """The error for a write that failed on a full disk; None for any other error.
 
-    Libraries wrap the system's error in classes of their own, so its text counts too.
+    Libraries wrap the system's error in their own classes, so its text is checked too.
     """
     if isinstance(error, StoreError):
         return None
     if getattr(error, "errno", None) in _FULL or "No space left on device" in str(error):
         return StoreError(
-            f"{where}: no room is left for it ({error}); nothing half-written was committed. Make room, or "
-            "give another --store, and run again"
+            f"{where}: the disk is full ({error}); no incomplete file was committed. Free some space, or "
+            "choose another --store, and run again"
         )
     return None

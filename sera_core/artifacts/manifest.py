@@ -1,4 +1,4 @@
-"""The nouns of the store: what a step is to do (StepSpec), what it made (StepRecord), and its StepRef."""
+"""Steps in the store: what a step computes (StepSpec), what it wrote (StepRecord), a pointer (StepRef)."""
 
 import re
 from pathlib import Path, PurePosixPath
@@ -9,34 +9,34 @@ from pydantic import Field
 from sera_core.artifacts.canonical import files_digest, sha256_json
 from sera_core.artifacts.measures import Metrics
 from sera_core.artifacts.recorded import copy_recorded, refuse_unrecorded
-from sera_core.artifacts.records import Noun, read_record, typed
+from sera_core.artifacts.records import StrictModel, read_record, typed
 from sera_core.artifacts.store import Store
 from sera_core.errors import StoreError
 
 PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pt2", ".pth"})
-"""Formats of weights that are pickles: opening one may run code."""
+"""Extensions of pickle formats: opening such a file can run code."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
 
 
-class StepRef(Noun):
-    """A pointer to a finished step: its name, its key (what was asked), its digest (what came out)."""
+class StepRef(StrictModel):
+    """A pointer to a finished step: name, key (hash of what it computes) and digest (hash of its files)."""
 
     step: str
     key: str
     digest: str
 
 
-class StepSpec(Noun):
-    """What a step is to do. Its key is the hash of everything that changes the result, and nothing else."""
+class StepSpec(StrictModel):
+    """What a step computes. Its key is the hash of everything that changes the result, and nothing else."""
 
     step: str
     version: int
     fields: dict[str, Any]
-    """The configuration the work sees; all of it is in the key."""
+    """The configuration that the step function sees; all of it is in the key."""
     inputs: dict[str, StepRef | None]
-    """Steps read from; None while unknown (in a plan)."""
+    """The steps it reads from; None while unknown (in a plan)."""
     where: dict[str, Any] = Field(default_factory=dict)
-    """Paths and other facts that change no result: not in the key."""
+    """Paths and other values that do not change the result; not in the key."""
 
     @property
     def key(self) -> str | None:
@@ -54,7 +54,7 @@ class StepSpec(Noun):
         return f"steps/{self.step}/{self.key}"
 
 
-class FileRecord(Noun):
+class FileRecord(StrictModel):
     """One file of a step."""
 
     attempt: str = Field(pattern=r"^[0-9a-f]{16}$")
@@ -63,7 +63,7 @@ class FileRecord(Noun):
     rows: int | None = None
 
 
-class PartRecord(Noun):
+class PartRecord(StrictModel):
     """`part-00007.json`: one finished shard, or one checkpoint."""
 
     format: int
@@ -71,8 +71,8 @@ class PartRecord(Noun):
     info: dict[str, Any]
 
 
-class StepRecord(Noun):
-    """`done.json`: what a step made, from what, how long it took and what it counted."""
+class StepRecord(StrictModel):
+    """`done.json`: the files a step wrote, its settings and inputs, its metrics and how long it took."""
 
     format: int
     step: str
@@ -100,14 +100,14 @@ class StepRecord(Noun):
 
     @property
     def spec(self) -> StepSpec:
-        """What it was made for; its key is the record's, unless that was tampered with."""
+        """The spec of this record; its key equals the record's unless the record was modified."""
         return StepSpec(step=self.step, version=self.version, fields=self.fields, inputs=dict(self.inputs))
 
     def metric(self, name: str) -> Any:
         """A metric that every record of this step has.
 
         Raises:
-            StoreError: this one has not.
+            StoreError: this record lacks it.
         """
         if name not in self.metrics:
             raise StoreError(
@@ -118,7 +118,11 @@ class StepRecord(Noun):
 
 
 def find_record(store: Store, step: str, key: str | None) -> StepRecord | None:
-    """The record of a finished step, or None. A record of a newer format is refused by name."""
+    """The record of a finished step, or None.
+
+    Raises:
+        StoreError: the record is invalid, was modified, or was written by a newer sera-flow.
+    """
     if key is None:
         return None
     path = f"steps/{step}/{key}/done.json"
@@ -128,14 +132,14 @@ def find_record(store: Store, step: str, key: str | None) -> StepRecord | None:
     record = parse_record(data, f"{store.url}/{path}")
     if (record.step, record.key, record.spec.key) != (step, key, key):
         raise StoreError(
-            f"{store.url}/{path}: its settings and inputs are not those its key stands for; restore it from "
-            "a copy of the store"
+            f"{store.url}/{path}: its settings and inputs do not match its key; restore it from a copy of "
+            "the store"
         )
     return record
 
 
 def parse_record(data: Any, where: str) -> StepRecord:
-    """Check and type a `done.json`."""
+    """Validate a `done.json`."""
     record = typed(StepRecord, data, where)
     for name in record.files:
         check_file_name(name, where)
@@ -143,7 +147,7 @@ def parse_record(data: Any, where: str) -> StepRecord:
 
 
 def parse_part(data: Any, where: str) -> PartRecord:
-    """Check and type a part's record."""
+    """Validate a part's record."""
     part = typed(PartRecord, data, where)
     for name in part.files:
         check_file_name(name, where)
@@ -151,27 +155,27 @@ def parse_part(data: Any, where: str) -> PartRecord:
 
 
 def check_file_name(name: str, where: str = "") -> str:
-    """The relative path of a step's file: plain names between slashes, and no format that runs code.
+    """Return the relative path of a step's file if it is safe: plain names between slashes, no pickle.
 
     Raises:
-        StoreError: it leads elsewhere, its letters only look plain, or it is a pickle.
+        StoreError: it leads elsewhere, has non-ASCII letters, or is a pickle.
     """
     said = f"{where}: " if where else ""
     if not _FILE_NAME.fullmatch(name) or ".." in name:
         raise StoreError(
-            f"{said}names the file {name!r}, which is outside its step (plain names between slashes); "
-            "the record was tampered with"
+            f"{said}lists the file {name!r}, which is outside its step (plain names separated by slashes); "
+            "the record was modified"
         )
     if Path(name).suffix.lower() in PICKLES:
         raise StoreError(
-            f"{said}names the file {name!r}, a format that can run code when it is opened; no step writes "
-            "such files, and none is read. Weights are safetensors"
+            f"{said}lists the file {name!r}, a format that can run code when it is opened. No step writes or "
+            "reads such files; weights are safetensors"
         )
     return name
 
 
 class Artifact:
-    """The files of a finished step, fetched and checked when asked for."""
+    """The files of a finished step, fetched and checked on first use."""
 
     def __init__(self, store: Store, ref: StepRef) -> None:
         self.store, self.ref = store, ref
@@ -182,8 +186,8 @@ class Artifact:
             )
         if record.digest != ref.digest:
             raise StoreError(
-                f"{store.url}: step {ref.step} {ref.key[:12]}… has digest {record.digest[:12]}… where "
-                f"{ref.digest[:12]}… was expected; run the experiment again"
+                f"{store.url}: step {ref.step} {ref.key[:12]}… has digest {record.digest[:12]}…, expected "
+                f"{ref.digest[:12]}…; run the experiment again"
             )
         self.record = record
 
@@ -191,7 +195,7 @@ class Artifact:
         """Local path of one file, its hash checked.
 
         Raises:
-            StoreError: the record names no such file, or the file does not hold.
+            StoreError: the record lists no such file, or the file does not match its hash.
         """
         if name not in self.record.files:
             raise self._names_no(name)
@@ -200,7 +204,7 @@ class Artifact:
         return self.store.fetch(step, file.sha256, file.bytes, name)
 
     def uri(self, name: str = "") -> str:
-        """Where the file (or the step's folder of files) lies in the store."""
+        """URI of a file, or of the step's folder, in the store."""
         attempt = (
             next(iter(self.record.files.values())).attempt if not name else self.record.files[name].attempt
         )
@@ -209,10 +213,11 @@ class Artifact:
         )
 
     def folder(self, under: str = "") -> Path:
-        """A local folder with exactly the step's files below `under` (as `from_pretrained` wants it).
+        """A local folder with exactly the step's files below `under` (for `from_pretrained`).
 
         Raises:
-            StoreError: the record names none, one does not hold, or another file or a link lies beside them.
+            StoreError: there are none, one does not match its hash, or the folder has an unrecorded file or
+                a link.
         """
         names = self._below(under)
         paths = {name: self.path(name) for name in names}
@@ -226,10 +231,10 @@ class Artifact:
         return assemble(self.ref.digest, paths) / under
 
     def copy(self, under: str, target: Path) -> None:
-        """Copy the recorded files below `under`, and nothing else, into a folder of one's own.
+        """Copy exactly the recorded files below `under` into the folder `target`.
 
         Raises:
-            StoreError: the record names none, or one does not hold.
+            StoreError: there are none, or one does not match its hash.
         """
         for name in self._below(under):
             copied = target / PurePosixPath(name).relative_to(under)
@@ -243,7 +248,7 @@ class Artifact:
 
     def _names_no(self, name: str) -> StoreError:
         return StoreError(
-            f"{self.store.url}/steps/{self.ref.step}/{self.ref.key}/done.json: names no file {name!r}; "
+            f"{self.store.url}/steps/{self.ref.step}/{self.ref.key}/done.json: lists no file {name!r}; "
             "restore it from a copy of the store"
         )
 

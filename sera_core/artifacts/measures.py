@@ -1,7 +1,7 @@
-"""Metrics as records hold them: what a name stands for is checked before anything is decided, drawn or told.
+"""Types of the metrics in records, checked when a record is read.
 
-A metric is a number, a rate (`value`, `low`, `high`, `n`), text, or a list or table of these. What was not
-measured is null, and an infinite number is its name (`"inf"`), as `canonical.finite` writes it.
+A metric is a number, a rate (`value`, `low`, `high`, `n`), text, or a list or table of these. A metric that
+was not measured is null; an infinite number is a string (`"inf"`), as `canonical.finite` writes it.
 """
 
 import math
@@ -31,13 +31,13 @@ _RATES = frozenset(
     }
 )
 _TABLES = frozenset({"heldout/accuracy_by_length", "test/accuracy_by_length"})
-"""Rates by name."""
+"""Metrics that are a dictionary of rates."""
 _TEXTS = frozenset(
     {"alarm", "decision", "reason", "stop_reason", "verdict", "weights/result", "weights/start"}
 )
 _TRUTHS = frozenset({"ask"})
 _COUNTED = ("human/", "generated/", "prompts/", "tokens/")
-"""Beginnings of names that count pairs, prompts and tokens."""
+"""Prefixes of metrics that count pairs, prompts and tokens."""
 _COUNTS = frozenset({"pairs/human", "pairs/generated", "tokens", "flipped", "flipped/dropped"})
 _NUMBERS = frozenset(
     {
@@ -56,19 +56,19 @@ _INFINITE = ("inf", "-inf")
 
 
 def checked_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The metrics, each what its name stands for.
+    """Return the metrics if each has the type of its name.
 
     Raises:
-        ValueError: one is not; the message names it.
+        ValueError: one has not; the message names it.
     """
     for name, value in metrics.items():
         if not _fits(name, value):
-            raise ValueError(f"metric {name!r}: {_wanted(name)} was expected, and found {value!r:.60}")
+            raise ValueError(f"metric {name!r}: expected {_wanted(name)}, found {value!r:.60}")
     return metrics
 
 
 Metrics = Annotated[dict[str, Any], AfterValidator(checked_metrics)]
-"""By name; a name that is not known here may hold whatever a record can."""
+"""Metrics by name; a metric that this file does not list may have any JSON type."""
 
 
 def _fits(name: str, value: Any) -> bool:
@@ -92,12 +92,12 @@ def _wanted(name: str) -> str:
         (_TEXTS, "text"),
         (_TRUTHS, "true or false"),
     )
-    told = next((what for names, what in kinds if name in names), "a number")
-    return "a count" if _is_count(name) else told
+    expected = next((what for names, what in kinds if name in names), "a number")
+    return "a count" if _is_count(name) else expected
 
 
 def is_rate(value: Any) -> bool:
-    """Whether this is a rate: numbers by name, `value`, `low`, `high` and the number of observations."""
+    """Whether the value is a rate: a dictionary with `value`, `low`, `high` and `n` (observations)."""
     if not isinstance(value, Mapping) or not {"value", "low", "high", "n"} <= value.keys():
         return False
     numbers = (held for name, held in value.items() if name != "n")

@@ -1,7 +1,7 @@
-"""Can a store be trusted with a run? Written to, read, read in part, and raced for by eight writers.
+"""Test whether a store works: write, read, ranged read, file transfer, and eight writers racing for a record.
 
-"S3-compatible" does not mean that of two writers who create a record only one succeeds, and all else rests
-on that. A shared store is tried once, before its first use, and a record in it remembers that it passed.
+Not every "S3-compatible" server supports conditional puts, where only one of several writers succeeds, and
+the store depends on them. A bucket is tested once before its first use; a record in it says that it passed.
 """
 
 import secrets
@@ -24,7 +24,7 @@ PASSED = "probe/passed.json"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one trial found: `write`, `read`, `range`, `file` or `race`."""
+    """Result of one test: `write`, `read`, `range`, `file` or `race`."""
 
     name: str
     ok: bool
@@ -32,10 +32,7 @@ class Finding:
 
 
 def probe(store: Store, folder: str | None = None) -> list[Finding]:
-    """Try a store, in a folder of it that is empty again afterwards.
-
-    A trial after one that failed is left out, for it would say the same.
-    """
+    """Test a store in a folder of it, which is emptied afterwards; stops at the first failure."""
     folder = folder or f"probe/{secrets.token_hex(8)}"
     trial = _Trial(store, folder)
     found: list[Finding] = []
@@ -50,14 +47,14 @@ def probe(store: Store, folder: str | None = None) -> list[Finding]:
 
 
 def check_shared(store: Store, accept_racy: bool) -> str | None:
-    """Try a shared store before its first use; what to warn of, or None.
+    """Test a bucket before its first use; returns a warning, or None.
 
     Args:
-        store: a folder needs no trial; a bucket that passed remembers it.
+        store: the store; a local folder needs no test, and a bucket is tested only once.
         accept_racy: `execution.accept_racy_store`.
 
     Raises:
-        StoreError: it cannot be used, or lets two racing writers both win and that was not accepted.
+        StoreError: a test failed, or several racing writers won and `accept_racy` is false.
     """
     if isinstance(store, LocalStore) or store.read_bytes(PASSED) is not None:
         return None
@@ -69,29 +66,29 @@ def check_shared(store: Store, accept_racy: bool) -> str | None:
     first = failed[0]
     if first.name != "race":
         raise StoreError(
-            f"{store.url}: cannot be used: {first.name}: {first.detail}; try it with `sera doctor`"
+            f"{store.url}: the store test {first.name!r} failed: {first.detail}; check it with `sera doctor`"
         )
     if not accept_racy:
         raise StoreError(
-            f"{store.url}: {first.detail}. Two processes could both think they own a run. Use a server with "
+            f"{store.url}: {first.detail}. Two processes could both hold the same run. Use a server with "
             "conditional puts, a local folder, or, alone on it and knowingly, "
             "--set execution.accept_racy_store=true"
         )
     return (
-        f"WARNING: {store.url}: {first.detail}. It is used because execution.accept_racy_store is set: see "
-        "to it that only one process at a time writes to it, or records may be replaced unseen"
+        f"WARNING: {store.url}: {first.detail}. It is used because execution.accept_racy_store is set: make "
+        "sure that only one process at a time writes to it, or records may be overwritten"
     )
 
 
 def _tried(name: str, act: Callable[[], str]) -> Finding:
     try:
         return Finding(name, True, act())
-    except Exception as error:  # every file system raises classes of its own
+    except Exception as error:  # file systems raise their own exception classes
         return Finding(name, False, str(error) or type(error).__name__)
 
 
 class _Trial:
-    """The acts of a trial, and what they leave to be removed."""
+    """The tests, and the files they leave to be removed."""
 
     def __init__(self, store: Store, folder: str) -> None:
         self.store, self.folder, self._data = store, folder, secrets.token_bytes(4096)
@@ -105,7 +102,7 @@ class _Trial:
         }
 
     def clean(self) -> None:
-        """Remove by name what was written."""
+        """Remove everything that was written."""
         for path in self._written:
             _tried("clean", lambda path=path: str(self.store.remove(path)))
 
@@ -116,18 +113,18 @@ class _Trial:
 
     def _write(self) -> str:
         if self.store.create(self._path("record.json"), self._data) != self._data:
-            raise StoreError("a record that was just created holds other bytes")
+            raise StoreError("a new record does not contain the bytes that were written")
         return f"a record of {len(self._data)} bytes"
 
     def _read(self) -> str:
         if self.store.read_bytes(f"{self.folder}/record.json") != self._data:
-            raise StoreError("a record was read back with other bytes")
-        return "the same bytes"
+            raise StoreError("a record read back does not contain the bytes that were written")
+        return "read back the same bytes"
 
     def _range(self) -> str:
         if self.store.read_range(f"{self.folder}/record.json", 1000, 3000) != self._data[1000:3000]:
-            raise StoreError("a part of a record was read back with other bytes")
-        return "the bytes asked for"
+            raise StoreError("a ranged read returned the wrong bytes")
+        return "the requested bytes"
 
     def _file(self) -> str:
         workspace = self.store.workspace(f"{self.folder}/files")
@@ -141,18 +138,18 @@ class _Trial:
             shutil.rmtree(workspace, ignore_errors=True)
             if fetched is not None and fetched.is_relative_to(cache_folder()):
                 shutil.rmtree(fetched.parent)
-        return "written and read back, its hash checked"
+        return "written and read back, hash checked"
 
     def _race(self) -> str:
         winners = [self._winners(self._path(f"race-{number}.json")) for number in range(RACES)]
         if any(count != 1 for count in winners):
             raise StoreError(
-                f"of {RACERS} writers racing to create a record, {winners} won in {RACES} races: not one"
+                f"{RACERS} writers raced for a record {RACES} times, and {winners} of them won instead of one"
             )
         return f"of {RACERS} racing writers one won, {RACES} times"
 
     def _winners(self, path: str) -> int:
-        """Number of the racing writers that were told they had won."""
+        """Number of racing writers whose create succeeded."""
         gate = threading.Barrier(RACERS)
 
         def write(number: int) -> bool:

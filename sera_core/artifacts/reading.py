@@ -1,4 +1,4 @@
-"""A run for reading, without Prefect or torch: rounds and artifacts as DataFrames, the policy as a path.
+"""Read a run without Prefect or torch: rounds and artifacts as DataFrames, the policy as a path.
 
 run = sera_core.open_run("./sera-store", "demo")
 run.rounds; run[2].pairs(); run[2].ledger(); run[2].policy_path(); run.history(pair_id)
@@ -23,12 +23,12 @@ class Run:
     def __init__(self, store: str, name: str) -> None:
         self._records = RunStore(open_store(store), name)
         if not self._records.configs():
-            raise InputError(f"run {name!r}: not in the store {store}; `sera list` names the runs there")
+            raise InputError(f"run {name!r}: not in the store {store}; `sera list` shows its runs")
         self.name = name
 
     @property
     def rounds(self) -> pd.DataFrame:
-        """One row a finished round: decision, reason, pairs, shares, and every metric with a single value."""
+        """One row per finished round: decision, reason, pairs, shares, and every single-valued metric."""
         rows = []
         for r in self._records.rounds():
             numbers = {name: _single(value) for name, value in r.metrics.items()}
@@ -70,7 +70,7 @@ class Run:
         return Round(self._records, rounds[round])
 
     def history(self, pair_id: str) -> pd.DataFrame:
-        """What became of one pair in every round: margin, rank, kept or dropped, and why."""
+        """One pair in every round: margin, rank, kept or dropped, and why."""
         tables = [self[number].ledger().assign(round=number) for number in range(len(self))]
         ledger = pd.concat(tables) if tables else pd.DataFrame(columns=["pair_id"])
         return ledger.loc[ledger["pair_id"] == pair_id].reset_index(drop=True)
@@ -97,7 +97,7 @@ class Round:
         return self._frame("ledger")
 
     def responses(self) -> pd.DataFrame:
-        """The policy's own answers with their rewards (empty columns in a round that sampled none)."""
+        """The policy's responses with their rewards (an empty table in a round that sampled none)."""
         return self._frame("responses")
 
     def evidence(self) -> dict:
@@ -114,10 +114,10 @@ class Round:
         return _adapter_beside(policy, Artifact(self._store, base).folder("policy"))
 
     def copy_policy(self, folder: Path) -> None:
-        """Copy the policy's recorded files, and nothing else, into a folder of one's own.
+        """Copy exactly the policy's recorded files into a folder.
 
         Raises:
-            StoreError: one of them is missing, or does not hold what its record says.
+            StoreError: one of them is missing, or does not match its hash.
         """
         self._artifact("policy").copy("policy", folder)
 
@@ -146,7 +146,7 @@ class Round:
 
 
 def _adapter_beside(policy: Artifact, base: Path) -> Path:
-    """The adapter in the cache; its config names where its base lies here (the store holds no paths)."""
+    """A cached copy of the adapter whose config has the local path of its base (the store has no paths)."""
     names = [name for name in policy.record.files if name.startswith("policy/")]
     files = {name.removeprefix("policy/"): policy.path(name) for name in names}
     config = json.loads(files.pop("adapter_config.json").read_text())
@@ -155,5 +155,5 @@ def _adapter_beside(policy: Artifact, base: Path) -> Path:
 
 
 def _single(value: object) -> object:
-    """A rate becomes its value: a table's cell holds one number."""
+    """A single value for a table cell: of a rate, its value."""
     return value.get("value") if isinstance(value, dict) and "value" in value else value

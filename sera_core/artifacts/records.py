@@ -1,7 +1,4 @@
-"""Reading records: each carries the version of its layout, and is checked before it is believed.
-
-An older version is read. A newer one is refused by name: what it means is for a newer sera-flow to say.
-"""
+"""Read and validate records. Each names its format version: older formats are read, newer ones refused."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -16,72 +13,72 @@ FORMAT = 1
 """Version of every record's layout."""
 
 
-class Noun(BaseModel):
-    """A frozen record that refuses keys it does not know, and values of another type than theirs."""
+class StrictModel(BaseModel):
+    """A frozen pydantic model that rejects unknown keys and does not convert types."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, ser_json_inf_nan="strings"
     )
 
 
-AnyNoun = TypeVar("AnyNoun", bound=Noun)
+AnyModel = TypeVar("AnyModel", bound=StrictModel)
 
 
 def read_record(store: Store, path: str) -> dict[str, Any] | None:
-    """A record that this version can read, or None when it does not exist.
+    """A record as a dictionary, or None when it does not exist.
 
     Raises:
-        StoreError: it is no record, or a newer sera-flow wrote it.
+        StoreError: it is not a record, or a newer sera-flow wrote it.
     """
     data = read_json(store, path)
     return None if data is None else checked(data, f"{store.url}/{path}")
 
 
 def read_series(store: Store, pattern: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Records of a dense series (`runs/demo/round-{:03d}.json`), probed by name and in order."""
+    """Records of a numbered series without gaps (`runs/demo/round-{:03d}.json`), in order."""
     for number, data in numbered(store, pattern):
         yield number, checked(data, f"{store.url}/{pattern.format(number)}")
 
 
 def checked(data: Any, where: str) -> dict[str, Any]:
-    """A record as it was read, once its format is one this version knows."""
+    """The record, after a check that this version knows its format."""
     if not isinstance(data, dict) or type(data.get("format")) is not int or data["format"] < 1:
-        raise StoreError(f"{where}: not a record of sera-flow; restore it from a copy of the store")
+        raise StoreError(f"{where}: not a sera-flow record; restore it from a copy of the store")
     if data["format"] > FORMAT:
         raise StoreError(
-            f"{where}: written by a newer sera-flow (format {data['format']!s:.20}); this one reads up to "
-            f"{FORMAT}. Upgrade it: pip install --upgrade sera-flow"
+            f"{where}: written by a newer sera-flow (format {data['format']!s:.20}, this version reads up to "
+            f"{FORMAT}). Upgrade: pip install --upgrade sera-flow"
         )
     return data
 
 
-def typed(kind: type[AnyNoun], data: Any, where: str) -> AnyNoun:
-    """A record of one kind.
+def typed(kind: type[AnyModel], data: Any, where: str) -> AnyModel:
+    """Validate a record as an instance of `kind`.
 
     Raises:
-        StoreError: a field is missing, unknown or wrong; the first one is named.
+        StoreError: a field is missing, unknown or invalid; the message names the first one.
     """
     try:
         return kind.model_validate(checked(data, where))
     except ValidationError as error:
         raise StoreError(
-            f"{where}: is no {kind.__name__} ({first_wrong(error)}); restore it from a copy of the store"
+            f"{where}: invalid {kind.__name__} ({first_wrong(error)}); restore it from a copy of the store"
         ) from error
 
 
 def first_wrong(error: ValidationError) -> str:
-    """The first field that is wrong, and how, on one line."""
+    """The first invalid field and its error, on one line."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     field = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     return f"{shown_line(f'{field}: {message}' if field else message):.300}"
 
 
-def read_typed(store: Store, path: str, kind: type[AnyNoun]) -> AnyNoun | None:
-    """A record of one kind, or None when it does not exist.
+def read_typed(store: Store, path: str, kind: type[AnyModel]) -> AnyModel | None:
+    """Read a record and validate it as `kind`; None when it does not exist.
 
     Raises:
-        StoreError: it is none of this kind.
+        StoreError: it is not a valid `kind`.
     """
     data = read_json(store, path)
     return None if data is None else typed(kind, data, f"{store.url}/{path}")

@@ -1,4 +1,4 @@
-"""A run: its configuration records, its round manifests, and what follows from them: head, best, stop reason.
+"""A run: its configuration records and round manifests, and its head, best round and stop reason.
 
 runs/<run>/lease/                 who works on it (lease.py)
 runs/<run>/run-000.json           resolved configuration; later numbers only for changed limits and execution
@@ -20,7 +20,7 @@ from sera_core.artifacts import lease
 from sera_core.artifacts.canonical import canonical_json, sha256_json
 from sera_core.artifacts.manifest import StepRef
 from sera_core.artifacts.measures import Metrics, is_rate
-from sera_core.artifacts.records import FORMAT, Noun, first_wrong, read_series, read_typed, typed
+from sera_core.artifacts.records import FORMAT, StrictModel, first_wrong, read_series, read_typed, typed
 from sera_core.artifacts.store import Store, create_json
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError, StoreError
@@ -29,9 +29,9 @@ from sera_core.guards.urls import clean_sources
 DecisionName = Literal["promote", "hold", "roll_back", "stop"]
 STOP_REASONS = ("converged", "max_rounds", "degraded", "no_pairs", "budget", "reviewer")
 HEADLESS_DECISIONS: tuple[DecisionName, ...] = ("promote", "stop")
-"""Answers while no round is promoted: without a head there is no policy to hold, or to go back to."""
+"""Decisions allowed while no round is promoted: a hold or roll-back needs a head to keep or return to."""
 ALWAYS = ("data", "model", "pairs", "scored", "human", "mixture")
-"""Roles of the steps that every round has."""
+"""Step roles that every round has."""
 STEP_OF = {
     "data": "data",
     "model": "model",
@@ -47,12 +47,12 @@ STEP_OF = {
     "decision": "decide",
     "report": "report",
 }
-"""What does the step of a role."""
+"""Step name of each role."""
 ACCURACY = "heldout/rewards/accuracies"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class RunRecord(Noun):
+class RunRecord(StrictModel):
     """The configuration a run was started (or re-opened) with."""
 
     format: int
@@ -60,34 +60,34 @@ class RunRecord(Noun):
     config: dict[str, Any]
     config_sha256: str
     resolved: dict[str, Any]
-    """What config_sha256 covers: result fields with paths replaced by content digests."""
+    """The input of config_sha256: settings that change results, with paths replaced by content digests."""
     created: str
 
     @field_validator("config", mode="after")
     @classmethod
     def _without_secrets(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """Earlier versions recorded URLs as they were given; whoever reads one here sees no password."""
+        """Strip passwords from URLs, which earlier versions recorded unchanged."""
         return clean_sources(config)
 
     @model_validator(mode="after")
     def _is_hashed(self) -> "RunRecord":
         if sha256_json(self.resolved) != self.config_sha256:
-            raise ValueError("config_sha256 is not the hash of `resolved`, which it stands beside")
+            raise ValueError("config_sha256 is not the hash of `resolved`")
         return self
 
     @property
     def changed(self) -> str | None:
-        """The first setting that is another in `config` than in `resolved`, which is hashed; or None."""
+        """The first setting that differs between `config` and `resolved`, which is hashed; or None."""
         covered = {name: value for name, value in self.resolved.items() if name != "digests"}
         return _first_other(covered, self.config, "")
 
     @property
     def settings(self) -> SeraConfig:
-        """The configuration, checked.
+        """The validated configuration.
 
         Raises:
-            StoreError: this version knows no such setting or value, or it is not what the hash covers; the
-                first one is named.
+            StoreError: this version does not know a setting or value, or a setting differs from the hashed
+                one; the message names the first.
         """
         try:
             config = SeraConfig.stored(self.config)
@@ -98,14 +98,14 @@ class RunRecord(Noun):
             ) from error
         if self.changed is not None:
             raise StoreError(
-                f"run {self.run!r}: the recorded configuration was changed ({self.changed} is not what its "
-                "config_sha256 covers); restore the record from a copy of the store"
+                f"run {self.run!r}: the recorded configuration was modified ({self.changed} does not match "
+                "config_sha256); restore the record from a copy of the store"
             )
         return config
 
 
 def _first_other(covered: Any, config: Any, name: str) -> str | None:
-    """Dotted name of the first setting that is covered by the hash and another in the configuration."""
+    """Dotted name of the first setting that differs between the hashed and the recorded configuration."""
     if isinstance(covered, dict) and isinstance(config, dict):
         inner = [(key, value, config.get(key)) for key, value in covered.items()]
     elif isinstance(covered, list) and isinstance(config, list) and len(covered) == len(config):
@@ -116,8 +116,8 @@ def _first_other(covered: Any, config: Any, name: str) -> str | None:
     return next((other for other in found if other is not None), None)
 
 
-class Place(Noun):
-    """Where an artifact of a round lies, and what it holds: a file, or a folder (its path ends with `/`)."""
+class Place(StrictModel):
+    """Location and hash of an artifact of a round: a file, or a folder (its path ends with `/`)."""
 
     step: str
     key: str
@@ -127,7 +127,7 @@ class Place(Noun):
     rows: int | None
 
 
-class RoundManifest(Noun):
+class RoundManifest(StrictModel):
     """One finished round."""
 
     format: int
@@ -138,9 +138,9 @@ class RoundManifest(Noun):
     steps: dict[str, StepRef]
     """The round's own steps, by role (policy, scored, mixture, evidence, …)."""
     used: list[StepRef]
-    """Every step the round rests on, log-probabilities and shared ones included."""
+    """Every step the round depends on, including log-probabilities and steps shared with other rounds."""
     artifacts: dict[str, dict[str, Any]]
-    """What a person looks for, by role: step ref, path in it, sha256, bytes, rows."""
+    """The round's main artifacts by role: step ref, path in the step, sha256, bytes, rows."""
     pairs: dict[str, int]
     target_share: float
     generated_share: float
@@ -151,15 +151,15 @@ class RoundManifest(Noun):
     accuracy: float | None
     created: str
     epoch: int | None = None
-    """Epoch of the lease it was committed under; None where nobody else could be at work."""
+    """Epoch of the lease under which it was committed; None without a lease."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> "RoundManifest":
-        """Whoever reads a round finds in it what every round has."""
+        """Check the fields that every round must have."""
         if self.pairs.keys() != {"human", "generated"} or min(self.pairs.values()) < 0:
-            raise ValueError("pairs: counts of human and of generated ones were expected")
+            raise ValueError("pairs: expected the counts `human` and `generated`")
         if self.stop_reason not in (None, *STOP_REASONS):
-            raise ValueError(f"stop_reason: {self.stop_reason!r:.60} is none")
+            raise ValueError(f"stop_reason: {self.stop_reason!r:.60} is unknown")
         for role, ref in self.steps.items():
             if ref.step != STEP_OF.get(role, ref.step):
                 raise ValueError(f"steps.{role}: is a step {ref.step!r:.60}, not {STEP_OF[role]!r}")
@@ -170,26 +170,26 @@ class RoundManifest(Noun):
             except ValidationError as error:
                 raise ValueError(f"artifacts.{role}: {first_wrong(error)}") from error
             if (place.step, place.key) not in made:
-                raise ValueError(f"artifacts.{role}: is of none of the round's steps")
+                raise ValueError(f"artifacts.{role}: does not belong to a step of the round")
         return self
 
     @model_validator(mode="after")
     def _has_its_steps(self) -> "RoundManifest":
-        """Steps that every round has, and those that one with a trained policy has."""
+        """Check the steps that every round must have, and those of a round with a trained policy."""
         trained = () if self.stop_reason == "no_pairs" else ("policy", "evidence", "decision")
         absent = [role for role in (*ALWAYS, *trained) if role not in self.steps] if self.steps else []
         if absent:
-            raise ValueError(f"steps: names no {absent[0]}")
+            raise ValueError(f"steps: {absent[0]} is missing")
         if "evidence" in self.steps and not is_rate(self.metrics.get(ACCURACY)):
-            raise ValueError(f"metrics: has no {ACCURACY}")
+            raise ValueError(f"metrics: {ACCURACY} is missing")
         if "policy" in self.steps and "policy" not in self.artifacts:
-            raise ValueError("artifacts: names no policy")
+            raise ValueError("artifacts: policy is missing")
         if "evidence" in self.steps and self.accuracy != self.metrics[ACCURACY]["value"]:
-            raise ValueError(f"accuracy: is not that of {ACCURACY}")
+            raise ValueError(f"accuracy: differs from {ACCURACY}")
         return self
 
 
-class Question(Noun):
+class Question(StrictModel):
     """`review-000.json`: what a person is asked about a round."""
 
     format: int
@@ -202,12 +202,12 @@ class Question(Noun):
     @classmethod
     def _is_time(cls, until: str) -> str:
         if datetime.fromisoformat(until).tzinfo is None:
-            raise ValueError("a time with its zone was expected")
+            raise ValueError("expected a time with a time zone")
         return until
 
 
-class Answer(Noun):
-    """`review-000-answer.json`: what a person said, or the default after the deadline."""
+class Answer(StrictModel):
+    """`review-000-answer.json`: a person's answer, or the default after the deadline."""
 
     format: int
     decision: DecisionName
@@ -216,7 +216,7 @@ class Answer(Noun):
     when: str
 
 
-class Stop(Noun):
+class Stop(StrictModel):
     """`stop-000.json`: the budget that ended a run."""
 
     format: int
@@ -225,8 +225,8 @@ class Stop(Noun):
     created: str
 
 
-class Finished(Noun):
-    """`finished/….json`: the run that did exactly this (the hash in the name) to its end."""
+class Finished(StrictModel):
+    """`finished/….json`: the finished run with this configuration (its hash is the file's name)."""
 
     format: int
     run: str
@@ -238,7 +238,7 @@ class Finished(Noun):
         return check_name(run)
 
 
-class Final(Noun):
+class Final(StrictModel):
     """`final-000.json`: the evidence on the test side under the policy of a round."""
 
     format: int
@@ -249,15 +249,15 @@ class Final(Noun):
 
 
 def check_name(run: str) -> str:
-    """A run's name: letters, digits, dot, dash, underscore; no path.
+    """Return the name if it is a valid run name: letters, digits, dot, dash, underscore; no path.
 
     Raises:
-        InputError: another name.
+        InputError: it is not.
     """
     if not _is_name(run):
         raise InputError(
             f"run name {run!r}: a name is 1 to 100 letters, digits, '.', '-' or '_', starts with a letter or "
-            "digit and does not end with '.'; it cannot hold a path. Choose another with --name"
+            "digit, does not end with '.' and is not a path. Choose another with --name"
         )
     return run
 
@@ -267,7 +267,7 @@ def _is_name(run: str) -> bool:
 
 
 class History:
-    """What the finished rounds of a run say: pure, from their manifests alone."""
+    """State of a run computed from the manifests of its finished rounds."""
 
     def __init__(self, rounds: Sequence[RoundManifest]) -> None:
         self.rounds = list(rounds)
@@ -284,7 +284,7 @@ class History:
 
     @property
     def best(self) -> RoundManifest | None:
-        """The promoted round with the largest held-out reward accuracy, ties to the later."""
+        """The promoted round with the largest held-out reward accuracy; the later one if tied."""
         return max(
             self.promoted,
             key=lambda r: (r.accuracy if r.accuracy is not None else -1.0, r.round),
@@ -293,7 +293,7 @@ class History:
 
     @property
     def lineage(self) -> list[RoundManifest]:
-        """Heads in order: a roll-back cuts them back to the best round so far."""
+        """The heads in order; a roll-back removes those after the best round so far."""
         heads: list[RoundManifest] = []
         for number, manifest in enumerate(self.rounds):
             if manifest.decision == "promote":
@@ -321,7 +321,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(dotted key, old, new) for every one that differs; None where a side has none."""
+    """(dotted key, old, new) of every setting that differs; None where a side lacks it."""
     a, b = flatten(old), flatten(new)
     return [(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
 
@@ -351,8 +351,8 @@ class RunStore:
             manifest = typed(RoundManifest, data, self._where(f"round-{number:03d}"))
             if manifest.parent_sha256 != parent or manifest.round != number:
                 raise StoreError(
-                    f"{self._where(f'round-{number:03d}')}: does not follow from "
-                    "the manifest before it (another parent hash); restore both from a copy of the store"
+                    f"{self._where(f'round-{number:03d}')}: its parent hash does not match "
+                    "the manifest before it; restore both from a copy of the store"
                 )
             manifests.append(manifest)
             parent = self.sha256_of_round(number)
@@ -362,7 +362,7 @@ class RunStore:
         return f"{self.store.url}/{self.path}/{name}.json"
 
     def sha256_of_round(self, number: int) -> str | None:
-        """sha256 of a round's manifest as it lies in the store; None when there is none."""
+        """sha256 of a round's manifest in the store; None when it does not exist."""
         data = self.store.read_bytes(f"{self.path}/round-{number:03d}.json")
         return None if data is None else hashlib.sha256(data).hexdigest()
 
@@ -371,8 +371,8 @@ class RunStore:
         found = read_typed(self.store, f"{self.path}/final-{round:03d}.json", Final)
         if found is not None and found.round != round:
             raise StoreError(
-                f"{self._where(f'final-{round:03d}')}: is that of round {found.round}; restore it from a "
-                "copy of the store"
+                f"{self._where(f'final-{round:03d}')}: is the record of round {found.round}; restore it from "
+                "a copy of the store"
             )
         return None if found is None else found.model_dump()
 
@@ -381,10 +381,10 @@ class RunStore:
         return History(self.rounds())
 
     def open(self, config: SeraConfig, resolved: Mapping[str, Any]) -> RunRecord:
-        """Create the run, or find it with the same configuration; changed limits and execution are recorded.
+        """Create the run, or open it with the same configuration; record changed limits and execution.
 
         Raises:
-            InputError: a configuration that changes results was changed; the differences are named.
+            InputError: a setting that changes results differs; the message lists the differences.
         """
         dump = config.model_dump(mode="json")
         sha = sha256_json(resolved)
@@ -411,10 +411,10 @@ class RunStore:
         return typed(RunRecord, winner, self._where(f"run-{len(records):03d}"))
 
     def commit_round(self, manifest: RoundManifest) -> RoundManifest:
-        """Create the round's manifest; of two writers the first one's stands.
+        """Create the round's manifest, unless it exists; returns the one in the store.
 
         Raises:
-            BusyError: this process held the run, and somebody took over.
+            BusyError: another process took over this process's lease on the run.
         """
         number = manifest.round
         parent = self.sha256_of_round(number - 1) if number else None
@@ -427,7 +427,7 @@ class RunStore:
         return typed(RoundManifest, winner, self._where(f"round-{number:03d}"))
 
     def _epoch(self) -> int | None:
-        """The epoch of the lease this process holds on the run, read again; None where it holds none."""
+        """Number of the epoch this process holds on the run, after a check that it is the newest; or None."""
         held = lease.held(self.store, self.run)
         if held is None:
             return None
@@ -438,7 +438,7 @@ class RunStore:
         """Record that the budget ended the run under its current configuration.
 
         Raises:
-            BusyError: this process held the run, and somebody took over.
+            BusyError: another process took over this process's lease on the run.
         """
         self._epoch()
         number = len(self.configs()) - 1
@@ -446,12 +446,12 @@ class RunStore:
         create_json(self.store, f"{self.path}/stop-{number:03d}.json", record)
 
     def stop_reason(self) -> str | None:
-        """Why the run stopped, None while it is open. Limits that were raised re-open it."""
+        """Why the run stopped, None while it is open. Raising a limit re-opens it."""
         state = self.state()
         return None if state in ("open", "waiting") else state
 
     def state(self) -> str:
-        """`open`, `waiting` for a person, or why the run stopped."""
+        """`open`, `waiting` (for a person's answer), or why the run stopped."""
         records, history = self.configs(), self.history()
         if history.rounds and history.rounds[-1].stop_reason:
             return history.rounds[-1].stop_reason
@@ -466,26 +466,26 @@ class RunStore:
         return "open" if stop is None else stop.reason
 
     def stop(self) -> Stop | None:
-        """What ended the run under its current configuration, if a budget did."""
+        """The budget that ended the run under its current configuration, or None."""
         return read_typed(self.store, f"{self.path}/stop-{len(self.configs()) - 1:03d}.json", Stop)
 
     def decisions(self) -> tuple[DecisionName, ...]:
-        """The answers the open round may get: those that leave the run with a head, or end it."""
+        """The allowed answers for the open round: those that leave the run with a head, or end it."""
         return HEADLESS_DECISIONS if self.history().head is None else get_args(DecisionName)
 
     def _check_decision(self, round: int, decision: str) -> None:
         offered = self.decisions()
         if decision not in offered:
             raise InputError(
-                f"run {self.run!r}, round {round}: {decision!r} is refused, for no round is promoted yet and "
-                f"the run would be left without a head; answer {' or '.join(offered)}"
+                f"run {self.run!r}, round {round}: {decision!r} is not allowed, because no round is promoted "
+                f"yet and the run would be without a head; answer {' or '.join(offered)}"
             )
 
     def ask(self, round: int, evidence: Mapping[str, Any], hours: float, default: str) -> dict[str, Any]:
-        """Record the question whether to promote a round; its deadline counts from the first asking.
+        """Record the question whether to promote a round; the deadline counts from the first record.
 
         Raises:
-            InputError: a default that would leave the run without a head.
+            InputError: the default would leave the run without a head.
         """
         self._check_decision(round, default)
         until = (datetime.now(UTC) + timedelta(hours=hours)).isoformat(timespec="seconds")
@@ -503,7 +503,7 @@ class RunStore:
         """Record the answer to a question; the first answer stands.
 
         Raises:
-            InputError: an answer that would leave the run without a head.
+            InputError: the answer would leave the run without a head.
         """
         self._check_decision(round, decision)
         answer = {"format": FORMAT, "decision": decision, "note": note, "who": who, "when": now()}
@@ -516,12 +516,12 @@ class RunStore:
         return None if found is None else found.model_dump()
 
     def given_answer(self, round: int) -> dict[str, Any] | None:
-        """The answer that stands in the store, whatever the time is."""
+        """The recorded answer, or None; ignores the deadline."""
         found = read_typed(self.store, f"{self.path}/review-{round:03d}-answer.json", Answer)
         return None if found is None else found.model_dump()
 
     def answer_of(self, round: int) -> dict[str, Any] | None:
-        """The answer to a round's question; after the deadline the default is written and returned."""
+        """The answer to a round's question; after the deadline, record and return the default."""
         found = self.given_answer(round)
         question = self.question(round)
         if found is None and question and datetime.fromisoformat(question["until"]) < datetime.now(UTC):
@@ -548,5 +548,5 @@ def now() -> str:
 
 
 def list_runs(store: Store) -> list[str]:
-    """Names of the runs in a store, for people."""
+    """Names of the runs in a store, for display."""
     return [name for name in store.names("runs") if _is_name(name)]

@@ -1,7 +1,7 @@
-"""Requests to one bucket through s3fs: tried again while that can help, and never for longer than a limit.
+"""Requests to one bucket through s3fs, with retries and time limits.
 
-There is one retry loop, this one. Those of s3fs and botocore are off, for loops inside loops multiply: a busy
-server was asked 25 times over 40 seconds before anybody was told.
+This is the only retry loop. Those of s3fs and botocore are off, because nested retries multiply: together
+they sent 25 requests in 40 seconds to a busy server before they reported an error.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import aiohttp
 from botocore import exceptions as botocore_errors
 from botocore.parsers import ResponseParserError
 
-from sera_core.artifacts.checks import MAX_RECORD_BYTES, wrong
+from sera_core.artifacts.checks import MAX_RECORD_BYTES, mismatch_error
 from sera_core.errors import StoreError
 
 T = TypeVar("T")
@@ -32,10 +32,10 @@ S3_CONFIG = {
     "s3": {"addressing_style": "path"},
     "max_pool_connections": 16,
 }
-_PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
-_PASSING_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
+_RETRY_STATUS = {408, 409, 429, 500, 502, 503, 504}
+_RETRY_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
 _REDIRECTS = {301, 302, 307, 308}
-_PASSING_ERRORS = (
+_RETRY_ERRORS = (
     TimeoutError,
     ConnectionError,
     aiohttp.ClientError,
@@ -46,43 +46,43 @@ _PASSING_ERRORS = (
     botocore_errors.ReadTimeoutError,
     ResponseParserError,
 )
-_NO_LEAVE = (
+_ACCESS_ERRORS = (
     PermissionError,
     botocore_errors.NoCredentialsError,
     botocore_errors.PartialCredentialsError,
     botocore_errors.CredentialRetrievalError,
 )
 _PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0, 5.0)
-"""Seconds before the second try, the third, …; the last one stays."""
+"""Seconds before the second try, the third, …; the last value repeats."""
 _LONGEST = 100.0
-"""Seconds after which a part is given up, however large: with cleaning up, less than two minutes."""
+"""Maximum seconds for a part of any size: with clean-up, less than two minutes."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long an operation waits for the object store. What is over in the end is a clear error."""
+    """Time limits and number of tries of requests; reaching a limit is an error."""
 
     answer: float = 20.0
-    """Seconds of silence after which a request is sent again."""
+    """Seconds without a response after which a request is sent again."""
     total: float = 55.0
-    """Seconds after which a request is given up. No operation needs more than two of them in a row."""
+    """Seconds after which a request fails. No operation needs more than two requests in sequence."""
     tries: int = 8
-    """Requests sent for it, at most."""
+    """Maximum number of tries."""
     slowest: int = 384 * 1024
-    """Bytes a second below which a transfer counts as stalled."""
+    """Bytes per second below which a transfer counts as stalled."""
 
     def one_request(self, size: int) -> float:
-        """Seconds that a request may take which moves so many bytes."""
+        """Maximum seconds for one try of a request that transfers `size` bytes."""
         return self.answer + size / self.slowest
 
     def all_tries(self, size: int) -> float:
-        """Seconds after which it is given up."""
+        """Maximum seconds for all its tries together."""
         return min(_LONGEST, self.total + size / self.slowest)
 
 
 @dataclass(frozen=True)
 class Listed:
-    """An object as a listing names it."""
+    """An object in a listing."""
 
     key: str
     bytes: int
@@ -96,8 +96,8 @@ class Requests:
         self.fs, self.bucket, self.patience = fs, bucket, patience
 
     async def put(self, key: str, data: bytes) -> None:
-        """Write an object, whatever is there."""
-        await self._again(
+        """Write an object, replacing any existing one."""
+        await self._with_retries(
             "write",
             key,
             len(data),
@@ -105,13 +105,13 @@ class Requests:
         )
 
     async def create(self, key: str, data: bytes) -> bytes:
-        """Write an object unless there is one; returns what is there now.
+        """Write an object unless it exists; returns the bytes that are stored now.
 
-        A refusal proves nothing: when the answer to our own write was lost, the second try is refused. What
-        is there decides.
+        A refused write may be our own: if the response to the first try was lost, the second is refused. So
+        the stored bytes decide.
         """
         try:
-            await self._again(
+            await self._with_retries(
                 "create",
                 key,
                 len(data),
@@ -122,7 +122,8 @@ class Requests:
             winner = await self.read(key)
             if winner is None:
                 raise StoreError(
-                    f"{refused}, and no record is there; run again, and try the store with `sera doctor`"
+                    f"{refused}, but the record does not exist; run again, and check the store with "
+                    "`sera doctor`"
                 ) from refused
             return winner
 
@@ -135,17 +136,17 @@ class Requests:
             with closing(answer["Body"]) as body:
                 if size > MAX_RECORD_BYTES:
                     raise StoreError(
-                        f"{self._where(key)}: {size:,} bytes are no record; it was tampered with"
+                        f"{self._where(key)}: {size:,} bytes are too many for a record; it was modified"
                     )
                 return await _whole(body, size)
 
         try:
-            return await self._again("read", key, 0, once)
+            return await self._with_retries("read", key, 0, once)
         except FileNotFoundError:
             return None
 
     async def read_range(self, key: str, start: int, stop: int, size: int | None = None) -> bytes:
-        """Bytes start to stop of an object; with `size`, of an object of so many bytes and no other.
+        """Bytes start to stop of an object; with `size`, the object must have exactly that many bytes.
 
         Raises:
             FileNotFoundError: there is no such object.
@@ -157,39 +158,39 @@ class Requests:
             with closing(answer["Body"]) as body:
                 if not whole and "ContentRange" not in answer:
                     raise StoreError(
-                        f"{self._where(key)}: the server sends whole objects where a range was asked for; "
-                        "use another server (`sera doctor` tries it)"
+                        f"{self._where(key)}: the server ignores range requests and sends whole objects; "
+                        "use another server (`sera doctor` tests it)"
                     )
                 there = answer["ContentLength"] if whole else int(answer["ContentRange"].rpartition("/")[2])
                 if size is not None and there != size:
-                    raise wrong(self._where(key), f"{there:,} bytes where the record says {size:,}")
+                    raise mismatch_error(self._where(key), f"{there:,} bytes, but its record says {size:,}")
                 return await _whole(body, stop - start)
 
         try:
-            return await self._again("read", key, stop - start, once)
+            return await self._with_retries("read", key, stop - start, once)
         except _Refused as refused:
-            what = f"it ends before byte {stop:,}, which the record says it has"
-            raise wrong(self._where(key), what) from refused
+            what = f"it ends before byte {stop:,}, but its record says it is longer"
+            raise mismatch_error(self._where(key), what) from refused
 
     async def size(self, key: str) -> int | None:
         """Bytes of an object, or None."""
         try:
-            answer = await self._again("find", key, 0, lambda: self._call("head_object", Key=key))
+            answer = await self._with_retries("find", key, 0, lambda: self._call("head_object", Key=key))
         except FileNotFoundError:
             return None
         return answer["ContentLength"]
 
     async def delete(self, key: str) -> None:
-        """Remove an object, whether it is there or not."""
-        await self._again("remove", key, 0, lambda: self._call("delete_object", Key=key))
+        """Remove an object if it exists."""
+        await self._with_retries("remove", key, 0, lambda: self._call("delete_object", Key=key))
 
     async def listing(self, prefix: str, delimiter: str = "") -> AsyncIterator[Listed | str]:
-        """Objects below a prefix and, with a delimiter, the folders: for people only."""
+        """Objects below a prefix and, with a delimiter, the folders; for display only."""
         more: dict[str, str] = {}
         while True:
             arguments = {"Prefix": prefix, "Delimiter": delimiter, **more}
             try:
-                answer = await self._again(
+                answer = await self._with_retries(
                     "list", prefix, 0, lambda given=arguments: self._call("list_objects_v2", **given)
                 )
             except FileNotFoundError as error:
@@ -206,33 +207,35 @@ class Requests:
 
     async def begin_parts(self, key: str) -> str:
         """Start an upload in parts; returns its id."""
-        answer = await self._again("write", key, 0, lambda: self._call("create_multipart_upload", Key=key))
+        answer = await self._with_retries(
+            "write", key, 0, lambda: self._call("create_multipart_upload", Key=key)
+        )
         return answer["UploadId"]
 
     async def put_part(self, key: str, upload: str, number: int, data: bytes) -> dict[str, Any]:
-        """Upload one part, numbered from 1; returns what the end of the upload must name."""
+        """Upload one part, numbered from 1; returns its entry for `end_parts`."""
         part = {"UploadId": upload, "PartNumber": number, "Body": data}
-        answer = await self._again(
+        answer = await self._with_retries(
             "write", key, len(data), lambda: self._call("upload_part", Key=key, **part)
         )
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
     async def end_parts(self, key: str, upload: str, parts: list[dict[str, Any]], size: int) -> None:
-        """Make the object of the parts. An upload that is unknown now was ended by an answer we lost."""
+        """Complete the upload. If it is unknown, an earlier try completed it and its response was lost."""
         named = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
         try:
-            await self._again(
+            await self._with_retries(
                 "write", key, 2**23, lambda: self._call("complete_multipart_upload", Key=key, **named)
             )
         except FileNotFoundError:
             if await self.size(key) != size:
                 raise StoreError(
-                    f"{self._where(key)}: the server forgot the upload before it was ended; run again"
+                    f"{self._where(key)}: the server lost the upload before it was complete; run again"
                 ) from None
 
     async def abort_parts(self, key: str) -> None:
-        """End every unfinished upload of an object, those too whose beginning was not answered."""
-        answer = await self._again(
+        """Abort every unfinished upload of an object, including those whose id we never received."""
+        answer = await self._with_retries(
             "clean up", key, 0, lambda: self._call("list_multipart_uploads", Prefix=key)
         )
         for upload in answer.get("Uploads") or []:
@@ -240,7 +243,7 @@ class Requests:
                 continue
             arguments = {"Key": key, "UploadId": upload["UploadId"]}
             try:
-                await self._again(
+                await self._with_retries(
                     "clean up",
                     key,
                     0,
@@ -257,12 +260,12 @@ class Requests:
     def _where(self, key: str) -> str:
         return f"s3://{self.bucket}/{key}"
 
-    async def _again(self, verb: str, key: str, size: int, once: Callable[[], Awaitable[T]]) -> T:
-        """The answer to a request, sent again while it may yet be answered.
+    async def _with_retries(self, verb: str, key: str, size: int, once: Callable[[], Awaitable[T]]) -> T:
+        """Send a request, with retries while the error may be temporary.
 
         Raises:
-            FileNotFoundError: the object (not the bucket) is not there.
-            StoreError: anything else, in one sentence; _Refused where a condition may not hold.
+            FileNotFoundError: the object (not the bucket) does not exist.
+            StoreError: any other failure; _Refused if a condition of the request may not hold.
         """
         patience, began = self.patience, time.monotonic()
         total = patience.all_tries(size)
@@ -272,66 +275,66 @@ class Requests:
                 async with asyncio.timeout(min(left, patience.one_request(size))):
                     return await once()
             except Exception as error:
-                if not _may_pass(error):
-                    raise self._clear(error, key) from error
+                if not _is_temporary(error):
+                    raise self._translated(error, key) from error
                 last = error
             pause = _PAUSES[min(tried, len(_PAUSES)) - 1] * random.uniform(0.75, 1.25)
             spent = time.monotonic() - began
             if tried == patience.tries or spent + pause >= total:
                 raise StoreError(
                     f"{self._where(key)}: the object store did not {verb} it in {tried} tries, {spent:.0f} s "
-                    f"(the last: {_said(last)}). What was committed is whole; run again when it answers"
+                    f"(last error: {_describe(last)}). Committed files are safe; run again when it responds"
                 ) from last
             await asyncio.sleep(pause)
-        raise AssertionError("the loop ends by an answer or an error")
+        raise AssertionError("the loop returns or raises")
 
-    def _clear(self, error: Exception, key: str) -> Exception:
-        """What to raise for an error that no second try would mend."""
+    def _translated(self, error: Exception, key: str) -> Exception:
+        """The exception to raise for an error that a retry cannot fix."""
         if isinstance(error, StoreError):
             return error
         if isinstance(error, RecursionError) or _status(error) in _REDIRECTS:  # s3fs follows some in circles
             return StoreError(
-                f"s3://{self.bucket}: the server sends its requests elsewhere: wrong region or endpoint; set "
+                f"s3://{self.bucket}: the server redirects requests: region or endpoint is wrong; set "
                 "AWS_DEFAULT_REGION to the bucket's region, or correct AWS_ENDPOINT_URL"
             )
         if _is_page(error):
             return self._no_s3(key)
         if isinstance(error, FileExistsError) or getattr(error, "errno", None) == errno.EINVAL:
-            # A refused create is the first on AWS and moto, the second on Ceph and Swift.
-            return _Refused(f"{self._where(key)}: the object store refused: {_said(error)}")
+            # AWS and moto raise FileExistsError for a refused create, Ceph and Swift EINVAL.
+            return _Refused(f"{self._where(key)}: the object store refused: {_describe(error)}")
         if _code(error) == "NoSuchBucket":
             return StoreError(
-                f"s3://{self.bucket}: there is no such bucket; make it first, or check AWS_ENDPOINT_URL"
+                f"s3://{self.bucket}: this bucket does not exist; create it, or check AWS_ENDPOINT_URL"
             )
         if isinstance(error, FileNotFoundError):
             return FileNotFoundError(self._where(key))
-        if isinstance(error, _NO_LEAVE):
+        if isinstance(error, _ACCESS_ERRORS):
             return StoreError(
-                f"{self._where(key)}: access refused ({_said(error)}); check AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, and that get, put, delete and list are allowed"
+                f"{self._where(key)}: access denied ({_describe(error)}); check AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, and that get, put, delete and list are allowed"
             )
-        return StoreError(f"{self._where(key)}: the object store refused: {_said(error)}")
+        return StoreError(f"{self._where(key)}: the object store refused: {_describe(error)}")
 
     def listing_error(self, error: Exception, key: str) -> Exception:
-        """The same where a folder was listed: a bucket that is there can be, empty or not."""
-        found = self._clear(error, key)
+        """As `_translated`, for a listing: an existing bucket can always be listed, even if it is empty."""
+        found = self._translated(error, key)
         return self._no_s3(key) if isinstance(found, FileNotFoundError) else found
 
     def _no_s3(self, key: str) -> StoreError:
         return StoreError(
-            f"{self._where(key)}: what answers is not S3, or has no such bucket; check AWS_ENDPOINT_URL and "
-            "the bucket's name"
+            f"{self._where(key)}: the server is not S3, or the bucket does not exist; check AWS_ENDPOINT_URL "
+            "and the bucket's name"
         )
 
 
 class _Refused(StoreError):
-    """The server will not do it as things stand: the object exists, or the request is not one it knows."""
+    """The server refused the request: the object exists, or the server does not support the request."""
 
 
 async def _whole(body: Any, size: int) -> bytes:
     data = await body.read()
     if len(data) != size:
-        raise ConnectionError(f"{len(data)} bytes of {size} arrived")
+        raise ConnectionError(f"received {len(data)} of {size} bytes")
     return data
 
 
@@ -340,7 +343,7 @@ def _range(start: int, stop: int) -> dict[str, str]:
 
 
 def _response(error: Exception) -> dict[str, Any]:
-    """The server's own words: s3fs raises Python's exceptions and keeps botocore's as their cause."""
+    """The server's response: s3fs raises Python's exceptions with botocore's as their cause."""
     return getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
 
 
@@ -353,20 +356,20 @@ def _status(error: Exception) -> int:
 
 
 def _is_page(error: Exception) -> bool:
-    """Whether the server refused by something that reads like XML and is no error of S3's: a web page."""
+    """Whether the error response is a web page instead of an S3 error."""
     return 400 <= _status(error) < 500 and _code(error) == "" and "Error" in _response(error)
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
+def _is_temporary(error: Exception) -> bool:
+    """Whether the error is temporary, so that a retry may succeed."""
     response = _response(error)
     if response:
-        return _status(error) in _PASSING_STATUS or _code(error) in _PASSING_CODES
-    return isinstance(error, _PASSING_ERRORS) and not isinstance(error, StoreError)
+        return _status(error) in _RETRY_STATUS or _code(error) in _RETRY_CODES
+    return isinstance(error, _RETRY_ERRORS) and not isinstance(error, StoreError)
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, TimeoutError) and not str(error):
         return "no answer in time"
-    told = [_code(error) or type(error).__name__, *(str(part) for part in error.args[-1:] if part)]
-    return ": ".join(told)
+    parts = [_code(error) or type(error).__name__, *(str(part) for part in error.args[-1:] if part)]
+    return ": ".join(parts)

@@ -1,4 +1,4 @@
-"""A store below a prefix of a bucket, through s3fs. A record is committed by a small conditional put.
+"""A store below a prefix of a bucket, through s3fs. A record is committed by a conditional put.
 
 Endpoint, region and credentials come from the environment, never from a URL: AWS_ENDPOINT_URL,
 AWS_ACCESS_KEY_ID, AWS_PROFILE and the like, and s3fs's own FSSPEC_S3_….
@@ -15,9 +15,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sera_core.artifacts.checks import Blob, Progress, check_blob, check_file, check_path, check_url, missing
+from sera_core.artifacts.checks import (
+    Blob,
+    Progress,
+    check_blob,
+    check_file,
+    check_path,
+    check_url,
+    missing_error,
+)
 from sera_core.artifacts.folders import cache_folder
-from sera_core.artifacts.local_store import no_room
+from sera_core.artifacts.local_store import disk_full_error
 from sera_core.artifacts.scratch import scratch_folder
 from sera_core.errors import InputError, StoreError
 
@@ -27,15 +35,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 ENVIRONMENT = ("AWS_", "FSSPEC_S3_")
-"""Variables that hold endpoint, region and credentials begin with one of these."""
+"""Prefixes of the environment variables for endpoint, region and credentials."""
 _CREATED_ONCE = re.compile(r"steps/[^/]+/[^/]+/(done|part-\d+)\.json|runs/[^/]+/(run|round)-\d+\.json")
-"""Records that nobody replaces: half of the requests of a round would ask for one of them again."""
+"""Records that are never replaced, so they can be cached: re-reading them is half of a round's requests."""
 _LAST_SECONDS = 20.0
-"""An interrupted transfer may take so long to remove its remains."""
+"""Maximum time for an interrupted transfer to clean up."""
 
 
 class _Environment(tuple[tuple[str, str], ...]):
-    """Names and values, the values for nobody's eyes: they hold credentials."""
+    """Names and values of environment variables; repr hides the values, which contain credentials."""
 
     __slots__ = ()
 
@@ -44,14 +52,14 @@ class _Environment(tuple[tuple[str, str], ...]):
 
 
 class S3Store:
-    """A prefix of a bucket. Nothing here depends on a listing."""
+    """A prefix of a bucket. Correctness never depends on a listing."""
 
     def __init__(self, url: str, patience: "Patience | None" = None, remember: bool = False) -> None:
         self.url = check_url(url).rstrip("/")
         self.prefix = self.url.removeprefix("s3://")
         self.bucket, _, self._below = self.prefix.partition("/")
         if not _BUCKET.fullmatch(self.bucket):
-            raise InputError(f"store {url!r}: {self.bucket!r} is no bucket's name; give s3://bucket/prefix")
+            raise InputError(f"store {url!r}: {self.bucket!r} is not a bucket name; use s3://bucket/prefix")
         if self._below:
             check_path(self.url, self._below)
         self._environment = _Environment(
@@ -59,14 +67,14 @@ class S3Store:
         )
         if any("ENDPOINT" in name and "@" in value for name, value in self._environment):
             raise InputError(
-                "AWS_ENDPOINT_URL holds a user or a password, which errors would show; put them into "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                "AWS_ENDPOINT_URL contains a user or a password, which error messages would show; set "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
             )
         self._patience = patience
         self._known = _known(self._environment, self.prefix) if remember else None
         self._verified: set[tuple[str, int, int]] = set()
         self._connected: dict[tuple[int, int], Any] = {}
-        self._filesystem(tries=1)  # now, for the environment may change
+        self._filesystem(tries=1)  # connect now: the environment may change later
 
     @property
     def fs(self) -> Any:
@@ -127,7 +135,7 @@ class S3Store:
         return sorted(key.removeprefix(below).strip("/") for key in self._do(found()) if key != below)
 
     def listing_error(self, error: Exception, path: str) -> Exception:
-        """In one sentence, what an error of s3fs means to who lists a folder."""
+        """A clear error for an s3fs error in a listing."""
         return self._requests().listing_error(error, self._key(path))
 
     # ---------------------------------------------------------------------------------------- how it is done
@@ -153,7 +161,7 @@ class S3Store:
         return self._connected[process, tries]
 
     def _holds(self, local: Path, sha256: str, size: int) -> bool:
-        """Whether the cache has the file as it should be; anything else that lies in its place is removed."""
+        """Whether the cache has the file with this hash and size; a different file is removed."""
         if not local.exists():
             return False
         if _seen(local) in self._verified:
@@ -175,16 +183,16 @@ class S3Store:
             local.parent.mkdir(parents=True, exist_ok=True)
             (scratch / local.name).replace(local)
         except FileNotFoundError:
-            raise missing(f"{self.url}/{path}") from None
+            raise missing_error(f"{self.url}/{path}") from None
         except OSError as error:
-            if (trouble := no_room(error, local)) is not None:
+            if (trouble := disk_full_error(error, local)) is not None:
                 raise trouble from error
             raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run on fsspec's loop. Interrupted here, it is cancelled there, and removes its remains."""
+        """Run on fsspec's loop. If interrupted here, the work is cancelled there and cleans up."""
         from fsspec.asyn import get_loop
 
         over = threading.Event()
@@ -206,7 +214,7 @@ class S3Store:
 
 @lru_cache(maxsize=8)
 def _connect(process: int, environment: _Environment, tries: int) -> Any:
-    """One client, with its connections, for all stores of a process while its environment stays."""
+    """One client for all stores of a process, until the environment changes."""
     import s3fs
     from botocore.exceptions import BotoCoreError
 
@@ -220,9 +228,9 @@ def _connect(process: int, environment: _Environment, tries: int) -> Any:
             skip_instance_cache=True,
         )
         fs.retries = tries
-        fs.connect()  # a client; nothing is sent yet
+        fs.connect()  # creates a client; sends nothing yet
     except (BotoCoreError, ValueError) as error:
-        raise InputError(f"S3 cannot be set up from the environment: {error}; check AWS_…") from error
+        raise InputError(f"cannot configure S3 from the environment: {error}; check AWS_…") from error
     return fs
 
 
@@ -237,7 +245,7 @@ def _session(process: int, environment: _Environment) -> Any:
 
 @lru_cache
 def _definitions() -> Any:
-    """What botocore knows of S3: plain data that takes 0.2 s to read, so once, and forks have it too."""
+    """botocore's definition of S3: loading takes 0.2 s, so it is done once and shared with forks."""
     from botocore.loaders import create_loader
 
     return create_loader()
@@ -245,7 +253,7 @@ def _definitions() -> Any:
 
 @lru_cache(maxsize=8)
 def _known(environment: _Environment, prefix: str) -> dict[str, bytes]:
-    """Records that this process has read, a few thousand bytes each."""
+    """Cache of the records that this process has read, a few kilobytes each."""
     return {}
 
 
@@ -255,4 +263,4 @@ def _seen(file: Path) -> tuple[str, int, int]:
 
 
 def _silent(done: int, total: int, unit: str) -> None:
-    """Nobody is told."""
+    """Report no progress."""

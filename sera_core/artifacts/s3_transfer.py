@@ -1,4 +1,4 @@
-"""Files to and from a bucket, large ones in parallel parts, hashed as they pass: never read a second time."""
+"""Upload and download files, large ones in parallel parts; they are hashed during the transfer."""
 
 import asyncio
 import hashlib
@@ -17,17 +17,17 @@ from sera_core.errors import StoreError
 Start = Callable[[], Coroutine[Any, Any, Any]]
 
 PART_BYTES = 16 * 2**20
-"""S3 takes parts of 5 MiB to 5 GiB."""
+"""S3 allows parts of 5 MiB to 5 GiB."""
 MAX_PARTS = 10_000
 PARALLEL = 4
-"""Parts under way at once, while one more is read and hashed: so many are held in memory."""
+"""Parts in flight at once, while one more is read and hashed; all are in memory."""
 
 CLEANING = Patience(answer=5.0, total=15.0, tries=3)
-"""An upload that failed keeps nobody waiting long for its remains to be removed."""
+"""Time limits for cleaning up after a failed upload."""
 
 
 def part_size(size: int) -> int:
-    """Bytes of a part of a file: `PART_BYTES`, or as many as keep it within S3's number of parts."""
+    """Bytes per part: `PART_BYTES`, or more if the file would exceed S3's number of parts."""
     return max(PART_BYTES, -(-size // MAX_PARTS))
 
 
@@ -66,16 +66,16 @@ async def _upload_parts(
         _same_size(file, sent, size)
         await requests.end_parts(key, upload_id, done, size)
     finally:
-        with suppress(StoreError):  # what cannot be cleaned up now, `sera gc` ends later
+        with suppress(StoreError):  # `sera gc` removes what is left
             await Requests(requests.fs, requests.bucket, CLEANING).abort_parts(key)
 
 
 async def download(requests: Requests, key: str, file: Path, blob: Blob, progress: Progress) -> None:
-    """Write an object to a new file, if it is what its record says.
+    """Download an object to a new file and check its size and hash.
 
     Raises:
         FileNotFoundError: there is no such object.
-        StoreError: another size (found before anything is written), another hash, or no room for it.
+        StoreError: wrong size (checked before anything is written), wrong hash, or not enough disk space.
     """
     _check_room(file, blob.bytes, key)
     step, hasher = part_size(blob.bytes), hashlib.sha256()
@@ -96,12 +96,12 @@ async def download(requests: Requests, key: str, file: Path, blob: Blob, progres
 
 
 async def _in_order(starts: AsyncIterator[Start]) -> AsyncGenerator[Any, None]:
-    """Results in the order asked for, a few under way at once; one that fails takes the rest along."""
+    """Results in order, with a few tasks running at once; if one fails, the others are cancelled."""
     running: deque[asyncio.Task[Any]] = deque()
     try:
         async for start in starts:
             running.append(asyncio.create_task(start()))
-            if len(running) > PARALLEL:  # what is taken off is worked on while so many are under way
+            if len(running) > PARALLEL:  # the caller processes one result while PARALLEL others run
                 yield await running.popleft()
         while running:
             yield await running.popleft()
@@ -131,6 +131,6 @@ def _check_room(file: Path, size: int, key: str) -> None:
     free = shutil.disk_usage(file.parent).free
     if size > free:
         raise StoreError(
-            f"{key}: its record says {size:,} bytes, and {free:,} are free at {file.parent}; make room, or "
-            "set SERA_CACHE to a larger place"
+            f"{key}: its record says {size:,} bytes, but {file.parent} has {free:,} bytes free; free some "
+            "space, or set SERA_CACHE to a folder on a larger disk"
         )

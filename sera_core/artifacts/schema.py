@@ -1,4 +1,4 @@
-"""The parquet columns of every artifact (log-probabilities in nats, float64, summed over the response)."""
+"""Parquet schemas of all artifacts. Log-probabilities are in nats, float64, summed over the response."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 _MESSAGE = [("role", pa.string()), ("content", pa.string())]
 MESSAGES = pa.list_(pa.struct(_MESSAGE))
 REASONED = pa.list_(pa.struct([*_MESSAGE, ("reasoning_content", pa.string())]))
-"""What MESSAGES is in a file in which any message has reasoning apart from its content; null where none."""
+"""MESSAGES in files where any message has separate reasoning content; null for messages without it."""
 IDS = pa.list_(pa.int32())
 NATS = pa.float64()
 ROW_GROUP = 1024
@@ -31,7 +31,7 @@ _PAIR = [
 PAIRS = pa.schema(_PAIR)
 MIXTURE = pa.schema([*_PAIR, ("ref_chosen_logps", NATS), ("ref_rejected_logps", NATS)])
 PROMPTS = pa.schema([("prompt_id", pa.string()), ("prompt", MESSAGES), ("prompt_ids", IDS)])
-"""Prompts that may be sampled from, one row each."""
+"""Prompts available for sampling, one row each."""
 LOGPS = pa.schema([("id", pa.string()), ("logps", NATS), ("tokens", pa.int32())])
 """Log-probabilities of responses; `id` is the response's key (see `tasks.scoring.response_key`)."""
 RESPONSES = pa.schema(
@@ -54,7 +54,7 @@ RESPONSES = pa.schema(
 PAIR_SAMPLES = pa.schema(
     [("pair_id", pa.string()), ("chosen_sample", pa.int32()), ("rejected_sample", pa.int32())]
 )
-"""Which samples of its prompt a generated pair consists of."""
+"""The two samples that make up a generated pair."""
 SCORED = pa.schema(
     [
         ("pair_id", pa.string()),
@@ -86,7 +86,7 @@ LEDGER = pa.schema(
 
 
 def table(schema: pa.Schema, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
-    """A table of exactly the schema's columns; a column not given is null throughout."""
+    """A table with exactly the schema's columns; missing columns are filled with null."""
     unknown = set(columns) - set(schema.names)
     if unknown:
         raise KeyError(f"columns {sorted(unknown)} are not in the schema {schema.names}")
@@ -99,9 +99,9 @@ def table(schema: pa.Schema, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
 
 
 def from_rows(schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """A table from dictionaries; absent values become null.
+    """A table from dictionaries; missing values become null.
 
-    Messages are MESSAGES unless one of them has reasoning, so that files without any stay as they were.
+    Messages have the type MESSAGES, or REASONED if any of them has reasoning.
     """
     names = [field.name for field in schema if field.type == MESSAGES]
     messages = (message for row in rows for name in names for message in row.get(name) or ())
@@ -111,12 +111,12 @@ def from_rows(schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def reasoned(schema: pa.Schema) -> pa.Schema:
-    """The same columns with messages as REASONED."""
+    """The schema with messages of type REASONED."""
     return pa.schema([pa.field(f.name, REASONED if f.type == MESSAGES else f.type) for f in schema])
 
 
 def as_held(schema: pa.Schema, *held: pa.Schema) -> pa.Schema:
-    """The schema, with messages as REASONED if they are that in any of the schemas `held`."""
+    """The schema, with messages of type REASONED if any schema in `held` has them."""
     return reasoned(schema) if any(_has_reasoning(field.type) for one in held for field in one) else schema
 
 
@@ -126,17 +126,14 @@ def _has_reasoning(kind: pa.DataType) -> bool:
 
 
 def write_table(data: pa.Table, path: Path) -> None:
-    """Write parquet whose bytes depend on the content alone.
-
-    zstd, row groups of 1,024, nothing of the writer's host.
-    """
+    """Write parquet whose bytes depend only on the content: zstd, row groups of 1,024 rows, no host data."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(path, data.schema, compression="zstd", store_schema=False) as writer:
         writer.write_table(data, row_group_size=ROW_GROUP)
 
 
 def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """Read parquet; with a schema, the columns must be exactly that schema's."""
+    """Read parquet; with a schema, the file must have exactly its columns."""
     data = pq.read_table(path)
     return data if schema is None else data.select(schema.names).cast(as_held(schema, data.schema))
 

@@ -1,4 +1,4 @@
-"""Local folders of this process for files on their way to or from a remote store."""
+"""Temporary local folders of this process for uploads to and downloads from a remote store."""
 
 import os
 import shutil
@@ -10,10 +10,10 @@ from sera_core.artifacts.folders import cache_folder
 
 
 def scratch_folder() -> Path:
-    """A fresh folder below the cache. Those of processes that are gone are removed first."""
+    """A new folder below the cache. Folders of processes that no longer exist are removed first."""
     home = cache_folder() / "work"
     home.mkdir(parents=True, exist_ok=True)
-    ours = f"{socket.gethostname()}-{_process_namespace()}-"  # within which a number means one process
+    ours = f"{socket.gethostname()}-{_process_namespace()}-"  # a pid is unique within this prefix
     for left in home.glob(f"{ours}*-*"):
         process = left.name.removeprefix(ours).split("-")[0]
         if process.isdecimal() and not _lives(int(process)):
@@ -22,7 +22,7 @@ def scratch_folder() -> Path:
 
 
 def _process_namespace() -> int:
-    """Containers may share a host's name and a cache, and still number their processes apart."""
+    """Id of the pid namespace: containers can share a host name and a cache but have separate pids."""
     namespace = Path("/proc/self/ns/pid")
     return namespace.stat().st_ino if namespace.exists() else 0
 
@@ -32,6 +32,6 @@ def _lives(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # it belongs to another user
         return True
     return True

@@ -1,4 +1,4 @@
-"""Doing a step: find its record, else do the work beside any earlier attempt and create the record last."""
+"""Run a step: return its record if it exists, else run the step function and create the record last."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from sera_core import __version__
 from sera_core.artifacts.canonical import files_digest, finite, sha256_file
-from sera_core.artifacts.local_store import no_room
+from sera_core.artifacts.local_store import disk_full_error
 from sera_core.artifacts.manifest import (
     Artifact,
     FileRecord,
@@ -36,18 +36,18 @@ from sera_core.errors import SeraError
 
 LOG = logging.getLogger("sera.step")
 Progress = Callable[[int, int, str], None]
-"""progress(done, total, unit): told now and then while a step works."""
+"""progress(done, total, unit): called now and then while a step runs."""
 
 
-def quiet(done: int, total: int, unit: str) -> None:
-    """No progress shown."""
+def no_progress(done: int, total: int, unit: str) -> None:
+    """Report no progress."""
 
 
 class Attempt:
-    """One attempt at a step: its configuration, inputs, shards, and a folder of its own to write into."""
+    """One attempt at a step: its configuration, inputs and parts, and its own folder to write into."""
 
     def __init__(
-        self, store: Store, spec: StepSpec, execution: ExecutionConfig, progress: Progress = quiet
+        self, store: Store, spec: StepSpec, execution: ExecutionConfig, progress: Progress = no_progress
     ) -> None:
         self.store, self.spec, self.execution, self.progress = store, spec, execution, progress
         self.id = secrets.token_hex(8)
@@ -62,14 +62,14 @@ class Attempt:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The configuration that is in the step's key; the work sees no other."""
+        """The configuration in the step's key; the step function sees no other."""
         return self.spec.fields
 
     def input(self, name: str) -> Artifact:
         """An input step's files."""
         ref = self.spec.inputs[name]
         if ref is None:
-            raise SeraError(f"step {self.spec.step}: the input {name!r} is not known yet")
+            raise SeraError(f"step {self.spec.step}: its input {name!r} has not been computed yet")
         return Artifact(self.store, ref)
 
     def write(self, relative: str) -> Path:
@@ -79,7 +79,7 @@ class Attempt:
         return path
 
     def parts(self) -> list[dict[str, Any]]:
-        """Finished shards or checkpoints of this step, by any attempt, in order (dense, probed by name)."""
+        """Finished parts (shards or checkpoints) of this step, by any attempt, in order."""
         found = []
         for number, record in read_series(self.store, self.spec.path + "/part-{:05d}.json"):
             parse_part(record, f"{self.store.url}/{self.spec.path}/{_part_name(number)}")
@@ -95,7 +95,10 @@ class Attempt:
         return self.store.fetch(path, file.sha256, file.bytes, relative)
 
     def commit_part(self, number: int, files: list[str], info: dict[str, Any]) -> dict[str, Any]:
-        """Create part-<number>.json naming files of this attempt; returns the record that won."""
+        """Create part-<number>.json for files of this attempt; returns the stored record.
+
+        If another attempt created it first, its record is returned.
+        """
         records = {relative: self._commit(relative).model_dump() for relative in files}
         record, _ = create_json(
             self.store,
@@ -105,11 +108,11 @@ class Attempt:
         return self._parts.setdefault(number, record)
 
     def drop_part(self, number: int) -> None:
-        """Delete the files of a part that nothing will read again, to free the store.
+        """Delete the files of a part that is no longer needed.
 
-        The part's record stays: the series of records is dense, and its readers stop at a hole. A kill in
-        between leaves files that gc collects once the step is done. Where the store does not let files be
-        deleted, they stay, with a warning.
+        The part's record stays, because readers of the numbered series stop at a gap. After a kill, gc
+        removes leftover files once the step is done. If the store does not allow deletion, the files stay,
+        with a warning.
         """
         if number in self._dropped:
             return
@@ -120,21 +123,21 @@ class Attempt:
                 (self.folder / relative).unlink(missing_ok=True)
         except OSError as error:
             part = f"{self.spec.path}/{_part_name(number)}"
-            LOG.warning("%s: its files cannot be deleted and stay (%s)", part, error)
+            LOG.warning("%s: cannot delete its files, so they stay (%s)", part, error)
 
     def drop_unused_parts(self, record: StepRecord) -> None:
-        """Once `done.json` stands: delete the files of the parts that it does not name, the checkpoints."""
+        """After `done.json` is written: delete the files of parts that it does not list (checkpoints)."""
         for number in sorted(self._parts):
             if _part_name(number) not in record.parts:
                 self.drop_part(number)
 
     @property
     def committed(self) -> bool:
-        """Whether a part of this attempt is in the store already."""
+        """Whether a part of this attempt is already in the store."""
         return bool(self._committed)
 
     def use_parts(self, parts: list[dict[str, Any]]) -> None:
-        """Name the parts the result was made from."""
+        """Set the parts that the result is made from."""
         self._used = [_part_name(number) for number in range(len(parts))]
 
     def _commit(self, relative: str) -> FileRecord:
@@ -150,7 +153,7 @@ class Attempt:
         return self._committed[relative]
 
     def commit(self, files: list[str], started: datetime, seconds: float) -> StepRecord:
-        """Create done.json, last. Of two racing attempts one wins; both go on with the winner's record."""
+        """Create done.json, last. If two attempts race, both continue with the record of the first."""
         key = self.spec.key
         assert key is not None
         record = StepRecord(
@@ -182,20 +185,20 @@ def _part_name(number: int) -> str:
 
 
 Work = Callable[[Attempt], list[str]]
-"""The work of a step: writes files into the attempt and returns their relative paths."""
+"""A step function: writes files into the attempt and returns their relative paths."""
 
 
 def run_step(
-    store: Store, spec: StepSpec, work: Work, execution: ExecutionConfig, progress: Progress = quiet
+    store: Store, spec: StepSpec, work: Work, execution: ExecutionConfig, progress: Progress = no_progress
 ) -> StepRecord:
-    """The record of a step: found, or made now (DESIGN, laws 1 to 3)."""
+    """The record of a step: from the store, or computed now (DESIGN, laws 1 to 3)."""
     return find_record(store, spec.step, spec.key) or make_step(store, spec, work, execution, progress)
 
 
 def make_step(
-    store: Store, spec: StepSpec, work: Work, execution: ExecutionConfig, progress: Progress = quiet
+    store: Store, spec: StepSpec, work: Work, execution: ExecutionConfig, progress: Progress = no_progress
 ) -> StepRecord:
-    """The record of a step that was not found a moment ago: made now, or another one's that was faster."""
+    """Compute a step that has no record yet; returns its record, or that of a faster process."""
     started, clock = datetime.now(UTC), time.monotonic()
     attempt = Attempt(store, spec, execution, progress)
     try:
@@ -204,11 +207,11 @@ def make_step(
         attempt.drop_unused_parts(record)
         return record
     except SeraError:
-        if not attempt.committed:  # refused: leave nothing half-written
+        if not attempt.committed:  # failed before any commit: remove the partial files
             shutil.rmtree(attempt.folder, ignore_errors=True)
         raise
     except Exception as error:
-        if (trouble := no_room(error, attempt.folder)) is None:
+        if (trouble := disk_full_error(error, attempt.folder)) is None:
             raise
         if not attempt.committed:
             shutil.rmtree(attempt.folder, ignore_errors=True)
@@ -219,7 +222,7 @@ def make_step(
 
 @cache
 def code_digest() -> str:
-    """Digest of the code that is at work, whether it was released, checked out or changed by hand."""
+    """Digest of the running code, including local changes."""
     home = Path(__file__).parents[2]
     files = [file for room in ("flows", "tasks", "sera_core") for file in (home / room).rglob("*.py")]
     return files_digest({file.relative_to(home).as_posix(): sha256_file(file) for file in files})
@@ -227,7 +230,7 @@ def code_digest() -> str:
 
 @cache
 def environment() -> dict[str, Any]:
-    """What the work ran on: recorded, never in a key."""
+    """The software and hardware of a step; recorded, but never in a key."""
     names = ("torch", "transformers", "trl", "peft", "vllm", "prefect", "pyarrow", "numpy")
     versions = {}
     for name in names:

@@ -1,11 +1,11 @@
-"""One store on fsspec: immutable files, and records that are created once and never replaced.
+"""The store: immutable files, and records that are created once and never replaced.
 
     steps/<step>/<key>/<attempt>/…     files of one attempt at a step
     steps/<step>/<key>/part-00007.json one finished shard or checkpoint
-    steps/<step>/<key>/done.json       the step's record: written last; the step exists when this does
+    steps/<step>/<key>/done.json       the step's record, written last: the step exists when this does
     runs/<run>/…                       a run's configuration, round manifests, reviews
 
-Correctness rests on `create_json` alone: of two writers one wins, and both go on with the winner's record.
+Correctness depends only on `create_json`: if two processes write a record, both continue with the first one.
 """
 
 import json
@@ -19,7 +19,7 @@ from sera_core.artifacts.canonical import finite
 from sera_core.artifacts.checks import Blob, Progress, check_url
 from sera_core.artifacts.local_store import LocalStore
 from sera_core.artifacts.s3_store import S3Store
-from sera_core.data.expanding import DEPTH, is_deep
+from sera_core.data.size_limits import DEPTH, is_deep
 from sera_core.data.sources import json_value
 from sera_core.errors import InputError, StoreError
 from sera_core.extensions import provided
@@ -38,11 +38,11 @@ __all__ = [
 ]
 
 _LARGEST = 1e300
-"""No record holds a larger number, so that none overflows in arithmetic."""
+"""Largest number in a record, so that arithmetic does not overflow."""
 
 
 def default_store() -> str:
-    """The store when none is named; an empty SERA_STORE names none."""
+    """The store if no --store is given: SERA_STORE, unless it is empty, else the default."""
     return os.environ.get("SERA_STORE") or "./sera-store"
 
 
@@ -56,7 +56,7 @@ class Store(Protocol):
         ...
 
     def create(self, path: str, data: bytes) -> bytes:
-        """Write a record unless it exists; returns the bytes that are there now (the winner's)."""
+        """Write a record unless it exists; returns the bytes that are stored now."""
         ...
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
@@ -64,7 +64,7 @@ class Store(Protocol):
         ...
 
     def remove(self, path: str) -> None:
-        """Remove a file, whether it is there or not: of a trial of the store, or an old checkpoint."""
+        """Remove a file if it exists; only for store tests and old checkpoints."""
         ...
 
     def workspace(self, path: str) -> Path:
@@ -74,19 +74,19 @@ class Store(Protocol):
     def commit_file(
         self, workspace: Path, path: str, relative: str, progress: Progress | None = None
     ) -> Blob:
-        """Make one file of a workspace durable below `path`; returns what it holds."""
+        """Store one file of a workspace below `path`; returns its hash and size."""
         ...
 
     def fetch(self, path: str, sha256: str, size: int, name: str, progress: Progress | None = None) -> Path:
-        """A local path that holds the file, its size and its hash checked."""
+        """Local path of the file, after a check of its size and hash."""
         ...
 
     def keep(self, file: Path, sha256: str, name: str) -> None:
-        """A file that was just committed may serve later reads on this machine, its hash checked as ever."""
+        """Cache a newly committed file for later reads on this machine (its hash is still checked)."""
         ...
 
     def names(self, path: str) -> list[str]:
-        """Names directly below a folder (for people: no step finds its inputs by listing)."""
+        """Names directly below a folder; for display only, steps never find inputs by listing."""
         ...
 
 
@@ -94,9 +94,8 @@ def open_store(url: str, remember: bool = False) -> Store:
     """Open a store: a local folder, or s3://bucket/prefix (endpoint and credentials from the environment).
 
     Args:
-        url: Where it is.
-        remember: For work on a run: a record that is created once is asked for once by this process. Checking
-            and clearing up ask each time.
+        url: the folder or URL.
+        remember: cache create-only records in this process; for running, not for verify and gc.
     """
     check_url(url)
     scheme = url.partition("://")[0] if "://" in url else "file"
@@ -116,7 +115,7 @@ may add to it in a dictionary SERA_STORES."""
 
 
 def read_json(store: Store, path: str) -> Any | None:
-    """A record's JSON, or None; a record that is not JSON is named."""
+    """A record's JSON, or None if it does not exist; invalid JSON is a StoreError."""
     data = store.read_bytes(path)
     return None if data is None else parsed(data, f"{store.url}/{path}")
 
@@ -125,16 +124,16 @@ def parsed(data: bytes, where: str) -> Any:
     """The JSON of a record, as `create_json` writes it.
 
     Raises:
-        StoreError: it is no JSON in UTF-8, names a key twice, is nested too deeply, or holds a number that is
-            not finite or half a character.
+        StoreError: it is not UTF-8 JSON, repeats a key, is nested too deeply, or contains a number that is
+            not finite or a lone surrogate.
     """
     try:
         value = json_value(data.decode(), parse_int=_whole, parse_float=_finite, parse_constant=_no_number)
-        if value is None:  # which would read as a record that is not there
+        if value is None:  # null would read like a missing record
             raise ValueError("null")
         if is_deep(value):
             raise ValueError(f"lists and objects nested more than {DEPTH} deep")
-        if b"\\ud" in data.lower():  # half of a surrogate pair, perhaps
+        if b"\\ud" in data.lower():  # perhaps a lone surrogate
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         said = shown_line(str(error))
@@ -147,7 +146,7 @@ def parsed(data: bytes, where: str) -> Any:
 def _whole(text: str) -> int:
     value = int(text)
     if abs(value) > _LARGEST:
-        raise ValueError("a number that is too large")
+        raise ValueError("a number is too large")
     return value
 
 
@@ -159,18 +158,18 @@ def _finite(text: str) -> float:
 
 
 def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def create_json(store: Store, path: str, value: Any) -> tuple[Any, bool]:
-    """Create a record. Returns (the record that is there now, whether it is ours)."""
+    """Create a record. Returns (the record that is stored now, whether this call wrote it)."""
     data = (json.dumps(finite(value), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
     winner = store.create(path, data)
     return parsed(winner, f"{store.url}/{path}"), winner == data
 
 
 def numbered(store: Store, pattern: str, first: int = 0) -> Iterator[tuple[int, Any]]:
-    """Records of a dense series (`runs/demo/round-{:03d}.json`), probed by name and in order."""
+    """Records of a numbered series without gaps (`runs/demo/round-{:03d}.json`), in order."""
     number = first
     while (record := read_json(store, pattern.format(number))) is not None:
         yield number, record
@@ -178,6 +177,6 @@ def numbered(store: Store, pattern: str, first: int = 0) -> Iterator[tuple[int, 
 
 
 def remove_workspace(store: Store, workspace: Path) -> None:
-    """Delete the local copy of an attempt whose files now live elsewhere."""
+    """Delete the local copy of an attempt whose files are in a remote store."""
     if isinstance(store, S3Store):
         shutil.rmtree(workspace, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Parquet in pieces, so that memory does not grow with the rows: row groups in, row groups out.
+"""Read and write parquet by row group, so that memory does not grow with the number of rows.
 
-A step keeps numbers (numpy) and ids for all rows; texts and token ids are read a row group at a time.
+A step keeps numbers (numpy) and ids of all rows in memory; texts and token ids are read by row group.
 """
 
 from collections import OrderedDict
@@ -34,7 +34,7 @@ def row_groups(path: Path, schema: pa.Schema, columns: Sequence[str] | None = No
 
 
 def numbers(path: Path, schema: pa.Schema, name: str) -> np.ndarray:
-    """A column of numbers, [row]; an absent value is nan (then the array is of floats)."""
+    """A column of numbers, [row]; a null becomes nan (and the array float)."""
     pieces = [table[name].to_numpy() for table in row_groups(path, schema, [name])]
     return np.concatenate(pieces) if pieces else np.empty(0)
 
@@ -46,19 +46,19 @@ def strings(path: Path, schema: pa.Schema, name: str) -> np.ndarray:
 
 
 def texts(column: pa.ChunkedArray) -> np.ndarray:
-    """Short strings without an absent one, as numpy's fixed-width text."""
+    """Short strings without nulls, as numpy's fixed-width text."""
     return np.array(column.to_pylist(), dtype=np.str_)
 
 
 class Lookup:
-    """Where each of some distinct ids stands among them."""
+    """Index of each id in an array of distinct ids."""
 
     def __init__(self, ids: np.ndarray) -> None:
         self._order = np.argsort(ids, kind="stable")
         self._sorted = ids[self._order]
 
     def places(self, wanted: np.ndarray) -> np.ndarray:
-        """Place of each wanted id, int64 of wanted's shape; -1 for one that is not there."""
+        """Index of each wanted id, int64 of wanted's shape; -1 if it is absent."""
         if not self._sorted.size:
             return np.full(wanted.shape, -1, dtype=np.int64)
         found = np.minimum(np.searchsorted(self._sorted, wanted), self._sorted.size - 1)
@@ -66,9 +66,9 @@ class Lookup:
 
 
 class Rows:
-    """Rows of a parquet file by their number, two row groups in memory at a time.
+    """Rows of a parquet file by number, with two row groups in memory.
 
-    Quick where one asks in about the file's order, right in any.
+    Any order works; roughly the file's order is fast.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ class Rows:
         return self._file.metadata.num_rows
 
     def take(self, wanted: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """The rows of these numbers, in the order asked for, as dictionaries."""
+        """The rows with these numbers, in this order, as dictionaries."""
         asked = np.asarray(wanted, dtype=np.int64)
         groups = np.searchsorted(self._ends, asked, side="right")
         found: dict[int, dict[str, Any]] = {}
@@ -103,7 +103,7 @@ class Rows:
 
 
 class Writer:
-    """Writes tables of one schema as they come; the bytes are those of `schema.write_table` of them all."""
+    """Writes tables one by one; the file has the same bytes as one `schema.write_table` of all of them."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class Writer:
         self._file.close()
 
     def write(self, table: pa.Table) -> None:
-        """Take a table's rows; whole row groups go to the file."""
+        """Add a table's rows; complete row groups are written to the file."""
         self.rows += table.num_rows
         waiting = pa.concat_tables([self._waiting, table.cast(self._schema)]).combine_chunks()
         whole = waiting.num_rows // ROW_GROUP * ROW_GROUP
@@ -133,11 +133,11 @@ class Writer:
 
 
 class Scatter:
-    """Rows that come in any order and leave in the order of their places: through blocks on disk.
+    """Sorts rows by a given place, through blocks on disk.
 
     Args:
-        folder: an empty folder of one's own for the blocks.
-        total: rows in all; their places are 0 … total − 1, each once.
+        folder: an empty folder for the blocks.
+        total: number of rows; their places are 0 … total − 1, each once.
     """
 
     def __init__(self, folder: Path, schema: pa.Schema, total: int) -> None:
@@ -148,7 +148,7 @@ class Scatter:
         self._files: list[Any] = [pa.ipc.new_stream(path, self._schema) for path in self._paths]
 
     def add(self, places: np.ndarray, table: pa.Table) -> None:
-        """Some rows and the place of each."""
+        """Add rows with the place of each."""
         placed = table.append_column(_PLACE, pa.array(places, pa.int64())).cast(self._schema)
         blocks = places // self._block
         for block in np.unique(blocks).tolist():

@@ -1,7 +1,7 @@
-"""What leases and gc do to a store besides committing: overwrite a beat, tell ages, list, delete.
+"""Store operations for leases, gc and verify: overwrite a heartbeat, read ages, list, delete.
 
-No step and no run rests on any of it. Ages are by the store's own clock: machines that share a store need
-not agree on the time.
+Steps and runs do not depend on them. Ages are measured by the store's clock, because machines that share a
+store may disagree on the time.
 """
 
 import errno
@@ -22,7 +22,7 @@ from typing import Any, Protocol, cast
 
 from sera_core.artifacts.canonical import sha256_file
 from sera_core.artifacts.folders import write_whole
-from sera_core.artifacts.recorded import entries, unrecorded
+from sera_core.artifacts.recorded import entries, unrecorded_error
 from sera_core.artifacts.store import LocalStore, S3Store, Store
 
 LOG = logging.getLogger("sera.store")
@@ -33,7 +33,7 @@ _DELETERS = 16
 
 @dataclass(frozen=True)
 class Stored:
-    """An object of the store; its age in seconds since it was last written."""
+    """An object of the store; age in seconds since its last write."""
 
     path: str
     bytes: int
@@ -42,7 +42,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Upload:
-    """A multipart upload that was begun and neither completed nor aborted."""
+    """A multipart upload that was neither completed nor aborted."""
 
     path: str
     age: float
@@ -53,7 +53,7 @@ class Upkeep(Protocol):
     """Paths are relative to the store, with forward slashes."""
 
     def replace(self, path: str, data: bytes) -> None:
-        """Write a small object whole, over what is there."""
+        """Write a small object atomically, replacing any existing one."""
         ...
 
     def age(self, path: str) -> float | None:
@@ -65,39 +65,39 @@ class Upkeep(Protocol):
         ...
 
     def files_below(self, path: str) -> Iterator[str]:
-        """Relative paths of everything below a folder, without ages: nothing is written to tell the time."""
+        """Relative paths of everything below a folder, without ages (so nothing has to be written)."""
         ...
 
     def refuse_links(self) -> None:
-        """Refuse a store that holds a link, wherever it leads."""
+        """Refuse a store that contains a link."""
         ...
 
     def delete(self, paths: Sequence[str]) -> None:
-        """Remove objects, in any order; one that is gone already is no error."""
+        """Remove objects, in any order; a missing one is no error."""
         ...
 
     def uploads(self) -> list[Upload]:
-        """Multipart uploads that were never ended."""
+        """Unfinished multipart uploads."""
         ...
 
     def abort(self, upload: Upload) -> None:
-        """End such an upload and free what it holds."""
+        """Abort an unfinished upload and free its storage."""
         ...
 
     def hashed(self, path: str) -> tuple[str, int] | None:
-        """sha256 and bytes of what the store itself holds, past any local copy; None when it is missing."""
+        """sha256 and bytes of the object in the store, ignoring local copies; None when it is missing."""
         ...
 
 
 def upkeep(store: Store) -> Upkeep:
-    """The upkeep of a store."""
+    """The `Upkeep` implementation of a store."""
     if isinstance(store, LocalStore):
         return LocalUpkeep(store)
     return S3Upkeep(cast(S3Store, store))
 
 
 class LocalUpkeep:
-    """Of a folder; its clock is that of the file system it lies on."""
+    """Upkeep of a local folder; its clock is that of its file system."""
 
     def __init__(self, store: LocalStore) -> None:
         self.store, self.root = store, store.root
@@ -120,7 +120,7 @@ class LocalUpkeep:
         for folder, folders, names in os.walk(top):
             for name in [*names, *(name for name in folders if Path(folder, name).is_symlink())]:
                 file = Path(folder) / name
-                with suppress(FileNotFoundError):  # written and moved meanwhile
+                with suppress(FileNotFoundError):  # a temporary file that was renamed meanwhile
                     found = file.lstat()
                     relative = file.relative_to(self.root).as_posix()
                     yield Stored(relative, found.st_size, max(0.0, now - found.st_mtime))
@@ -133,7 +133,7 @@ class LocalUpkeep:
         for name, is_link in entries(self.root):
             if is_link:
                 self.store.plain(name)
-                raise unrecorded(self.root / name, is_link)  # one that leads round in a circle
+                raise unrecorded_error(self.root / name, is_link)  # `plain` accepts a link to itself
 
     def delete(self, paths: Sequence[str]) -> None:
         for path in paths:
@@ -142,7 +142,7 @@ class LocalUpkeep:
             self._remove_empty(folder)
 
     def _remove_empty(self, folder: Path) -> None:
-        """The folder and those above it, as far as they are empty; `steps` and `runs` stay."""
+        """Remove the folder and its parents while they are empty; `steps` and `runs` stay."""
         with suppress(OSError):  # not empty, or gone already
             while len(folder.parts) > 1:
                 (self.root / folder).rmdir()
@@ -152,16 +152,16 @@ class LocalUpkeep:
         return []
 
     def abort(self, upload: Upload) -> None:
-        raise NotImplementedError("a folder knows no uploads")
+        """Never needed: a folder has no multipart uploads."""
 
     def hashed(self, path: str) -> tuple[str, int] | None:
         file = self.store.inside(path)
         return (sha256_file(file), file.stat().st_size) if file.is_file() else None
 
     def _now(self, folder: Path) -> float:
-        """The file system's time, which is not ours on a shared one: that of a file just written.
+        """The file system's time, read from a new file: a shared one can differ from this machine's.
 
-        Where nothing may be written, this machine's time has to do: such a store can only be looked at.
+        If the store is read-only, this machine's time is used.
         """
         probe = folder / f".clock.{secrets.token_hex(8)}"
         try:
@@ -179,11 +179,11 @@ class LocalUpkeep:
 
 @cache
 def _say_own_clock(root: Path) -> None:
-    LOG.warning("%s: nothing may be written here, so ages are by this machine's clock", root)
+    LOG.warning("%s: read-only, so ages are measured by this machine's clock", root)
 
 
 class S3Upkeep:
-    """Of a prefix of a bucket; its clock is the server's."""
+    """Upkeep of a prefix of a bucket; its clock is the server's."""
 
     def __init__(self, store: S3Store) -> None:
         self.store, self.fs, self.prefix = store, store.fs, store.prefix
@@ -213,10 +213,10 @@ class S3Upkeep:
             yield name.removeprefix(f"{self.prefix}/{path}/")
 
     def refuse_links(self) -> None:
-        """A bucket holds none."""
+        """A bucket has no links."""
 
     def delete(self, paths: Sequence[str]) -> None:
-        # One request an object: the bulk request needs a checksum that not every server takes.
+        # One request per object: the bulk request needs a checksum that some servers reject.
         with ThreadPoolExecutor(_DELETERS) as pool:
             list(pool.map(lambda path: self.fs.rm_file(f"{self.prefix}/{path}"), paths))
 
@@ -226,8 +226,8 @@ class S3Upkeep:
         while True:
             try:
                 answer = self._call("list_multipart_uploads", Prefix=self._key(""), **marker)
-            except PermissionError:  # a right of its own, which who may only read often lacks
-                LOG.warning("s3://%s: unfinished uploads may not be listed here, so none are", self.prefix)
+            except PermissionError:  # read-only credentials often lack this permission
+                LOG.warning("s3://%s: no permission to list unfinished uploads; skipping them", self.prefix)
                 return found
             now = _date(answer)
             found += [
@@ -270,5 +270,5 @@ class S3Upkeep:
 
 
 def _date(answer: dict[str, Any]) -> datetime:
-    """When the server answered, by its own clock."""
+    """Time of the response by the server's clock."""
     return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])

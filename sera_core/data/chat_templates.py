@@ -1,9 +1,9 @@
-"""Chat templates: the one that a setting means, and what a template has lost of a conversation.
+"""Chat templates: resolve the setting, and detect text that a template drops from a conversation.
 
-A template may cut text out of a turn without an error (DeepSeek-R1's drop the reasoning of every answer):
-what is trained on and scored would then be another answer than the data's.
+A template may silently drop text (DeepSeek-R1's drops the reasoning of every answer); training and scoring
+would then see a different answer from the one in the data.
 
-Neither torch nor transformers is imported.
+Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sera_core.data.stand_ins import refuse_special
+from sera_core.data.file_checks import refuse_special
 from sera_core.errors import InputError
 
 Message = Mapping[str, str]
-"""role, content and, of an assistant, reasoning_content (absent or None where there is none)."""
+"""role, content and, for an assistant, optionally reasoning_content (missing or None: no reasoning)."""
 
 CHATML = (
     "{% for message in messages %}"
@@ -26,20 +26,20 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
-"""Under which templates look for an assistant's reasoning."""
-LONGEST = 2**20
-"""Characters of a template's text; real ones have up to some ten thousand."""
+"""Keys under which templates read an assistant's reasoning."""
+MAX_CHARACTERS = 2**20
+"""Maximum characters of a template; real ones have up to about ten thousand."""
 NAMES = ("chatml", "deepseek-r1")
 """Templates that ship with the package."""
-# Llama 3's templates ask for the date; theirs when none is given is this one.
+# Llama 3's templates print the date; this is their own default.
 _FIXED_DATE = (
     "{% macro strftime_now(format) %}"
     "{{ {'%Y-%m-%d': '2024-07-26', '%d %B %Y': '26 July 2024', '%B %d, %Y': 'July 26, 2024', '%Y': '2024'}"
     ".get(format, '26 Jul 2024') }}"
     "{% endmacro %}"
 )
-# What transformers' apply_chat_template takes for itself.
-_OURS = {
+# Arguments that transformers' apply_chat_template sets itself.
+_RESERVED = {
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
     "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
@@ -51,10 +51,10 @@ _THINK = re.compile(r"\s*(</?think>)\s*")
 
 
 def template_text(template: str) -> str:
-    """The Jinja text that a template setting means: a name of `NAMES`, a path, or the text itself.
+    """The Jinja text of a template setting: a name in `NAMES`, a path, or the text itself.
 
     Raises:
-        InputError: it is none of them.
+        InputError: it is none of these.
     """
     if template == "chatml":
         return CHATML
@@ -66,34 +66,34 @@ def template_text(template: str) -> str:
     if not refuse_special(path).is_file():
         names = ", ".join(f'"{name}"' for name in NAMES)
         raise InputError(
-            f"chat template {template!r} is neither one of {names}, nor a file, nor Jinja text: correct the "
-            "name or the path."
+            f"chat template {template!r} is not one of {names}, a file or Jinja text: correct the name or "
+            "path."
         )
     refuse_long(f"chat template {path}", path.stat().st_size)
     return path.read_text(encoding="utf-8")
 
 
 def refuse_long(what: str, size: int) -> None:
-    """Refuse a template of more than `LONGEST` characters (or bytes).
+    """Refuse a template of more than `MAX_CHARACTERS` characters (or bytes).
 
     Raises:
-        InputError: it has more; the message names it.
+        InputError: it is longer.
     """
-    if size > LONGEST:
+    if size > MAX_CHARACTERS:
         raise InputError(
-            f"{what} has {size:,} characters, and at most {LONGEST:,} are rendered: give another template."
+            f"{what} has {size:,} characters, more than the limit of {MAX_CHARACTERS:,}: use another one."
         )
 
 
 def default_template(where: Path | str, held: Any) -> str | None:
-    """The template that is used when none is named; a tokenizer may hold several, each under a name.
+    """A tokenizer's default template; a tokenizer may have several named ones.
 
     Args:
         where: the model, for the message.
         held: a tokenizer's `chat_template`: text, name -> text, a list of {name, template}, or None.
 
     Raises:
-        InputError: there are named templates, and none of them is `default`.
+        InputError: there are named templates, but none is called `default`.
     """
     if isinstance(held, list):
         held = {entry.get("name"): entry.get("template") for entry in held if isinstance(entry, dict)}
@@ -101,44 +101,44 @@ def default_template(where: Path | str, held: Any) -> str | None:
         if not isinstance(held.get("default"), str):
             names = ", ".join(sorted(map(str, held))) or "none"
             raise InputError(
-                f'model {where} has named chat templates ({names}), but none of the name "default": set '
-                "model.chat_template to the Jinja text of one, or to a file that holds it."
+                f'model {where} has named chat templates ({names}), but none called "default": set '
+                "model.chat_template to the Jinja text of one, or to a file with it."
             )
         return held["default"]
     return held if isinstance(held, str) else None
 
 
 def refuse_unused(template: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse template arguments that change nothing, or that are not the user's to set.
+    """Refuse template arguments that have no effect or are reserved.
 
     Raises:
-        InputError: the template does not mention one, or the renderer sets it itself; the message names it.
+        InputError: the template does not use the argument, or the renderer sets it; the message names it.
     """
     first, *rest = template.split("{#")
     code = first + "".join(part.partition("#}")[2] for part in rest)  # without comments
     for name in arguments:
-        if name in _OURS:
-            raise InputError(f"template argument {name!r} is set by the renderer itself: remove it.")
+        if name in _RESERVED:
+            raise InputError(f"template argument {name!r} is set by the renderer: remove it.")
         if not re.search(rf"\b{re.escape(name)}\b", code):
             raise InputError(
-                f"template argument {name!r} changes nothing: the chat template does not mention it. Correct "
-                "its name, or remove it from model.template_kwargs."
+                f"template argument {name!r} has no effect: the chat template does not use it. Correct its "
+                "name, or remove it from model.template_kwargs."
             )
 
 
 def with_fixed_date(template: str) -> str:
-    """A template that prints today's date prints one and the same, so that ids do not change overnight."""
+    """The template with a fixed date instead of today's, so that token ids do not change from day to day."""
     return _FIXED_DATE + template if "strftime_now" in template else template
 
 
 def reasoning_name(template: str) -> str:
-    """The name under which a template looks for an assistant's reasoning: the first that it mentions."""
+    """The key under which a template reads an assistant's reasoning: the first one it mentions."""
     found = (name for name in REASONING_NAMES if re.search(rf"\b{name}\b", template))
     return next(found, REASONING_NAMES[0])
 
 
 def with_reasoning(message: Message) -> dict[str, str]:
-    """A message with its reasoning under the names that transformers' `apply_chat_template` adds."""
+    """A message with its reasoning under the keys that transformers' `apply_chat_template` adds."""
     found = (message[name] for name in REASONING_NAMES if message.get(name) is not None)
     if (reasoning := next(found, None)) is None:
         return dict(message)
@@ -146,7 +146,7 @@ def with_reasoning(message: Message) -> dict[str, str]:
 
 
 def remedy(template: str) -> str:
-    """What to do about a template that does not render a conversation with its answer."""
+    """What to do about a template that drops part of a conversation."""
     if "</think>" in template and "<｜Assistant｜>" in template:
         return (
             'set model.chat_template = "deepseek-r1", the training template that ships with the package and '
@@ -158,15 +158,15 @@ def remedy(template: str) -> str:
 # -------------------------------------------------------------------------------------------------- losses
 
 
-def lost_of_prompt(messages: Sequence[Message], text: str) -> str | None:
-    """What a template left out of a prompt, None if every message is there.
+def missing_from_prompt(messages: Sequence[Message], text: str) -> str | None:
+    """Description of the text that a template dropped from a prompt; None if every message is complete.
 
-    White space round a message may be trimmed. Of an earlier assistant turn only what follows the reasoning
-    must be there: many templates leave out the reasoning of all but the last turn, as models are served.
+    White space around a message may be trimmed. The reasoning of earlier assistant turns may be missing: many
+    templates drop it from all but the last turn, as in serving.
 
     Args:
         messages: the prompt.
-        text: what the template wrote.
+        text: the template's output.
     """
     position = 0
     for number, message in enumerate(messages, 1):
@@ -184,16 +184,16 @@ def lost_of_prompt(messages: Sequence[Message], text: str) -> str | None:
     return None
 
 
-def lost_of_answer(answer: Message, prompt: str, written: str) -> str | None:
-    """What a template left out of an answer, None if all of it is there.
+def missing_from_answer(answer: Message, prompt: str, written: str) -> str | None:
+    """Description of the text that a template dropped from an answer; None if the answer is complete.
 
-    White space round the answer and round `<think>` and `</think>` may differ, and the generation prompt may
-    have written the answer's opening `<think>`.
+    White space around the answer and around `<think>` and `</think>` may differ, and the generation prompt
+    may already contain the answer's opening `<think>`.
 
     Args:
         answer: an assistant message.
-        prompt: what the template writes of the prompt, its generation prompt included.
-        written: what it writes behind that.
+        prompt: the rendered prompt, including the generation prompt.
+        written: the template's output after the prompt.
     """
     content, reasoning = answer["content"], answer.get("reasoning_content") or ""
     if not _holds(written, reasoning):

@@ -1,4 +1,4 @@
-"""Rows as people publish them, in the one form that `parsing` reads: prompt, system, chosen, rejected.
+"""Convert published data formats to the form that `parsing` reads: prompt, system, chosen, rejected.
 
     preference     TRL's: prompt (or none), chosen, rejected; text or messages
     hh             transcripts in chosen and rejected: "\\n\\nHuman: … \\n\\nAssistant: …" (Anthropic HH-RLHF)
@@ -7,8 +7,8 @@
     sharegpt       conversations of from and value; chosen and rejected (LLaMA-Factory's ranking data)
     ultrafeedback  instruction with completions and their ratings (openbmb/UltraFeedback)
 
-Messages of any format may be written as `from` and `value`, with the roles human and gpt, with text parts as
-content, or as JSON text (CSV has no lists). A `system` column becomes the first message.
+In every format, messages may have the keys `from` and `value`, the roles human and gpt, and text parts as
+content, or be JSON text (CSV has no lists). A `system` column becomes the first message.
 """
 
 import math
@@ -24,12 +24,12 @@ from sera_core.errors import InputError
 FormatName = Literal["preference", "hh", "orca", "alpaca", "sharegpt", "ultrafeedback"]
 FORMATS: tuple[str, ...] = get_args(FormatName)
 COLUMNS = ("prompt", "system", "chosen", "rejected")
-"""What `[data.columns]` may name."""
+"""Columns that `[data.columns]` can map."""
 PROMPT_LIKE = (
     *("prompt", "question", "query", "instruction", "input", "conversations", "conversation", "messages"),
     *("history", "context", "problem", "dialogue"),
 )
-"""Columns of which one that holds something is taken for the prompt: none is then invented."""
+"""Columns that may contain the prompt; if any is non-empty, no prompt is derived from the answers."""
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 _QUESTIONS = ("question", "query", "input")
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -40,15 +40,15 @@ Data = dict[str, Any]
 
 @dataclass(frozen=True)
 class Reading:
-    """How a source is read: the settings of `[data]`, or the flags of `sera score` and `sera sample`.
+    """How to read a source: the settings of `[data]`, or the flags of `sera score` and `sera sample`.
 
     Attributes:
-        format: one of FORMATS, or `auto`: each row says by its fields what it is.
-        columns: ours (of COLUMNS) to the file's name for it.
-        completions: UltraFeedback's rejected answer, `worst` or `random` (a seeded one rated lower).
-        seed: of `random`.
-        on_diverge: conversations that differ before the last turn: `refuse` or `split`.
-        on_bad_row: rows that cannot be used: `refuse` the file, or `drop` and count them.
+        format: one of FORMATS, or `auto`: detected per row from its fields.
+        columns: name in COLUMNS -> name in the file.
+        completions: UltraFeedback's rejected answer: `worst`, or `random` (drawn from the lower rated ones).
+        seed: seed of `random`.
+        on_diverge: for conversations that differ before the last turn: `refuse` or `split`.
+        on_bad_row: for unusable rows: `refuse` the file, or `drop` and count them.
     """
 
     format: str = "auto"
@@ -60,14 +60,14 @@ class Reading:
 
 
 class TiedCompletionsError(InputError):
-    """An UltraFeedback row without two completions of different rating."""
+    """An UltraFeedback row whose completions all have the same rating."""
 
 
 def normal_form(row: Row, reading: Reading) -> tuple[str, Row]:
-    """The format of a row, and the row as `prompt`, `system`, `chosen`, `rejected` beside its other fields.
+    """The format of a row, and the row with `prompt`, `system`, `chosen`, `rejected` and its other fields.
 
     Raises:
-        InputError: the row lacks what the format named in `reading` has.
+        InputError: the row lacks a field of the format given in `reading`.
         TiedCompletionsError: no completion is rated lower than the best.
     """
     data = _renamed(row.data, reading.columns)
@@ -87,7 +87,7 @@ def normal_form(row: Row, reading: Reading) -> tuple[str, Row]:
 
 
 def format_of(data: Mapping[str, Any]) -> str:
-    """The format that a row's fields speak for."""
+    """The format detected from a row's fields."""
     if not _held(data, "chosen") and _held(data, "completions"):
         return "ultrafeedback"
     if any(_is_transcript(data.get(name)) for name in ("prompt", "chosen")):
@@ -102,7 +102,7 @@ def format_of(data: Mapping[str, Any]) -> str:
 
 
 def holds_prompt(data: Mapping[str, Any]) -> bool:
-    """Whether any column that is usually the prompt holds something."""
+    """Whether any usual prompt column is non-empty."""
     return any(_held(data, name) for name in PROMPT_LIKE)
 
 
@@ -112,7 +112,7 @@ def _held(data: Mapping[str, Any], name: str) -> bool:
 
 
 def _renamed(data: Data, columns: Mapping[str, str]) -> Data:
-    """The row under our names; what is mapped and absent keeps its own name."""
+    """The row with mapped columns renamed; columns that are missing keep their names."""
     found = {ours: theirs for ours, theirs in columns.items() if theirs in data}
     rest = {name: value for name, value in data.items() if name not in found.values()}
     return rest | {ours: data[theirs] for ours, theirs in found.items()}
@@ -125,15 +125,15 @@ _NEEDS = {
     "sharegpt": ("conversations",),
     "ultrafeedback": ("completions",),
 }
-"""Columns of which a row of the format holds one."""
+"""Columns of which a row in the format must have at least one."""
 
 
 def _refuse_other(where: str, name: str, data: Data) -> None:
     if not any(_held(data, column) for column in _NEEDS[name]):
         found = ", ".join(sorted(key for key in data if _held(data, key))) or "none"
         raise InputError(
-            f"{where}: not in the format {name!r}, which has {' or '.join(_NEEDS[name])} (found: {found}; "
-            f"they look like {format_of(data)!r}); correct data.format (--format) or leave it at auto"
+            f"{where}: not in the format {name!r}, which needs {' or '.join(_NEEDS[name])} (found: {found}; "
+            f"this looks like {format_of(data)!r}); correct data.format (--format) or set it to auto"
         )
 
 
@@ -160,7 +160,7 @@ def _is_transcript(value: Any) -> bool:
 
 
 def _turns(text: Any) -> Any:
-    """A transcript as messages; text without labels as it is."""
+    """A transcript as messages; text without labels unchanged."""
     if not isinstance(text, str) or not _TURN.match(text):
         return text
     _, *pieces = _TURN.split(text)
@@ -177,8 +177,8 @@ def _orca(where: str, data: Data, reading: Reading) -> Data:
 
 def _alpaca(where: str, data: Data, reading: Reading) -> Data:
     del reading
-    told = "\n".join(str(data[name]) for name in ("instruction", "input") if _held(data, name))
-    read: Data = {"prompt": told}
+    prompt = "\n".join(str(data[name]) for name in ("instruction", "input") if _held(data, name))
+    read: Data = {"prompt": prompt}
     if not _held(data, "chosen") and (output := _listed(where, "output", data.get("output"))):
         ((chosen, rejected),) = _pairs(where, "output", [output])
         read |= {"chosen": chosen, "rejected": rejected}
@@ -186,7 +186,7 @@ def _alpaca(where: str, data: Data, reading: Reading) -> Data:
 
 
 def _with_history(where: str, data: Data) -> Data:
-    """The row with its earlier turns, pairs of question and answer, before a prompt that is text."""
+    """The row with its history (pairs of question and answer) added before a text prompt."""
     turns = _pairs(where, "history", _listed(where, "history", data.get("history")))
     if not turns or not isinstance(data.get("prompt"), str):
         return data
@@ -199,12 +199,10 @@ def _with_history(where: str, data: Data) -> Data:
 
 
 def _pairs(where: str, name: str, entries: list[Any]) -> list[Any]:
-    """Lists of two texts: a question and its answer, or the better answer and the worse one."""
+    """Lists of two texts: question and answer, or better and worse answer."""
     for entry in entries:
         if not isinstance(entry, list) or len(entry) != 2:
-            raise InputError(
-                f"{where}: {name} does not hold two texts where two are expected; correct the row"
-            )
+            raise InputError(f"{where}: {name} must be two texts; correct the row")
     return entries
 
 
@@ -235,10 +233,10 @@ def _ultrafeedback(where: str, data: Data, reading: Reading) -> Data:
 
 
 def rating_of(completion: Mapping[str, Any]) -> float | None:
-    """The mean of the aspects' ratings; without them fine-grained_score, overall_score, rating or score.
+    """Mean of the aspect ratings; without them, fine-grained_score, overall_score, rating or score.
 
-    UltraFeedback's overall_score is known to be wrong in part (a critique's "1" read as 10), its aspects'
-    ratings are not.
+    Some of UltraFeedback's overall_score values are known to be wrong (a critique's "1" read as 10); the
+    aspect ratings are correct.
     """
     annotations = completion.get("annotations")
     aspects = annotations.values() if isinstance(annotations, dict) else ()
@@ -251,7 +249,7 @@ def rating_of(completion: Mapping[str, Any]) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, also one that is written as text; of anything else none: it orders no answers."""
+    """A finite number, also if given as text; None for anything else."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -271,7 +269,7 @@ _READERS: dict[str, Callable[[str, Data, Reading], Data]] = {
 
 
 def _parsed(where: str, value: Any) -> Any:
-    """JSON text that holds messages as those messages; anything else as it is."""
+    """Messages parsed from JSON text; anything else unchanged."""
     if not isinstance(value, str) or not is_message_text(value):
         return value
     try:
@@ -283,7 +281,7 @@ def _parsed(where: str, value: Any) -> Any:
 
 
 def _listed(where: str, name: str, value: Any) -> list[Any]:
-    """A list, or a list that is written as JSON text; of anything else none."""
+    """A list, also if given as JSON text; an empty list for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json_value(value)
@@ -291,13 +289,13 @@ def _listed(where: str, name: str, value: Any) -> list[Any]:
             raise InputError(f"{where}: {name}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise InputError(
-                f"{where}: {name} looks like a list but is not JSON ({error}); write it with json.dumps"
+                f"{where}: {name} looks like a list but is not valid JSON ({error}); write it with json.dumps"
             ) from error
     return value if isinstance(value, list) else []
 
 
 def _without_json_text(where: str, data: Data) -> Data:
-    """JSON text as messages: of the prompt, and of the answers if both are such text."""
+    """Parse JSON text into messages: the prompt, and the answers if both are JSON text."""
     names = [name for name in ("prompt", "chosen", "rejected") if isinstance(data.get(name), str)]
     read = {name: parsed for name in names if (parsed := _parsed(where, data[name])) is not data[name]}
     if ("chosen" in read) != ("rejected" in read):
@@ -307,7 +305,7 @@ def _without_json_text(where: str, data: Data) -> Data:
 
 
 def _in_our_terms(value: Any) -> Any:
-    """Messages as role and content; anything that is no list of messages as it is."""
+    """Messages with role and content; anything that is not a list of messages unchanged."""
     if isinstance(value, dict):
         value = [value]
     return [_message(entry) for entry in value] if isinstance(value, list) else value
@@ -325,7 +323,7 @@ def _message(message: Any) -> Any:
 
 
 def _text_of(content: Any) -> Any:
-    """Text parts as one text, as chat templates write them; anything else as it is."""
+    """Text parts joined as chat templates do; anything else unchanged."""
     if not isinstance(content, list):
         return content
     if any(isinstance(part, dict) and part.get("type", "text") != "text" for part in content):

@@ -1,4 +1,4 @@
-"""A whole source to pairs or prompts: the format of each row, and the rows that cannot be used, by kind."""
+"""Read a source into pairs or prompts: detect each row's format, and collect unusable rows by kind."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,18 +12,18 @@ from sera_core.data.sources import Row
 from sera_core.errors import InputError
 
 NAMED = 10
-"""Rows of a kind that a refusal names."""
+"""Maximum rows of a kind in an error message."""
 
 
 @dataclass
 class Read:
-    """What was read of a source.
+    """Result of reading a source.
 
     Attributes:
         items: the pairs or prompts, in the source's order.
-        dropped: the rows that hold none, by the reason `tied_ratings` or a kind of `parsing.KINDS`.
-        formats: rows by format.
-        repeated_prompts: pairs whose answers both begin with the prompt's own text.
+        dropped: unusable rows, with the reason `tied_ratings` or a kind of `parsing.KINDS`.
+        formats: number of rows by format.
+        repeated_prompts: number of pairs whose answers both begin with the prompt's text.
         unmapped: names in `Reading.columns` that no row has.
     """
 
@@ -39,9 +39,9 @@ def read_pairs(name: str, rows: Sequence[Row], reading: Reading, side: str = "tr
 
     Args:
         name: the source, for messages.
-        rows: as `sources.read_source` gives them.
-        reading: how they are read.
-        side: of the dropped rows.
+        rows: rows from `sources.read_source`.
+        reading: how to read them.
+        side: recorded for the dropped rows.
 
     Raises:
         InputError: a row cannot be used (with on_bad_row = "drop": cannot be read at all).
@@ -54,9 +54,9 @@ def read_pairs(name: str, rows: Sequence[Row], reading: Reading, side: str = "tr
 
 
 def read_prompts(name: str, rows: Sequence[Row], reading: Reading, side: str = "prompts") -> Read:
-    """Prompts of a source's rows: prompt-only ones, or those of pairs that have them in their answers.
+    """Prompts of a source's rows, which are prompt-only rows or pairs.
 
-    Args, errors: as of `read_pairs`.
+    Arguments and errors as in `read_pairs`.
     """
     normal = _normal_rows(rows, reading, side)
     return _parsed(name, normal, reading, side, lambda row: _prompt_of(row, reading))
@@ -86,10 +86,10 @@ def _normal_rows(rows: Sequence[Row], reading: Reading, side: str) -> Read:
 
 
 def refuse_unmapped(where: str, columns: Mapping[str, str], unmapped: Iterable[str]) -> None:
-    """Refuse a mapping to a column that is in none of the sources: a slip would change what is read.
+    """Refuse a mapping to a column that no source has: it is probably a typo.
 
     Raises:
-        InputError: names the column.
+        InputError: there is one; the message names it.
     """
     for ours, theirs in columns.items():
         if theirs in unmapped:
@@ -113,13 +113,13 @@ def _parsed(
 
 
 def _refusal(name: str, bad: Mapping[str, Sequence[str]], formats: Mapping[str, int]) -> str:
-    """The first rows of each kind with what is wrong with them, how many there are, and what to do."""
+    """The error message: count and first rows of each kind, and what to do."""
     remedy = 'or set data.on_bad_row = "drop" (--on-bad-row drop) to leave such rows out'
     count = sum(map(len, bad.values()))
     if count == 1:
         ((only,),) = bad.values()
         return f"{only}; {remedy}"
-    lines = [f"{name}: {count:,} rows cannot be used (read as {told_formats(formats)}):"]
+    lines = [f"{name}: {count:,} rows cannot be used (read as {format_counts(formats)}):"]
     for kind, messages in sorted(bad.items()):
         more = f", the first {NAMED}" if len(messages) > NAMED else ""
         lines.append(f"  {kind}: {KINDS[kind]}, {len(messages):,} rows{more}:")
@@ -127,29 +127,29 @@ def _refusal(name: str, bad: Mapping[str, Sequence[str]], formats: Mapping[str, 
     return "\n".join([*lines, f"correct them, {remedy}"])
 
 
-def told_formats(formats: Mapping[str, int]) -> str:
+def format_counts(formats: Mapping[str, int]) -> str:
     """`1,200 rows as hh, 3 as preference`."""
     ordered = sorted(formats.items(), key=lambda entry: (-entry[1], entry[0]))
     return ", ".join(f"{count:,} rows as {name}" for name, count in ordered) or "no row"
 
 
 def _repeats_prompt(pair: Pair) -> bool:
-    """Whether both answers begin with the text they answer, which a template then writes twice."""
+    """Whether both answers begin with the prompt's text, so that the template would write it twice."""
     said = pair.prompt[-1]["content"].strip()
     return all(answer[0]["content"].lstrip().startswith(said) for answer in (pair.chosen, pair.rejected))
 
 
 def repeated_prompts_warning(count: int) -> str:
-    """What is said of pairs whose answers repeat the prompt."""
+    """The warning for pairs whose answers repeat the prompt."""
     return (
-        f"warning: in {count:,} pairs chosen and rejected both begin with the prompt's own text, which the "
-        "chat template then writes twice; give the answers alone"
+        f"warning: in {count:,} pairs chosen and rejected both begin with the prompt's text, so the chat "
+        "template writes it twice; remove it from the answers"
     )
 
 
 def special_tokens_warning(count: int) -> str:
-    """What is said of rows whose text spells special tokens."""
+    """The warning for rows that contain special tokens."""
     return (
-        f"warning: {count:,} rows spell special tokens of the tokenizer, which are read as plain text; if "
-        "the chat template was applied to them already, give the texts without it"
+        f"warning: {count:,} rows contain special tokens of the tokenizer, which are read as plain text; if "
+        "a chat template was already applied to the data, use the data without it"
     )

@@ -1,7 +1,7 @@
-"""Rows to pairs: every form TRL reads, checked, in one shape.
+"""Parse and validate rows into pairs: every form that TRL reads.
 
-A pair's prompt is all messages before the last assistant turn (a system message included), which chosen and
-rejected must share. A malformed row refuses its file, naming the row, or is dropped and counted (`reading`).
+A pair's prompt is all messages before the last assistant turn (including a system message), which chosen and
+rejected must share. A malformed row is an error that names the row, or is dropped and counted (`on_bad_row`).
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ KINDS = {
 
 
 class BadRowError(InputError):
-    """A row that cannot be used; `kind` is one of KINDS."""
+    """An unusable row; `kind` is one of KINDS."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -38,16 +38,16 @@ def parse_pair(row: Row, on_diverge: str = "refuse", implicit: bool = True) -> P
     """Read a preference row: standard or conversational, explicit or implicit prompt, any number of turns.
 
     Args:
-        row: fields `chosen`, `rejected` and, unless it is their common beginning, `prompt`; `system` is the
-            first message.
-        on_diverge: what becomes of conversations that differ before the last turn: `refuse`, or `split` at
-            the first difference (the first differing assistant turn is the answer, later turns are cut).
-        implicit: whether the common beginning of two texts may be the prompt: not where other rows of the
-            source have one.
+        row: fields `chosen`, `rejected` and, unless it is their common beginning, `prompt`; `system` becomes
+            the first message.
+        on_diverge: for conversations that differ before the last turn: `refuse`, or `split` at the first
+            difference (the first differing assistant turn is the answer, later turns are dropped).
+        implicit: whether the common beginning of two texts may be the prompt; false if other rows of the
+            source have a prompt.
 
     Raises:
         BadRowError: the row is malformed in a way that data.on_bad_row may drop.
-        InputError: it is malformed otherwise; the message names the row and what to do.
+        InputError: it is malformed in another way; the message names the row and the remedy.
     """
     _refuse_unsupported(row.where, row.data)
     form, chosen, rejected = _conversations(row, implicit)
@@ -63,11 +63,11 @@ def parse_prompt(row: Row) -> Prompt:
 
     Raises:
         BadRowError: the row is malformed in a way that data.on_bad_row may drop.
-        InputError: it is malformed otherwise.
+        InputError: it is malformed in another way.
     """
     _refuse_unsupported(row.where, row.data)
     if "prompt" in row.data and _absent(row.data["prompt"]):
-        raise BadRowError("no_user_turn", f"{row.where}: prompt is empty; remove the row, or give it text")
+        raise BadRowError("no_user_turn", f"{row.where}: prompt is empty; add text or remove the row")
     prompt = _with_system(row, _messages(row.where, "prompt", _value(row, "prompt"), role="user"))
     _check_order(row.where, "prompt", prompt)
     if prompt[-1]["role"] != "user":
@@ -80,13 +80,13 @@ def parse_prompt(row: Row) -> Prompt:
 
 
 def _conversations(row: Row, implicit: bool) -> tuple[str, list[Message], list[Message]]:
-    """Format and both whole conversations of a row."""
+    """Format and both complete conversations of a row."""
     chosen, rejected = _value(row, "chosen"), _value(row, "rejected")
     prompt = row.data.get("prompt")
     prompt = None if _absent(prompt) else prompt
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise InputError(
-            f"{row.where}: one of chosen and rejected is text and the other is not; give both in one form"
+            f"{row.where}: one of chosen and rejected is text and the other is not; use one form for both"
         )
     standard = isinstance(chosen, str) and not isinstance(prompt, list)
     if isinstance(chosen, str) and prompt is None:
@@ -104,31 +104,31 @@ def _conversations(row: Row, implicit: bool) -> tuple[str, list[Message], list[M
 
 
 def _absent(value: Any) -> bool:
-    """Null, blank text and an empty list all say that there is none."""
+    """Whether a value is null, blank text or an empty list."""
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
 def _refuse_invention(row: Row, implicit: bool) -> None:
-    """No prompt is made of the answers where the row or its source has one elsewhere."""
+    """Refuse to derive the prompt from the answers if the row or its source has a prompt elsewhere."""
     if holds_prompt(row.data):
         found = ", ".join(sorted(key for key, held in row.data.items() if not _absent(held)))
         raise InputError(
-            f'{row.where}: no field "prompt" (found: {found}); say which column holds it: '
+            f'{row.where}: no field "prompt" (found: {found}); say which column contains it: '
             '[data.columns] prompt = "…" (--columns prompt=…)'
         )
     if not implicit:
         raise BadRowError(
             "no_user_turn",
-            f"{row.where}: prompt is empty, and other rows have one; remove the row, or give it text",
+            f"{row.where}: prompt is empty, but other rows have one; add text or remove the row",
         )
 
 
 def _not_repeated(
     where: str, text: bool, start: list[Message], answers: Sequence[list[Message]]
 ) -> list[Message]:
-    """What stands before conversations that begin with a turn of their own: nothing, if they repeat it.
+    """The prompt messages to put before complete conversations; none if they already contain them.
 
-    As in TRL, a text prompt beside whole conversations only repeats what they say; it must be in them.
+    As in TRL, a text prompt beside complete conversations must occur in them.
     """
     said = start[0]["content"].strip()
     repeated = all(
@@ -139,14 +139,14 @@ def _not_repeated(
         return []
     if text:
         raise InputError(
-            f"{where}: chosen and rejected are whole conversations, and prompt says something that is not in "
-            "them; leave prompt out, or give only the answers"
+            f"{where}: chosen and rejected are complete conversations but do not contain the prompt's text; "
+            "remove prompt, or keep only the answers in chosen and rejected"
         )
     return start
 
 
 def _with_system(row: Row, messages: list[Message]) -> list[Message]:
-    """The messages behind the row's `system` column, unless they begin with it already."""
+    """The messages after the row's `system` column, unless they already begin with it."""
     system = row.data.get("system")
     if _absent(system):
         return messages
@@ -161,9 +161,9 @@ def _with_system(row: Row, messages: list[Message]) -> list[Message]:
 
 
 def _extract_prompt(where: str, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The common beginning of two texts, cut back so that no word is divided and no answer is left empty.
+    """The common beginning of two texts, shortened so that no word is split and no answer is empty.
 
-    White space at the cut goes with the answers, as in TRL's `extract_prompt`, which also cuts inside words.
+    White space at the cut goes to the answers, as in TRL's `extract_prompt`, which also cuts inside words.
     """
     shorter = min(len(chosen), len(rejected))
     end = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
@@ -184,7 +184,7 @@ def _extract_prompt(where: str, chosen: str, rejected: str) -> tuple[str, str, s
 
 
 def _value(row: Row, name: str) -> Any:
-    """A field that must be there and hold something."""
+    """A required, non-empty field."""
     value = row.data.get(name)
     if name not in row.data or (value is None and name == "prompt"):
         found = ", ".join(sorted(key for key, held in row.data.items() if not _absent(held))) or "none"
@@ -193,7 +193,7 @@ def _value(row: Row, name: str) -> Any:
             f'[data.columns] {name} = "…" (--columns {name}=…)'
         )
     if _absent(value):
-        raise BadRowError("empty_answer", f"{row.where}: {name} is empty; remove the row, or give it text")
+        raise BadRowError("empty_answer", f"{row.where}: {name} is empty; add text or remove the row")
     return value
 
 
@@ -202,7 +202,7 @@ def _messages(where: str, name: str, value: Any, role: str) -> list[Message]:
     if isinstance(value, str):
         return [{"role": role, "content": _content(where, name, value)}]
     if not isinstance(value, list):
-        raise InputError(f"{where}: {name} is neither text nor a list of messages; correct the row")
+        raise InputError(f"{where}: {name} must be text or a list of messages; correct the row")
     return [_message(where, f"{name} message {number}", message) for number, message in enumerate(value, 1)]
 
 
@@ -218,11 +218,11 @@ def _message(where: str, name: str, message: Any) -> Message:
 
 
 def _reasoning(where: str, name: str, message: dict[str, Any]) -> Message:
-    """The reasoning that a message has apart from its content, under the first name of `REASONING_NAMES`."""
+    """A message's separate reasoning, under the first name of `REASONING_NAMES`."""
     held = {key: message[key] for key in REASONING_NAMES if message.get(key)}
     texts = {_content(where, f"{key} of {name}", value) for key, value in held.items()}
     if len(texts) > 1:
-        raise InputError(f"{where}: {name} has {' and '.join(held)}, which differ; leave one of them out")
+        raise InputError(f"{where}: {name} has {' and '.join(held)} with different texts; remove one of them")
     text = "".join(texts)
     if text.strip() and message["role"] != "assistant":
         raise InputError(
@@ -242,7 +242,7 @@ def _content(where: str, name: str, content: Any) -> str:
         content.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: {name} holds half a surrogate pair, which is no character; correct the text"
+            f"{where}: {name} contains a lone surrogate, which is not a character; correct the text"
         ) from error
     return content
 
@@ -257,12 +257,12 @@ def _refuse_unsupported(where: str, data: dict[str, Any]) -> None:
 
 
 def _holds(value: Any) -> bool:
-    """Whether a field holds something; a list or object may be written out as text."""
+    """Whether a field is non-empty; a list or object may be given as text."""
     return bool(value.strip(" []{}\n") not in ("", "null") if isinstance(value, str) else value)
 
 
 def _check_turns(where: str, name: str, messages: Sequence[Message]) -> None:
-    """A whole conversation: turns in order, the last one the assistant's, and at least one before it."""
+    """Check a complete conversation: turns in order, the last from the assistant, and one before it."""
     if messages[-1]["role"] != "assistant":
         raise BadRowError(
             "roles_out_of_order",
@@ -270,17 +270,17 @@ def _check_turns(where: str, name: str, messages: Sequence[Message]) -> None:
         )
     if not messages[-1]["content"].strip():
         raise BadRowError(
-            "empty_answer", f"{where}: the answer of {name} is empty; remove the row, or give it text"
+            "empty_answer", f"{where}: the answer of {name} is empty; add text or remove the row"
         )
     _check_order(where, f"prompt and {name}", messages)
 
 
 def _check_order(where: str, name: str, messages: Sequence[Message]) -> None:
-    """A system message first, if any, then user and assistant in turn, each with text."""
+    """Check the order: an optional system message, then user and assistant alternating, each with text."""
     roles = [message["role"] for message in messages]
     if "user" not in roles:
         raise BadRowError(
-            "no_user_turn", f"{where}: no message of {name} is from user, so there is no prompt; add it"
+            "no_user_turn", f"{where}: {name} has no message from user, so there is no prompt; add one"
         )
     first = 1 if roles[0] == "system" else 0
     for number, role in enumerate(roles[first:]):
@@ -288,9 +288,8 @@ def _check_order(where: str, name: str, messages: Sequence[Message]) -> None:
         if role != expected:
             raise BadRowError(
                 "system_not_first" if role == "system" else "roles_out_of_order",
-                f"{where}: roles out of order: message {first + number + 1} of {name} is from {role} where "
-                f"{expected} was expected (a system message first, if any, then user and assistant in turn); "
-                "correct the row",
+                f"{where}: roles out of order: message {first + number + 1} of {name} is from {role}, not "
+                f"{expected} (an optional system message, then user and assistant in turn); correct the row",
             )
     for number, message in enumerate(messages, 1):
         if not message["content"].strip() and message["role"] != "system":
@@ -304,7 +303,7 @@ def _check_order(where: str, name: str, messages: Sequence[Message]) -> None:
 def _split_at_difference(
     where: str, chosen: list[Message], rejected: list[Message], on_diverge: str
 ) -> tuple[list[Message], list[Message]]:
-    """Both conversations up to and including the first differing assistant turn."""
+    """Both conversations up to and including the first assistant turn that differs."""
     shorter = min(len(chosen), len(rejected))
     first = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
     if first is None:

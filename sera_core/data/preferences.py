@@ -1,4 +1,4 @@
-"""Pairs and prompts, and those that are well formed but not used: counted, never lost."""
+"""Pairs and prompts, and records of those that are dropped, with the reason."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -15,14 +15,14 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Unread:
-    """A row that was dropped before it was a pair or a prompt."""
+    """A row that was dropped before it could be parsed into a pair or a prompt."""
 
     row: Row
     pair_id: None = None
 
     @cached_property
     def prompt_id(self) -> str:
-        """First 16 hex digits of the hash of the row as it was read: there is no prompt to hash."""
+        """First 16 hex digits of the hash of the raw row, which has no prompt."""
         return canonical.sha256_json(json.loads(json.dumps(self.row.data, default=str)))[:16]
 
 
@@ -45,7 +45,7 @@ class Pair:
     """A prompt with a chosen and a rejected answer, each one assistant message.
 
     Attributes:
-        format: `standard` if the row was plain text, else `conversational`; not part of the pair's identity.
+        format: `standard` if the row was plain text, else `conversational`; not part of pair_id.
         where: file and row, for messages.
     """
 
@@ -67,16 +67,16 @@ class Pair:
 
     @property
     def turned(self) -> "Pair":
-        """The same pair under the other label."""
+        """The pair with chosen and rejected swapped."""
         return Pair(self.format, self.prompt, self.rejected, self.chosen, self.where)
 
 
 @dataclass(frozen=True)
 class Drop:
-    """A well-formed pair or prompt that is not used, and why.
+    """A dropped pair or prompt, and why.
 
     Attributes:
-        side: `train`, `heldout`, `test` or `prompts`: where it was given, or where it had been put.
+        side: `train`, `heldout`, `test` or `prompts`: the side it was given for or assigned to.
         reason: `equal`, `duplicate`, `not_drawn`, `overlap`, `over_limit`, `tied_ratings` or one of
             `parsing.KINDS`.
     """
@@ -92,13 +92,13 @@ class Drop:
 def drop_degenerate(
     side: str, pairs: Iterable[Pair], on_equal: str = "drop"
 ) -> tuple[list[Pair], list[Drop]]:
-    """Take out pairs with equal answers, and every repetition of a pair but the first.
+    """Drop pairs with equal answers and all but the first of repeated pairs.
 
     Returns:
-        the pairs kept in the order of (prompt_id, pair_id), and what was dropped.
+        the kept pairs, sorted by (prompt_id, pair_id), and the dropped ones.
 
     Raises:
-        InputError: equal answers with on_equal = "refuse".
+        InputError: a pair has equal answers and on_equal = "refuse".
     """
     dropped, different = [], []
     for pair in pairs:
@@ -111,32 +111,32 @@ def drop_degenerate(
             )
         else:
             dropped.append(Drop(side, pair, "equal"))
-    kept, repeated = _first_of_each(side, sorted(different, key=lambda pair: (*order(pair), pair.format)))
+    kept, repeated = _first_of_each(side, sorted(different, key=lambda pair: (*sort_key(pair), pair.format)))
     return kept, dropped + repeated
 
 
 def drop_repeated_prompts(prompts: Iterable[Prompt]) -> tuple[list[Prompt], list[Drop]]:
-    """Prompts in the order of prompt_id, each once, and the repetitions."""
-    return _first_of_each("prompts", sorted(prompts, key=order))
+    """Distinct prompts, sorted by prompt_id, and the repetitions."""
+    return _first_of_each("prompts", sorted(prompts, key=sort_key))
 
 
 def _first_of_each(side: str, items: Sequence[Any]) -> tuple[list[Any], list[Drop]]:
     kept, dropped, seen = [], [], set()
     for item in items:
-        if order(item) in seen:
+        if sort_key(item) in seen:
             dropped.append(Drop(side, item, "duplicate"))
         else:
-            seen.add(order(item))
+            seen.add(sort_key(item))
             kept.append(item)
     return kept, dropped
 
 
-def order(item: Pair | Prompt) -> tuple[str, str]:
-    """The order of rows in every file, so that content decides it: (prompt_id, pair_id)."""
+def sort_key(item: Pair | Prompt) -> tuple[str, str]:
+    """Sort key of the rows in every file: (prompt_id, pair_id)."""
     return item.prompt_id, item.pair_id or ""
 
 
 def under_both_labels(pairs: Sequence[Pair]) -> set[str]:
-    """pair_ids of the pairs whose turned pair is there too."""
+    """pair_ids of the pairs that also occur with chosen and rejected swapped."""
     ids = {pair.pair_id for pair in pairs}
     return {pair.pair_id for pair in pairs if pair.turned.pair_id in ids}

@@ -1,4 +1,4 @@
-"""What a remote file system says when it cannot be read, as one message with what to check."""
+"""Turn errors of remote file systems into one message that says what to check."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ from sera_core.guards.urls import without_secrets
 
 @contextmanager
 def reading_remote(url: str, what: str = "file") -> Iterator[None]:
-    """Turn whatever a remote file system raises into an InputError.
+    """Turn any exception of a remote file system into an InputError.
 
     Args:
-        url: what is read; credentials and anything from `?` on are not shown.
+        url: the URL to read; credentials and everything after `?` are not shown.
         what: `file` or `folder`, for the message.
     """
     shown = without_secrets(url).split("?", 1)[0]
@@ -23,14 +23,13 @@ def reading_remote(url: str, what: str = "file") -> Iterator[None]:
     except FileNotFoundError as error:
         raise InputError(f"{shown}: no such {what}; correct the URL") from error
     except ImportError as error:
-        raise InputError(f"{shown}: reading it needs a package that is not installed ({error})") from error
-    except RecursionError as error:  # s3fs follows a redirect to another region for ever
+        raise InputError(f"{shown}: install the missing package to read it ({error})") from error
+    except RecursionError as error:  # s3fs follows redirects to another region without limit
         raise InputError(
-            f"{shown}: cannot be read (the server redirects without end); check the region and the endpoint "
-            "in the environment"
+            f"{shown}: cannot be read (endless redirects); check region and endpoint in the environment"
         ) from error
     except Exception as error:
-        # every file system raises classes of its own for refused, unreachable, unknown
+        # file systems raise their own classes for refused, unreachable and unknown
         raise InputError(
             f"{shown}: cannot be read ({type(error).__name__}); check the URL, the network, and the endpoint "
             "and credentials in the environment"

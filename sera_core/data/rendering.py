@@ -1,14 +1,13 @@
-"""Conversations to token ids, in one place: what is trained on, scored and sampled from is the same sequence.
+"""Conversations to token ids, the same for training, scoring and sampling.
 
-    prompt    ids of the chat template's text up to and with the generation prompt
-    response  ids of what follows, up to and including the first end-of-turn token and nothing after it
+    prompt    ids of the chat template's text up to and including the generation prompt
+    response  ids of the rest, up to and including the first end-of-turn token
 
-Both texts are tokenised apart, so that no token crosses the boundary and a human response is measured
-exactly as a sampled one. Special tokens written out in the data ("<|im_end|>" in an answer) become plain
-text, never control tokens. A template that prints today's date gets a fixed one, so that the ids do not
-change overnight.
+Prompt and response are tokenised separately, so that no token crosses the boundary and human and sampled
+responses are scored the same way. Special tokens in the data ("<|im_end|>" in an answer) become plain text,
+never control tokens. A template that prints today's date gets a fixed one, so that ids do not change.
 
-transformers is imported on first use: hashing a renderer needs no library.
+transformers is imported on first use, because `renderer_hash` does not need it.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from sera_core.data.chat_templates import (
     Message,
     default_template,
-    lost_of_answer,
-    lost_of_prompt,
+    missing_from_answer,
+    missing_from_prompt,
     reasoning_name,
     refuse_long,
     refuse_unused,
@@ -43,18 +42,18 @@ if TYPE_CHECKING:
 
 RENDERING_VERSION = 1
 TEMPLATE_LIMITS = Limits()
-"""What a chat template may take for one conversation."""
+"""Limits of a chat template for one conversation."""
 
 
 def renderer_hash(
     folder: Path | str, template: str | None = None, arguments: Mapping[str, Any] | None = None
 ) -> str:
-    """sha256 of what decides token ids: tokenizer files, chat template, our own version.
+    """sha256 of everything that determines token ids: tokenizer files, chat template, our version.
 
     Args:
         folder: a policy folder.
         template: overrides the folder's chat template, as in `Renderer`.
-        arguments: the template's, as in `Renderer`.
+        arguments: template arguments, as in `Renderer`.
     """
     folder = Path(folder)
     files = {
@@ -72,7 +71,7 @@ def renderer_hash(
 def plain_messages(
     prompt: str, answer: str | None = None
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Standard (non-conversational) data as messages: one of the user, one of the assistant if any."""
+    """Standard (non-conversational) data as messages: one user message and, if given, one answer."""
     user = [{"role": "user", "content": prompt}]
     return user, [] if answer is None else [{"role": "assistant", "content": answer}]
 
@@ -81,9 +80,9 @@ class Renderer:
     """Chat template and tokenizer of one policy folder.
 
     Args:
-        folder: a policy folder; only its tokenizer files and chat template are read.
+        folder: a policy folder, of which only tokenizer files and chat template are read.
         template: replaces the folder's chat template: `chatml`, `deepseek-r1`, a path, or Jinja text.
-        arguments: what the template is given by name (`enable_thinking`), for prompts and answers alike.
+        arguments: keyword arguments of the template (`enable_thinking`), for prompts and answers.
     """
 
     def __init__(
@@ -116,8 +115,8 @@ class Renderer:
         """The Jinja text that is rendered.
 
         Raises:
-            InputError: the folder has none and none is given, or several and none of them is the default; or
-                an argument is given that it does not mention.
+            InputError: the folder has no template and none is given, or several without a default; or the
+                template does not use a given argument.
         """
         if self._template_setting is not None:
             text = template_text(self._template_setting)
@@ -125,7 +124,7 @@ class Renderer:
             text = default_template(self.folder, self.tokenizer.chat_template)
         if text is None:
             raise InputError(
-                f"model folder {self.folder} has no chat template, so conversations cannot be rendered: set "
+                f"model folder {self.folder} has no chat template to render conversations with: set "
                 'model.chat_template to "chatml" (if the tokenizer has its tokens), to a Jinja file, or to '
                 "Jinja text."
             )
@@ -139,10 +138,10 @@ class Renderer:
 
     @cached_property
     def end_of_turn_id(self) -> int:
-        """The special token with which the template closes an assistant's turn.
+        """The special token with which the template ends an assistant's turn.
 
         Raises:
-            InputError: the template closes it with none.
+            InputError: the template does not end it with a special token.
         """
         user, answer = plain_messages("question", "answer")
         text = self._render([*user, *answer], False).text
@@ -150,23 +149,22 @@ class Renderer:
         found = [token for token in self._encoder.encode(tail) if token in self._encoder.specials.values()]
         if not found:
             raise InputError(
-                f"the chat template of {self.folder} ends an assistant's turn with no special token of its "
-                "tokenizer, so "
-                "a policy could not learn where to stop: write {{ eos_token }} after the assistant's content."
+                f"the chat template of {self.folder} does not end an assistant's turn with a special token, "
+                "so a policy cannot learn where to stop: add {{ eos_token }} after the assistant's content."
             )
         return found[0]
 
     @cached_property
     def pad_id(self) -> int:
-        """The padding token's id, else that of the end of a turn."""
+        """Id of the padding token, else of the end-of-turn token."""
         pad: Any = self.tokenizer.pad_token_id
         return self.end_of_turn_id if pad is None else pad
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a sampled response: end of turn, end of text, and every end the model's settings list.
+        """Ids that end a sampled response: end of turn, end of text, and every `eos_token_id` of the model.
 
-        `eos_token_id` may be a list (Qwen2.5 and Llama 3 Instruct name several): a model may end its turn
+        `eos_token_id` may be a list (Qwen2.5 and Llama 3 Instruct have several): a model may end its turn
         with any of them.
         """
         ends: list[Any] = [self.end_of_turn_id, self.tokenizer.eos_token_id]
@@ -187,27 +185,27 @@ class Renderer:
     # ------------------------------------------------------------------------------------------- use
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation with the generation prompt behind it.
+        """Ids of a conversation followed by the generation prompt.
 
         Raises:
-            InputError: the template refuses the conversation or leaves the text of a message out, or the
-                model has no embedding for a token.
+            InputError: the template rejects the conversation or drops text of a message, or the model has no
+                embedding for a token.
         """
         return self._checked(self._encoder.encode(self._prompt(messages)))
 
     def response_ids(self, messages: Sequence[Message], answer: str | Sequence[Message]) -> list[int]:
-        """Ids of an answer to a conversation, its end-of-turn token included and nothing after it.
+        """Ids of an answer to a conversation, up to and including its end-of-turn token.
 
         Args:
             messages: the prompt.
             answer: the answer's text, or one assistant message.
 
         Returns:
-            The ids; none if the answer has no text.
+            The ids; empty if the answer has no text.
 
         Raises:
-            InputError: the template does not put the answer behind the prompt, loses some of its text, or
-                does not close its turn.
+            InputError: the template does not write the answer after the prompt, drops some of its text, or
+                does not end its turn.
         """
         message = _answer_message(answer)
         if not message["content"].strip():
@@ -222,7 +220,7 @@ class Renderer:
     ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
         """Ids of many pairs (`prompt`, `chosen`, `rejected`) at once, as three lists in the rows' order.
 
-        The same ids as `prompt_ids` and `response_ids` give, from the tokenizer's parallel path.
+        The same ids as `prompt_ids` and `response_ids`, computed with the tokenizer's parallel batch method.
         """
         rendered: list[Rendered] = []
         for row in rows:
@@ -244,19 +242,19 @@ class Renderer:
         return prompts, sides["chosen"], sides["rejected"]
 
     def spells_special_tokens(self, messages: Sequence[Message]) -> bool:
-        """Whether the text of any message spells a special token of the tokenizer."""
+        """Whether the text of any message contains a special token of the tokenizer."""
         return self._encoder.spell_special_tokens(message["content"] for message in messages)
 
     def refuse_unknown(self, ids: Sequence[int]) -> None:
         """Refuse token ids that the model has no embedding for.
 
         Raises:
-            InputError: names the largest, and both sizes.
+            InputError: there is one; the message names the largest id and both sizes.
         """
         self._checked(list(ids))
 
     def text(self, ids: Sequence[int]) -> str:
-        """What ids say, for people: special tokens left out."""
+        """Decoded text for display, without special tokens."""
         return str(
             self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
@@ -267,33 +265,33 @@ class Renderer:
         messages = list(messages)
         if self._last_prompt is None or self._last_prompt[0] != messages:
             rendered = self._render(messages, True)
-            self._refuse_loss(lost_of_prompt(messages, rendered.text))
+            self._refuse_loss(missing_from_prompt(messages, rendered.text))
             self._last_prompt = (messages, rendered)
         return self._last_prompt[1]
 
     def _response(self, messages: Sequence[Message], answer: Message) -> tuple[Rendered, Rendered]:
-        """The prompt and what the template writes behind it for this answer, which may have no text."""
+        """The rendered prompt, and the template's output after it for this answer (which may be empty)."""
         prompt = self._prompt(messages)
         whole = self._render([*messages, answer], False)
         if not whole.text.startswith(prompt.text):
             raise InputError(
-                f"the chat template of {self.folder} writes a conversation with its answer differently from "
-                f"the prompt alone (it departs at character {_shared(whole.text, prompt.text)} of "
+                f"the chat template of {self.folder} renders the prompt differently when an answer follows "
+                f"(the first difference is at character {_shared(whole.text, prompt.text)} of "
                 f"{len(prompt.text)}): {remedy(self.template)}"
             )
         response = whole.after(len(prompt.text))
-        self._refuse_loss(lost_of_answer(answer, prompt.text, response.text))
+        self._refuse_loss(missing_from_answer(answer, prompt.text, response.text))
         return prompt, response
 
     def _refuse_loss(self, lost: str | None) -> None:
         if lost is not None:
             raise InputError(
-                f"the chat template of {self.folder} leaves out {lost}, so another text than that of the "
-                f"data would be learned and scored: {remedy(self.template)}"
+                f"the chat template of {self.folder} drops {lost}, so training and scoring would not use the "
+                f"text in the data: {remedy(self.template)}"
             )
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
-        """The template's text, and where special tokens' spellings in it come from the contents."""
+        """The template's output, and the spans where special tokens come from the data."""
         mark = self._encoder.mark_for([text for message in messages for text in _texts(message)])
         chat = [self._as_read(message, mark) for message in messages]
         try:
@@ -301,17 +299,17 @@ class Renderer:
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
-                f"the chat template of {self.folder} refuses a conversation of the roles {roles}: {error}. "
+                f"the chat template of {self.folder} rejects a conversation with the roles {roles}: {error}. "
                 "Drop or rewrite the row, or set model.chat_template."
             ) from error
         return Rendered(text) if mark is None else unmarked(text, mark)
 
     def chat_text(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """What the template writes of messages, as `apply_chat_template` of transformers does.
+        """The template's output for messages, equal to that of transformers' `apply_chat_template`.
 
         Raises:
-            TemplateError: it refuses them.
-            InputError: it takes more than `TEMPLATE_LIMITS`.
+            TemplateError: the template rejects them.
+            InputError: it exceeds `TEMPLATE_LIMITS`.
         """
         variables = {
             "messages": [with_reasoning(message) for message in messages],
@@ -325,12 +323,12 @@ class Renderer:
             return render(self.template, variables, TEMPLATE_LIMITS)
         except TemplateLimitError as error:
             raise InputError(
-                f"the chat template of {self.folder} {error} for one conversation, so it probably loops: set "
-                "model.chat_template to another."
+                f"the chat template of {self.folder} {error} for one conversation, so it probably has an "
+                "endless loop: set model.chat_template to another."
             ) from error
 
     def _as_read(self, message: Message, mark: str | None) -> dict[str, str]:
-        """A message under the names that the template reads, special tokens' spellings between marks."""
+        """A message with the keys that the template reads, and special tokens in the data between marks."""
         names = {"content": "content", "reasoning_content": self._reasoning_name}
         texts = {to: message[name] for name, to in names.items() if message.get(name) is not None}
         marked = (
@@ -339,31 +337,31 @@ class Renderer:
         return {"role": message["role"], **marked}
 
     def _turn(self, ids: list[int]) -> list[int]:
-        """Up to and including the first end of turn."""
+        """The ids up to and including the first end-of-turn token."""
         if self.end_of_turn_id not in ids:
             raise InputError(
-                f"the chat template of {self.folder} does not close this answer with its end-of-turn token: "
+                f"the chat template of {self.folder} does not end this answer with its end-of-turn token: "
                 "set model.chat_template to one that does."
             )
         return self._checked(ids[: ids.index(self.end_of_turn_id) + 1])
 
     @cached_property
     def _embeddings(self) -> int | None:
-        """Token ids that the model has embeddings for, as its configuration says; None without one."""
+        """Number of token embeddings in the model's configuration; None without one."""
         config = read_settings(self.folder / "config.json")
         return (config.get("text_config") or config).get("vocab_size")
 
     def _checked(self, ids: list[int]) -> list[int]:
-        """The ids, all of which the model knows.
+        """Return the ids if the model has embeddings for all of them.
 
-        A tokenizer may hold more ids than the model has embeddings, as long as no text comes to them.
+        A tokenizer may have more ids than the model has embeddings, as long as no text uses them.
         """
         if self._embeddings is not None and ids and max(ids) >= self._embeddings:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise InputError(
-                f"the text has the token {token!r} of id {max(ids)}, but the embeddings of the model in "
-                f"{self.folder} hold {self._embeddings} ids and its tokenizer {len(self.tokenizer)}: resize "
-                "the embeddings (model.resize_token_embeddings), or use the model's own tokenizer."
+                f"the text has the token {token!r} with id {max(ids)}, but the model in {self.folder} has "
+                f"{self._embeddings} embeddings and its tokenizer {len(self.tokenizer)} ids: resize the "
+                "embeddings (model.resize_token_embeddings), or use the model's own tokenizer."
             )
         return ids
 
@@ -380,12 +378,12 @@ def _answer_message(answer: str | Sequence[Message]) -> Message:
     if len(answer) != 1 or answer[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in answer) or "no message"
         raise InputError(
-            f"an answer must be one assistant message, but here it is {roles}: split the conversation first."
+            f"an answer must be one assistant message, but this one is {roles}: split the conversation first."
         )
     return answer[0]
 
 
 def _shared(left: str, right: str) -> int:
-    """Characters of the common beginning of two texts."""
+    """Length of the common beginning of two texts."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

@@ -1,7 +1,7 @@
-"""Rows of a data source: a local or remote file, a file shipped with the package, or a hub data set.
+"""Read the rows of a data source: a local or remote file, a file shipped with the package, or a hub data set.
 
-The bytes that are hashed are the bytes that are parsed, so a digest always speaks of the rows that came with
-it. Only plain formats are read (jsonl, json, csv, parquet): none can run code when opened.
+A file is read once, hashed and parsed, so a digest always belongs to its rows. Only formats that cannot run
+code are read: jsonl, json, csv and parquet.
 """
 
 import csv
@@ -17,7 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from sera_core.data.expanding import (
+from sera_core.data.file_checks import placeholder_problem, refuse_special
+from sera_core.data.remote import reading_remote
+from sera_core.data.size_limits import (
     DEPTH,
     Limits,
     check_depth,
@@ -26,13 +28,11 @@ from sera_core.data.expanding import (
     read_limited,
     unzipped,
 )
-from sera_core.data.remote import reading_remote
-from sera_core.data.stand_ins import refuse_special, stand_in
 from sera_core.errors import InputError
 from sera_core.guards.urls import refuse_secrets
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
-"""What can be read; `.ndjson` is jsonl, and `.gz` may follow any of them but parquet."""
+"""Supported formats; `.ndjson` is jsonl, and all but parquet may end in `.gz`."""
 _MESSAGES = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 _HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 _HERE = Path(__file__).parents[1]
@@ -41,10 +41,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it was read.
+    """One raw row.
 
     Attributes:
-        where: file and line (or row) as an error message names it: `pairs.jsonl line 17`.
+        where: file and line (or row) for error messages: `pairs.jsonl line 17`.
         data: the row's fields; an absent value is None or missing.
     """
 
@@ -53,7 +53,7 @@ class Row:
 
 
 def is_message_text(text: str) -> bool:
-    """Whether text begins as a message or a list of messages does when it is written out."""
+    """Whether text begins like a message or a list of messages in JSON."""
     return _MESSAGES.match(text) is not None
 
 
@@ -62,13 +62,13 @@ def read_rows(path: str, split: str = "train") -> list[Row]:
 
     Args:
         path: local path, fsspec URL, `bundled:<name>` or `hub:<id>[@revision]`.
-        split: of a hub data set; ignored by files.
+        split: split of a hub data set; ignored for files.
     """
     return read_source(path, split)[1]
 
 
 def source_digest(path: str, split: str = "train") -> str:
-    """sha256 of the source's bytes; of a hub data set, the commit its revision means now."""
+    """sha256 of the source's bytes; for a hub data set, the current commit of its revision."""
     del split  # a commit covers all splits
     return (
         _hub_commit(*_hub_id(path))
@@ -78,24 +78,22 @@ def source_digest(path: str, split: str = "train") -> str:
 
 
 def read_source(path: str, split: str = "train") -> tuple[str, list[Row]]:
-    """The digest of a source and its rows, from one reading."""
+    """Digest and rows of a source, from one read."""
     if path.startswith("hub:"):
         return _read_hub(path, split)
     data = _read_bytes(path)
     name = _display_name(path)
-    if what := stand_in(data):
+    if what := placeholder_problem(data):
         raise InputError(f"{path}: {what}")
     plain = unzipped(name, data) if name.lower().endswith(".gz") else data
     rows = list(_parser(name, path)(name, plain))
     if not rows:
-        raise InputError(
-            f"{path}: the file holds no rows; give a file with at least one, or leave this source out"
-        )
+        raise InputError(f"{path}: the file has no rows; use a file with at least one, or remove this source")
     return hashlib.sha256(data).hexdigest(), rows
 
 
 def bundled_file(kind: str, name: str) -> Path:
-    """A file shipped with the package: beside the packages in a checkout, inside them in an installed wheel.
+    """Path of a file shipped with the package, in a checkout or an installed wheel.
 
     Args:
         kind: `data` or `experiments`.
@@ -126,7 +124,7 @@ def _read_bytes(path: str) -> bytes:
 def _read_local(path: Path) -> bytes:
     if path.is_dir():
         names = ", ".join(file.name for file in _files(path)[:5] if _suffix(file.name) in FORMATS)
-        inside = f" (it holds {names})" if names else ""
+        inside = f" (it contains {names})" if names else ""
         raise InputError(f"{path}: this is a folder; name one file in it{inside}")
     refuse_special(path)
     try:
@@ -145,7 +143,7 @@ def _read_url(url: str) -> bytes:
 
     refuse_secrets(url)
     with reading_remote(url):
-        # http:// as one stream: what answers a request for a range may be longer than the range
+        # http:// is read as one stream: a server may ignore a range request and send more
         more: dict[str, Any] = {"block_size": 0} if url.startswith(("http://", "https://")) else {}
         file: Any = fsspec.open(url, "rb", **more)
         if isinstance(file.fs, LocalFileSystem):  # local://
@@ -157,7 +155,7 @@ def _read_url(url: str) -> bytes:
 
 
 def _missing(path: Path) -> str:
-    """What to say of a path that is not there, with the nearest name that is."""
+    """The message for a missing path, with the most similar existing name."""
     known = path
     while not known.parent.is_dir():
         known = known.parent
@@ -183,7 +181,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _display_name(path: str) -> str:
-    """The file's own name, without folders, signatures or the word `bundled:`."""
+    """The file's name without folders, URL parameters and `bundled:`."""
     where = urlsplit(path).path if "://" in path else path.removeprefix("bundled:")
     return PurePosixPath(where).name
 
@@ -218,7 +216,7 @@ def _text(name: str, data: bytes) -> str:
 
 
 def _jsonl(name: str, data: bytes) -> Iterator[Row]:
-    # Split at \n alone: str.splitlines would also cut at the U+2028 that may stand inside a JSON string.
+    # Split only at \n: str.splitlines also splits at U+2028, which may occur inside a JSON string.
     limits = Limits(name, len(data))
     for number, line in enumerate(_text(name, data).split("\n"), 1):
         if line.strip():
@@ -230,11 +228,11 @@ def _jsonl(name: str, data: bytes) -> Iterator[Row]:
                 raise InputError(f"{where}: {error}") from error
             except (ValueError, RecursionError) as error:
                 raise InputError(
-                    f"{where}: not JSON ({error}); write one object a line, or remove the line"
+                    f"{where}: not valid JSON ({error}); write one object per line, or remove the line"
                 ) from error
             if isinstance(value, list):
                 raise InputError(
-                    f"{where}: a list of rows, where one object a line was expected; name the file .json"
+                    f"{where}: expected one object per line, found a list of rows; name the file .json"
                 )
             if line.count("[") + line.count("{") > DEPTH:
                 check_depth(where, value)
@@ -242,15 +240,15 @@ def _jsonl(name: str, data: bytes) -> Iterator[Row]:
 
 
 def json_value(text: str, **parsers: Any) -> Any:
-    """JSON in which no object names a key twice: which value was meant could only be guessed.
+    """Parse JSON and refuse repeated keys in an object, because they are ambiguous.
 
     Args:
         text: the JSON.
-        parsers: of its numbers, as `json.loads` takes them.
+        parsers: number parsers for `json.loads`.
 
     Raises:
-        InputError: one does.
-        ValueError, RecursionError: it is no JSON that Python reads.
+        InputError: an object has a repeated key.
+        ValueError, RecursionError: Python cannot parse the JSON.
     """
     return json.loads(text, object_pairs_hook=_once_each, **parsers)
 
@@ -270,21 +268,21 @@ def _json(name: str, data: bytes) -> Iterator[Row]:
         value = json_value(_text(name, data))
     except json.JSONDecodeError as error:
         hint = (
-            "one object a line is jsonl, so name it .jsonl"
+            "one object per line is jsonl, so name it .jsonl"
             if error.msg == "Extra data"
             else "correct it there"
         )
-        raise InputError(f"{name} line {error.lineno}: not JSON ({error}); {hint}") from error
+        raise InputError(f"{name} line {error.lineno}: not valid JSON ({error}); {hint}") from error
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     except ValueError as error:  # a number with more digits than Python reads
-        raise InputError(f"{name}: cannot be read as JSON ({error}); correct it there") from error
+        raise InputError(f"{name}: cannot be read as JSON ({error}); correct the file") from error
     except RecursionError as error:
-        raise InputError(f"{name}: JSON nested too deeply to hold rows; give a list of objects") from error
+        raise InputError(f"{name}: the JSON is nested too deeply; use a list of objects") from error
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise InputError(
-            f'{name}: holds {_kind(value)} without rows; give a list of objects, or {{"data": [...]}}'
+            f'{name}: contains {_kind(value)} without rows; use a list of objects, or {{"data": [...]}}'
         )
     limits = Limits(name, len(data))
     for number, row in enumerate(rows, 1):
@@ -305,12 +303,12 @@ def _csv(name: str, data: bytes) -> Iterator[Row]:
             where = f"{name} row {number}"
             if None in cells or None in cells.values():
                 raise InputError(
-                    f"{where}: not as many cells as the header names; quote the cells that hold commas"
+                    f"{where}: the number of cells differs from the header; quote cells that contain commas"
                 )
             limits.check_row(where, sum(map(len, cells.values())))
             yield Row(where, {column: _cell(where, column, text) for column, text in cells.items()})
     except csv.Error as error:
-        raise InputError(f"{name} row {number + 1}: not CSV ({error}); correct the quotes") from error
+        raise InputError(f"{name} row {number + 1}: not valid CSV ({error}); correct the quotes") from error
 
 
 def _refuse_repeated(name: str, columns: Sequence[str]) -> None:
@@ -320,7 +318,7 @@ def _refuse_repeated(name: str, columns: Sequence[str]) -> None:
 
 
 def _cell(where: str, column: str, text: str) -> Any:
-    """A cell that holds messages as JSON is those messages; any other is text, even `[1, 2]`."""
+    """A cell's value: messages if it contains them as JSON, otherwise text (even `[1, 2]`)."""
     if not is_message_text(text):
         return text
     try:
@@ -329,8 +327,8 @@ def _cell(where: str, column: str, text: str) -> Any:
         raise InputError(f"{where}: in the cell {column!r} {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{where}: the cell {column!r} looks like messages but is not JSON ({error}); write it with "
-            "json.dumps, or give the file as jsonl or parquet"
+            f"{where}: the cell {column!r} looks like messages but is not valid JSON ({error}); use "
+            "json.dumps, or convert the file to jsonl or parquet"
         ) from error
 
 
@@ -343,14 +341,14 @@ def _parquet(name: str, data: bytes) -> Iterator[Row]:
         _refuse_repeated(name, file.schema_arrow.names)
         rows = list(parquet_rows(name, len(data), file))
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{name}: not a readable parquet file ({error}); write it again") from error
+        raise InputError(f"{name}: not a readable parquet file ({error}); create it again") from error
     yield from (Row(f"{name} row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _row(where: str, value: Any) -> Row:
     if not isinstance(value, dict):
         raise InputError(
-            f"{where}: {_kind(value)} where an object with named fields was expected; correct the row"
+            f"{where}: expected an object with named fields, found {_kind(value)}; correct the row"
         )
     return Row(where, value)
 
@@ -369,7 +367,7 @@ def _hub_id(path: str) -> tuple[str, str]:
 
 
 def _hub_commit(name: str, revision: str) -> str:
-    """The commit a hub data set and revision mean now: from the hub, else from the local cache."""
+    """The current commit of a hub data set and revision: from the hub, else from the local cache."""
     if _COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi
@@ -383,16 +381,16 @@ def _hub_commit(name: str, revision: str) -> str:
             f"hub:{name}: no data set at revision {revision!r} on the hub (or it needs HF_TOKEN); correct "
             "the name"
         ) from error
-    except Exception as error:  # offline mode, no route, proxies: every transport raises its own class
+    except Exception as error:  # offline mode, no route, proxies: transports raise their own classes
         commit = _cached_commit(name, revision)
         if commit is None:
             raise InputError(
-                f"hub:{name}: the hub cannot be reached ({type(error).__name__}) and the data set is not in "
-                "the local cache; go online once, or give a local file"
+                f"hub:{name}: cannot reach the hub ({type(error).__name__}) and the data set is not in the "
+                "local cache; go online once, or use a local file"
             ) from error
     if commit is None:
         raise InputError(
-            f"hub:{name}: the hub names no commit for revision {revision!r}; give a commit after @"
+            f"hub:{name}: the hub has no commit for revision {revision!r}; give a commit after @"
         )
     return commit
 
@@ -416,7 +414,7 @@ def _read_hub(path: str, split: str) -> tuple[str, list[Row]]:
             f"{path} split {split!r}: cannot be read ({error}); correct the name or the split"
         ) from error
     rows: Sequence[Any] = loaded  # pyright: ignore[reportAssignmentType]
-    held = getattr(getattr(loaded, "data", None), "nbytes", 0)  # what a table says of itself
+    held = getattr(getattr(loaded, "data", None), "nbytes", 0)  # bytes of an Arrow table
     Limits(path, 0).check_plain(held)
     named = ((f"{path} {split} row {number}", dict(row)) for number, row in enumerate(rows, 1))
     return commit, [Row(where, row) for where, row in check_rows(path, named)]

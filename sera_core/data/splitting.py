@@ -1,7 +1,7 @@
-"""Train, held-out and test: by prompt group, from hashes; content decides, the order of rows does not.
+"""Split into train, held-out and test by prompt group. The split depends on content, not on row order.
 
-A *group* is all prompts whose first user turn is the same text after NFKC, lower case and folded white space.
-No group is on two sides. Wherever something is drawn, the items with the smallest seeded hash are taken.
+A *group* is all prompts with the same first user turn after NFKC, lower-casing and collapsing white space. No
+group is on two sides. Random draws take the items with the smallest seeded hash.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from sera_core.artifacts.canonical import derived_seed
-from sera_core.data.preferences import Drop, Message, Pair, Prompt, order, under_both_labels
+from sera_core.data.preferences import Drop, Message, Pair, Prompt, sort_key, under_both_labels
 from sera_core.errors import InputError
 from sera_core.method.selection import round_half_up
 
@@ -19,34 +19,35 @@ Side = Literal["train", "heldout", "test"]
 
 
 def group_key(prompt: Sequence[Message]) -> str:
-    """First 16 hex digits of the sha256 of the first user turn, NFKC, lower case, white space folded."""
+    """First 16 hex digits of the sha256 of the first user turn (NFKC, lower case, white space collapsed)."""
     turn = next(message["content"] for message in prompt if message["role"] == "user")
     folded = " ".join(unicodedata.normalize("NFKC", turn).lower().split())
     return hashlib.sha256(folded.encode()).hexdigest()[:16]
 
 
 def groups_of(items: Iterable[Pair | Prompt]) -> set[str]:
-    """The groups that occur."""
+    """Group keys of the items."""
     return {group_key(item.prompt) for item in items}
 
 
 def split_groups(
     pairs: Sequence[Pair], heldout_fraction: float, test_fraction: float, seed: int
 ) -> dict[Side, list[Pair]]:
-    """Divide pairs into sides, whole groups at a time.
+    """Split pairs into sides by whole groups.
 
-    A fraction above 0 of two or more groups is at least one group. Held-out groups are taken from one end of
-    the seeded order and test groups from the other, so that one fraction does not move the other side.
+    A fraction above 0 gives at least one group if there are two or more. Held-out groups come from one end of
+    the seeded order and test groups from the other, so that changing one fraction does not change the other
+    side.
 
     Raises:
-        InputError: no group would be left to train on.
+        InputError: no group would be left for training.
     """
     groups = sorted(groups_of(pairs), key=_hashed(seed, "split"))
     heldout, test = (_group_count(fraction, len(groups)) for fraction in (heldout_fraction, test_fraction))
     if heldout + test >= len(groups):
         raise InputError(
-            f"data: {len(groups)} different prompts cannot be divided: {heldout} held out and {test} for the "
-            "test leave none to train on; give more prompts, or lower data.heldout_fraction or "
+            f"data: {len(groups)} different prompts are too few: {heldout} held out and {test} for the test "
+            "side leave none for training; add prompts, or lower data.heldout_fraction or "
             "data.test_fraction"
         )
     side_of: dict[str, Side] = dict.fromkeys(groups, "train")
@@ -65,13 +66,13 @@ def subset(items: Sequence[Item], count: int, seed: int, purpose: str) -> tuple[
         purpose: draws with different purposes are independent of each other.
     """
     key = _hashed(seed, purpose)
-    drawn = set(sorted(range(len(items)), key=lambda i: key(*order(items[i])))[:count])
+    drawn = set(sorted(range(len(items)), key=lambda i: key(*sort_key(items[i])))[:count])
     taken = [item for i, item in enumerate(items) if i in drawn]
     return taken, [item for i, item in enumerate(items) if i not in drawn]
 
 
 def share(items: Sequence[Item], weight: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """A seeded share of a source's rows, at least one row, and the rest."""
+    """A seeded share of a source's rows (at least one row), and the rest."""
     return subset(items, max(1, round_half_up(weight * len(items))), seed, "weight")
 
 
@@ -82,16 +83,16 @@ def remove_overlap(
     side: str,
     on_overlap: str,
 ) -> tuple[list[Item], list[Drop]]:
-    """Take the prompt groups of given sources out of a side, or refuse them.
+    """Remove prompt groups from a side that other given sources contain too, or refuse them.
 
     Args:
-        items: the side that gives way.
-        others: the given sources it must not share a group with, by name.
-        side: name of the side that gives way.
-        on_overlap: `refuse`, `drop` (out of `items`), or `keep` (share groups knowingly).
+        items: the side to remove from.
+        others: the other given sources by name.
+        side: name of the side to remove from.
+        on_overlap: `refuse`, `drop` (from `items`), or `keep` (allow shared groups).
 
     Raises:
-        InputError: something is shared, with on_overlap = "refuse"; says how much, and an example.
+        InputError: groups are shared and on_overlap = "refuse"; the message has counts and an example.
     """
     if on_overlap == "keep":
         return list(items), []
@@ -108,23 +109,23 @@ def remove_overlap(
 
 
 def _overlap_message(side: str, shared: Sequence[Pair | Prompt], name: str, groups: int) -> str:
-    first = min(shared, key=order)
+    first = min(shared, key=sort_key)
     what = f"pair {first.pair_id}" if first.pair_id else f"prompt {first.prompt_id}"
     noun = "prompts" if side == "prompts" else "pairs"
     return (
         f"data.{name} shares {len(groups_of(shared))} of its {groups} different prompts with data.{side}, "
         f"where {len(shared)} {noun} have them; the first is {what} ({first.where}). Remove them from one of "
-        f'the two, or set data.on_overlap = "drop" to take them out of data.{side}'
+        f'the two, or set data.on_overlap = "drop" to remove them from data.{side}'
     )
 
 
 def flip_labels(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[str]]:
-    """Turn the labels of a seeded share of pairs round (for experiments with known label noise).
+    """Flip the labels of a seeded share of pairs (for experiments with known label noise).
 
-    A pair that is there under both labels is never turned: turning one would repeat the other.
+    A pair that occurs with both labels is never flipped, because flipping one would duplicate the other.
 
     Returns:
-        the pairs, and the sorted pair_ids (after turning) of the round(fraction · n) that were turned.
+        the pairs, and the sorted pair_ids (after flipping) of the round(fraction · n) flipped pairs.
     """
     twins = under_both_labels(pairs)
     candidates = [pair for pair in pairs if pair.pair_id not in twins]

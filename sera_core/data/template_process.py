@@ -1,7 +1,7 @@
-"""Chat templates rendered in a process of their own, so that none takes this one along.
+"""Render chat templates in a separate process with limits on time, memory and output.
 
-One such process serves all of ours; it starts with the first conversation (a tenth of a second) and ends with
-us. What a template takes is limited for each conversation: see `Limits`.
+One process per Python process; it starts with the first conversation (0.1 s) and ends with its parent. The
+limits apply to each conversation: see `Limits`.
 """
 
 import atexit
@@ -20,26 +20,25 @@ MIB = 2**20
 _HEADER = 8
 _HERE = str(Path(__file__).parents[2])
 _KEPT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")
-"""What the process sees of our environment: no credentials."""
+"""Environment variables passed to the process: no credentials."""
 
 
 class TemplateError(Exception):
-    """The template refused the conversation; the message is its own."""
+    """The template rejected the conversation; the message is the template's."""
 
 
 class TemplateLimitError(Exception):
-    """The template took more than it may; the message says what: `needs more than 256 MiB`."""
+    """The template exceeded a limit; the message says which: `needs more than 256 MiB`."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a template may take for one conversation.
+    """Limits of a template for one conversation.
 
     Attributes:
-        seconds: processor time; a hundredth of one is long.
-        memory: bytes beyond what the process holds, and 16 times those of the conversation. Linux alone
-            enforces it.
-        characters: that it may write beyond four times those of the conversation.
+        seconds: CPU time; templates usually need less than 0.01 s.
+        memory: bytes beyond the process's own and 16 times the conversation; enforced only on Linux.
+        characters: output beyond four times the conversation.
     """
 
     seconds: float = 5.0
@@ -48,22 +47,22 @@ class Limits:
 
 
 def render(text: str, variables: Mapping[str, Any], limits: Limits) -> str:
-    """What a template writes.
+    """Render a template.
 
     Args:
         text: the template.
-        variables: JSON values by the names under which it reads them.
-        limits: what it may take.
+        variables: the template's variables, JSON values by name.
+        limits: limits for this call.
 
     Raises:
-        TemplateError: it cannot be compiled, or raised something.
-        TemplateLimitError: it took more than it may.
+        TemplateError: it cannot be compiled, or raised an error.
+        TemplateLimitError: it exceeded a limit.
     """
     return _shared.render(text, json.dumps(variables, ensure_ascii=False, default=str), limits)
 
 
 class _Process:
-    """The process, its pipes, and the templates that it knows."""
+    """The process, its pipes, and the templates sent to it so far."""
 
     def __init__(self) -> None:
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
@@ -88,7 +87,7 @@ class _Process:
         self.numbers: dict[str, int] = {}
 
     def ask(self, text: str, variables: str, request: dict[str, Any]) -> dict[str, str] | None:
-        """The answer to a request about variables that are JSON; None where the process ended instead."""
+        """Response to a request (variables are JSON text); None if the process ended."""
         known = text in self.numbers
         number = self.numbers.setdefault(text, len(self.numbers))
         head = json.dumps({**request, "template": number, **({} if known else {"text": text})})
@@ -100,7 +99,7 @@ class _Process:
         return self._answer()
 
     def end(self) -> int:
-        """Its exit status, after it was asked to end."""
+        """End the process; returns its exit status."""
         self.close()
         try:
             return self.process.wait(1)
@@ -109,7 +108,7 @@ class _Process:
             return self.process.wait()
 
     def close(self) -> None:
-        """Close our ends of the pipes."""
+        """Close this side of the pipes."""
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             pipe.close()
@@ -129,7 +128,7 @@ class _Process:
 
 
 class _Shared:
-    """The one process of this process, started when it is needed."""
+    """The shared rendering process, started on first use."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -156,20 +155,20 @@ class _Shared:
         raise TemplateLimitError(f"ends the process that renders it (status {status})")
 
     def _asked(self, text: str, variables: str, request: dict[str, Any]) -> tuple[dict[str, str], int]:
-        """The answer, or none and the status with which the process ended."""
+        """(response, 0), or ({}, exit status) if the process ended."""
         if self.held is not None and self.held.process.poll() is not None:
-            self._end()  # somebody else ended it, with nothing under way
+            self._end()  # it was killed while idle
         process = self.held = self.held or _Process()
         try:
             answer = process.ask(text, variables, request)
-        except BaseException:  # interrupted: the next answer would be that to another request
+        except BaseException:  # interrupted: the next response would belong to this request
             process.process.kill()
             self._end()
             raise
         if answer is None:
             return {}, self._end()
         if "over" in answer:
-            self._end()  # what it holds would count for the next
+            self._end()  # its memory would count for the next request
         return answer, 0
 
     def _end(self) -> int:
@@ -182,11 +181,11 @@ class _Shared:
             self._end()
 
     def forget(self) -> None:
-        """Leave the process to the process that we were forked from."""
+        """After a fork: leave the process to the parent."""
         self.lock = threading.Lock()
         if self.held is not None:
             self.held.close()
-            self.held.process.returncode = 0  # another's child: nothing to wait for
+            self.held.process.returncode = 0  # not our child: nothing to wait for
             self.held = None
 
 

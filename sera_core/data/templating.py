@@ -1,14 +1,14 @@
-"""A process that renders chat templates and is ended by what it takes: time, memory, text.
+"""The process that renders chat templates under limits on time, memory and output.
 
     python -P -m sera_core.data.templating
 
-A template is code of whoever made the model. Jinja's sandbox keeps it from files and from Python; nothing in
-one Python process ends a single expression (`9**(9**9)`) or bounds what it allocates. So the kernel does,
-here where nothing else is lost. Requests and answers are JSON behind eight bytes that hold its length, on
-stdin and stdout; the process ends with stdin. It is started by `sera_core.data.template_process`.
+A template is untrusted code. Jinja's sandbox keeps it from files and from Python, but cannot stop a single
+expression (`9**(9**9)`) or limit its memory. So the kernel enforces the limits on this separate process.
+Requests and responses are JSON after an eight-byte length, on stdin and stdout; the process ends when stdin
+closes. `sera_core.data.template_process` starts it.
 
-The environment is that of transformers' `apply_chat_template`, so the text is the same; neither transformers
-nor torch is imported.
+The Jinja environment equals that of transformers' `apply_chat_template`, so the text is the same. Imports
+neither transformers nor torch.
 """
 
 import json
@@ -29,25 +29,25 @@ import jinja2.sandbox
 import jinja2.utils
 
 REASON_CHARACTERS = 2000
-"""Of what a template says when it refuses a conversation."""
+"""Maximum length of a template's error message."""
 _HEADER = 8
 _STATM = Path("/proc/self/statm")
 
 
 class TooMuchTextError(Exception):
-    """The template writes more than it may."""
+    """The template's output is too long."""
 
 
 # --------------------------------------------------------------------------------------- the environment
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}`, with which a template marks what the assistant said: its content, as it is."""
+    """`{% generation %}`, which marks the assistant's text; renders its content unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """The block as a call that gives back what the block writes."""
+        """The block as a call that returns its content."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
@@ -57,7 +57,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace, without names that begin with an underscore."""
+    """Jinja's namespace, without names that start with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=1)` works
         for name in (names := dict(*args[1:], **kwargs)):
@@ -76,7 +76,7 @@ def _refuse_underscore(name: Any) -> None:
 
 
 class _Dict:
-    """`dict` for templates, which is not the class."""
+    """`dict` for templates; an object, so that templates cannot reach the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -96,7 +96,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without Jinja's escapes for HTML."""
+    """JSON without Jinja's HTML escapes."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -104,7 +104,7 @@ def _tojson(
 
 @cache
 def compiled(text: str) -> jinja2.Template:
-    """A template that may use what transformers' `apply_chat_template` offers."""
+    """Compile a template with the filters and functions of transformers' `apply_chat_template`."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
@@ -122,10 +122,10 @@ def compiled(text: str) -> jinja2.Template:
 
 
 def rendered(text: str, variables: Mapping[str, Any], characters: int) -> str:
-    """What a template writes, of at most so many characters.
+    """Render a template.
 
     Raises:
-        TooMuchTextError: it writes more.
+        TooMuchTextError: the output has more than `characters` characters.
     """
     pieces, written = [], 0
     for piece in compiled(text).generate(**variables):
@@ -144,17 +144,17 @@ def _answer(request: dict[str, Any], templates: dict[int, str]) -> dict[str, str
         return {"over": "characters"}
     except MemoryError:
         return {"over": "memory"}
-    except Exception as error:  # a template can raise whatever an expression in it raises
+    except Exception as error:  # expressions in a template can raise anything
         return {"error": str(error)[:REASON_CHARACTERS] or type(error).__name__}
 
 
 def _held() -> int | None:
-    """Bytes of memory this process has mapped, where the system can limit them."""
+    """Bytes of memory this process has mapped; None if the system cannot limit them."""
     return int(_STATM.read_text().split()[0]) * resource.getpagesize() if _STATM.is_file() else None
 
 
 def serve(asked: BinaryIO, answers: BinaryIO) -> None:
-    """Answer requests until there are no more."""
+    """Serve requests until stdin closes."""
     templates: dict[int, str] = {}
     held, memory = _held(), 0
     while header := asked.read(_HEADER):
@@ -163,7 +163,9 @@ def serve(asked: BinaryIO, answers: BinaryIO) -> None:
         if held is not None and request["memory"] != memory:
             memory = request["memory"]
             resource.setrlimit(resource.RLIMIT_AS, (held + memory, resource.RLIM_INFINITY))
-        signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # unhandled, it ends the process even in C
+        signal.setitimer(
+            signal.ITIMER_PROF, request["seconds"]
+        )  # the default action ends the process even in C code
         text = json.dumps(_answer(request, templates), ensure_ascii=False)
         data = text.encode("utf-8", "surrogatepass")
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -172,7 +174,7 @@ def serve(asked: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, and its pipe tells
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the pipe
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,1 +1,1 @@
-"""Protection for the user: text shown without effect, URLs without secrets, limits, no orphaned processes."""
+"""Safety: escaped text, URLs without secrets, memory limits, no orphaned processes."""

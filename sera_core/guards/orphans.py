@@ -1,4 +1,4 @@
-"""No process outlives the one it works for, however that one ends."""
+"""Child processes end with their parent, even if it is killed."""
 
 import ctypes
 import os
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with(parent: int) -> None:
-    """End this process when its parent ends: told by the kernel (Linux), or by a watching thread."""
+def exit_with_parent(parent: int) -> None:
+    """End this process when its parent ends: by a kernel signal (Linux) and a watching thread."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -27,14 +27,14 @@ def end_with(parent: int) -> None:
 
 @contextmanager
 def guarded_group() -> Iterator[None]:
-    """While the block runs, a small process stands by that kills our process group when we end.
+    """Run a small guard process that kills our process group if this process ends inside the block.
 
-    A killed process takes nobody along: the death signal reaches its own children only if they asked for it,
-    and a watching thread dies with it, or starves while a library holds the interpreter. To be entered by a
-    group's leader before it has threads: it forks.
+    Killing a process does not kill its children: they must ask for the death signal, and a watching thread
+    dies with the process, or cannot run while a library holds the interpreter. Call it from the group's
+    leader before it starts threads, because it forks.
     """
     leader = os.getpid()
-    assert os.getpgrp() == leader, "the group is somebody else's: start this process in a session of its own"
+    assert os.getpgrp() == leader, "not a group leader: start this process in its own session"
     guard = os.fork()
     if guard == 0:
         _stand_guard(leader)
@@ -49,9 +49,9 @@ def _stand_guard(leader: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):  # whoever reads the leader's pipes waits for the leader alone
+    for stream in (0, 1, 2):  # so that readers of the leader's pipes do not wait for this process
         os.dup2(null, stream)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     while os.getppid() == leader:
         time.sleep(0.2)
-    os.killpg(leader, signal.SIGKILL)  # this process included
+    os.killpg(leader, signal.SIGKILL)  # including this process

@@ -1,8 +1,7 @@
-"""Text of data, models and other people as a terminal, a log or a page may show it: seen, and without effect.
+"""Escape untrusted text (from data, models and errors) before a terminal, log or page shows it.
 
-A control character drives a terminal (clears it, renames its window, writes its clipboard), a bidi control
-shows text in another order than it has, and some characters nobody sees. They are shown escaped; text in any
-script stays as it is.
+Control characters can drive a terminal (clear it, write the clipboard), bidi controls reorder text, and some
+characters are invisible. All of these are escaped; text in any script stays unchanged.
 """
 
 import json
@@ -16,23 +15,23 @@ _HIDDEN = re.compile(
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # reading direction
     "\u2028\u2029"  # further line ends
     "\u180e\u2060-\u2065\u206a-\u206f\ufeff\ufff9-\ufffb"  # invisible
-    "\ud800-\udfff"  # half of a character, which cannot be written at all
+    "\ud800-\udfff"  # lone surrogates, which cannot be encoded
     "\U000e0000-\U000e007f"  # tags
     "]"
 )
-"""The joiners of scripts and emoji, U+200C and U+200D, are no part of it."""
+"""The joiners U+200C and U+200D are not escaped: scripts and emoji need them."""
 
 
 def shown(text: str) -> str:
-    r"""Text of one or several lines with every character escaped that acts or hides: `\x1b`, `\u202e`.
+    r"""Text with control and invisible characters escaped: `\x1b`, `\u202e`.
 
-    Line feeds and tabs stay, the line ends of Windows become line feeds.
+    Line feeds and tabs stay; Windows line ends become line feeds.
     """
     return _HIDDEN.sub(_escaped, text.replace("\r\n", "\n"))
 
 
 def shown_line(text: str) -> str:
-    r"""The same on one line: a line feed is shown as `\n`, a tab as `\t`."""
+    r"""As `shown`, on one line: a line feed is shown as `\n`, a tab as `\t`."""
     return shown(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
@@ -43,9 +42,9 @@ def one_line(error: Exception) -> str:
 
 
 def shown_json(value: Any, **layout: Any) -> str:
-    """JSON that may be printed: the same value, with JSON's own escapes where needed.
+    """JSON that is safe to print: the same value, with JSON's escapes where needed.
 
-    On one line, unless json.dumps is told another layout (`indent`, `sort_keys`).
+    On one line, unless `layout` has other arguments of json.dumps (`indent`, `sort_keys`).
     """
     return _HIDDEN.sub(_json_escaped, json.dumps(value, ensure_ascii=False, **layout))
 

@@ -1,6 +1,6 @@
-"""URLs without credentials: what a configuration names is recorded, shown, and stored by Prefect.
+"""Keep credentials out of URLs, because configurations are recorded, shown and stored by Prefect.
 
-So a URL that holds a password or a signature is refused where it is given, and cut where a text may hold one.
+A URL with a password or signature is refused in settings, and its credentials are removed from other texts.
 """
 
 import re
@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from sera_core.errors import InputError
 
 REMEDY = (
-    "a URL is recorded and shown, so it may hold no credentials. Put them into the environment "
+    "URLs are recorded and shown, so they must not contain credentials. Put these into the environment "
     "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://, HF_TOKEN for hub:) or into fsspec's "
     "configuration (~/.config/fsspec/conf.json), or download the file and give its path"
 )
@@ -21,23 +21,23 @@ _NAMES = (
 )
 _SECRET_NAME = re.compile("|".join(_NAMES), re.IGNORECASE)
 _USER_IS_A_PLACE = {"abfs", "abfss", "az", "wasb", "wasbs", "sftp", "ssh", "smb", "hdfs", "webhdfs"}
-"""Schemes in which `name@` alone is a container or an account, which is no credential."""
+"""Schemes in which `name@` is a container or an account, not a credential."""
 _REFERENCES = {"github", "git"}
 """Schemes in which `owner:repository@` names a repository."""
 _IN_TEXT = re.compile(
     r"(?<![a-z0-9+.-])[a-z0-9+.-]+(?::|%(?:25)*3a)(?:/|%(?:25)*2f)+[^\s'\"<>]+", re.IGNORECASE
 )
 _UNQUOTINGS = 10
-"""How often percent-encoding is undone in search of a credential that was encoded more than once."""
+"""Maximum number of times percent-encoding is undone to find a credential."""
 
 
 def _any_case(pattern: str) -> str:
-    """A pattern that ignores case without a flag, which JavaScript does not know inside a pattern."""
+    """A case-insensitive pattern without a flag: JavaScript has no inline flags."""
     return re.sub(r"(?<!\\)[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", pattern)
 
 
 def _also_encoded(codes: str, plain: str) -> str:
-    """A pattern of characters, plain or percent-encoded once or more often."""
+    """A pattern of characters, plain or percent-encoded one or more times."""
     return f"(?:{plain}|%(?:25)*(?:{codes}))"
 
 
@@ -45,7 +45,7 @@ _COLON, _SLASH = _also_encoded("3[aA]", ":"), _also_encoded("2[fF]", "/")
 _AT, _EQUALS = _also_encoded("40", "@"), _also_encoded("3[dD]", "=")
 _QUERY = "3[fF]|23|26|3[bB]"
 _UNRESERVED = "%(?:25)*(?:2[dDeE]|3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF]|7[eE])"
-"""Letters, digits and -._~ percent-encoded, as nobody does in a parameter's name who has nothing to hide."""
+"""Percent-encoded letters, digits and -._~, which need no encoding: a sign of a hidden parameter name."""
 CLEAN_PATTERN = (
     f"^(?!(?!git(?:hub)?:).*{_COLON}{_SLASH}+[^/?#]*{_COLON}[^/?#]*{_AT})"
     + _any_case(r"(?!(?:.*::)?(?:https?|s3|gs|ftp)")
@@ -54,11 +54,11 @@ CLEAN_PATTERN = (
     + f"(?:{_any_case('|'.join(_NAMES).replace('-', '[-_]'))}|{_UNRESERVED})[^=&;]*{_EQUALS})"
     + f"(?!.*{_COLON}{_SLASH}.*%(?:25)*(?:{_QUERY}){_any_case('(?:sig|sas|code|pw)')}{_EQUALS})"
 )
-"""What most clean sources match: for JSON schemas, by which Prefect's server refuses before it stores."""
+"""Matches most URLs without credentials; for JSON schemas, so that Prefect's server rejects the others."""
 
 
 def secret_in(url: str) -> str | None:
-    """What credentials a URL holds, in words that do not repeat them; None for a clean URL or a path."""
+    """Kind of credentials in a URL (never their value); None for a URL without any, or a path."""
     for form in _forms(url):
         if _user_infos(form):
             return "a user or password"
@@ -68,7 +68,7 @@ def secret_in(url: str) -> str | None:
 
 
 def without_secrets(url: str) -> str:
-    """The URL without user, password and, where a parameter is a credential, query; any other as it is."""
+    """The URL without user and password, and without its query if a parameter is a credential."""
     for form in _forms(url):
         spans, secret = _user_infos(form), _secret_parameter(form)
         if spans or secret:
@@ -79,12 +79,12 @@ def without_secrets(url: str) -> str:
 
 
 def without_secrets_in(text: str) -> str:
-    """A text with every URL in it cut as `without_secrets` does."""
+    """A text with `without_secrets` applied to every URL in it."""
     return _IN_TEXT.sub(lambda found: without_secrets(found[0]), text)
 
 
 def clean_sources(value: Any, key: str = "") -> Any:
-    """A recorded configuration whose sources (every `path` and `source` in it) hold no credentials."""
+    """A recorded configuration with credentials removed from every `path` and `source`."""
     if isinstance(value, dict):
         return {name: clean_sources(item, name) for name, item in value.items()}
     if isinstance(value, list):
@@ -93,22 +93,22 @@ def clean_sources(value: Any, key: str = "") -> Any:
 
 
 def refuse_secrets(url: str, what: str = "the URL") -> str:
-    """The URL, if it holds no credentials.
+    """Return the URL if it contains no credentials.
 
     Args:
         url: a URL, or any other name of a source.
         what: what it is, for the message.
 
     Raises:
-        InputError: it holds some; the message says which kind, and repeats none of them.
+        InputError: it contains some; the message says which kind, but not their value.
     """
     if (held := secret_in(url)) is None:
         return url
-    raise InputError(f"{what} {without_secrets(url)} holds {held}; {REMEDY}")
+    raise InputError(f"{what} {without_secrets(url)} contains {held}; {REMEDY}")
 
 
 def _forms(url: str) -> list[str]:
-    """The URL as it is and with its percent-encoding undone, once and again."""
+    """The URL as given, and with its percent-encoding undone one or more times."""
     forms = [url]
     while len(forms) <= _UNQUOTINGS and (plain := unquote(forms[-1])) != forms[-1]:
         forms.append(plain)
@@ -116,7 +116,7 @@ def _forms(url: str) -> list[str]:
 
 
 def _user_infos(url: str) -> list[tuple[int, int]]:
-    """Where user and password stand, the @ included, for each URL of a chain such as `zip://a::http://b`."""
+    """Span of user and password, including the @, of each URL in a chain such as `zip://a::http://b`."""
     found = []
     for match in _START.finditer(url):
         scheme, start = match[0].lstrip(":").split(":", 1)[0].lower(), match.end()
@@ -131,7 +131,7 @@ def _user_infos(url: str) -> list[tuple[int, int]]:
 
 
 def _secret_parameter(url: str) -> str | None:
-    """The name of the first parameter (of query, fragment or path) that is a credential by its name."""
+    """Name of the first parameter (of query, fragment or path) whose name suggests a credential."""
     for part in re.split(r"[?#&;]", url)[1:]:
         name, equals, _ = part.partition("=")
         if equals and _SECRET_NAME.search(re.sub("_", "-", name)):

@@ -1,1 +1,1 @@
-"""SeRA's mathematics and the evidence about a round: arrays in, arrays out. No torch, no files."""
+"""SeRA's mathematics and the evidence about a round: pure functions on numpy arrays, no torch, no files."""

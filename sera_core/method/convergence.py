@@ -1,7 +1,7 @@
-"""Has the run converged, and what becomes of a round: the signals, the verdict with its reason, the decision.
+"""Convergence signals of a round, the verdict with its reason, and the decision.
 
-SeRA's article says that convergence should be monitored and publishes no rule; the rules and thresholds here
-are ours.
+The SeRA paper says that convergence should be monitored but gives no rule; the rules and thresholds here are
+ours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ STOP_REASONS = ("converged", "max_rounds", "degraded", "no_pairs", "budget", "re
 
 @dataclass(frozen=True)
 class Signals:
-    """What is known of a round against the last head. None: not measured."""
+    """Measurements of a round compared with the last head. None: not measured."""
 
     accuracy: Rate
     """Reward accuracy on held-out human pairs."""
@@ -28,7 +28,7 @@ class Signals:
     """Its paired difference to the last head's."""
     falls: dict[str, Rate] = field(default_factory=dict)
     """Its paired differences to earlier rounds by name (the last head, the best round, round 0), with
-    simultaneous intervals; empty: `accuracy_change` alone is asked about."""
+    simultaneous intervals; if empty, only `accuracy_change` is used."""
     win_rate: Rate | None = None
     """Win rate over the last head on held-out prompts, by an independent judge."""
     overlap: float | None = None
@@ -45,7 +45,7 @@ class Signals:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Where the run stands: one of VERDICTS, in words, and the numbers it rests on."""
+    """The verdict: one of VERDICTS, the reason in words, and the numbers behind it."""
 
     converged: bool
     name: str
@@ -55,7 +55,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a round. `stop_reason` is None while the run goes on; it may come with any decision."""
+    """Decision on a round. `stop_reason` is None while the run continues; any decision may have one."""
 
     decision: str
     reason: str
@@ -72,8 +72,8 @@ def accuracy_falls(
 ) -> dict[str, Rate]:
     """Paired change of held-out reward accuracy against each earlier round, with simultaneous intervals.
 
-    With k comparisons each interval has the level 1 − (1 − level)/k (Bonferroni), so that one of them is
-    wrong in at most 1 − level of all rounds.
+    With k comparisons each interval has the level 1 − (1 − level)/k (Bonferroni), so that the probability of
+    any wrong interval is at most 1 − level.
 
     Args:
         correct_now: `diagnostics.correctness` of the held-out margins under the policy.
@@ -120,10 +120,10 @@ def verdict(
     min_overlap: float = 0.8,
     max_ks: float = 0.1,
 ) -> Verdict:
-    """Judge a round against the last head, and for a fall against the best round and round 0 too.
+    """Judge a round against the last head, and for a decline also against the best round and round 0.
 
-    A decline too slow to be seen from one head to the next is seen against where the run stood at its best.
-    The first line that holds decides.
+    A decline too slow to be significant between two heads can be significant against the best round.
+    The first row that applies decides.
 
     | name                  | when                                                                     |
     |-----------------------|--------------------------------------------------------------------------|
@@ -134,15 +134,15 @@ def verdict(
     | `still_moving`        | no effect, but the selection (overlap) or the margins (KS) changed       |
     | `converged`           | no effect, shown with enough power, and nothing moves                    |
 
-    A win rate, an overlap or a KS distance that was not measured is not asked about; the accuracy always is.
-    The interval of an accuracy change is never taken narrower than ±3/n (the rule of three: what did not
-    happen in n prompts may still happen to 3 in n), so few pairs that all stayed as they were prove nothing.
+    A win rate, overlap or KS distance that was not measured is ignored; the accuracy is required. The
+    interval of an accuracy change is at least ±3/n wide (rule of three: an event not seen in n prompts may
+    still have a rate of 3/n), so a few unchanged pairs are no evidence of convergence.
 
     Args:
         min_effect: the smallest change of accuracy that matters.
-        win_effect: the smallest departure of the win rate from 0.5 that matters.
-        min_overlap: overlap from which on the selection counts as the same.
-        max_ks: KS distance up to which the margins count as the same.
+        win_effect: the smallest difference of the win rate from 0.5 that matters.
+        min_overlap: smallest overlap with which the selection counts as unchanged.
+        max_ks: largest KS distance with which the margins count as unchanged.
 
     Raises:
         ValueError: an effect that is not positive.
@@ -217,7 +217,7 @@ def decide(
     on_alarm: str = "ignore",
     head_is_best: bool = False,
 ) -> Decision:
-    """Decide on a round. The first line that holds decides; the last one then adds its stop reason.
+    """Decide on a round. The first row that applies decides; the last row may add its stop reason.
 
     | when                                                        | decision    | stop reason           |
     |-------------------------------------------------------------|-------------|-----------------------|
@@ -232,19 +232,19 @@ def decide(
     | improving, still moving, not enough evidence                | `promote`   |                       |
     | none of the stop reasons above, and it is the last round    | as above    | `max_rounds`          |
 
-    A head that is the best round already has nothing to go back to: rolling back would only hold once more.
+    If the head is already the best round, a roll-back would change nothing, so the run stops instead.
 
     Args:
         round: the round's number, from 0.
-        accuracy: its held-out reward accuracy; told in the reason.
+        accuracy: its held-out reward accuracy; only for the reason.
         best_accuracy: the best promoted round's; None before there is one.
         held_in_a_row: rounds held directly before this one, back to the last promotion or roll-back.
-        patience: holds in a row that are put up with.
+        patience: number of consecutive holds allowed.
         rolled_back: the run has rolled back before.
-        max_rounds: rounds there may be, round 0 included.
+        max_rounds: maximum number of rounds, including round 0.
         reviewer: a person's answer, one of DECISIONS.
         alarm: the amplification alarm was raised.
-        on_alarm: `ignore` (it is reported only) or `hold`.
+        on_alarm: `ignore` (report only) or `hold`.
         head_is_best: the head is the best round.
 
     Raises:
@@ -281,7 +281,7 @@ def decide(
 
 
 def best_round(rounds: Sequence[tuple[int, bool, float]]) -> int | None:
-    """The promoted round with the largest held-out reward accuracy, ties to the later; else None.
+    """The promoted round with the largest held-out reward accuracy (the later one if tied), or None.
 
     Args:
         rounds: (round, promoted, accuracy) of each; an accuracy of nan is below all others.
@@ -293,7 +293,7 @@ def best_round(rounds: Sequence[tuple[int, bool, float]]) -> int | None:
 
 
 def _at_least_rule_of_three(change: Rate) -> tuple[float, float]:
-    """The change's interval, at least ±3/n wide; a single pair has no interval, and 3/n is all there is."""
+    """The change's interval, at least ±3/n wide; a single pair has no interval, so ±3/n is used."""
     least = 3 / change.independent
     low, high = (change.value if isnan(end) else end for end in (change.low, change.high))
     return min(low, change.value - least), max(high, change.value + least)

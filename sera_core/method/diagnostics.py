@@ -1,4 +1,4 @@
-"""What can go wrong while margins look fine: drift, lost diversity, features the selection amplifies."""
+"""Diagnostics of a round: drift, diversity, length, and features that the selection amplifies."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from sera_core.method.win_rates import NO_RATE, Rate, bootstrap_difference, bootstrap_excess, win_rate
 
-MIN_PAIRS_A_SIDE = 30  # ours: below it a bootstrap interval of a share is too narrow to be trusted
+MIN_PAIRS_A_SIDE = 30  # ours: with fewer pairs, bootstrap intervals of a share are too narrow
 
 
 def correctness(margins: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair"]:
@@ -28,10 +28,9 @@ def correctness(margins: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair
 
 
 def reward_accuracy(margins: Float[np.ndarray, " pair"]) -> float:
-    """Share of pairs whose chosen response has the larger reward; a tie counts a half. nan without pairs.
+    """Share of pairs whose chosen response has the larger reward; a tie counts as 0.5. nan without pairs.
 
-    TRL's `rewards/accuracies` counts a tie as wrong; at the start, where every margin is 0, this one says
-    0.5.
+    TRL's `rewards/accuracies` counts a tie as wrong. At the start, where every margin is 0, this one is 0.5.
     """
     return float(correctness(margins).mean()) if margins.size else float("nan")
 
@@ -39,7 +38,7 @@ def reward_accuracy(margins: Float[np.ndarray, " pair"]) -> float:
 def quantiles(
     values: Float[np.ndarray, " value"], shares: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)
 ) -> Float[np.ndarray, " share"]:
-    """Quantiles of the values, linearly interpolated, in their unit; nan without values."""
+    """Quantiles of the values, linearly interpolated, in the values' unit; nan without values."""
     return np.quantile(values, shares) if values.size else np.full(len(shares), np.nan)
 
 
@@ -60,7 +59,7 @@ def ks_distance(a: Float[np.ndarray, " a"], b: Float[np.ndarray, " b"]) -> float
 
 
 def sign_changes(previous: Float[np.ndarray, " pair"], current: Float[np.ndarray, " pair"]) -> float:
-    """Share of pairs whose margin has another sign than in the last round; to or from 0 is a change too."""
+    """Share of pairs whose margin changed sign since the last round; a change to or from 0 counts too."""
     return float((np.sign(previous) != np.sign(current)).mean()) if previous.size else float("nan")
 
 
@@ -73,12 +72,12 @@ def jaccard(a: Iterable[str], b: Iterable[str]) -> float:
 
 @dataclass(frozen=True)
 class KL:
-    """KL(π ‖ π_ref) a sequence, in nats, estimated on samples of π."""
+    """KL(π ‖ π_ref) per sequence, in nats, estimated on samples of π."""
 
     plain: float
     """mean(d): unbiased, may be negative."""
     non_negative: float
-    """mean(e^(−d) − 1 + d): unbiased too, never negative, heavy-tailed where the policies are far apart."""
+    """mean(e^(−d) − 1 + d): unbiased, never negative, heavy-tailed if the policies are far apart."""
     n: int
 
 
@@ -95,7 +94,7 @@ def kl_estimate(
     if not policy_logps.size:
         return KL(float("nan"), float("nan"), 0)
     d = policy_logps - ref_logps
-    with np.errstate(over="ignore"):  # a response the policy all but excludes: infinity says so
+    with np.errstate(over="ignore"):  # infinite for a response that is extremely unlikely under the policy
         k3 = np.expm1(-d) + d
     return KL(float(d.mean()), float(k3.mean()), d.size)
 
@@ -114,11 +113,11 @@ def distinct_n(responses: Sequence[Iterable[int | np.integer]], n: int) -> float
 
 
 def self_overlap(groups: Sequence[Sequence[Iterable[int | np.integer]]], n: int = 4) -> float:
-    """How alike a prompt's responses are: mean Jaccard overlap of their sets of token n-grams, in [0, 1].
+    """Similarity of a prompt's responses: mean Jaccard overlap of their sets of token n-grams, in [0, 1].
 
     The mean is over a prompt's pairs of responses, then over prompts with at least one such pair. Pairs in
-    which a response has fewer than n tokens do not count. nan without any pair. A simple measure of ours, in
-    the place of self-BLEU.
+    which a response has fewer than n tokens do not count. nan without any pair. A simple alternative of ours
+    to self-BLEU.
 
     Raises:
         ValueError: n below 1.
@@ -138,9 +137,9 @@ def longer_share(
     level: float = 0.95,
     groups: Int[np.ndarray, " pair"] | None = None,
 ) -> Rate:
-    """Share of pairs whose chosen response is the longer one (equal: a half), with Wilson's interval.
+    """Share of pairs whose chosen response is longer (equal counts as 0.5), with Wilson's interval.
 
-    `groups` numbers the prompts, whose pairs move together.
+    `groups`: prompt number of each pair; pairs of one prompt are not independent.
     """
     return win_rate((1 + np.sign(chosen_tokens - rejected_tokens)) / 2, level, groups)
 
@@ -150,7 +149,7 @@ def length_margin_correlation(
     rejected_tokens: Int[np.ndarray, " pair"],
     margins: Float[np.ndarray, " pair"],
 ) -> float:
-    """Spearman's rank correlation of |y_w| − |y_l| and the margin; nan where either does not vary."""
+    """Spearman's rank correlation of |y_w| − |y_l| and the margin; nan if either is constant."""
     length, margin = _ranks((chosen_tokens - rejected_tokens).astype(np.float64)), _ranks(margins)
     if length.size < 2 or length.std() == 0 or margin.std() == 0:
         return float("nan")
@@ -165,11 +164,11 @@ class Alarm:
     counter_change: Rate
     """Change of reward accuracy on held-out pairs whose better answer has less of the feature."""
     aligned_change: Rate
-    """The same where the better answer has more of it."""
+    """The same for pairs whose better answer has more of it."""
     kept_share_excess: Rate
-    """Share of "chosen has more" among the kept pairs less that among all pairs."""
+    """Share of "chosen has more" among the kept pairs minus that among all pairs."""
     comparison: str
-    """What the policy was compared with."""
+    """Name of the comparison policy."""
     reason: str
     """`amplified`, `not_enough_evidence`, `counter_side_holds`, `both_sides_fall`, `selection_not_skewed`."""
 
@@ -188,9 +187,9 @@ def amplification_alarm(
     heldout_groups: Int[np.ndarray, " heldout"] | None = None,
     train_groups: Int[np.ndarray, " pair"] | None = None,
 ) -> Alarm:
-    """Say whether training on the kept pairs made the policy rely on a feature, such as length. Rule: ours.
+    """Test whether training on the kept pairs made the policy rely on a feature, such as length. Rule: ours.
 
-    Raised when all of these hold, each by a 95 % bootstrap interval:
+    The alarm is raised when all of these hold, each by a 95 % bootstrap interval:
     1. held-out pairs whose better answer has *less* of the feature: reward accuracy fell (interval below 0);
     2. held-out pairs whose better answer has more of it: accuracy did not fall (interval not below 0);
     3. the kept pairs' share of "chosen has more" exceeds all pairs' share (interval above 0).
@@ -199,16 +198,15 @@ def amplification_alarm(
     round that kept fewer, is `not_enough_evidence`.
 
     Args:
-        heldout_feature: the feature of the chosen response less that of the rejected one; only its sign
-            counts.
+        heldout_feature: feature of the chosen minus that of the rejected response; only the sign is used.
         correct_now: `correctness` of the held-out margins under the policy.
         correct_before: likewise under the comparison policy, the same pairs in the same order.
-        train_feature: as heldout_feature, on the pairs the round selected from.
-        kept: which of those were kept.
-        comparison: name of the comparison policy: the same round trained on a random selection where there is
+        train_feature: as heldout_feature, for the pairs the round selected from.
+        kept: which of those pairs were kept.
+        comparison: name of the comparison policy: the same round trained on a random selection if there is
             one, else the last head.
-        heldout_groups: number of each held-out pair's prompt: prompts are resampled, not pairs.
-        train_groups: likewise of the pairs selected from.
+        heldout_groups: prompt number of each held-out pair; prompts are resampled, not pairs.
+        train_groups: likewise for the pairs selected from.
     """
 
     def change(side: Bool[np.ndarray, " heldout"]) -> Rate:
@@ -241,7 +239,7 @@ def _grams(response: Iterable[int | np.integer], n: int) -> list[tuple[int, ...]
     if n < 1:
         raise ValueError(f"An n-gram has at least one token, but n = {n}.")
     ids = [int(token) for token in response]
-    return list(zip(*(ids[i:] for i in range(n)), strict=False))  # the shifted lists end one after another
+    return list(zip(*(ids[i:] for i in range(n)), strict=False))  # the shifted lists have different lengths
 
 
 def _ranks(values: Float[np.ndarray, " value"]) -> Float[np.ndarray, " value"]:

@@ -1,4 +1,4 @@
-"""The mix a round trains on: human and generated pairs, with a generated share that grows by round."""
+"""Mix human and generated pairs for training, with a generated share that grows from round to round."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ ON_SHORT = ("keep-share", "fill")
 
 @dataclass(frozen=True)
 class Mixture:
-    """The pairs of a mix, as indices into what was given, each side in its selection's own order."""
+    """The pairs of a mix as indices into the inputs, each side in its selection's order."""
 
     human: Int[np.ndarray, " human_kept"]
     generated: Int[np.ndarray, " generated_kept"]
     target_share: float
     share: float
-    """The share of generated pairs that was achieved; 0 for an empty mix."""
+    """The achieved share of generated pairs; 0 for an empty mix."""
     over_share_human: Bool[np.ndarray, " human"]
-    """Human pairs the mix has no place for, in input order."""
+    """Human pairs left out of the mix, in input order."""
     over_share_generated: Bool[np.ndarray, " generated"]
     reason: str | None
-    """`no_pairs` where generated pairs are wanted and there are none, or the mix is empty; else None."""
+    """`no_pairs` if generated pairs are needed and there are none, or the mix is empty; else None."""
 
 
 def share_for_round(
@@ -33,13 +33,13 @@ def share_for_round(
 ) -> float:
     """Target share of generated pairs in round t.
 
-    Round 0 has none. From round 1 on it is `shares[t − 1]`, whose last value repeats, or a straight line from
-    `start` in round 1 to `end` in round `rounds`, then constant. That the share grows is SeRA's (arXiv
-    2410.09362); no schedule is published, so any values are ours.
+    Round 0 has none. From round 1 on it is `shares[t − 1]`, whose last value repeats, or a linear ramp from
+    `start` in round 1 to `end` in round `rounds`, then constant. The growing share is SeRA's (arXiv
+    2410.09362); the paper gives no schedule, so all values are ours.
 
     Args:
         t: the round, >= 0.
-        shares: one target a round, each in [0, 1]; or None.
+        shares: one target per round, each in [0, 1]; or None.
         ramp: (start, end, rounds), rounds >= 1; or None.
 
     Raises:
@@ -82,21 +82,21 @@ def mix(
     With target share s, H human and G generated pairs and N = `size` (default H):
 
         keep-share   n = ⌊min(N, H/(1−s), G/s)⌋,  n_g = round(s·n),  n_h = n − n_g
-        fill         n = min(N, H + G),           n_g = round(s·n),  what one side lacks comes from the other
+        fill         n = min(N, H + G),           n_g = round(s·n),  one side fills up for the other
 
-    Halves are rounded up. Each side is taken in its selection's own order, so that a control stays one: the
-    preferred pairs first where the rule prefers, a draw where it does not. Equal places (all of them, for a
-    rule without an order) go by a seeded hash of the id. The formula is ours.
+    Halves are rounded up. Each side is taken in its selection's order: preferred pairs first, or at random
+    for the control rules. Equal places (all of them, for a rule without an order) are ordered by a seeded
+    hash of the id. The formula is ours.
 
     Args:
-        human: place of each kept human pair in its selection's order, the smallest first.
+        human: place of each kept human pair in its selection's order, smallest first.
         human_ids: their ids.
         generated: places of the kept generated pairs.
         generated_ids: their ids.
         share: target share s of generated pairs, in [0, 1].
         size: pairs in the mix; None for as many as there are human pairs.
         on_short: what to do when a side has too few pairs.
-        seed: of the order among equal places.
+        seed: seed of the order among equal places.
 
     Raises:
         ValueError: a share outside [0, 1], a size below 1, an unknown on_short, ids that do not fit.
@@ -120,22 +120,22 @@ def mix(
 
 
 def training_order(ids: Sequence[str] | np.ndarray, seed: int) -> Int[np.ndarray, " pair"]:
-    """Indices of the pairs in the order they are trained on: seeded, and the same for any order of the input.
+    """Indices of the pairs in training order: seeded, and independent of the input order.
 
-    Pairs are sorted by sha256 of seed and id, so one pair more or less leaves the others' order as it was.
+    Pairs are sorted by sha256 of seed and id, so adding or removing a pair keeps the order of the others.
 
     Raises:
         ValueError: ids repeat.
     """
     if np.unique(np.asarray(ids)).size != len(ids):
         raise ValueError(
-            "Some ids repeat, so their order would hang on the input's; drop duplicate pairs first."
+            "Some ids repeat, so their order would depend on the input order; drop duplicate pairs first."
         )
     return np.argsort(_hashes("order", ids, seed), kind="stable").astype(np.int64)
 
 
 def _counts(h: int, g: int, s: float, size: int | None, on_short: str) -> tuple[int, int]:
-    """How many human and generated pairs the mix gets."""
+    """Number of human and generated pairs in the mix."""
     asked = h if size is None else size
     if on_short == "fill":
         n = min(asked, h + g)
@@ -144,7 +144,7 @@ def _counts(h: int, g: int, s: float, size: int | None, on_short: str) -> tuple[
     bounds = [asked]
     bounds += [h / (1 - s)] if s < 1 else []
     bounds += [g / s] if s > 0 else []
-    n = int(np.floor(min(bounds) + 1e-9))  # 7/0.7 must be 10 even where the quotient falls just short of it
+    n = int(np.floor(min(bounds) + 1e-9))  # 7/0.7 must be 10 even if the quotient is slightly smaller
     n_generated = round_half_up(s * n)
     return n - n_generated, n_generated
 
@@ -156,7 +156,7 @@ def _in_order(
 
 
 def _hashes(purpose: str, ids: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
-    """A hash for each id that depends on nothing but the id, the seed and what it is for."""
+    """A hash of each id that depends only on id, seed and purpose."""
     digests = (hashlib.sha256(f"{purpose}:{seed}:{i}".encode()).digest() for i in ids)
     return np.fromiter(digests, dtype="S32", count=len(ids))
 
@@ -171,9 +171,7 @@ def _check(
     on_short: str,
 ) -> None:
     if not 0 <= share <= 1:
-        raise ValueError(
-            f"share is the generated pairs' part of the mix and must lie in [0, 1], but is {share}."
-        )
+        raise ValueError(f"share is the generated share of the mix and must lie in [0, 1], but is {share}.")
     if size is not None and size < 1:
         raise ValueError(
             f"The mix must have at least one pair, but size = {size}; leave it out for the human count."

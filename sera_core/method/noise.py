@@ -1,7 +1,7 @@
-"""How much of a margin is noise of the arithmetic, and the smallest margin that stands above it.
+"""Numerical noise in rewards, and the smallest margin above the noise.
 
-A log-probability carries the rounding of the arithmetic it was computed in. A few responses are computed once
-more by the plain loop in float32; what the reward differs by is its error. All of it is ours.
+Log-probabilities have rounding errors that depend on the dtype. A few responses are computed again by the
+plain loop in float32; the difference of the rewards is the error. The method is ours.
 """
 
 from dataclasses import dataclass
@@ -12,44 +12,44 @@ import numpy as np
 from jaxtyping import Float
 
 LEVEL = 0.95
-"""Share of pairs without any true difference whose margin stays below the noise floor."""
+"""Share of pairs without a true difference whose margin is below the noise floor."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What the reward of one response varies by without meaning."""
+    """Numerical error of one response's reward."""
 
     sigma: float
     """Root mean square error, in the unit of the rewards."""
     n: int
-    """Responses it was measured on."""
+    """Number of responses it was measured on."""
 
 
 def response_noise(rewards: Float[np.ndarray, " response"], exact: Float[np.ndarray, " response"]) -> Noise:
-    """Root mean square error of a response's reward; 0 where nothing finite was measured.
+    """Root mean square error of a response's reward; 0 if there is no finite value.
 
         σ = √ mean (r − r_exact)²
 
     Args:
-        rewards: as review and pairing use them.
-        exact: the same from log-probabilities in float32, each response computed by itself.
+        rewards: rewards as used by review and pairing.
+        exact: the same from float32 log-probabilities, each response computed separately.
     """
     errors = (rewards - exact)[np.isfinite(rewards) & np.isfinite(exact)]
     return Noise(float(np.sqrt(np.mean(errors**2))) if errors.size else 0.0, int(errors.size))
 
 
 def noise_floor(noise: Noise, responses: int) -> float:
-    """The margin that noise alone stays below in 95 % of cases, in the unit of sigma.
+    """The margin that noise alone does not exceed in 95 % of cases, in the unit of sigma.
 
         floor = q · σ,   P((max − min of R normals) / s ≤ q) = 0.95
 
-    A human pair is two responses. A generated pair is the best and the worst of R, which lie further apart by
-    chance. q is the quantile of the studentised range (Tukey 1949) with n degrees of freedom, since sigma was
-    itself measured on n responses: with n = 12, q is 3.08 for a human pair and 5.12 for R = 8.
+    A human pair has two responses. A generated pair is the best and the worst of R, which differ more by
+    chance. q is the quantile of the studentised range (Tukey 1949) with n degrees of freedom, as sigma is
+    measured on n responses: with n = 12, q is 3.08 for a human pair and 5.12 for R = 8.
 
     Args:
-        noise: of one response.
-        responses: R, the responses a pair's two were chosen from, >= 2.
+        noise: noise of one response.
+        responses: R, number of responses the pair was chosen from, >= 2.
 
     Raises:
         ValueError: fewer than two responses.
@@ -61,7 +61,7 @@ def noise_floor(noise: Noise, responses: int) -> float:
 
 @lru_cache(maxsize=32)
 def studentised_range(count: int, freedom: int) -> float:
-    """The 95 % quantile of the range of `count` normals over an independent estimate of their deviation.
+    """95 % quantile of the range of `count` normals divided by an independent estimate of their deviation.
 
         P(range ≤ w) = R ∫ φ(z) [Φ(z + w) − Φ(z)]^(R−1) dz,   P(range / s ≤ q) = ∫ f(s) P(range ≤ q s) ds
 

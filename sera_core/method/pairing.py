@@ -1,4 +1,4 @@
-"""Preference pairs out of sampled responses: which of a prompt's responses is chosen, which rejected."""
+"""Make preference pairs from sampled responses: choose the chosen and rejected response of each prompt."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from sera_core.extensions import Registry, is_own
 
 @dataclass(frozen=True)
 class Pairing:
-    """The pairs found, prompts ascending, and what became of each prompt."""
+    """The pairs, prompts ascending, and the outcome of each prompt."""
 
     chosen: Int[np.ndarray, " pair"]
     """Row of the chosen response."""
     rejected: Int[np.ndarray, " pair"]
     """Row of the rejected response."""
     prompts: Int[np.ndarray, " prompt"]
-    """The prompts accounted for, ascending."""
+    """All prompts, ascending."""
     prompt_reason: np.ndarray
     """Each one's: `paired`, `no_valid_response`, `one_distinct_response` or `tie` (all rewards are equal)."""
 
@@ -46,19 +46,19 @@ def pair_responses(
     | `all`            | every r  | every response of the prompt with a strictly smaller r                  |
     | `module:name`    | what the user's own rule says, prompt by prompt (see `sera_core.extensions`)       |
 
-    Responses with the same token ids are one response, that of the smallest sample number. Ties of the reward
-    go to the smaller sample number. μ and the population σ are over all valid samples, repeated ones
-    included, since they estimate what the policy gives. Rewards are compared exactly: round them first. Two
-    responses that tie make no pair.
+    Responses with the same token ids count as one, with the smallest sample number. Ties of the reward go to
+    the smaller sample number. μ and the population σ are over all valid samples, including repeated ones, as
+    they estimate the policy's distribution. Rewards are compared exactly: round them first. Tied responses
+    make no pair.
 
     Args:
         rewards: r̄(x, y), in nats; read only where `valid`.
-        prompt_index: a number for each response's prompt; need not be contiguous or sorted.
+        prompt_index: number of each response's prompt; need not be contiguous or sorted.
         sample: the response's number among its prompt's samples.
         distinct: equal for responses of one prompt with the same token ids.
         valid: False where a response may not be used (empty, cut by the length limit, not finite).
-        seeds: for `best-random`, a seed for each prompt, looked up by its number.
-        prompts: all prompts to account for; default those with a response.
+        seeds: for `best-random`, a seed per prompt number.
+        prompts: all prompts to report on; default: those with a response.
 
     Raises:
         ValueError: an unknown rule, a valid response with a reward that is not finite, a seed that is
@@ -68,7 +68,7 @@ def pair_responses(
     _check(rewards, prompt_index, valid, rule, seeds, prompts)
     prompts = np.unique(prompt_index if prompts is None else prompts)
     rows = _first_of_each(prompt_index, sample, distinct, valid)
-    # From here on the rows of a prompt stand together, the best first, ties by sample number.
+    # From here on, rows are grouped by prompt, best first, ties by sample number.
     rows = rows[np.lexsort((sample[rows], -rewards[rows], prompt_index[rows]))]
     present, starts, sizes = np.unique(prompt_index[rows], return_index=True, return_counts=True)
     lowest = rewards[rows[starts + sizes - 1]]
@@ -167,7 +167,7 @@ def _first_of_each(
     distinct: Int[np.ndarray, " response"],
     valid: Bool[np.ndarray, " response"],
 ) -> Int[np.ndarray, " row"]:
-    """Rows of the valid responses; of those that are the same, the one with the smallest sample number."""
+    """Rows of the distinct valid responses; of equal ones, the one with the smallest sample number."""
     rows = np.flatnonzero(valid)
     rows = rows[np.lexsort((sample[rows], distinct[rows], prompt_index[rows]))]
     same = (np.diff(prompt_index[rows]) == 0) & (np.diff(distinct[rows]) == 0)

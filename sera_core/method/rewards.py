@@ -1,7 +1,7 @@
-"""Implicit rewards, their margins, their ensemble over rounds, and the length-aware variants.
+"""Implicit rewards, margins, ensembles over rounds, and length-aware variants.
 
-Everything here is numpy in float64. A log-probability is the sum over a response's tokens, in nats; a reward
-carries β, a margin does not.
+All values are float64. A log-probability is the sum over a response's tokens, in nats; a reward includes β, a
+margin does not.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ ENSEMBLES = ("last-two", "mean", "ema")
 def implicit_reward(
     policy_logps: Float[np.ndarray, " response"], ref_logps: Float[np.ndarray, " response"], beta: float | int
 ) -> Float[np.ndarray, " response"]:
-    """Reward a policy gives a response by having moved away from the reference, in nats.
+    """Implicit reward of a response, in nats.
 
         r(x, y) = β (log π_θ(y|x) − log π_ref(y|x))          DPO, arXiv 2305.18290, eq. 5 without β log Z(x)
 
@@ -51,7 +51,7 @@ def implicit_reward_margin(
 def length_normalised(
     logps: Float[np.ndarray, " response"], tokens: Int[np.ndarray, " response"]
 ) -> Float[np.ndarray, " response"]:
-    """Average log-probability a token, log π(y|x) / |y|, in nats a token (SimPO, arXiv 2405.14734, eq. 3).
+    """Average log-probability per token, log π(y|x) / |y|, in nats (SimPO, arXiv 2405.14734, eq. 3).
 
     Raises:
         ValueError: a response has no tokens.
@@ -82,11 +82,11 @@ def score_responses(
         kind: one of SCORES.
         policy_logps: log π_θ(y|x), summed, in nats.
         ref_logps: log π_ref(y|x), likewise; None for `simpo`.
-        tokens: |y|, the response's length in tokens, end of turn included.
+        tokens: |y|, the response's length in tokens, including the end-of-turn token.
         beta: the algorithm's β, > 0.
 
     Raises:
-        ValueError: an unknown kind, a reference missing or not wanted, an empty response, a beta that is not
+        ValueError: an unknown kind, a missing or unused reference, an empty response, a beta that is not
             positive.
     """
     _one_of("score", kind, SCORES)
@@ -113,14 +113,13 @@ def ensemble_weights(kind: str, gamma: float | int, rounds: int) -> Float[np.nda
         mean       r̄_t = (1 − γ) r_t + γ · mean(r_0 … r_{t−1})
         ema        r̄_t = (1 − γ) r_t + γ r̄_{t−1},  r̄_0 = r_0
 
-    That current and past rounds are combined is SeRA's (arXiv 2410.09362); these three forms are ours.
-    Policies that would get weight 0 are left out of the answer, so its length is the number of policies that
-    have to be evaluated.
+    Combining current and past rounds is SeRA's (arXiv 2410.09362); these three forms are ours. Policies with
+    weight 0 are left out, so the length of the result is the number of policies to evaluate.
 
     Args:
         kind: one of ENSEMBLES.
         gamma: γ, the weight of the past, in [0, 1).
-        rounds: number of policies there are, the current one included, >= 1.
+        rounds: number of policies, including the current one, >= 1.
 
     Raises:
         ValueError: an unknown kind, gamma outside [0, 1), fewer than one round.
@@ -137,9 +136,7 @@ def ensemble_weights(kind: str, gamma: float | int, rounds: int) -> Float[np.nda
     if kind == "mean":
         return np.concatenate([[1 - gamma], np.full(rounds - 1, gamma / (rounds - 1))])
     weights = (1 - gamma) * np.power(float(gamma), np.arange(rounds))
-    weights[-1] = float(gamma) ** (
-        rounds - 1
-    )  # the first round has nothing before it to share its weight with
+    weights[-1] = float(gamma) ** (rounds - 1)  # in the first round there is no past policy
     return weights
 
 
@@ -148,7 +145,7 @@ def ensemble_reward(
 ) -> Float[np.ndarray, " row"]:
     """Weighted sum of each policy's rewards, newest first: r̄ = Σ_i w_i r_i.
 
-    Margins are linear in the rewards, so the same function makes an ensemble margin of the policies' margins.
+    Margins are linear in the rewards, so this also computes the ensemble margin from the policies' margins.
 
     Raises:
         ValueError: not one array of values for each weight.
@@ -159,16 +156,16 @@ def ensemble_reward(
             "give one array for each weight, newest first."
         )
     total = weights[0] * values[0]
-    # Summed one by one, newest first: a fixed order keeps the bytes the same on every machine.
+    # Summed one by one, newest first: a fixed order gives the same bytes on every machine.
     for weight, value in zip(weights[1:], values[1:], strict=True):
         total = total + weight * value
     return total
 
 
 def quantise(values: Float[np.ndarray, "*shape"], step: float = 1e-6) -> Float[np.ndarray, "*shape"]:
-    """Round to a multiple of `step` nats, so that selection and pairing do not hang on the last bits.
+    """Round to a multiple of `step` nats, so that selection and pairing do not depend on the last bits.
 
-    Minus zero becomes zero; what is not finite stays as it is.
+    Minus zero becomes zero; values that are not finite stay unchanged.
 
     Raises:
         ValueError: step is not one over a whole number (only then is the rounded value the nearest float64).
@@ -182,11 +179,11 @@ def quantise(values: Float[np.ndarray, "*shape"], step: float = 1e-6) -> Float[n
 def penalty_grid(
     rewards: Float[np.ndarray, " response"], tokens: Int[np.ndarray, " response"], n: int = 41
 ) -> Float[np.ndarray, " alpha"]:
-    """Length penalties α to try, in reward a token: n of them, evenly spaced around 0, which is among them.
+    """Length penalties α to try, in reward per token: n values, evenly spaced around 0 and including it.
 
     The grid ends at twice std(reward)/std(tokens). The slope of a regression of reward on length is at most
-    std/std, so the grid holds the α that takes the linear effect of length out. The scale is ours. Responses
-    all of one length leave nothing to fit, and the grid is [0].
+    std/std, so the grid contains the α that removes the linear effect of length. The scale is ours. If all
+    responses have the same length, the grid is [0].
 
     Raises:
         ValueError: n is even or below 3.
@@ -208,9 +205,8 @@ def length_penalty_sweep(
 ) -> Float[np.ndarray, " alpha"]:
     """Mean over groups of |best| − |worst| in tokens, under DICE's score s − α|y| (arXiv 2406.09760).
 
-    A group is a prompt with its responses, or a human pair (two responses). Groups of one response have no
-    best and worst and do not count. Where several responses tie for best or worst, the mean of their lengths
-    counts.
+    A group is a prompt with its responses, or a human pair (two responses). Groups of one response do not
+    count. If several responses tie for best or worst, the mean of their lengths is used.
 
     Raises:
         ValueError: no group has two responses.
@@ -235,9 +231,9 @@ def length_penalty_sweep(
 
 
 def nearest_zero(alphas: Float[np.ndarray, " alpha"], sweep: Float[np.ndarray, " alpha"]) -> float:
-    """The penalty whose mean length difference is nearest zero; ties to the smallest |α|, then the larger α.
+    """The penalty whose mean length difference is nearest zero; ties: the smallest |α|, then the larger α.
 
-    A penalty under which no pair is left has the difference nan and is taken last.
+    A penalty that leaves no pair has the difference nan and comes last.
     """
     choice = np.lexsort((-alphas, np.abs(alphas), np.abs(sweep)))[0]
     return float(alphas[choice])

@@ -1,7 +1,7 @@
-"""Which pairs a round trains on: the rules that prefer, the controls that do not, a reason for each pair.
+"""Select training pairs by margin: preference rules, control rules, and a reason for each pair.
 
-Selection is over the whole set, not per prompt. Ties go by id, so an answer does not depend on the order of
-the input.
+Selection is over the whole set, not per prompt. Ties are broken by id, so the result does not depend on the
+input order.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from sera_core.errors import InputError
 from sera_core.extensions import Registry, is_own
 
 UNORDERED_RULES = ("relabel", "none")
-"""Rules that prefer no pair to another: what takes a part of theirs has to draw."""
+"""Rules without an order of preference: a subset of their pairs must be drawn at random."""
 DIRECTIONS = ("large", "small")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What became of each pair, in input order.
+    """The outcome of each pair, in input order.
 
     reason is `kept`, or why not: `non_finite` (the margin is not a number), `not_preferred` (not above the
     floor), `below_cut` (above the floor, beyond the rule's cut), `not_drawn` (control `random`), `above_cut`
@@ -30,10 +30,10 @@ class Selection:
 
     kept: Bool[np.ndarray, " pair"]
     rank: Int[np.ndarray, " pair"]
-    """Place in the rule's own order, from 1; 0 where the margin is not finite."""
+    """Place in the rule's order, from 1; 0 if the margin is not finite."""
     reason: np.ndarray
     swapped: Bool[np.ndarray, " pair"]
-    """Rule `relabel`: chosen and rejected are to change places."""
+    """Rule `relabel`: whether chosen and rejected must be swapped."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +94,19 @@ def select(
     | `none`         | all                                                                               |
     | `module:name`  | those for which the user's own rule says True (see `sera_core.extensions`)        |
 
-    The first three and the user's own prefer: they also have the floor margin > `min_margin`, strict, and
-    count a pair that is not above it as `not_preferred` even where the cut would have dropped it too. The
-    fraction is of all
-    finite pairs, so the floor can only make the selection smaller. The controls ignore the floor in which
-    pairs they take. That only clearly preferred pairs stay is SeRA's (arXiv 2410.09362); every value here is
-    ours. Published evidence disagrees on the direction (large: arXiv 2502.14560; small: 2406.17312,
-    2508.04149).
+    The first three and `module:name` also require margin > `min_margin` (strictly) and give other pairs the
+    reason `not_preferred`, even if the cut would drop them too. The fraction is of all finite pairs, so the floor
+    can only make the selection smaller. The controls ignore the floor when they choose pairs. Keeping only
+    clearly preferred pairs is SeRA's (arXiv 2410.09362); all values here are ours. Published evidence
+    disagrees on the direction (large: arXiv 2502.14560; small: 2406.17312, 2508.04149).
 
     Args:
         margins: in nats, without β, already rounded.
-        ids: one distinct id a pair; ties go by it, ascending.
-        direction: whether `large` or `small` margins are preferred; small ones still have to be above the
-            floor.
-        seed: of the rule `random`.
-        score_kept: how many pairs the controls keep, where that is known from elsewhere (another arm's
-            selection); None counts what `top-fraction` achieves here.
+        ids: one distinct id per pair; ties are ordered by id, ascending.
+        direction: whether `large` or `small` margins are preferred; small ones must still be above the floor.
+        seed: seed of the rule `random`.
+        score_kept: number of pairs the controls keep (from another arm's selection); None: as many as
+            `top-fraction` keeps here.
 
     Raises:
         ValueError: an unknown rule or direction, a number out of its range, ids that repeat or do not fit.
@@ -137,7 +134,7 @@ def select(
 
 def _by_preference(pairs: Pairs, within: Callable[[np.ndarray], np.ndarray]) -> Chosen:
     """The rules that prefer: above the floor, and within the cut by rank."""
-    # Pairs above the floor come first: with direction "small" the smallest of all would be those below it.
+    # Pairs above the floor come first; with direction "small" those below it would otherwise be first.
     rank = _rank(pairs.finite, pairs.names, -pairs.preference, ~pairs.above_floor)
     dropped = np.where(pairs.above_floor, "below_cut", "not_preferred")
     return pairs.above_floor & within(rank), rank, dropped
@@ -200,9 +197,9 @@ def _own(rule: Callable[..., Any], name: str, pairs: Pairs) -> Chosen:
 
 
 def round_half_up(x: float | int | np.floating | np.integer) -> int:
-    """Nearest whole number, halves upwards.
+    """Nearest integer, halves up.
 
-    0.145 · 100 is 14.499999999999998 in float64; the small addend makes it the half that was meant.
+    0.145 · 100 is 14.499999999999998 in float64; a small addend corrects this.
     """
     return int(np.floor(x + 0.5 + 1e-9))
 
@@ -212,7 +209,7 @@ def _rank(
     names: np.ndarray,
     *keys: Float[np.ndarray, " pair"] | Bool[np.ndarray, " pair"],
 ) -> Int[np.ndarray, " pair"]:
-    """Rank, from 1, of the finite pairs by the keys, ascending, last key first; ties by name; else 0."""
+    """Rank, from 1, of the finite pairs by the keys, ascending, last key first, ties by name; others 0."""
     rows = np.flatnonzero(finite)
     order = np.lexsort((names[rows], *(key[rows] for key in keys)))
     rank = np.zeros(finite.size, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Rates with intervals: win rate, order-swap agreement, length-controlled win rate, the bootstrap."""
+"""Rates with confidence intervals: win rate, order-swap agreement, length-controlled win rate, bootstrap."""
 
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -6,28 +6,28 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-_CELLS = 4_000_000  # random indices drawn at a time, so that memory does not grow with the number of values
-_RIDGE = 1e-2  # keeps the logistic fit finite where one policy wins every comparison; ours
+_CELLS = 4_000_000  # random indices per chunk, to limit memory
+_RIDGE = 1e-2  # keeps the logistic fit finite if one policy wins every comparison; ours
 
 
 Groups = Int[np.ndarray, " value"]
-"""Number of the group (the prompt) that each value belongs to; equal numbers belong together."""
+"""Group (prompt) number of each value."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A mean with its interval, and the number of observations behind it; nan where there are too few."""
+    """A mean with its interval and number of observations; nan if there are too few."""
 
     value: float
     low: float
     high: float
     n: int
     groups: int | None = None
-    """Independent groups (prompts) that the observations belong to; None: each stands for itself."""
+    """Number of independent groups (prompts); None: each observation is a group."""
 
     @property
     def independent(self) -> int:
-        """Number of observations that say something of their own."""
+        """Number of independent observations."""
         return self.n if self.groups is None else self.groups
 
 
@@ -39,14 +39,14 @@ def wilson_interval(successes: float | int, n: int, level: float = 0.95) -> Rate
 
         centre = (p + z²/2n) / (1 + z²/n),   half width = z √(p(1−p)/n + z²/4n²) / (1 + z²/n)
 
-    A half success (a tie) counts as a half, for which the interval is on the wide side.
+    A tie counts as half a success, for which the interval is conservative.
 
     Raises:
         ValueError: successes outside [0, n], or a level outside (0, 1).
     """
     _check_level(level)
     if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes out of {n} cannot be; count each observation once.")
+        raise ValueError(f"{successes} successes out of {n} are impossible; count each observation once.")
     if n == 0:
         return NO_RATE
     return Rate(successes / n, *_wilson(float(successes / n), float(n), level), n)
@@ -67,13 +67,12 @@ def win_rate(
 ) -> Rate:
     """Mean of wins (1), ties (0.5) and losses (0), with Wilson's interval; 0.5 is a draw between policies.
 
-    Outcomes of one group (a prompt) move together. Wilson's n is then the number of independent outcomes that
-    would vary as much as the groups do (Kish 1965: n over the design effect); that of the groups where all
-    outcomes are the same.
+    Outcomes of one group (a prompt) are not independent. Wilson's n is then the effective sample size (Kish
+    1965: n over the design effect), or the number of groups if all outcomes are equal.
 
     Args:
         outcomes: 0, 0.5 or 1 each.
-        groups: number of each outcome's group; None: each stands for itself.
+        groups: group of each outcome; None: each is independent.
 
     Raises:
         ValueError: an outcome that is not 0, 0.5 or 1.
@@ -95,8 +94,8 @@ def order_swap_agreement(
 ) -> Rate:
     """Share of comparisons with the same outcome when the judge sees the two answers in the other order.
 
-    Both outcomes are for the same policy: a judge that always takes the answer shown first gives 1 and 0 and
-    has an agreement of 0. The interval is Wilson's.
+    Both outcomes are for the same policy: a judge that always prefers the first answer gives 1 and 0, an
+    agreement of 0. The interval is Wilson's.
 
     Raises:
         ValueError: an outcome that is not 0, 0.5 or 1, or different numbers of comparisons.
@@ -120,12 +119,12 @@ def bootstrap_interval(
 ) -> Rate:
     """Mean with its percentile bootstrap interval (Efron 1979).
 
-    Values of one group (pairs of one prompt) move together, so whole groups are resampled: the cluster
-    bootstrap (Davison and Hinkley 1997, section 3.8). No values give a rate of nan; a single one, or a single
-    group, has a mean but no interval.
+    Values of one group (pairs of one prompt) are not independent, so whole groups are resampled: the cluster
+    bootstrap (Davison and Hinkley 1997, section 3.8). Without values the rate is nan; a single value or group
+    has a mean but no interval.
 
     Args:
-        groups: number of each value's group; None: each stands for itself.
+        groups: group of each value; None: each is independent.
 
     Raises:
         ValueError: a value that is not finite, fewer than one resample, a level outside (0, 1).
@@ -192,12 +191,12 @@ def bootstrap_excess(
     level: float = 0.95,
     groups: Groups | None = None,
 ) -> Rate:
-    """Share of hits in a part less the share of hits in the whole, with its percentile bootstrap interval.
+    """Share of hits in a part minus the share of hits in the whole, with its percentile bootstrap interval.
 
         mean(hit | part) − mean(hit)
 
-    Rows, or whole groups of rows, are resampled. The quantity hangs on four counts only, so the resamples are
-    multinomial draws of groups with the same four. n is the size of the part.
+    Rows, or whole groups of rows, are resampled. The quantity depends on only four counts, so the resamples
+    are multinomial draws of groups with equal counts. n is the size of the part.
 
     Raises:
         ValueError: different numbers of rows, a bad number of resamples or level.
@@ -219,7 +218,7 @@ def bootstrap_excess(
     kinds, number = np.unique(cells, axis=0, return_counts=True)
     times = np.random.default_rng(seed).multinomial(len(cells), number / len(cells), size=resamples)
     draws = times @ kinds
-    draws = draws[draws[:, :2].sum(axis=1) > 0]  # without the part there is nothing to compare
+    draws = draws[draws[:, :2].sum(axis=1) > 0]  # drop resamples with an empty part
     ends = _percentiles(excess(draws), level)
     return Rate(float(excess(counts)[0]), *ends, inside, None if found is None else len(cells))
 
@@ -232,7 +231,7 @@ def length_controlled_win_rate(
     resamples: int = 2000,
     level: float = 0.95,
 ) -> Rate:
-    """Win rate that would be had if both answers were equally long, with its percentile bootstrap interval.
+    """Estimated win rate if both answers were equally long, with its percentile bootstrap interval.
 
         P(win) = σ(θ + φ tanh(Δ / std Δ)),   answer: σ(θ)
 
@@ -242,7 +241,7 @@ def length_controlled_win_rate(
 
     Args:
         outcomes: wins (1), ties (0.5) and losses (0) of the judged policy.
-        length_difference: Δ, its answer's length less the other's, in tokens.
+        length_difference: Δ, its answer's length minus the other's, in tokens.
 
     Raises:
         ValueError: an outcome that is not 0, 0.5 or 1, different numbers of comparisons, a length that is not
@@ -322,7 +321,7 @@ def _resampled_ratios(
 def _grouped(
     values: Float[np.ndarray, " value"], groups: Groups | None
 ) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]] | None:
-    """Sum and size of each group; None where every value stands for itself."""
+    """Sum and size of each group; None if every value is its own group."""
     numbers = None if groups is None else _numbered(groups)
     if numbers is None:
         return None
@@ -330,7 +329,7 @@ def _grouped(
 
 
 def _numbered(groups: Groups) -> Int[np.ndarray, " value"] | None:
-    """Groups numbered from 0; None where each value is a group of its own."""
+    """Groups numbered from 0; None if every value is its own group."""
     kinds, numbers = np.unique(groups, return_inverse=True)
     return None if len(kinds) == groups.size else numbers.astype(np.int64)
 

@@ -1,7 +1,6 @@
-"""What a model's configuration says of its limits: positions, windows, vocabulary, rotary frequencies.
+"""Limits of a model from its configuration: positions, attention windows, vocabulary, rotary frequencies.
 
-Composite models (text beside images or sound) keep all of this in the configuration of their text part, so
-every reading goes through `text_config`. Whoever batches, packs, pads or refuses reads it here.
+Multimodal models keep these in the configuration of their text part, so always read through `text_config`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 from sera_core.errors import InputError
 
 PACKABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Kinds of layer that keep nothing from token to token but keys and values."""
+"""Layer types whose only state is keys and values."""
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
 _WINDOWS = (
     "sliding_window",
@@ -26,11 +25,11 @@ _WINDOWS = (
     "local_window_size",
     "index_topk",
 )
-_MAY_BOUND_SIGHT = ("window", "chunk", "topk", "block_size")
+_WINDOW_NAME_PARTS = ("window", "chunk", "topk", "block_size")
 
 
 def text_config(model: Any) -> Any:
-    """The configuration of the part that reads and writes text; the whole one where there is only text.
+    """Configuration of a model's text part; the whole configuration of a text-only model.
 
     Raises:
         InputError: the configuration has several text parts.
@@ -42,42 +41,40 @@ def text_config(model: Any) -> Any:
 
 
 def architecture(model: Any) -> str:
-    """Class and type, as a message names them: `Llama4ForCausalLM (llama4_text)`."""
+    """Class and model type for messages: `Llama4ForCausalLM (llama4_text)`."""
     return f"{type(model).__name__} ({model.config.model_type})"
 
 
 def unsupported(model: Any, why: str) -> InputError:
-    """The refusal of a model that this package cannot run, by name."""
+    """The error for a model that this package cannot run."""
     return InputError(f"{architecture(model)} is not supported: {why}; use a causal language model.")
 
 
 def positions(model: Any) -> int | None:
-    """Most tokens of one sequence, None where the configuration sets no limit."""
+    """Maximum tokens of a sequence; None if the configuration sets no limit."""
     config = text_config(model)
     found = (getattr(config, name, None) for name in _POSITIONS)
     return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
 
 
 def vocabulary(model: Any) -> int:
-    """Token ids that the model both reads and predicts.
+    """Number of token ids that the model can both read and predict.
 
     Raises:
-        InputError: it has no embedding of token ids, or no projection to them.
+        InputError: it has no input embedding or no output projection.
     """
     try:
         tables = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     except (AttributeError, NotImplementedError) as error:
-        raise unsupported(
-            model, "it has no single embedding of its token ids, or no projection to them"
-        ) from error
+        raise unsupported(model, "it has no single input embedding or no output projection") from error
     return min(len(table) for table in tables)
 
 
 def window(model: Any) -> int | None:
-    """Tokens that the shortest-sighted layer looks back over, None where all layers see everything.
+    """Smallest attention window of any layer, in tokens; None if all layers attend to everything.
 
-    Sliding windows, attention chunks, local attention and sparse top-k alike. A window that the configuration
-    states and does not use counts too.
+    Includes sliding windows, attention chunks, local attention and sparse top-k, and windows that the
+    configuration sets but does not use.
     """
     config = text_config(model)
     return min(
@@ -86,34 +83,34 @@ def window(model: Any) -> int | None:
     )
 
 
-def refuse_beyond_sparse_sight(model: Any, longest: int) -> None:
-    """Refuse sequences that are longer than what sparse attention picks its tokens from (`index_topk`).
+def refuse_beyond_index_topk(model: Any, longest: int) -> None:
+    """Refuse sequences longer than the number of tokens that sparse attention selects (`index_topk`).
 
-    The scores it picks by are often equal (a ReLU makes them zero), and which of equal ones are picked
-    depends on the length of the sequence and of its batch: the values of a token depend on what follows.
+    Its selection scores are often tied (a ReLU makes them zero), and the choice among ties depends on the
+    lengths of sequence and batch: a token's values would depend on the tokens that follow.
 
     Raises:
-        InputError: names the number and the lengths to lower.
+        InputError: a sequence is longer; the message names the settings to lower.
     """
     seen = getattr(text_config(model), "index_topk", None)
     if isinstance(seen, int) and longest > seen:
         raise InputError(
-            f"{architecture(model)} sees {seen} tokens at a time (index_topk), and which ones depends on the "
-            f"length where scores are equal, so sequences of {longest} tokens have no definite "
+            f"{architecture(model)} attends to {seen} tokens (index_topk), and the choice among tied scores "
+            f"depends on the sequence length, so sequences of {longest} tokens have no well-defined "
             "log-probability: lower data.max_prompt_tokens and data.max_response_tokens"
         )
 
 
 def probe_length(model: Any, longest: int) -> int:
-    """Tokens that a probe needs to reach past every bound of sight that sequences of `longest` tokens reach.
+    """Tokens that a probe needs to exceed every attention window shorter than `longest` tokens.
 
-    Any number of the configuration that may be such a bound counts, known or not; 0 where there is none.
+    Counts every number in the configuration whose name suggests a window; 0 if there is none.
     """
     names = text_config(model).to_dict()
     sizes = (
         size
         for name, value in names.items()
-        if name in _WINDOWS or any(part in name for part in _MAY_BOUND_SIGHT)
+        if name in _WINDOWS or any(part in name for part in _WINDOW_NAME_PARTS)
         for size in _sizes(value)
     )
     beyond = max((size for size in sizes if size < longest), default=0)
@@ -121,11 +118,11 @@ def probe_length(model: Any, longest: int) -> int:
 
 
 def rope_boundary(model: Any) -> int | None:
-    """Tokens up to which rotary positions use short factors, None where they do not depend on the length.
+    """Sequence length up to which rotary embeddings use the short factors; None if they do not depend on it.
 
-    Beyond, *every* position of the batch uses the long factors (longrope: Phi-3, LongRoPE,
-    arXiv 2402.13753), so sequences on either side must not share a forward pass, and keys that were cached on
-    one side mean nothing on the other. Dynamic NTK needs no such care: it begins beyond `positions`.
+    Beyond it, *every* position of the batch uses the long factors (longrope: Phi-3, LongRoPE,
+    arXiv 2402.13753). So sequences on different sides must not share a forward pass, and cached keys are
+    valid on one side only. Dynamic NTK needs no special handling, because it starts beyond `positions`.
     """
     config = text_config(model)
     found = [
@@ -138,13 +135,13 @@ def rope_boundary(model: Any) -> int | None:
 
 
 def keeps_state(model: Any) -> bool:
-    """Whether some layer carries a state from token to token, other than keys and values."""
+    """Whether a layer has state other than keys and values."""
     kinds = set(getattr(text_config(model), "layer_types", None) or ())
     return bool(getattr(model, "_is_stateful", False) or kinds - PACKABLE_LAYERS)
 
 
 def _sizes(value: Any) -> Iterator[int]:
-    """Positive whole numbers of a setting: one, or several by layer or kind."""
+    """Positive integers in a setting: one, or several by layer or type."""
     if isinstance(value, dict):
         value = list(value.values())
     for size in value if isinstance(value, list | tuple) else [value]:
@@ -153,7 +150,7 @@ def _sizes(value: Any) -> Iterator[int]:
 
 
 def _rope_parts(parameters: Any) -> Iterator[dict[str, Any]]:
-    """The rotary settings, one dictionary, or one a kind of layer."""
+    """The rotary settings: one dictionary, or one per layer type."""
     if isinstance(parameters, dict):
         yield parameters
         for part in parameters.values():

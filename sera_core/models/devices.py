@@ -1,8 +1,8 @@
-"""Where tensors live."""
+"""Choose the torch device."""
 
 
 def device_of(wanted: str) -> str:
-    """The torch device for `execution.device`: auto takes an accelerator when there is one."""
+    """The torch device for `execution.device`; auto selects an accelerator if there is one."""
     import torch
 
     if wanted != "auto":

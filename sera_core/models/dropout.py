@@ -1,9 +1,9 @@
-"""Dropout off in a model that stays in training mode, however its code applies it.
+"""Disable dropout in a model in training mode.
 
 DPO compares log-probabilities of the policy with those of the reference, which were computed without dropout.
-Switching `nn.Dropout` modules off is not enough: many architectures drop in functions, at a rate that they
-keep in an attribute (`F.dropout(x, p=self.dropout, training=self.training)`, a rate handed to the attention
-kernel, layerdrop) or read from the configuration in each pass.
+Disabling `nn.Dropout` modules is not enough: many architectures call functions with a rate from an attribute
+(`F.dropout(x, p=self.dropout, training=self.training)`, attention kernels, layerdrop) or from the
+configuration.
 """
 
 import re
@@ -15,14 +15,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig
 
 _RATE = re.compile(r"dropout|pdrop|layerdrop|(^|_)drop(_out)?(_rate|_prob|_path|_p)?(_|$)")
-"""Names of a rate: attention_dropout, attn_pdrop, decoder_layerdrop, drop_path_rate, attn_drop, …"""
+"""Names of dropout rates: attention_dropout, attn_pdrop, decoder_layerdrop, drop_path_rate, attn_drop, …"""
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate of a model to 0, in place: in its modules and in its configurations.
+    """Set every dropout rate in a model's modules and configurations to 0, in place.
 
-    Other noise, such as a router's jitter, is left alone; so are names like `token_dropout` that hold a flag.
-    The configuration in memory changes, so write config.json from where the model came from.
+    Other noise, such as router jitter, is unchanged, as are flags such as `token_dropout`. The configuration
+    in memory changes, so config.json must be copied from the source folder.
 
     Args:
         model: a model, or an adapter around one.
@@ -43,13 +43,13 @@ def _zero_rates(holder: Any) -> None:
 
 
 def _is_rate(name: str, value: Any) -> bool:
-    """Whether it is a probability above 0 with a name of dropout."""
+    """Whether an attribute is a dropout rate above 0."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and 0 < value <= 1 and _RATE.search(name) is not None
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration and those inside it."""
+    """A configuration and its nested configurations."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):

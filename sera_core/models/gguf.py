@@ -1,9 +1,8 @@
-"""A llama GGUF file as a plain policy folder: float32 weights, its tokenizer rebuilt from metadata.
+"""Convert a llama GGUF file to a policy folder: float32 weights, tokenizer rebuilt from the metadata.
 
-Read with the `gguf` package alone (no torch, no transformers): one pass over the file, a few seconds for 135
-M parameters. What llama.cpp changes on the way in is undone here: the query and key rows are put back into
-the order transformers' rotary embedding expects, and float32 numbers of the metadata get their short form
-(1e-5, not 9.99…e-06).
+Uses only the `gguf` package (no torch, no transformers): one pass over the file, a few seconds for 135 M
+parameters. Undoes llama.cpp's changes: query and key rows are put back into the order of transformers' rotary
+embedding, and float32 metadata gets its shortest decimal form (1e-5, not 9.99…e-06).
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def _field(reader: GGUFReader, name: str, default: Any = None) -> Any:
 
 
 def _short(value: float) -> float:
-    """The shortest decimal that is the same float32."""
+    """The shortest decimal that rounds to the same float32."""
     import numpy as np
 
     return float(str(np.float32(value)))
@@ -142,7 +141,7 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> dict[str, np.ndarray
         block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)
         if block is None or block[2] not in _BLOCK:
             raise InputError(
-                f"GGUF tensor {tensor.name!r} has no place in a llama model: give the model as safetensors."
+                f"GGUF tensor {tensor.name!r} is unknown for a llama model: use the model as safetensors."
             )
         if block[2] in heads:
             weight = _rotary_order(weight, heads[block[2]])
@@ -186,7 +185,7 @@ def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
     template = _field(reader, "tokenizer.chat_template")
     if template is None:
         raise InputError(
-            "the GGUF file has no chat template: give the model as safetensors (hub id or folder) instead."
+            "the GGUF file has no chat template: use the model as safetensors (hub id or folder) instead."
         )
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
     eos = _field(reader, "tokenizer.ggml.eos_token_id")

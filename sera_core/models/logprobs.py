@@ -1,12 +1,12 @@
-"""Log-probabilities of responses: the only shift-and-mask in the project, and the fast engine behind it.
+"""Log-probabilities of responses: the project's only shift-and-mask code, and a fast implementation.
 
     log π(y|x) = Σ_t log π(y_t | x, y_<t)                    in nats, summed over the response's tokens
 
-How it is made fast: a prompt is computed once for all its responses, and several prompts lie in one packed
-row without padding (each response attends to its prompt and to itself, positions restart at the prompt's
-end). A model that cannot be packed (sliding windows that matter, state space layers, attention sinks,
-soft-capped logits, …) is found by its configuration and by comparing the ways on a probe, and scored in
-padded batches instead; one that agrees with the plain loop in no way is refused by name.
+Each prompt is computed once for all its responses, and several prompts share one packed row without padding
+(each response attends to its prompt and itself; its positions start at the prompt's end). Models that cannot
+be packed (effective sliding windows, state space layers, attention sinks, soft-capped logits, …) are detected
+by their configuration and by a probe, and scored in padded batches. A model for which neither agrees with the
+plain loop is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sera_core.models.architecture import (
     keeps_state,
     positions,
     probe_length,
-    refuse_beyond_sparse_sight,
+    refuse_beyond_index_topk,
     rope_boundary,
     text_config,
     unsupported,
@@ -34,7 +34,7 @@ from sera_core.models.architecture import (
 from sera_core.models.response_batches import Item, Mode, batch_logps, response_batches
 
 __all__ = [
-    "CANNOT",
+    "UNSUPPORTED_ERRORS",
     "Item",
     "Mode",
     "check_items",
@@ -50,8 +50,16 @@ Progress = Callable[[int, int], None]
 
 TOKENS_PER_BATCH = 2048
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-CANNOT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What transformers raises when it is asked for what an architecture does not have."""
+UNSUPPORTED_ERRORS = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Exceptions that transformers raises for features that an architecture does not have."""
 
 # ------------------------------------------------------------------------------------------------- public
 
@@ -68,15 +76,15 @@ def sequence_logps(
     Args:
         model: a transformers causal language model in eval mode.
         items: (prompt_ids, response_ids); items with the same prompt share its computation.
-        tokens_per_batch: most tokens computed at once (a longer single item still goes through alone).
-        progress: called after each batch with the number of items scored so far and that of all.
+        tokens_per_batch: maximum tokens per batch (a longer item is a batch by itself).
+        progress: called after each batch with the number of items scored so far and the total.
 
     Returns:
-        float64 of shape [item], in the order of the items. The same items in another order give the same
-        bits; other companions in a batch change a value by float noise only.
+        float64 of shape [item], in the order of the items. The same items in another order give identical
+        bits; other items in the same batch change a value only by float noise.
 
     Raises:
-        InputError: an item that cannot be scored, named by its index, or a model, named by its architecture.
+        InputError: an item (named by its index) or the model (named by its architecture) cannot be scored.
     """
     sums = np.zeros(len(items), dtype=np.float64)
     for index, logps in _token_logps(model, items, tokens_per_batch, progress):
@@ -104,10 +112,10 @@ def response_token_logps(
 def plain_sequence_logps(
     model: Any, items: Sequence[Item | tuple[Sequence[int], Sequence[int]]]
 ) -> np.ndarray:
-    """The same by the plainest loop, one whole sequence at a time: the reference of tests and probes.
+    """As `sequence_logps`, by a plain loop over one sequence at a time: the reference for tests and probes.
 
-    The log-softmax is taken in float64, since torch's float32 one on CPU is off by about 6e-6 nats a token
-    at a vocabulary of 49,152 (1.3e-3 nats on a response of 300 tokens, always in one direction).
+    The log-softmax is computed in float64, because torch's float32 one on CPU has a bias of about 6e-6 nats
+    per token at a vocabulary of 49,152 (1.3e-3 nats for a response of 300 tokens).
     """
     check_items(model, items)
     sums = [_plain_token_logps(model, prompt, response).sum() for prompt, response in items]
@@ -115,11 +123,11 @@ def plain_sequence_logps(
 
 
 def _plain_token_logps(model: Any, prompt: Sequence[int], response: Sequence[int]) -> np.ndarray:
-    """log π(y_t | x, y_<t) of one response, float64 [response token], by one forward pass over it alone."""
+    """log π(y_t | x, y_<t) of one response, float64 [response token], by a separate forward pass."""
     ids = torch.tensor([[*prompt, *response]], device=model.device)
     some = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        some = {"logits_to_keep": len(response) + 1}  # a long prompt's logits would fill the memory
+        some = {"logits_to_keep": len(response) + 1}  # logits of a long prompt would fill the memory
     with torch.inference_mode():
         logits = model(input_ids=ids, use_cache=False, **some).logits[0, -1 - len(response) : -1]
         logps = logits.double().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
@@ -127,7 +135,7 @@ def _plain_token_logps(model: Any, prompt: Sequence[int], response: Sequence[int
 
 
 def score_tokens(items: Iterable[Item | tuple[Sequence[int], Sequence[int]]]) -> int:
-    """Tokens that scoring these items takes: every distinct prompt once, and every response."""
+    """Tokens computed to score these items: every distinct prompt once, and every response."""
     prompts, responses = set(), 0
     for prompt, response in items:
         prompts.add(tuple(prompt))
@@ -136,7 +144,7 @@ def score_tokens(items: Iterable[Item | tuple[Sequence[int], Sequence[int]]]) ->
 
 
 def check_items(model: Any, items: Sequence[Item | tuple[Sequence[int], Sequence[int]]]) -> None:
-    """Refuse items that have no log-probability under this model.
+    """Refuse items that this model cannot score.
 
     Raises:
         InputError: an empty prompt or response, an id outside the vocabulary, more tokens than positions, or
@@ -144,24 +152,24 @@ def check_items(model: Any, items: Sequence[Item | tuple[Sequence[int], Sequence
     """
     if model.training:
         raise InputError(
-            "the model to score with is in training mode, where dropout is active: call model.eval() first."
+            "the scoring model is in training mode, with dropout active: call model.eval() first."
         )
     known, limit = vocabulary(model), positions(model)
     for index, (prompt, response) in enumerate(items):
         if len(prompt) == 0 or len(response) == 0:
             what = "prompt" if len(prompt) == 0 else "response"
             raise InputError(
-                f"item {index}: the {what} is empty, so it has no log-probability: drop the item first."
+                f"item {index}: the {what} is empty, so it has no log-probability: drop the item."
             )
         low, high = min(*prompt, *response), max(*prompt, *response)
         if low < 0 or high >= known:
             raise InputError(
-                f"item {index}: token id {low if low < 0 else high} is not in the model's vocabulary of "
-                f"{known}: render the text with this model's own tokenizer."
+                f"item {index}: token id {low if low < 0 else high} is outside the model's vocabulary of "
+                f"{known}: render the text with this model's tokenizer."
             )
         if limit is not None and len(prompt) + len(response) > limit:
             raise InputError(
-                f"item {index}: {len(prompt)} prompt and {len(response)} response tokens do not fit the "
+                f"item {index}: {len(prompt)} prompt and {len(response)} response tokens exceed the "
                 f"model's {limit} positions: lower the token limits of the data, or drop the item."
             )
 
@@ -188,7 +196,7 @@ def _token_logps(
 def _scored_batches(
     model: Any, items: Sequence[Any], mode: Mode, tokens_per_batch: int
 ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-    """Per batch the items in it, and the log-probabilities of each one's response tokens."""
+    """For each batch its item indices, and the log-probabilities of each item's response tokens."""
     for batch in response_batches(model, items, mode, tokens_per_batch):
         with torch.inference_mode():
             logps = batch_logps(model, batch, mode).double().cpu().numpy()
@@ -203,20 +211,20 @@ _MODES: WeakKeyDictionary[Any, dict[tuple[int, bool], Mode]] = WeakKeyDictionary
 
 
 def scoring_mode(model: Any, longest: int = 0) -> Mode:
-    """How this model is scored: `packed`, `padded`, or `full` where it changes its projected logits.
+    """The scoring mode of a model: `packed`, `padded`, or `full` if it changes its projected logits.
 
-    Decided by running a probe each way against the plain loop, once a model, and once more for items that
-    reach past a window, by a probe that reaches past it too.
+    A probe compares each mode with the plain loop, once per model, and again with a longer probe if items
+    exceed an attention window.
 
     Args:
         model: a transformers causal language model in eval mode.
-        longest: tokens of the longest item; a window shorter than it rules packing out.
+        longest: tokens of the longest item; a window shorter than it excludes packing.
 
     Raises:
-        InputError: the model is not causal, its plain forward pass fails, no way agrees with it, or sparse
-            attention picks tokens of so long a sequence.
+        InputError: the model is not causal, its plain forward pass fails, no mode agrees with it, or
+            `longest` exceeds the tokens that sparse attention selects.
     """
-    refuse_beyond_sparse_sight(model, longest)
+    refuse_beyond_index_topk(model, longest)
     decided, bound = _MODES.setdefault(model, {}), window(model)
     length = probe_length(model, longest)
     packable = bool(
@@ -230,7 +238,7 @@ def scoring_mode(model: Any, longest: int = 0) -> Mode:
 
 
 def _probe(model: Any, length: int, packable: bool) -> Mode:
-    """The fastest mode that agrees with the plain loop on a few short items and one of `length` tokens."""
+    """The fastest mode that agrees with the plain loop on short items and one of `length` tokens."""
     items = probe_items(model, length)
     expected = _plain_probe(model, items)
     modes: list[Mode] = ["full"]
@@ -242,15 +250,15 @@ def _probe(model: Any, length: int, packable: bool) -> Mode:
     if found is None:
         raise unsupported(
             model,
-            "batches of it give other log-probabilities than one response at a time",
+            "its log-probabilities in a batch differ from those of one response at a time",
         )
     return found
 
 
 def probe_items(model: Any, length: int = 0) -> list[Item]:
-    """Two prompts with two responses each, of arbitrary but fixed tokens; and one item of `length` tokens.
+    """Two prompts with two responses each, with fixed arbitrary tokens, and one item of `length` tokens.
 
-    No special token is among them: some stand for images, or tell a model what is padding.
+    Without special tokens: some stand for images or padding.
     """
     count = 40 + length
     words = sorted(set(range(vocabulary(model))) - _special_ids(model))
@@ -269,7 +277,7 @@ def probe_items(model: Any, length: int = 0) -> list[Item]:
 
 
 def _special_ids(model: Any) -> set[int]:
-    """Every id that the configuration names."""
+    """Every token id in the configuration."""
     found: set[int] = set()
     for config in (model.config, text_config(model)):
         for name, value in config.to_dict().items():
@@ -279,17 +287,17 @@ def _special_ids(model: Any) -> set[int]:
 
 
 def _plain_probe(model: Any, items: Sequence[Item]) -> np.ndarray:
-    """The plain loop's values of the probe.
+    """The plain loop's values for the probe.
 
     Raises:
-        InputError: it fails, or an earlier token's value depends on later tokens.
+        InputError: the loop fails, or the model is not causal.
     """
     try:
         values = plain_sequence_logps(model, items)
         causal = all(_is_causal(model, item) for item in (items[0], items[-1]))
     except torch.OutOfMemoryError:
         raise
-    except CANNOT as error:
+    except UNSUPPORTED_ERRORS as error:
         said = str(error).strip().split("\n")[0]
         raise unsupported(
             model, f"its forward pass over plain text fails ({type(error).__name__}: {said})"
@@ -297,14 +305,14 @@ def _plain_probe(model: Any, items: Sequence[Item]) -> np.ndarray:
     if not causal:
         raise unsupported(
             model,
-            "it is not causal (what it predicts depends on the tokens that follow; encoders need "
+            "it is not causal (its predictions depend on later tokens; encoders need "
             "is_decoder in their config.json)",
         )
     return values
 
 
 def _is_causal(model: Any, item: Item) -> bool:
-    """Whether no token's value depends on what follows, as far as positions and rotary factors go."""
+    """Whether no token's value depends on later tokens."""
     ids = [*item.prompt_ids, *item.response_ids]
     ends = [end for end in (positions(model), rope_boundary(model)) if end is not None and end >= len(ids)]
     room = min(ends, default=2 * len(ids)) - len(ids)
@@ -315,14 +323,14 @@ def _is_causal(model: Any, item: Item) -> bool:
 
 
 def _agrees(model: Any, mode: Mode, items: Sequence[Item], budget: int, expected: np.ndarray) -> bool:
-    """Whether this mode gives the plain loop's values, to what the dtype can hold."""
+    """Whether this mode gives the plain loop's values within the tolerance of the dtype."""
     sums = np.zeros(len(items))
     try:
         for indices, logps in _scored_batches(model, items, mode, budget):
             sums[indices] = [values.sum() for values in logps]
     except torch.OutOfMemoryError:
         raise
-    except CANNOT:
+    except UNSUPPORTED_ERRORS:
         return False
     tolerance = _tolerance(model)
     return np.allclose(sums, expected, rtol=tolerance, atol=tolerance, equal_nan=True)

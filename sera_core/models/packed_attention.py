@@ -1,7 +1,7 @@
-"""Attention inside a packed row: several prompts and their responses, one after the other, without padding.
+"""Attention inside a packed row: several prompts and their responses, concatenated without padding.
 
-Each prompt is computed once; each response attends to its prompt and to itself. transformers calls
-`_attend_packed` in place of its own attention while `packed_attention` is entered.
+Each prompt is computed once; each response attends to its prompt and itself. Inside `packed_attention`,
+transformers calls `_attend_packed` instead of its own attention.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _UNDERSTOOD = frozenset(
         "use_cache",
     }
 )
-"""Arguments that change nothing here, or that are looked at below."""
+"""Arguments that have no effect here, or that are checked below."""
 
 
 class Layout(NamedTuple):
-    """Where the segments of a packed row lie: per group the prompt's length and the responses' lengths."""
+    """Segments of a packed row: for each group the length of its prompt and of its responses."""
 
     segments: list[tuple[int, list[int]]]
     masks: dict[tuple[int, int], torch.Tensor]
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with a response of its own."""
+        """Maximum tokens of a prompt with one of its responses."""
         return max(prompt + max(responses, default=0) for prompt, responses in self.segments)
 
 
@@ -52,7 +52,7 @@ _LAYOUT: contextvars.ContextVar[Layout] = contextvars.ContextVar("sera_packed_la
 
 @contextmanager
 def packed_attention(model: Any, layout: Layout) -> Iterator[None]:
-    """Let the model attend by the layout's segments while inside; every part is as it was afterwards."""
+    """Make the model attend by the layout's segments inside the block; restores the model afterwards."""
     from transformers import AttentionInterface, PreTrainedModel
 
     AttentionInterface.register(_NAME, _attend_packed)
@@ -63,7 +63,7 @@ def packed_attention(model: Any, layout: Layout) -> Iterator[None]:
         model.set_attn_implementation(_NAME)
         yield
     finally:
-        for config, implementation in before:  # the whole before its parts, which it overwrites
+        for config, implementation in before:  # outer configurations first: setting one overwrites its parts
             config._attn_implementation = implementation
         _LAYOUT.reset(token)
 
@@ -81,11 +81,11 @@ def _attend_packed(
 
     Args:
         query: [1, head, token, head_dim]; key and value likewise, with as many or fewer heads.
-        attention_mask: None, since transformers makes none for an attention of this name.
+        attention_mask: None, because transformers creates none for custom attention.
         scaling: factor of the scores, None for 1/√head_dim.
 
     Raises:
-        NotImplementedError: the layer asks for something that is not plain causal attention.
+        NotImplementedError: the layer needs more than plain causal attention.
     """
     layout = _LAYOUT.get()
     _refuse_more_than_causal(module, query, key, attention_mask, kwargs, layout)
@@ -120,19 +120,19 @@ def _refuse_more_than_causal(
     kwargs: dict[str, Any],
     layout: Layout,
 ) -> None:
-    """What a layer asks for and would not get here must not be left out silently."""
+    """Raise if a layer needs a feature that packed attention does not have."""
     if attention_mask is not None:
-        raise NotImplementedError("packed attention takes no mask of the model's own")
+        raise NotImplementedError("packed attention supports no custom mask")
     if key.shape[2] != query.shape[2]:
-        raise NotImplementedError("packed attention takes the row's own keys only")
+        raise NotImplementedError("packed attention supports no cached keys")
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise NotImplementedError("packed attention is causal")
     for window in (kwargs.get("sliding_window"), getattr(module, "sliding_window", None)):
         if isinstance(window, int) and 0 < window < layout.longest:
-            raise NotImplementedError(f"packed attention has no window of {window}")
+            raise NotImplementedError(f"packed attention supports no window of {window}")
     for name, value in kwargs.items():
         if name not in _UNDERSTOOD and value is not None and value is not False:
-            raise NotImplementedError(f"packed attention has no {name}")
+            raise NotImplementedError(f"packed attention supports no {name}")
 
 
 def _attention(scaling: float | None, grouped: bool) -> Callable[..., torch.Tensor]:
@@ -143,7 +143,7 @@ def _attention(scaling: float | None, grouped: bool) -> Callable[..., torch.Tens
 
 
 def _response_mask(layout: Layout, prompt: int, length: int, like: torch.Tensor) -> torch.Tensor:
-    """Additive mask [response token, prompt + response token]: all of the prompt, the response causally."""
+    """Additive mask [response token, prompt + response token]: the whole prompt, the response causally."""
     mask = layout.masks.get((prompt, length))
     if mask is None:
         blocked = torch.ones(length, prompt + length, dtype=torch.bool, device=like.device).triu(prompt + 1)

@@ -1,9 +1,9 @@
-"""Policy folders: what the store holds of a model, opened, written and hashed.
+"""Load, write and hash policy folders.
 
-config.json, generation_config.json, safetensors, tokenizer files and chat_template.jinja, with no paths in
-them. Weights are only ever read from safetensors, never from a pickle, and remote code is never run.
+A policy folder has config.json, generation_config.json, safetensors, tokenizer files and chat_template.jinja,
+without local paths. Weights are read only from safetensors, never from a pickle; remote code is never run.
 
-torch and transformers are imported in the bodies that need them.
+torch and transformers are imported only in the functions that need them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from sera_core.artifacts.canonical import files_digest, sha256_file
-from sera_core.data.stand_ins import refuse_special, stand_in
+from sera_core.data.file_checks import placeholder_problem, refuse_special
 from sera_core.errors import InputError, SeraError
 from sera_core.guards.shown import one_line
 from sera_core.models.weights import (
-    refuse_misfit,
+    refuse_mismatched_tensors,
+    refuse_mismatched_weights,
     refuse_not_finite,
-    refuse_other_tensors,
     refuse_oversized,
     wrapper_of,
 )
@@ -60,13 +60,13 @@ def load_policy(
     device: str = "cpu",
     base: Path | str | None = None,
 ) -> PreTrainedModel:
-    """Open a policy folder as a model in eval mode.
+    """Load a policy folder as a model in eval mode.
 
     Args:
         folder: a policy folder, or an adapter folder (adapter_config.json), which needs `base`.
         dtype: dtype of the weights in memory.
-        device: where to put it.
-        base: the policy folder an adapter belongs to; the adapter is merged into it in float32.
+        device: device of the model.
+        base: the adapter's base policy folder; the adapter is merged into it in float32.
 
     Raises:
         InputError: no policy folder, an adapter without its base, weights that do not fit config.json or are
@@ -80,7 +80,7 @@ def load_policy(
     weights = Path(base) if adapter and base is not None else folder
     if adapter and base is None:
         raise InputError(
-            f"policy folder {folder} holds an adapter: give the policy folder of its base as `base`."
+            f"policy folder {folder} contains an adapter: give the policy folder of its base as `base`."
         )
     if not (weights / "config.json").is_file():
         raise InputError(
@@ -91,8 +91,8 @@ def load_policy(
     refuse_other_weights(weights)
     if prefix := wrapper_of(weights):
         raise InputError(
-            f"policy folder {weights}: every tensor's name begins with {prefix!r}, which is not the model's: "
-            "save the unwrapped model, or give the folder as a run's model.source, which strips it"
+            f"policy folder {weights}: all tensor names begin with {prefix!r}, added by a wrapper: "
+            "save the unwrapped model, or use the folder as a run's model.source, which removes the prefix"
         )
     refuse_oversized(weights, read_settings(weights / "config.json"))
     with _quiet_transformers(), _refusing(weights):
@@ -102,17 +102,17 @@ def load_policy(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # refused below, with the shapes
+            ignore_mismatched_sizes=True,  # refused below, with the shapes in the message
             output_loading_info=True,
             device_map="meta" if device == "meta" else None,
         )
         model, loading = loaded
-        refuse_misfit(weights, loading)
+        refuse_mismatched_weights(weights, loading)
         if adapter:
             from peft import PeftModel, get_peft_model_state_dict
 
             model = PeftModel.from_pretrained(model, str(folder))
-            refuse_other_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model))
+            refuse_mismatched_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model))
             model = model.merge_and_unload()
     model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
     if device != "meta":
@@ -140,10 +140,10 @@ def _refusing(folder: Path) -> Iterator[None]:
 
 
 def shared_policy(folder: Path, dtype: Dtype, device: str, base: Path | None = None) -> PreTrainedModel:
-    """`load_policy` for reading only; on CPU the last three policies stay in memory.
+    """`load_policy` for read-only use; on CPU the last three policies are cached.
 
-    A round scores several files under each policy and samples from it. On an accelerator nothing is kept: the
-    next step needs the memory. A step's folder never changes, so its path names its content.
+    A round scores several files under each policy and samples from it. On an accelerator nothing is cached,
+    because the next step needs the memory. A step's folder never changes, so its path is a valid cache key.
     """
     load = _kept_policy if device == "cpu" else load_policy
     return load(folder, dtype, device, base)
@@ -158,7 +158,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a policy folder.
 
     Raises:
-        InputError: its files hold no tokenizer that transformers can open.
+        InputError: transformers cannot load a tokenizer from its files.
     """
     from transformers import AutoTokenizer
 
@@ -171,8 +171,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         tokenizer.decode([*ids, *tokenizer.all_special_ids])
     except Exception as error:  # the tokenizers library raises bare Exceptions for a file it cannot read
         raise InputError(
-            f"the tokenizer in {folder} cannot be opened: {one_line(error)}. Save the model's tokenizer into "
-            "that folder again."
+            f"cannot load the tokenizer in {folder}: {one_line(error)}. Save the model's tokenizer into that "
+            "folder again."
         ) from error
     return tokenizer
 
@@ -182,14 +182,14 @@ def save_policy(
 ) -> Path:
     """Write a trained policy as a policy folder; the same weights give the same bytes.
 
-    Weights come from the model, everything else from the start policy's folder: configs (with `use_cache` as
-    it was), tokenizer files, chat template. A PEFT model is written as an adapter, without its base's
+    Weights come from the model, everything else from the start policy's folder: configs (with its original
+    `use_cache`), tokenizer files, chat template. A PEFT model is written as an adapter, without the base's
     weights.
 
     Args:
-        model: a transformers model, or a PEFT model round one.
+        model: a transformers model or a PEFT model.
         tokenizer_source_folder: the policy folder that training started from.
-        folder: where to write.
+        folder: output folder.
         dtype: dtype of the weights on disk.
     """
     import torch
@@ -210,7 +210,7 @@ def save_policy(
 
 
 def _cast(state: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """The state in another dtype; tied weights stay one tensor, so that they are written once."""
+    """The state dict in another dtype; tied weights stay one tensor and are written once."""
     cast: dict[Any, Any] = {}
     for tensor in state.values():
         key, target = (tensor.data_ptr(), tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype
@@ -220,14 +220,14 @@ def _cast(state: dict[str, Any], dtype: Any) -> dict[str, Any]:
 
 
 def _save_adapter(model: Any, folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors, without the base's path and without a model card."""
+    """Write adapter_config.json and adapter_model.safetensors, without the base's path and a model card."""
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     config = read_settings(folder / "adapter_config.json")
     config["base_model_name_or_path"] = None
     for key, value in config.items():
         if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-            config[key] = sorted(value)  # PEFT keeps target_modules as a set, whose order changes by process
+            config[key] = sorted(value)  # PEFT keeps target_modules as a set, whose order varies by process
     write_settings(folder / "adapter_config.json", config)
 
 
@@ -238,7 +238,7 @@ def _copy_present(origin: Path, folder: Path, names: Iterable[str]) -> None:
 
 
 def _quiet_transformers() -> Any:
-    """Keep transformers' progress bars and load reports off the terminal meanwhile."""
+    """Hide transformers' progress bars and load reports inside the block."""
     from transformers.utils import logging
 
     @contextmanager
@@ -257,22 +257,22 @@ def _quiet_transformers() -> Any:
 
 
 def weights_digest(folder: Path | str) -> str:
-    """Digest of a policy folder's weights alone (safetensors and their index), as a step digest is made.
+    """Digest of a policy folder's weights (safetensors and their index), computed like a step digest.
 
     Raises:
-        InputError: the folder holds no safetensors.
+        InputError: the folder has no safetensors.
     """
     folder = Path(folder)
     names = [name for name in policy_files(folder) if ".safetensors" in name]
     if not names:
         raise InputError(
-            f"policy folder {folder} holds no *.safetensors file: it is incomplete or not a policy folder."
+            f"policy folder {folder} has no *.safetensors file: it is incomplete or not a policy folder."
         )
     return files_digest({name: sha256_file(folder / name) for name in names})
 
 
 def policy_files(folder: Path | str) -> list[str]:
-    """Names of the files in a folder that make up a policy, sorted; everything else is left behind.
+    """Sorted names of the policy files in a folder; other files are ignored.
 
     Raises:
         InputError: one is a pipe or a device.
@@ -289,7 +289,7 @@ def matters(name: str) -> bool:
 
 
 def _refuse_code(folder: Path) -> None:
-    """Refuse a folder that runs code when it is opened, in whatever way it came to us."""
+    """Refuse a folder that would run code when it is loaded."""
     for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
         if "auto_map" in read_settings(folder / name):
             raise InputError(
@@ -299,18 +299,18 @@ def _refuse_code(folder: Path) -> None:
     adapter = (folder / "adapter_config.json").is_file()
     if adapter and not (folder / "adapter_model.safetensors").is_file():
         raise InputError(
-            f"policy folder {folder} holds an adapter without adapter_model.safetensors: weights are read "
-            "from safetensors alone, for a pickle can run code when it is opened; save the adapter again."
+            f"policy folder {folder} contains an adapter without adapter_model.safetensors: weights are read "
+            "only from safetensors, because a pickle can run code when it is opened; save the adapter again."
         )
 
 
 def refuse_other_weights(folder: Path) -> None:
-    """Refuse a folder whose index or configuration names weights that are not its own safetensors.
+    """Refuse a folder whose index or configuration refers to weights other than its own safetensors.
 
-    transformers opens whatever file they name: one of another folder, or a pickle.
+    transformers opens any file they refer to, even in another folder or a pickle.
 
     Raises:
-        InputError: a name is no plain `….safetensors`, or there is no such file; the message names it.
+        InputError: a name is not a plain `….safetensors`, or the file is missing; the message names it.
     """
     named = read_settings(folder / "config.json").get("transformers_weights")
     if named is not None:
@@ -319,7 +319,7 @@ def refuse_other_weights(folder: Path) -> None:
     for index in sorted(folder.glob("*.safetensors.index.json")):
         shards = read_settings(index).get("weight_map")
         if not isinstance(shards, dict):
-            raise InputError(f"{index}: holds no weight_map: save the model again.")
+            raise InputError(f"{index}: has no weight_map: save the model again.")
         for shard in sorted({str(shard) for shard in shards.values()}):
             _check_weights_name(index, shard)
             if not whole and not (folder / shard).is_file():
@@ -329,17 +329,17 @@ def refuse_other_weights(folder: Path) -> None:
 def _check_weights_name(named_by: Path, name: str) -> None:
     if not _WEIGHTS_NAME.fullmatch(name):
         raise InputError(
-            f"{named_by}: names {name!r} as weights, which is no *.safetensors file of its own folder: "
-            "weights are read from safetensors alone, for a pickle can run code when it is opened. Save the "
-            "model again with save_pretrained."
+            f"{named_by}: names {name!r} as weights, which is not a *.safetensors file in the same folder: "
+            "weights are read only from safetensors, because a pickle can run code when it is opened. Save "
+            "the model again with save_pretrained."
         )
 
 
 def check_settings(folder: Path) -> None:
-    """Read every JSON file of a policy, so that one that is damaged is named.
+    """Check every JSON file of a policy.
 
     Raises:
-        InputError: one is not JSON, or no object.
+        InputError: one is not a valid JSON object.
     """
     for name in policy_files(folder):
         if name.endswith(".json"):
@@ -347,16 +347,16 @@ def check_settings(folder: Path) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The object of a JSON file; empty where there is none.
+    """The object in a JSON file; empty if the file does not exist.
 
     Raises:
-        InputError: it is not JSON, or no object.
+        InputError: it is not a valid JSON object.
     """
     if not refuse_special(path).is_file():
         return {}
     try:
         text = path.read_text(encoding="utf-8")
-        if what := stand_in(text.encode()):
+        if what := placeholder_problem(text.encode()):
             raise InputError(f"{path}: {what}")
         value = json.loads(text)
     except InputError:
@@ -364,10 +364,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}): save the model again.") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: not an object with settings: save the model again.")
+        raise InputError(f"{path}: not a JSON object: save the model again.")
     return value
 
 
 def write_settings(path: Path, value: dict[str, Any]) -> None:
-    """JSON with sorted keys: equal settings give equal bytes."""
+    """Write JSON with sorted keys: equal settings give equal bytes."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

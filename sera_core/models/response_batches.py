@@ -1,7 +1,7 @@
-"""Batches of responses to score, and a forward pass over each: packed, padded, or by the model's own logits.
+"""Batch responses for scoring, and run a forward pass: packed, padded, or through the model's own logits.
 
-Memory depends on the tokens of a batch, not on the number of items. Hidden states are projected to the
-vocabulary only where a response token is predicted, a few hundred rows at a time.
+Memory depends on the tokens per batch, not on the number of items. Hidden states are projected to the
+vocabulary only at response tokens, a few hundred rows at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32 logits: 341 rows of a vocabulary of
 
 
 class Item(NamedTuple):
-    """One response to score; a plain (prompt_ids, response_ids) tuple does as well."""
+    """One response to score; a plain (prompt_ids, response_ids) tuple works too."""
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
@@ -39,15 +39,15 @@ class Group(NamedTuple):
 
 
 def response_batches(model: Any, items: Sequence[Any], mode: Mode, budget: int) -> Iterator[list[Group]]:
-    """Every item in a batch of at most `budget` tokens, in an order that does not depend on the items' order.
+    """Yield batches of at most `budget` tokens, in an order that does not depend on the items' order.
 
-    Where rotary positions depend on the length of the batch, items below and above the boundary never meet.
+    If rotary embeddings depend on the length, items below and above the boundary are in separate batches.
 
     Args:
-        model: the model to score with.
+        model: the scoring model.
         items: (prompt_ids, response_ids).
-        mode: how the batches will be computed.
-        budget: most tokens of a batch; a longer single item goes through alone.
+        mode: scoring mode.
+        budget: maximum tokens per batch; a longer item is a batch by itself.
     """
     boundary = rope_boundary(model)
     sides: dict[bool, list[int]] = defaultdict(list)
@@ -67,7 +67,7 @@ def batch_logps(model: Any, batch: list[Group], mode: Mode) -> torch.Tensor:
 
 
 def _sorted_groups(items: Sequence[Any], indices: Sequence[int]) -> list[Group]:
-    """These items grouped by prompt, longest group first, in an order that does not depend on theirs."""
+    """Items grouped by prompt, longest group first, in an order that does not depend on the items' order."""
     members: dict[tuple[int, ...], list[tuple[tuple[int, ...], int]]] = defaultdict(list)
     for index in indices:
         prompt, response = items[index]
@@ -80,7 +80,7 @@ def _sorted_groups(items: Sequence[Any], indices: Sequence[int]) -> list[Group]:
 
 
 def _packed_batches(groups: list[Group], budget: int) -> Iterator[list[Group]]:
-    """Fill batches of at most `budget` tokens; a group above it is cut between responses."""
+    """Fill batches of at most `budget` tokens; larger groups are split between responses."""
     batch: list[Group] = []
     for group in (part for whole in groups for part in _cut(whole, budget)):
         if batch and sum(member.tokens for member in batch) + group.tokens > budget:
@@ -102,7 +102,7 @@ def _cut(group: Group, budget: int) -> Iterator[Group]:
 
 
 def _padded_batches(groups: list[Group], budget: int) -> Iterator[list[Group]]:
-    """One response a group, rows of like length together, rows · longest row at most `budget`."""
+    """One response per group, rows of similar length together, rows · longest row at most `budget`."""
     rows = [
         Group(group.prompt, (response,), (index,))
         for group in groups
@@ -166,7 +166,7 @@ def _padded_row_ids(
 
 
 def _padded_logps(model: Any, batch: list[Group]) -> torch.Tensor:
-    """As `_packed_logps`, one padded row a response."""
+    """As `_packed_logps`, with one padded row per response."""
     ids, mask, sources, labels = _padded_row_ids(model, batch)
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return _label_logps(model, hidden.flatten(0, 1)[sources], labels)

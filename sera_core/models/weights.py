@@ -1,7 +1,7 @@
-"""Whether a folder's safetensors are the weights its configuration asks for; names wrapped by other tools.
+"""Check that a folder's safetensors match its configuration; remove wrapper prefixes from tensor names.
 
-A tensor that is missing would be filled at random and one too many left out, both without an error: every
-value computed from such a model is wrong.
+transformers initialises missing tensors randomly and ignores extra ones, both without an error, so values
+computed with such a model would be wrong.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sera_core.data.stand_ins import refuse_special, stand_in
+from sera_core.data.file_checks import placeholder_problem, refuse_special
 from sera_core.errors import InputError
 from sera_core.guards.shown import one_line
 
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
-"""What torch.compile, DataParallel and peft put before a tensor's name."""
+"""Prefixes that torch.compile, DataParallel and peft add to tensor names."""
 _SHOWN = 5
 _LAYERS = re.compile(r"(num|n)(_hidden)?_layers?")
 _SIZE = re.compile(r"(size|dim|embd|inner|heads?|experts?|channels|rank)$")
@@ -31,16 +31,16 @@ def tensor_names(file: Path) -> list[str]:
     """Names of the tensors in a safetensors file, from its header.
 
     Raises:
-        InputError: the file is a Git-LFS pointer, a web page, or no safetensors file.
+        InputError: the file is a Git LFS pointer, a web page, or not a safetensors file.
     """
     return [name for name in _header(file) if name != "__metadata__"]
 
 
 def wrapper_of(folder: Path) -> str:
-    """What stands before every tensor's name in a folder's safetensors and is none of the model's; else "".
+    """The wrapper prefix shared by all tensor names in a folder's safetensors; "" if there is none.
 
     Raises:
-        InputError: a file is no safetensors file.
+        InputError: a file is not a safetensors file.
     """
     names = [name for file in sorted(folder.glob("*.safetensors")) for name in tensor_names(file)]
     found = ""
@@ -51,7 +51,7 @@ def wrapper_of(folder: Path) -> str:
 
 
 def strip_wrapper(folder: Path) -> str:
-    """Rewrite a folder's safetensors and their index with the model's own names; what was stripped, or ""."""
+    """Remove the wrapper prefix from tensor names in a folder's safetensors and index; returns it, or ""."""
     prefix = wrapper_of(folder)
     if not prefix:
         return ""
@@ -68,30 +68,30 @@ def strip_wrapper(folder: Path) -> str:
     return prefix
 
 
-def refuse_misfit(folder: Path, loading: dict[str, Any]) -> None:
-    """Refuse weights that are not those the configuration asks for.
+def refuse_mismatched_weights(folder: Path, loading: dict[str, Any]) -> None:
+    """Refuse weights that do not match the configuration.
 
     Args:
         folder: the policy folder, for the message.
-        loading: what transformers says of the loading: `missing_keys`, `unexpected_keys`, `mismatched_keys`.
+        loading: transformers' loading info: `missing_keys`, `unexpected_keys`, `mismatched_keys`.
 
     Raises:
-        InputError: a tensor is missing, one too many, or of another shape; the message names them.
+        InputError: a tensor is missing, unexpected or has the wrong shape; the message names them.
     """
-    told = []
-    shapes = [f"{name} ({_shape(held)} where {_shape(asked)} is asked for)" for name, held, asked in
+    problems = []
+    shapes = [f"{name} ({_shape(held)}, expected {_shape(asked)})" for name, held, asked in
               sorted(loading.get("mismatched_keys") or [])]  # fmt: skip
     for what, names in (
         ("missing", loading.get("missing_keys") or ()),
-        ("not the model's", loading.get("unexpected_keys") or ()),
-        ("of another shape", shapes),
+        ("unexpected", loading.get("unexpected_keys") or ()),
+        ("with the wrong shape", shapes),
     ):
         if names:
-            told.append(f"{len(names)} {what}: {_some(names)}")
-    if told:
+            problems.append(f"{len(names)} {what}: {_some(names)}")
+    if problems:
         raise InputError(
-            f"policy folder {folder}: its weights do not fit its config.json ({'; '.join(told)}): give the "
-            "config.json and the weights of one model, as save_pretrained wrote them"
+            f"policy folder {folder}: its weights do not match its config.json ({'; '.join(problems)}): use "
+            "config.json and weights of the same model, as written by save_pretrained"
         )
 
 
@@ -141,22 +141,22 @@ def _is_finite(tensor: Any) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
-def refuse_other_tensors(file: Path, expected: Collection[str]) -> None:
-    """Refuse an adapter file whose tensors are not those its configuration asks for.
+def refuse_mismatched_tensors(file: Path, expected: Collection[str]) -> None:
+    """Refuse an adapter file whose tensors do not match its configuration.
 
     Raises:
-        InputError: names differ; the message says which.
+        InputError: names differ; the message lists them.
     """
     held = set(tensor_names(file))
     loading = {"missing_keys": set(expected) - held, "unexpected_keys": held - set(expected)}
-    refuse_misfit(file.parent, loading)
+    refuse_mismatched_weights(file.parent, loading)
 
 
 def _header(file: Path) -> dict[str, Any]:
     with refuse_special(file).open("rb") as stream:
         start = stream.read(8)
         rest = stream.read(56)
-        if what := stand_in(start + rest):
+        if what := placeholder_problem(start + rest):
             raise InputError(f"{file}: {what}")
         try:
             (length,) = struct.unpack("<Q", start)
@@ -164,7 +164,7 @@ def _header(file: Path) -> dict[str, Any]:
                 raise ValueError("its header is longer than the file")
             stream.seek(8)
             header = json.loads(stream.read(length))
-            with safe_open(file, framework="numpy"):  # dtypes, places, and whether the file is whole
+            with safe_open(file, framework="numpy"):  # checks dtypes, offsets and file size
                 return header
         except (struct.error, ValueError, RecursionError, SafetensorError) as error:
             raise InputError(f"{file}: not a safetensors file ({one_line(error)}): copy it again") from error

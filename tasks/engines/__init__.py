@@ -1,1 +1,1 @@
-"""The heavy work: TRL's trainer, the sampling engines, the child process. Only here: trl and vllm."""
+"""TRL's trainer, the sampling engines and the child process. Only this package imports trl and vllm."""

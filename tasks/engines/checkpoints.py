@@ -1,11 +1,11 @@
-"""Training checkpoints without a pickle: safetensors for tensors, JSON for numbers.
+"""Training checkpoints without pickles: safetensors for tensors, JSON for numbers.
 
-    weights.safetensors     the trainable parameters (of an adapter only its own)
-    optimizer.safetensors   the optimizer's state, `<parameter>.<name>`: moments and step
+    weights.safetensors     the trainable parameters (of an adapter only the adapter's)
+    optimizer.safetensors   the optimizer state, `<parameter>.<name>`: moments and step
     rng.safetensors         states of the random generators
     state.json              step, learning rate, tokens and the log so far
 
-The order of the data is fixed by the mixture and the seed, so the sampler's position is the step.
+Mixture and seed determine the order of the data, so the step is the position in the data.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sera_core.errors import SeraError
 
 NAMED = 3
-"""Tensors that a refusal names."""
+"""Maximum number of tensors in an error message."""
 FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
@@ -43,13 +43,13 @@ def save_checkpoint(
 def load_checkpoint(
     paths: Mapping[str, Path], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Put weights and optimizer state back; returns `state`. For the random generators see `restore_rng`."""
+    """Restore weights and optimizer state; returns `state`. For the random generators see `restore_rng`."""
     weights, moments = load_file(paths["weights.safetensors"]), load_file(paths["optimizer.safetensors"])
     parameters = trainable(model)
     if set(weights) != set(parameters):
         odd = sorted(set(weights) ^ set(parameters))
         raise ValueError(
-            f"checkpoint {paths['weights.safetensors']}: parameters differ from the model's: {odd[:3]} …"
+            f"checkpoint {paths['weights.safetensors']}: its parameters differ from the model's: {odd[:3]} …"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -59,40 +59,40 @@ def load_checkpoint(
         parameter = parameters[name]
         optimizer.state[parameter][entry] = value.to(
             parameter.device
-        )  # a fused optimizer's step count as well
+        )  # including a fused optimizer's step count
     return json.loads(paths["state.json"].read_text())
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name; tied ones once."""
+    """The trainable parameters by name; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def refuse_not_finite(model: nn.Module, step: int) -> None:
-    """Refuse weights that an update left infinite or NaN: a later round could only start from rubbish.
+    """Refuse weights that are infinite or NaN after an update.
 
-    The check of the loss comes before each update, so the last update has none after it.
+    The loss is checked before each update, so an error in the last update would otherwise go unnoticed.
 
     Args:
         model: the model in training.
-        step: of the last update, from 0.
+        step: number of the last update, from 0.
 
     Raises:
-        SeraError: some of the trained weights are not finite.
+        SeraError: some trained weights are not finite.
     """
     parameters = trainable(model)
     odd = [name for name, parameter in parameters.items() if not torch.isfinite(parameter).all()]
     if odd:
         more = ", …" if len(odd) > NAMED else ""
         raise SeraError(
-            f"the update of step {step} left weights that are not finite in {len(odd)} of {len(parameters)} "
-            f"tensors ({', '.join(odd[:NAMED])}{more}); they are not written, and the policy before them "
-            "stays: lower train.learning_rate and run again"
+            f"after the update of step {step}, weights are not finite in {len(odd)} of {len(parameters)} "
+            f"tensors ({', '.join(odd[:NAMED])}{more}); they are not written, and the previous policy "
+            "is kept: lower train.learning_rate and run again"
         )
 
 
 def rng_states() -> dict[str, Tensor]:
-    """States of torch's generators: the CPU's and, where there is one, the accelerator's."""
+    """States of torch's random generators: CPU and, if there is one, accelerator."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

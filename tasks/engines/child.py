@@ -1,12 +1,12 @@
-"""Work in a process group of its own: no memory stays held, a cancel ends it all, heartbeats go on.
+"""Run a step in a child process group: it frees all memory, can be cancelled, and never blocks heartbeats.
 
     python -P -m tasks.engines.child FD PARENT_PID
 
-The request is JSON on stdin. Progress, the end and errors go to the pipe FD as JSON lines; the output of the
-work and its libraries is ordinary output, which the parent hands on line by line. The result is in the store.
+The request is JSON on stdin. Progress, completion and errors go to the pipe FD as JSON lines; stdout and
+stderr are passed to the parent's log line by line. The result is in the store.
 
-Nothing of the group is left behind: the parent ends it when the step ends or is interrupted; when the parent
-is killed the kernel kills the child, and when the child is killed its guard kills what it had started.
+No process of the group survives: the parent kills the group when the step ends or is interrupted; if the
+parent is killed, the kernel kills the child; if the child is killed, its guard process kills the rest.
 """
 
 import contextlib
@@ -30,26 +30,26 @@ from sera_core.artifacts.step import Progress, run_step
 from sera_core.artifacts.store import open_store
 from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
-from sera_core.guards.orphans import end_with, guarded_group
+from sera_core.guards.orphans import exit_with_parent, guarded_group
 from sera_core.guards.shown import shown
 from sera_core.models.devices import device_of
-from tasks.engines.library_logs import TALKATIVE, hear_libraries
+from tasks.engines.library_logs import VERBOSE_LIBRARIES, forward_library_logs
 
 Log = Callable[[str], None]
-"""log(line): told every line that the work and its libraries print."""
+"""log(line): called with every line that the step and its libraries print."""
 
 TERM_SECONDS = 5
-"""Between asking the group to end and killing it."""
+"""Time between SIGTERM and SIGKILL."""
 LEAVE_SECONDS = 30
-"""For a child that has told its result to leave by itself (trackers may have something left to send)."""
+"""Time for a finished child to exit (experiment trackers may still send data)."""
 WAKE_SECONDS = 0.5
 
 _Group = tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]
-"""The child, the pipe it talks into, its output."""
+"""The child, its message pipe, its output."""
 
 
 def to_stderr(line: str) -> None:
-    """The log when there is no other."""
+    """The default log."""
     sys.stderr.write(shown(line) + "\n")
 
 
@@ -59,18 +59,18 @@ def to_stderr(line: str) -> None:
 def run_in_child(
     work: str, store_url: str, spec: StepSpec, execution: ExecutionConfig, progress: Progress, log: Log
 ) -> StepRecord:
-    """Do a step that has no record yet in a child process group; the record, read from the store.
+    """Run a step in a child process group; returns its record from the store.
 
     Args:
-        work: `module:function` that does the step's work.
+        work: step function as `module:function`.
         store_url: folder or URL of the store.
-        spec: the step.
-        execution: how it is done.
-        progress: told what the work tells its own.
-        log: told every line of output; libraries have more to say to a log of one's own than to a terminal.
+        spec: the step, which has no record yet.
+        execution: execution settings.
+        progress: called with the step's progress.
+        log: called with every line of output; libraries log in more detail unless it is `to_stderr`.
 
     Raises:
-        SeraError: what the work raised, by the same class; or the process died, and how.
+        SeraError: the step function raised it (same class), or the process died; the message says how.
     """
     request = {
         "work": work,
@@ -91,26 +91,26 @@ def run_in_child(
     record = find_record(open_store(store_url), spec.step, spec.key)
     if record is None:
         raise SeraError(
-            f"step {spec.step}: its process {_how_it_ended(process.returncode)}; the same command goes on "
-            "from the last finished part"
+            f"step {spec.step}: its process {_describe_exit(process.returncode)}; run the same command again "
+            "to continue from the last finished part"
         )
     return record
 
 
 def _threads(execution: ExecutionConfig) -> int | None:
-    """Threads that torch uses in this process, where they may decide the last bits of a result."""
+    """torch's number of threads in this process, which can change the last bits of results on CPU."""
     torch = sys.modules.get("torch")
     return torch.get_num_threads() if torch and device_of(execution.device) == "cpu" else None
 
 
 @contextlib.contextmanager
 def _group(request: dict[str, Any]) -> Iterator[_Group]:
-    """A child in a process group of its own, with its pipes; it ends with the block."""
+    """Start a child in its own process group; kill the group at the end of the block."""
     read, write = os.pipe()
     with os.fdopen(read, "rb", buffering=0) as channel, tempfile.TemporaryFile("w+") as stdin:
         json.dump(request, stdin)
         stdin.seek(0)
-        # -P: a folder `tasks` where the command was given is not ours
+        # -P: do not import a folder `tasks` in the working directory
         command = [sys.executable, "-P", "-u", "-X", "faulthandler", "-m", "tasks.engines.child"]
         try:
             process = subprocess.Popen(
@@ -138,19 +138,19 @@ def _group(request: dict[str, Any]) -> Iterator[_Group]:
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """To the whole group, which outlives its leader as long as it has members."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or (macOS) as good as gone
+    """Signal the whole group, which exists as long as it has members."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # no member left, or (macOS) only zombies
         os.killpg(process.pid, number)
 
 
 @dataclass
 class _Heard:
-    """What the child has told."""
+    """Messages received from the child."""
 
     progress: Progress
     error: SeraError | None = None
     ended: float | None = None
-    """When it told how the work ended."""
+    """Time of the child's final message."""
 
     def __call__(self, line: str) -> None:
         message = json.loads(line)
@@ -164,17 +164,17 @@ class _Heard:
 
     @property
     def overdue(self) -> bool:
-        """Whether the child should have left by now."""
+        """Whether the child should have exited by now."""
         return self.ended is not None and time.monotonic() > self.ended + LEAVE_SECONDS
 
 
 def _last_state(line: str) -> str:
-    """A line as a terminal would leave it: of a progress bar, the last state."""
+    """A line as a terminal would show it: the last state of a progress bar."""
     return line.rstrip("\r").rpartition("\r")[2]
 
 
 class _Lines:
-    """Bytes to lines; the last one may lack its end."""
+    """Splits bytes into lines; the last one may be incomplete."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.tell, self.rest = tell, b""
@@ -186,7 +186,7 @@ class _Lines:
 
 
 def _listen(process: subprocess.Popen[bytes], pipes: dict[IO[bytes], _Lines], heard: _Heard) -> None:
-    """Hand on what the child tells and prints until it is gone. Wakes up often: a signal may be waiting."""
+    """Pass on the child's messages and output until it exits. Wakes up often to handle signals."""
     with selectors.DefaultSelector() as selector:
         for pipe, lines in pipes.items():
             selector.register(pipe, selectors.EVENT_READ, lines)
@@ -198,14 +198,14 @@ def _listen(process: subprocess.Popen[bytes], pipes: dict[IO[bytes], _Lines], he
                 else:
                     selector.unregister(key.fileobj)
             if process.poll() is not None:
-                _signal(process, signal.SIGKILL)  # what it left behind holds the pipes open
+                _signal(process, signal.SIGKILL)  # remaining members keep the pipes open
                 if not ready:
                     return
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(0 if heard.overdue else LEAVE_SECONDS)
 
 
-def _how_it_ended(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     what = "killed, perhaps out of memory" if code == -signal.SIGKILL else signal.strsignal(-code)
@@ -216,18 +216,18 @@ def _how_it_ended(code: int) -> str:
 
 
 def main() -> None:
-    """Do the step that the request on stdin names."""
+    """Run the step of the request on stdin."""
     channel, parent = int(sys.argv[1]), int(sys.argv[2])
     os.set_inheritable(channel, False)
     request = json.load(sys.stdin)
     with guarded_group():
-        end_with(parent)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up, then leave
+        exit_with_parent(parent)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up, then exit
         _serve(request, channel)
 
 
 def _serve(request: dict[str, Any], channel: int) -> None:
-    """The work, and word of how it went: an exception cannot cross to the parent by itself."""
+    """Run the step, and report completion or the error to the parent."""
 
     def tell(**message: Any) -> None:
         os.write(channel, json.dumps(message).encode() + b"\n")
@@ -238,7 +238,11 @@ def _serve(request: dict[str, Any], channel: int) -> None:
         module, name = request["work"].split(":")
         output = logging.StreamHandler()
         output.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-        with hear_libraries(output, TALKATIVE) if request["talkative"] else contextlib.nullcontext():
+        with (
+            forward_library_logs(output, VERBOSE_LIBRARIES)
+            if request["talkative"]
+            else contextlib.nullcontext()
+        ):
             run_step(
                 open_store(request["store"], remember=True),
                 spec,
@@ -251,7 +255,7 @@ def _serve(request: dict[str, Any], channel: int) -> None:
         tell(error=[type(error).__module__, type(error).__qualname__, str(error)])
     except Exception as error:
         traceback.print_exc()
-        message = f"step {spec.step}: {type(error).__name__}: {error} (its log shows where)"
+        message = f"step {spec.step}: {type(error).__name__}: {error} (see its log for the traceback)"
         tell(error=[SeraError.__module__, SeraError.__qualname__, message])
 
 

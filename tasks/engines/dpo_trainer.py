@@ -1,14 +1,14 @@
-"""TRL's DPOTrainer on our token ids and our reference log-probabilities; the losses and the loop stay TRL's.
+"""TRL's DPOTrainer on precomputed token ids and reference log-probabilities; losses and loop are TRL's.
 
-What differs from the stock trainer, and why:
+Differences from the stock trainer:
 
 - no data preparation, no truncation, no reference model: token ids and log π_ref(y|x) come from the store;
-- a batch of the data loader is a whole global batch, walked in micro-batches of similar length, so that the
-  loss is the mean over the batch's pairs whatever `micro_batch` is and however short the last batch;
+- a data loader batch is a whole global batch, processed in micro-batches of similar length, so that the loss
+  is the mean over the batch's pairs for any `micro_batch`, also in a shorter last batch;
 - a prompt is computed once for both responses of its pair, and hidden states are projected only where a
   response token is predicted (`pair_forward`);
 - SimPO and conservative DPO, which TRL 1.16 does not have, and metrics averaged over pairs;
-- nothing is sent to anyone: TRL's start ping is off.
+- TRL's telemetry is off.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from tasks.engines.pair_forward import PairCollator, add_pair_forward
 class StepHooks(TrainerCallback):
     """Calls `begin()` before the first step, `check(step)` before each update, `done(step, logs)` after each.
 
-    Steps count from 0; training that goes on from a checkpoint starts at `first`, for trackers too.
+    Steps count from 0; training resumed from a checkpoint starts at `first`, also for trackers.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ReviewedDPOTrainer(DPOTrainer):
     """DPOTrainer on a mixture's rows (ids, reference log-probabilities, `row`), in the data set's order.
 
     Attributes:
-        batch_pairs: of the global batch computed last, one value a pair: `row`; `chosen`, `rejected`
+        batch_pairs: values of the last global batch, one per pair: `row`; `chosen`, `rejected`
             (log π_θ in nats, float64); `chosen_score`, `rejected_score` (times β: the rewards); `loss`.
     """
 
@@ -90,7 +90,7 @@ class ReviewedDPOTrainer(DPOTrainer):
             optimizers=optimizers,
         )
         assert self.ref_model is None, "a second model was loaded"
-        assert self.accelerator.num_processes == 1, "one process trains; more would need a sharded checkpoint"
+        assert self.accelerator.num_processes == 1, "several processes would need sharded checkpoints"
         assert len(self.train_dataset) == len(rows), "TRL dropped rows"
         if is_adapter := hasattr(model, "peft_config"):
             model.delete_adapter("ref")  # TRL's frozen copy of the adapter, never read here
@@ -104,7 +104,7 @@ class ReviewedDPOTrainer(DPOTrainer):
         return dataset
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent unasked."""
+        """Send no telemetry."""
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: batches are lists here."""
@@ -113,7 +113,7 @@ class ReviewedDPOTrainer(DPOTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Tensor]], num_items_in_batch: Any = None
     ) -> Tensor:
-        """One global batch: gradients of the mean over its pairs, accumulated over the micro-batches."""
+        """One global batch: gradients of the mean loss over its pairs, accumulated over micro-batches."""
         pairs, self._parts = sum(len(micro["row"]) for micro in inputs), []
         loss = torch.zeros((), device=self.args.device)
         for micro in inputs:
@@ -127,7 +127,7 @@ class ReviewedDPOTrainer(DPOTrainer):
     def _compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool
     ) -> Tensor:
-        """TRL's losses and ours of one micro-batch, weighted by its share of the global batch."""
+        """TRL's and our losses of one micro-batch, weighted by its share of the global batch."""
         computed: list[Tensor] = []
         hook = model.register_forward_hook(lambda *call: computed.append(call[-1].log_probs.sum(1)))
         row = inputs.pop("row")
@@ -156,12 +156,12 @@ class ReviewedDPOTrainer(DPOTrainer):
         return (loss * self._share).float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with metrics of our own: TRL's names, averaged over the batch's pairs."""
+        """Log our metrics: TRL's names, averaged over the batch's pairs."""
         self._metrics["train"].clear()
         super().log({**logs, **self.pair_metrics()} if "loss" in logs else logs, start_time)
 
     def pairs(self) -> list[dict[str, Any]]:
-        """`batch_pairs` as one dictionary a pair."""
+        """`batch_pairs` as one dictionary per pair."""
         columns = {name: values.tolist() for name, values in self.batch_pairs.items()}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
@@ -196,7 +196,7 @@ def _is_ours(name: str, train: TrainConfig) -> bool:
 
 
 def _own_losses(train: TrainConfig) -> list[tuple[float, Callable[..., Tensor]]]:
-    """(weight, loss of chosen, rejected, their references, their tokens) of the losses that are ours."""
+    """(weight, loss of chosen, rejected, their references, their tokens) of the losses implemented here."""
 
     def simpo(w: Tensor, l: Tensor, _: Tensor, __: Tensor, w_tokens: Tensor, l_tokens: Tensor) -> Tensor:  # noqa: E741
         return simpo_loss(w, l, w_tokens, l_tokens, train.beta, train.target_margin)

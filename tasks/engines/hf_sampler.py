@@ -1,12 +1,12 @@
-"""Sampling with a transformers model: a decode loop that keeps its batch full.
+"""Sampling with a transformers model and continuous batching.
 
-`model.generate` holds a batch until its slowest row has ended, copies the key/value cache at every step, and
+`model.generate` runs a batch until its slowest row ends, copies the key/value cache at every step, and
 computes a prompt again for each of its responses. Here a prompt is computed once, its keys and values are
-copied into a *slot* for each response, and a slot whose response has ended is given to the next one, so that
-the weights are always read for a full batch. Slots are left-aligned, each with its own mask and positions.
+copied into a *slot* for each response, and the slot of a finished response is given to the next one, so that
+the batch stays full. Slots are left-aligned, each with its own mask and positions.
 
-A response draws one uniform number a token from its own counter-based generator and inverts the distribution
-function at it, so it does not depend on its neighbours.
+A response draws one uniform number per token from its own counter-based generator and applies the inverse
+distribution function, so it does not depend on the other responses in the batch.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from sera_core.models.policies import shared_policy
 from tasks.engines.sampler import Finished, Request, Sampled, Settings, check_requests, no_progress
 
 _GROWTH = 64
-"""Columns the slots grow by: few enough to waste little, many enough that copying costs nothing."""
+"""Columns by which the slots grow: a compromise between wasted memory and copying."""
 _NUCLEUS = 1024
-"""Tokens looked at first for a nucleus; a batch that needs more is sorted in full."""
+"""Number of top tokens considered first for the nucleus; if a row needs more, all are sorted."""
 _BLOCK = 256
-"""Tokens summed together on the first level of the inversion."""
+"""Tokens per block on the first level of the inversion."""
 
 
 class HFSampler:
@@ -53,10 +53,10 @@ class HFSampler:
 
         Args:
             policy: policy or adapter folder.
-            base: the folder an adapter belongs to.
-            dtype: arithmetic.
-            device: where the model lives.
-            batch: most responses under way at once.
+            base: the adapter's base policy folder.
+            dtype: dtype of the computation.
+            device: device of the model.
+            batch: maximum responses in a batch.
         """
         self.model: PreTrainedModel | None = shared_policy(policy, dtype, device, base)
         self.batch = batch
@@ -65,7 +65,7 @@ class HFSampler:
     def sample(
         self, requests: Sequence[Request], settings: Settings, finished: Finished = no_progress
     ) -> list[Sampled]:
-        """See `Sampler.sample`. Longest prompts first, so that the slots seldom grow."""
+        """See `Sampler.sample`. Longest prompts first, so that the slots rarely grow."""
         if self.model is None:
             raise RuntimeError("the sampler was closed")
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -82,10 +82,10 @@ class HFSampler:
 
 
 def _windows(model: PreTrainedModel) -> dict[str, int | None]:
-    """How far back each kind of layer sees, None without a limit.
+    """Attention window of each layer type, None without a limit.
 
     Raises:
-        InputError: the model keeps a state other than keys and values, or reads positions off a padding mask.
+        InputError: the model has state other than keys and values, or needs positions from a padding mask.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -95,7 +95,7 @@ def _windows(model: PreTrainedModel) -> dict[str, int | None]:
     stateful = kinds - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False)
     if stateful or config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
         raise InputError(
-            f"the transformers sampler cannot run a {config.model_type} model slot by slot (layers: "
+            f"the transformers sampler does not support {config.model_type} models (layers: "
             f'{", ".join(sorted(kinds))}); set sampling.engine = "vllm"'
         )
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
@@ -105,13 +105,13 @@ def _windows(model: PreTrainedModel) -> dict[str, int | None]:
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) of a seed, from Philox's raw stream, which numpy keeps the same for ever."""
+    """`count` numbers in [0, 1) from a seed, by Philox's raw stream, which no numpy version changes."""
     raw = np.random.Philox(key=seed).random_raw(count)
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """One token a row by inversion, and its log-probability under the model itself.
+    """One token per row by inversion, and its log-probability under the model itself.
 
         token = min {i : Σ_{j ≤ i} p_j > u},   p = softmax(logits / temperature), cut to the nucleus
 
@@ -119,7 +119,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> t
         logits: [row, vocabulary], float32.
         uniform: [row], float64 in [0, 1).
         temperature: > 0.
-        top_p: the nucleus is the smallest set of likeliest tokens with at least this mass.
+        top_p: the nucleus is the smallest set of most likely tokens with at least this mass.
 
     Returns:
         tokens [row], and log softmax(logits) at them [row], float64, in nats.
@@ -132,9 +132,9 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> t
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Index at which the running sum of a row's weights passes the uniform share of its total.
+    """Index at which the cumulative sum of a row's weights exceeds `uniform` times their total.
 
-    Two levels, blocks first and then the block found: a running sum over the whole vocabulary is slow.
+    In two levels, first over blocks, then inside one block, because a sum over the vocabulary is slow.
     """
     blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
     sums = blocks.sum(-1).double()
@@ -143,7 +143,7 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     block = torch.searchsorted(running, target, right=True)
     target = target - (running - sums).gather(-1, block)
     inner = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(-1)
-    # A block's float32 sum may exceed the float64 one by rounding: its last token with weight is meant then.
+    # A block's float32 sum may exceed the float64 one by rounding: then take its last token with weight.
     target = target.clamp_min(0).minimum(torch.nextafter(inner[:, -1:], inner.new_zeros(())))
     return (block * _BLOCK + torch.searchsorted(inner, target, right=True))[:, 0]
 
@@ -165,7 +165,7 @@ def _invert_nucleus(weights: Tensor, uniform: Tensor, top_p: float) -> Tensor:
 
 @dataclass
 class _Prompt:
-    """A prompt that was computed: its keys and values, and the logits of the first token after it."""
+    """A computed prompt: its keys and values, and the logits of the next token."""
 
     ids: tuple[int, ...]
     cache: DynamicCache
@@ -174,7 +174,7 @@ class _Prompt:
 
 @dataclass
 class _Answer:
-    """A response under way, and the uniform numbers it will use."""
+    """An unfinished response, and its uniform numbers."""
 
     index: int
     uniforms: list[float]
@@ -183,7 +183,7 @@ class _Answer:
 
 
 class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values, [slot, head, column, dim]: written in place, grown now and then."""
+    """One layer's keys and values, [slot, head, column, dim]; written in place, grown when needed."""
 
     def __init__(self, slots: _Slots, like: Any) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class _SlotLayer(CacheLayerMixin):
         return self.slots.width - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns, the newest included, and their offset."""
+        """Number of columns, including the newest, and their offset."""
         return self.slots.width, 0
 
     def get_max_length(self) -> int:
@@ -236,14 +236,14 @@ class _SlotLayer(CacheLayerMixin):
 def _content(layer: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
         raise InputError(
-            f"the transformers sampler cannot copy a {type(layer).__name__} from slot to slot; "
+            f"the transformers sampler does not support the cache layer {type(layer).__name__}; "
             'set sampling.engine = "vllm"'
         )
     return layer.keys, layer.values
 
 
 class _Slots:
-    """The running batch: slot i holds the response `answers[i]`; slots in use come first, without gaps."""
+    """The running batch: slot i has the response `answers[i]`; used slots come first, without gaps."""
 
     def __init__(
         self, size: int, prompt: _Prompt, windows: dict[str, int | None], dtype: torch.dtype
@@ -261,7 +261,7 @@ class _Slots:
 
     @property
     def free(self) -> int:
-        """Slots not in use."""
+        """Number of unused slots."""
         return self.size - len(self.answers)
 
     def start(self, prompt: _Prompt, answer: _Answer) -> None:
@@ -277,7 +277,7 @@ class _Slots:
         self.lengths.append(length)
 
     def keep(self, alive: list[int]) -> None:
-        """Free all slots but these; the last ones move into the gaps."""
+        """Free all slots except these; the last ones move into the gaps."""
         gaps = sorted(set(range(len(alive))) - set(alive))
         movers = [slot for slot in alive if slot >= len(alive)]
         if gaps:
@@ -291,7 +291,7 @@ class _Slots:
         del self.answers[len(alive) :], self.lengths[len(alive) :]
 
     def advance(self) -> None:
-        """Open one more column in every slot in use, for the token about to be computed."""
+        """Add a column to every used slot, for the next token."""
         self.width = max(self.lengths) + 1
         self._reserve(self.width)
         self.rows = torch.arange(len(self.lengths), device=self.device)
@@ -305,7 +305,7 @@ class _Slots:
         self.lengths = [length + 1 for length in self.lengths]
 
     def mask(self) -> Tensor | dict[str, Tensor]:
-        """What every row sees, [row, 1, 1, column], additive; by kind of layer where there are several."""
+        """Additive attention mask [row, 1, 1, column]; a dictionary by layer type if there are several."""
         masks = {kind: mask[: len(self.answers), ..., : self.width] for kind, mask in self.masks.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -351,7 +351,7 @@ class _Run:
         self.slots: _Slots | None = None
 
     def run(self) -> list[Sampled]:
-        """Fill the slots, draw a token in each, free those that ended, compute the rest; and again."""
+        """Repeat: fill the slots, draw a token in each, free finished slots, compute the rest."""
         logits: Tensor | None = None
         while len(self.results) < len(self.requests):
             logits = self._fill(logits)
@@ -359,7 +359,7 @@ class _Run:
         return [self.results[index] for index in range(len(self.requests))]
 
     def _fill(self, logits: Tensor | None) -> Tensor:
-        """Start waiting responses in the free slots; logits [row, vocabulary] of all slots in use."""
+        """Start waiting responses in free slots; returns logits [row, vocabulary] of all used slots."""
         parts = [] if logits is None else [logits]
         while self.waiting and (self.slots is None or self.slots.free):
             request = self.requests[self.waiting[0]]
@@ -372,7 +372,7 @@ class _Run:
         return torch.cat(parts)
 
     def _prompt(self, ids: tuple[int, ...]) -> _Prompt:
-        """The prompt, computed once for all its responses (they follow one another)."""
+        """The computed prompt, shared by all its responses (which are consecutive)."""
         if self.prompt is None or self.prompt.ids != ids:
             cache = DynamicCache()
             tokens = torch.tensor([ids], device=self.model.device)
@@ -381,7 +381,7 @@ class _Run:
         return self.prompt
 
     def _draw(self, logits: Tensor) -> bool:
-        """Draw a token in every slot and file the responses that ended; returns whether any goes on."""
+        """Draw a token in every slot and store finished responses; returns whether any continue."""
         assert self.slots is not None
         answers = self.slots.answers
         uniform = torch.tensor(
@@ -406,7 +406,7 @@ class _Run:
         return bool(alive)
 
     def _compute(self) -> Tensor:
-        """Logits after the newest token of every slot in use."""
+        """Logits after the newest token of every used slot."""
         assert self.slots is not None
         slots = self.slots
         tokens = [[answer.ids[-1]] for answer in slots.answers]

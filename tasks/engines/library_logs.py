@@ -1,21 +1,21 @@
-"""Log lines of the libraries, for who keeps a log. Our command line shows none: there an error is enough."""
+"""Forward the libraries' log lines to a handler. The command line shows none of them, only errors."""
 
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-TALKATIVE = ("sera", "trl", "vllm")
-"""Whose lines are wanted from INFO on; transformers describes each file it reads there: its warnings do."""
-LIBRARIES = (*TALKATIVE, "transformers")
+VERBOSE_LIBRARIES = ("sera", "trl", "vllm")
+"""Libraries logged from INFO on; transformers only from WARNING on, because it logs every file it reads."""
+LIBRARIES = (*VERBOSE_LIBRARIES, "transformers")
 _VLLM = "VLLM_CONFIGURE_LOGGING"
 
 
 @contextmanager
-def hear_libraries(handler: logging.Handler, names: Sequence[str] = LIBRARIES) -> Iterator[None]:
-    """Hand these libraries' log lines to `handler` while the block runs.
+def forward_library_logs(handler: logging.Handler, names: Sequence[str] = LIBRARIES) -> Iterator[None]:
+    """Send these libraries' log lines to `handler` while the block runs.
 
-    A logger's own handlers of this kind rest meanwhile, so that no line comes twice; others go on.
+    A logger's own handlers of the same type are disabled meanwhile, so that no line appears twice.
     """
     resting = [
         (logger, other)
@@ -23,14 +23,14 @@ def hear_libraries(handler: logging.Handler, names: Sequence[str] = LIBRARIES) -
         for other in logger.handlers
         if isinstance(handler, type(other))
     ]
-    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
+    levels = {name: logging.getLogger(name).level for name in VERBOSE_LIBRARIES}
     set_by_user = os.environ.get(_VLLM)
-    os.environ.setdefault(_VLLM, "0")  # at its import vLLM would drop every handler it finds
+    os.environ.setdefault(_VLLM, "0")  # otherwise importing vLLM removes all handlers
     for logger, other in resting:
         logger.removeHandler(other)
     for name in names:
         logging.getLogger(name).addHandler(handler)
-    for name in TALKATIVE:
+    for name in VERBOSE_LIBRARIES:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         yield
@@ -45,6 +45,6 @@ def hear_libraries(handler: logging.Handler, names: Sequence[str] = LIBRARIES) -
             del os.environ[_VLLM]
 
 
-def is_heard(name: str) -> bool:
-    """Whether somebody listens to the library now: its level was set, and below warnings."""
+def is_forwarded(name: str) -> bool:
+    """Whether the library's log level is set below WARNING, so that its lines are forwarded now."""
     return 0 < logging.getLogger(name).level <= logging.INFO

@@ -1,8 +1,8 @@
-"""A batch of pairs: each prompt computed once, hidden states projected only where a response is predicted.
+"""Forward pass over a batch of pairs: each prompt is computed once, and only response tokens are projected.
 
 A pair's row is `prompt[:-1] | prompt[-1] chosen[:-1] | prompt[-1] rejected[:-1]`: each response begins
-with the prompt's last token, whose hidden state predicts the response's first. A mask by segment keeps the
-responses apart, and positions start again for the second one.
+with the prompt's last token, whose hidden state predicts the response's first. A segment mask separates the
+responses, and positions restart for the second one.
 """
 
 import inspect
@@ -17,15 +17,15 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from sera_core.models.architecture import keeps_state, rope_boundary, text_config, unsupported, window
-from sera_core.models.logprobs import CANNOT, plain_sequence_logps, probe_items, scoring_mode
+from sera_core.models.logprobs import UNSUPPORTED_ERRORS, plain_sequence_logps, probe_items, scoring_mode
 
 Row = dict[str, Any]
 UNNEEDED = ("entropy", "mean_logits", "is_top1")
-"""Outputs TRL logs averages of and no loss here reads: each costs a pass over the vocabulary."""
+"""Outputs that TRL only logs; skipped, because each costs a pass over the vocabulary."""
 
 
 def packed_length(row: Row) -> int:
-    """Positions of a pair's row; each response begins with the prompt's last token and lacks its own."""
+    """Positions of a pair's row; each response starts with the prompt's last token and omits its own last."""
     return len(row["prompt_ids"]) - 1 + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
@@ -33,7 +33,7 @@ def packed_length(row: Row) -> int:
 class PairCollator:
     """A global batch -> micro-batches of at most `micro_batch` pairs, longest first, ties in the given order.
 
-    With `share` a pair is one row, and `segments` keeps its responses apart; without, a response is a row.
+    With `share` a pair is one row, whose responses `segments` separates; otherwise each response is a row.
     """
 
     micro_batch: int
@@ -45,7 +45,7 @@ class PairCollator:
         return [self.micro(ordered[start : start + self.micro_batch]) for start in starts]
 
     def micro(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """What TRL's loss reads (responses behind their prompt's last token), and what the model computes."""
+        """Inputs of TRL's loss (responses after their prompt's last token) and of the model."""
         for row in rows:
             empty = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if not row[name]]
             assert not empty, f"pair in row {row['row']} has no {empty}"
@@ -86,7 +86,7 @@ class PairCollator:
         }
 
     def _apart(self, answers: Sequence[tuple[Row, list[int]]]) -> dict[str, Tensor]:
-        # Whole sequences, so that rotary settings that depend on the length are those of scoring.
+        # Complete sequences, so that length-dependent rotary settings are the same as in scoring.
         ids = [row["prompt_ids"] + answer for row, answer in answers]
         width = max(map(len, ids))
         take = [
@@ -107,7 +107,7 @@ def _pad(rows: Sequence[list[int]], value: int = 0) -> Tensor:
 
 
 def pair_mask(segments: Tensor) -> Tensor:
-    """[row, 1, query, key], True where seen: earlier positions of the prompt (0) and of one's own segment."""
+    """[row, 1, query, key], True where attended: earlier positions of the prompt (0) and the same segment."""
     query, key = segments[:, :, None], segments[:, None, :]
     earlier = torch.ones(
         segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device
@@ -116,35 +116,35 @@ def pair_mask(segments: Tensor) -> Tensor:
 
 
 class Forward(NamedTuple):
-    """What a pass over rows gives: nats [response token], and the experts' balancing loss."""
+    """Result of a forward pass: log-probabilities in nats [response token], and the MoE balancing loss."""
 
     log_probs: Tensor
     aux_loss: Tensor | None
 
 
 Compute = Callable[..., Forward]
-"""(ids [row, token], take [response token], targets [response token], and what is seen by name)."""
+"""compute(ids [row, token], take [response token], targets [response token], **mask and positions)."""
 
 
 def add_pair_forward(model: PreTrainedModel) -> None:
-    """Let `model(labels=…, fused_lm_head=True)` compute a micro-batch of `PairCollator`.
+    """Make `model(labels=…, fused_lm_head=True)` compute a micro-batch of `PairCollator`.
 
-    TRL's own fused head (chunked vocabulary, soft-capping, scales) does the projection; a hook hands it only
-    the hidden states that predict a response token. A model whose logits are made otherwise computes them
-    itself, everywhere.
+    TRL's fused head (chunked vocabulary, soft-capping, scales) does the projection; a hook passes it only the
+    hidden states that predict a response token. If that does not give the model's log-probabilities, the
+    model's own logits at all positions are used.
 
     Args:
-        model: a causal language model, its dropout switched off (`disable_dropout`).
+        model: a causal language model with dropout disabled (`disable_dropout`).
 
     Raises:
-        InputError: in training mode neither gives what the plain loop gives.
+        InputError: in training mode neither agrees with the plain loop.
     """
     expected, boundary = _plain_pairs(model), rope_boundary(model)
     compute = next((way for way in _ways(model) if _trains_alike(model, way, boundary, expected)), None)
     if compute is None:
         raise unsupported(
             model,
-            "in training mode it gives other log-probabilities than in evaluation (a router's jitter or "
+            "its log-probabilities in training mode differ from those in eval mode (router jitter or "
             "other noise, or rows that are not independent); set such noise to 0 in its config.json",
         )
 
@@ -174,7 +174,7 @@ def _micro_logps(
     positions: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of a micro-batch, float64 [response, token], zero where there is none."""
+    """Log-probabilities of a micro-batch, float64 [response, token], zero at padding."""
     targets, answered = labels[:, 1:], labels[:, 1:] != -100
     # Summed in float64: over a thousand tokens float32 would lose 1e-4 nats.
     log_probs = torch.zeros(answered.shape, dtype=torch.float64, device=answered.device)
@@ -202,7 +202,7 @@ def _micro_logps(
 
 
 def _alike(segments: Tensor, boundary: int | None) -> list[Tensor]:
-    """Rows that may be computed together: all, or those on either side of a rotary boundary."""
+    """Groups of rows that may share a forward pass: all, or one group per side of a rotary boundary."""
     every = torch.arange(len(segments), device=segments.device)
     if boundary is None:
         return [every]
@@ -211,7 +211,7 @@ def _alike(segments: Tensor, boundary: int | None) -> list[Tensor]:
 
 
 def _places(take: Tensor, rows: Tensor, width: int, narrower: int) -> Tensor:
-    """The part of `take` (flat places in rows of `width`) in these rows, once they are narrower."""
+    """The part of `take` (flat indices in rows of `width`) in these rows, for their narrower width."""
     row, column = take // width, take % width
     number = torch.full((int(row.max()) + 1,), -1, device=take.device)
     number[rows] = torch.arange(len(rows), device=take.device)
@@ -223,7 +223,7 @@ def _places(take: Tensor, rows: Tensor, width: int, narrower: int) -> Tensor:
 
 
 def _ways(model: PreTrainedModel) -> Iterator[Compute]:
-    """TRL's fused head, then the model's own logits; what the first put into the model is taken out again."""
+    """TRL's fused head, then the model's own logits; the changes of the first are undone."""
     plain, backbone = model.forward, model.base_model
     if backbone is not model:
         state: dict[str, Tensor] = {}
@@ -288,7 +288,7 @@ def _plain_pairs(model: PreTrainedModel) -> Tensor:
     training = model.training
     model.eval()
     try:
-        scoring_mode(model)  # refuses what cannot be scored either
+        scoring_mode(model)  # raises if the model cannot be scored at all
         return torch.from_numpy(plain_sequence_logps(model, [items[0], items[2], items[1], items[3]]))
     finally:
         model.train(training)
@@ -303,7 +303,7 @@ def _probe_micro(model: PreTrainedModel, share: bool) -> dict[str, Tensor]:
 def _trains_alike(
     model: PreTrainedModel, compute: Compute, boundary: int | None, expected: Tensor, share: bool = False
 ) -> bool:
-    """Whether a pass in training mode gives the plain loop's values, to what the dtype can hold."""
+    """Whether a pass in training mode gives the plain loop's values within the tolerance of the dtype."""
     micro, training = _probe_micro(model, share), model.training
     model.train()
     try:
@@ -312,7 +312,7 @@ def _trains_alike(
             log_probs, _ = _micro_logps(compute, boundary, **micro)
     except torch.OutOfMemoryError:
         raise
-    except CANNOT:
+    except UNSUPPORTED_ERRORS:
         return False
     finally:
         model.train(training)
@@ -321,14 +321,14 @@ def _trains_alike(
 
 
 def can_share_prompt(model: PreTrainedModel, longest: int) -> bool:
-    """Whether the prompt may be computed once for both responses: full attention by sdpa, with positions.
+    """Whether the prompt can be computed once for both responses: needs full sdpa attention with positions.
 
-    Windows and rotary boundaries that the longest pair outgrows, recurrent layers and other attention code
-    are not masked by segment, so there every response is computed behind a prompt of its own. What the
-    configuration allows is tried on a probe.
+    Windows and rotary boundaries shorter than the longest pair, recurrent layers and other attention code do
+    not support the segment mask; then each response is computed with its own prompt. If the configuration
+    allows it, a probe decides.
 
     Args:
-        model: a causal language model, its dropout switched off (`disable_dropout`).
+        model: a causal language model with dropout disabled (`disable_dropout`).
         longest: tokens of the longest pair.
 
     Raises:

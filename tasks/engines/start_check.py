@@ -1,8 +1,8 @@
-"""Step 0: where start policy and reference are the same weights, every margin is zero but for noise.
+"""Check at step 0: if start policy and reference have the same weights, every margin is zero up to noise.
 
-How much noise there is depends on the arithmetic, so it is measured: the scorer computes a few pairs of the
-first batch, and the trainer's values of the same pairs differ from these by noise alone. A margin far above
-that says that the reference log-probabilities in the mixture are of another policy, dtype or text.
+The noise is measured: the scorer computes a few pairs of the first batch, whose values differ from the
+trainer's only by noise. A much larger margin means that the mixture's reference log-probabilities belong to
+another policy, dtype or text.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from sera_core.errors import SeraError
 from tasks.engines.training_data import Mixture
 
 MARGIN_BOUND = 1e-3
-"""In bfloat16, the least bound of a margin at step 0, in nats."""
+"""Minimum bound of a margin at step 0 in bfloat16, in nats."""
 TOKEN_BOUND = 1e-5
-"""In float32 the least bound, in nats a response token of the longest pair of the first batch."""
+"""Minimum bound in float32, in nats per response token of the longest pair of the first batch."""
 PROBE_PAIRS = 8
-"""Pairs (the longest of the first batch) that scorer and trainer are compared on."""
+"""Number of pairs (the longest of the first batch) on which scorer and trainer are compared."""
 
 Pairs = Sequence[dict[str, Any]]
 """`ReviewedDPOTrainer.pairs` of the first batch."""
@@ -26,7 +26,7 @@ Probe = dict[int, tuple[float, float]]
 
 
 class StartDiffersError(SeraError):
-    """Policy and reference differ at step 0 where they are the same; `margin` in nats."""
+    """Policy and reference should be equal at step 0 but differ; `margin` in nats."""
 
     def __init__(self, message: str, margin: float) -> None:
         super().__init__(message)
@@ -35,19 +35,19 @@ class StartDiffersError(SeraError):
 
 @dataclass(frozen=True)
 class StartCheck:
-    """The check of one training's first batch."""
+    """Checks the first batch of a training."""
 
     mixture: Mixture
     rows: Sequence[int]
     """Rows of the first batch."""
     beta: float
     bf16: bool
-    """Whether the arithmetic is in bfloat16."""
+    """Whether the computation is in bfloat16."""
     first_margin: float | None = None
-    """The margin, in nats, for which an earlier computation was refused."""
+    """The margin, in nats, with which an earlier try was refused; else None."""
 
     def score(self, policy: Any, tokens_per_batch: int) -> Probe:
-        """The scorer's values of the longest pairs, under the start policy in the dtype of training."""
+        """The scorer's values for the longest pairs, under the start policy in the dtype of training."""
         from sera_core.models.logprobs import sequence_logps
 
         rows = sorted(self.rows, key=lambda row: -self.mixture.tokens[row])[:PROBE_PAIRS]
@@ -67,7 +67,7 @@ class StartCheck:
         }
 
     def refuse_other_reference(self, pairs: Pairs, probe: Probe) -> dict[str, float]:
-        """Hold every margin against the bound; returns metrics of the probe and the bound, in nats.
+        """Compare every margin with the bound; returns the metrics of probe and bound, in nats.
 
         Raises:
             StartDiffersError: the largest margin is above the bound.
@@ -77,18 +77,18 @@ class StartCheck:
         worst = max(pairs, key=lambda pair: abs(_margin(pair)))
         margin = _margin(worst)
         if abs(margin) > bound:
-            first = "" if self.first_margin is None else f", and {self.first_margin:.4g} when first computed"
+            first = "" if self.first_margin is None else f" ({self.first_margin:.4g} in the first try)"
             raise StartDiffersError(
                 f"pair {self.mixture.pair_ids[worst['row']]}: margin {margin:.4g} nats at step 0{first}, "
-                f"where start policy and reference are the same (at most {bound:.2g}; scorer and trainer "
+                f"although start policy and reference are the same (at most {bound:.2g}; scorer and trainer "
                 f"differ by {noise:.2g}): the reference log-probabilities "
-                "in the mixture are of another policy, dtype or text; score the reference again",
+                "in the mixture belong to another policy, dtype or text; score the reference again",
                 margin,
             )
         return {"step0/probe": noise, "step0/bound": bound}
 
     def _least_bound(self) -> float:
-        """What a margin may be, in nats, however well scorer and trainer agree."""
+        """Minimum bound of a margin, in nats."""
         if self.bf16:
             return MARGIN_BOUND
         longest = max(self.rows, key=lambda row: self.mixture.tokens[row])

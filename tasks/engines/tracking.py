@@ -1,4 +1,4 @@
-"""Training curves for the tracker that was asked for: a run of its own for every round, ended here."""
+"""Send training curves to an experiment tracker, with a separate tracker run for every round."""
 
 import importlib.util
 import sys
@@ -21,18 +21,18 @@ def refuse_missing(tracking: str) -> None:
 
 
 def _is_installed(package: str) -> bool:
-    """A folder `wandb` of earlier runs, where the command was given, is found too and is no package."""
+    """Whether a package is installed; a local folder `wandb` from earlier runs does not count."""
     found = importlib.util.find_spec(package)
     return found is not None and found.origin is not None
 
 
 def report_to(tracking: str) -> list[str]:
-    """What transformers' trainer is to load by itself."""
+    """The value of transformers' `report_to`."""
     return [] if tracking in ("none", "tensorboard") else [tracking]
 
 
 def trackers(tracking: str, logs: str) -> list[Any]:
-    """Callbacks that transformers' trainer cannot make: TensorBoard's takes its folder from a writer only."""
+    """Extra callbacks: TensorBoard's, because its folder can only be set through a writer."""
     if tracking != "tensorboard":
         return []
     from torch.utils.tensorboard import SummaryWriter
@@ -43,10 +43,10 @@ def trackers(tracking: str, logs: str) -> list[Any]:
 
 @contextmanager
 def ended(tracking: str) -> Iterator[None]:
-    """Ends the tracker's run that the block begins, though it fails.
+    """End the tracker run that the block starts, even if the block fails.
 
-    Left open, wandb's would be told the next round too, and mlflow's would stay open for ever when training
-    fails. trackio ends its own. A run that was open before is its owner's.
+    Otherwise wandb would log the next round to the same run, and mlflow's run would stay open after a
+    failure. trackio ends its runs itself. A tracker run that was open before is left open.
     """
     if _is_open(tracking):
         yield

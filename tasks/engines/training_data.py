@@ -25,7 +25,11 @@ class Mixture:
 
     @classmethod
     def read(cls, path: Path, needs_reference: bool) -> "Mixture":
-        """Read mixture.parquet; a pair that cannot be trained on is refused by name."""
+        """Read mixture.parquet.
+
+        Raises:
+            InputError: a pair has no finite reference log-probability.
+        """
         table = schema.read_table(path, schema.MIXTURE)
         pair_ids = table.column("pair_id").to_pylist()
         table = table.select(COLUMNS)
@@ -63,14 +67,18 @@ class Mixture:
         return max(prompt + max(chosen, rejected) for prompt, chosen, rejected in self.lengths)
 
     def refuse_lengths(self, positions: int | None) -> None:
-        """Nothing is ever truncated here, so every sequence must fit the model, and none may be empty."""
+        """Refuse empty sequences and those longer than the model's positions; nothing is truncated.
+
+        Raises:
+            InputError: a pair is empty or too long; the message names it.
+        """
         for pair_id, (prompt, chosen, rejected) in zip(self.pair_ids, self.lengths, strict=True):
             if 0 in (prompt, chosen, rejected):
                 raise InputError(f"pair {pair_id}: prompt, chosen or rejected has no tokens; drop the pair")
             longest = prompt + max(chosen, rejected)
             if positions is not None and longest > positions:
                 raise InputError(
-                    f"pair {pair_id}: {longest} tokens where the model has {positions} positions; lower "
+                    f"pair {pair_id}: {longest} tokens, but the model has {positions} positions; lower "
                     "data.max_prompt_tokens or data.max_response_tokens"
                 )
 
@@ -78,14 +86,14 @@ class Mixture:
 def training_order(
     tokens: Sequence[int], batch: int, epochs: int, seed: Sequence[int], budget: int | None = None
 ) -> list[int]:
-    """Rows in the order they are trained on: the first pass in the file's order, later ones shuffled by seed.
+    """Rows in training order: the first pass in the file's order, later passes shuffled.
 
     Args:
         tokens: training tokens of each row.
-        batch: pairs an optimizer step.
-        epochs: passes, unless there is a budget.
-        seed: what the shuffles of later passes depend on, with the pass's number.
-        budget: training tokens to reach: the order ends with the first batch that does, in whatever pass.
+        batch: pairs per optimizer step.
+        epochs: number of passes, unless there is a budget.
+        seed: seed of the shuffles, combined with the pass number.
+        budget: training tokens; the order ends with the first batch that reaches it.
     """
     order: list[int] = []
     passes = 0

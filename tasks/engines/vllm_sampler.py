@@ -1,8 +1,8 @@
-"""Sampling with vLLM: the engine for an accelerator, and on CPU the real thing for tests.
+"""Sampling with vLLM on an accelerator, or on CPU for tests.
 
-Every response is a request of its own (n = 1) with its own seed: with n > 1 vLLM derives the seeds itself.
-Prompts go in as token ids, never as text, and log-probabilities come back raw, before temperature and top_p.
-vLLM does not give an accelerator's memory back while the process lives: such a step runs in a child process.
+Every response is a separate request (n = 1) with its own seed, because with n > 1 vLLM derives the seeds.
+Prompts are token ids, never text, and log-probabilities are raw, before temperature and top_p. vLLM frees an
+accelerator's memory only when the process ends, so such a step runs in a child process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tasks.engines.sampler import (
 )
 
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: its end is ours
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the engine in this process, so that they end together
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
@@ -53,14 +53,14 @@ class VLLMSampler:
         device: str = "cpu",
         max_length: int | None = None,
     ) -> None:
-        """Load a policy; an adapter is merged into its base first.
+        """Load a policy; an adapter is first merged into its base.
 
         Args:
             policy: policy or adapter folder.
-            base: the folder an adapter belongs to.
-            dtype: arithmetic.
+            base: the adapter's base policy folder.
+            dtype: dtype of the computation.
             device: `cpu` or an accelerator.
-            max_length: longest prompt and response together, in tokens; None: all of the model's positions.
+            max_length: maximum tokens of prompt and response together; None: all of the model's positions.
 
         Raises:
             InputError: vLLM is not installed.
@@ -92,7 +92,7 @@ class VLLMSampler:
                 top_p=settings.top_p,
                 max_tokens=settings.max_tokens,
                 stop_token_ids=list(settings.stop_ids),
-                ignore_eos=True,  # stop_token_ids alone decide, in every engine
+                ignore_eos=True,  # only stop_token_ids end a response, as in the other engine
                 logprobs=0,
                 detokenize=False,
             )
@@ -104,7 +104,7 @@ class VLLMSampler:
         return [_sampled(output.outputs[0]) for output in outputs]
 
     def close(self) -> None:
-        """Free what vLLM frees: all of it on CPU, not all on an accelerator."""
+        """Free memory: all of it on CPU, only part of it on an accelerator."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
@@ -117,24 +117,24 @@ def _merged(policy: Path, base: Path | None, folder: Path) -> Path:
     """A policy folder with the adapter's weights merged in."""
     if base is None:
         raise InputError(
-            f"policy folder {policy} holds an adapter: give the policy folder of its base as `base`"
+            f"policy folder {policy} contains an adapter: give the policy folder of its base as `base`"
         )
     return save_policy(load_policy(policy, base=base), base, folder)
 
 
 def _engine(folder: Path, dtype: Dtype, device: str, length: int) -> Any:
-    """vLLM's offline engine. Its environment must be set before the first import."""
+    """vLLM's offline engine. Environment variables must be set before the first import."""
     for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {})).items():
         os.environ.setdefault(name, value)
     from vllm import LLM
 
-    settings: dict[str, Any] = {"gpu_memory_utilization": 0.7}  # the rest is for the parity probe's own model
+    settings: dict[str, Any] = {"gpu_memory_utilization": 0.7}  # the rest is for the parity probe's model
     if device == "cpu":
         settings = {
             "enforce_eager": True,
             "distributed_executor_backend": "uni",
             "block_size": 32,
-            "enable_chunked_prefill": False,  # a request seed and a prompt filled in parts crash on CPU
+            "enable_chunked_prefill": False,  # per-request seeds with chunked prefill crash on CPU
             "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, length),
         }
     return LLM(

@@ -272,14 +272,14 @@ def trainer(model: Any) -> tuple[str, float]:
     import numpy as np
     import torch
 
-    from sera_core.models.architecture import refuse_beyond_sparse_sight
+    from sera_core.models.architecture import refuse_beyond_index_topk
     from sera_core.models.dropout import disable_dropout
     from sera_core.models.logprobs import scoring_mode
     from tasks.engines.pair_forward import PairCollator, add_pair_forward, can_share_prompt, packed_length
 
     disable_dropout(model)
     pairs = pairs_of(model)
-    refuse_beyond_sparse_sight(model, max(len(p) + max(len(w), len(z)) for p, w, z in pairs))
+    refuse_beyond_index_topk(model, max(len(p) + max(len(w), len(z)) for p, w, z in pairs))
     scoring_mode(model)  # what cannot be scored is not trained either
     rows = [
         {"row": number, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}

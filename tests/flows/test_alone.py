@@ -262,7 +262,7 @@ def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(
         ((*both, "--pairs", pairs, "--beta", "0"), ("--beta 0.0", "above 0")),
         ((*both, "--pairs", pairs, "--tokens-per-batch", "0"), ("--tokens-per-batch 0",)),
         ((*both, "--pairs", tmp_path / "pair.jsonl"), ("no such file", "did you mean", "pairs.jsonl")),
-        ((*both, "--pairs", broken), ("broken.jsonl line 2", "not JSON")),
+        ((*both, "--pairs", broken), ("broken.jsonl line 2", "not valid JSON")),
         ((*both, "--pairs", equal), ("no row is left", "1 equal")),
         (
             ("--policy", tmp_path / "nowhere", "--reference", reference, "--pairs", pairs),

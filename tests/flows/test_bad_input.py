@@ -97,7 +97,7 @@ def test_a_plan_tells_what_the_rows_were_read_as(sera, folder):
 
 def test_pairs_of_one_prompt_cannot_be_held_out(refused, folder):
     rows = [{"prompt": "a", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(8)]
-    assert "all pairs share one prompt" in refused(rows=rows)
+    assert "all pairs have the same prompt" in refused(rows=rows)
 
 
 def test_roles_out_of_order_are_named(refused, folder):
@@ -229,4 +229,4 @@ def test_a_model_folder_with_a_pipe_for_a_file_is_refused(refused, folder, speci
     experiment = tinyrun.experiment(folder)
     (folder / "policy" / name).unlink(missing_ok=True)
     special("pipe", folder / "policy" / name)
-    assert f"{name}: is a pipe, not a file" in refused(experiment=experiment)
+    assert f"{name}: this is a pipe, not a file" in refused(experiment=experiment)

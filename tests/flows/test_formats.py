@@ -83,7 +83,7 @@ def test_a_record_of_a_newer_version_is_refused_by_name(kept_store, sera, patter
     for path in kept_store.glob(pattern):
         path.write_text(json.dumps({**json.loads(path.read_text()), "format": FORMAT + 1, "new": True}))
     said = sera(*command, "--store", kept_store, code=1).err
-    assert f"written by a newer sera-flow (format {FORMAT + 1}); this one reads up to {FORMAT}" in said
+    assert f"written by a newer sera-flow (format {FORMAT + 1}), this version reads up to {FORMAT}" in said
     assert Path(pattern).name in said
 
 
@@ -128,6 +128,6 @@ def test_a_record_with_a_field_that_is_missing_or_unknown_names_it(kept_store):
     record = json.loads(path.read_text())
     for wrong, field in (({**record, "epoch": "x"}, "epoch"), ({**record, "more": 1}, "more")):
         path.write_text(json.dumps(wrong))
-        with pytest.raises(StoreError, match=rf"00000\.json: is no Epoch \({field}") as refused:
+        with pytest.raises(StoreError, match=rf"00000\.json: invalid Epoch \({field}") as refused:
             lease.look(open_store(str(kept_store)), "runs/first/lease")
         assert "input_value" not in str(refused.value)

@@ -91,7 +91,7 @@ def test_an_attempt_cannot_be_a_path(kept_store, attempt):
     for file in record["files"].values():
         file["attempt"] = attempt
     step.write_text(json.dumps(record))
-    with pytest.raises(StoreError, match=r"done\.json: is no StepRecord \(files\."):
+    with pytest.raises(StoreError, match=r"done\.json: invalid StepRecord \(files\."):
         verify(RunStore(open_store(str(kept_store)), "first"))
 
 

@@ -26,7 +26,9 @@ def records(tmp_path):
 @pytest.mark.parametrize("decision", ["hold", "roll_back"])
 def test_without_a_head_the_record_refuses_an_answer_that_leaves_none(records, decision):
     records.ask(0, EVIDENCE, 24.0, "promote")
-    with pytest.raises(InputError, match=f"'{decision}' is refused.*without a head; answer promote or stop"):
+    with pytest.raises(
+        InputError, match=f"'{decision}' is not allowed.*without a head; answer promote or stop"
+    ):
         records.answer(0, decision, "", "ada")
     assert records.given_answer(0) is None and records.state() == "waiting"
     assert records.answer(0, "stop", "enough", "ada")["decision"] == "stop"

@@ -133,7 +133,7 @@ def test_a_link_in_a_recorded_files_place_is_never_followed(kept_store, elsewher
     moved.parent.mkdir(exist_ok=True)
     file.rename(moved)
     file.symlink_to(moved)
-    with pytest.raises(StoreError, match="Replace the link by what it points to"):
+    with pytest.raises(StoreError, match="Replace the link with what it points to"):
         artifact_of(kept_store).folder("policy")
     target = tmp_path / "out"
     assert (

@@ -12,8 +12,8 @@ REDIRECT = (
     b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>PermanentRedirect</Code><Message>No.</Message>'
     b"<Endpoint>s3.eu-west-3.example</Endpoint><Bucket>bucket</Bucket></Error>"
 )
-NO_S3 = "not S3, or has no such bucket; check AWS_ENDPOINT_URL"
-ELSEWHERE = "wrong region or endpoint; set AWS_DEFAULT_REGION"
+NO_S3 = "not S3, or the bucket does not exist; check AWS_ENDPOINT_URL"
+ELSEWHERE = "region or endpoint is wrong; set AWS_DEFAULT_REGION"
 ANSWERS = {
     "a page": (404, WELL_FORMED, {}, NO_S3),
     "a page that is no XML": (404, AS_SERVERS_WRITE_IT, {}, NO_S3),

@@ -116,7 +116,7 @@ def test_after_a_kill_on_this_machine_the_next_one_takes_over_at_once(store, ano
     process = another()
     process.send_signal(signal.SIGKILL)
     held = lease.look(store, lease.lease_path("r")).epoch.holder
-    while holder.lives(held):
+    while holder.is_alive(held):
         time.sleep(0.01)
     assert process.returncode is None  # not reaped: its number is still listed
     began = time.monotonic()
@@ -127,9 +127,9 @@ def test_after_a_kill_on_this_machine_the_next_one_takes_over_at_once(store, ano
 
 def test_a_number_given_to_another_process_since_is_not_the_holder(store):
     us = holder.this_process()
-    assert holder.lives(us) is True
-    assert holder.lives(us.model_copy(update={"began": "1"})) is False
-    assert holder.lives(us.model_copy(update={"place": "another machine"})) is None
+    assert holder.is_alive(us) is True
+    assert holder.is_alive(us.model_copy(update={"began": "1"})) is False
+    assert holder.is_alive(us.model_copy(update={"place": "another machine"})) is None
 
 
 def test_a_holder_elsewhere_without_a_sign_of_life_runs_out_in_a_minute_of_the_stores_clock(
@@ -244,7 +244,7 @@ def test_the_newest_of_many_epochs_is_found_in_few_reads(store):
 
 def test_a_lease_written_by_a_newer_version_is_refused_by_name(store):
     create_json(store, "runs/r/lease/00000.json", {"format": FORMAT + 1})
-    with pytest.raises(StoreError, match=r"00000\.json: written by a newer sera-flow \(format 2\)"):
+    with pytest.raises(StoreError, match=r"00000\.json: written by a newer sera-flow \(format 2,"):
         lease.look(store, lease.lease_path("r"))
 
 

@@ -208,7 +208,7 @@ def test_a_bug_is_named_and_its_traceback_is_in_the_log(do):
 def test_a_killed_child_is_named_and_the_next_attempt_goes_on_from_its_parts(do):
     with pytest.raises(SeraError, match=r"ended by signal 9 \(killed, perhaps out of memory\)") as raised:
         do("die_after_a_part")
-    assert "goes on from the last finished part" in str(raised.value)
+    assert "continue from the last finished part" in str(raised.value)
     first = Path(next(Path(do.store).rglob("part-00000.json"))).read_text()
     record = do("die_after_a_part")
     assert record.parts == ["part-00000.json"]

@@ -11,20 +11,20 @@ import tinyrun
 
 from sera_core.artifacts.manifest import StepSpec
 from sera_core.config import ExecutionConfig
-from tasks.engines.library_logs import hear_libraries, is_heard
+from tasks.engines.library_logs import forward_library_logs, is_forwarded
 from tasks.step_functions import WORK, do_work
-from tasks.training import quiet
+from tasks.training import hide_library_notices
 
 VLLM = """
 import logging
-from tasks.engines.library_logs import hear_libraries
+from tasks.engines.library_logs import forward_library_logs
 
 class Kept(logging.Handler):
     def emit(self, record):
         lines.append(record.getMessage())
 
 lines = []
-with hear_libraries(Kept()):
+with forward_library_logs(Kept()):
     from vllm.logger import init_logger
     init_logger("vllm.engine").info("%s blocks", 12)
 assert "12 blocks" in lines, lines
@@ -50,7 +50,7 @@ def say_something() -> None:
 
 def test_a_listener_hears_the_libraries_while_the_block_runs_and_not_after():
     kept, before = Kept(), os.environ.get("VLLM_CONFIGURE_LOGGING")
-    with hear_libraries(kept):
+    with forward_library_logs(kept):
         say_something()
     heard = list(kept.lines)
     say_something()
@@ -64,7 +64,7 @@ def test_a_library_that_is_heard_already_is_not_heard_twice():
     first, second = Kept(), Kept()
     logging.getLogger("trl").addHandler(first)
     try:
-        with hear_libraries(second):
+        with forward_library_logs(second):
             logging.getLogger("trl.trainer").warning("inside")
         logging.getLogger("trl.trainer").warning("after")
     finally:
@@ -73,18 +73,18 @@ def test_a_library_that_is_heard_already_is_not_heard_twice():
 
 
 def test_training_hushes_a_library_only_while_nobody_listens():
-    with quiet():
+    with hide_library_notices():
         assert logging.getLogger("trl").level == logging.ERROR
     kept = Kept()
-    with hear_libraries(kept), quiet():
-        assert is_heard("trl")
+    with forward_library_logs(kept), hide_library_notices():
+        assert is_forwarded("trl")
         logging.getLogger("trl.trainer").info("told")
-    assert kept.lines == [("trl.trainer", "told")] and not is_heard("trl")
+    assert kept.lines == [("trl.trainer", "told")] and not is_forwarded("trl")
 
 
 def test_a_listener_hears_each_optimizer_step_with_the_metrics_of_trl(tmp_path):
     kept = Kept()
-    with hear_libraries(kept):
+    with forward_library_logs(kept):
         records = tinyrun.work(tinyrun.config(tmp_path, limits={"rounds": 1}), tmp_path / "store")
     steps = [said for name, said in kept.lines if name == "sera.train"]
     assert len(steps) == records.rounds()[0].metrics["steps"] == 3

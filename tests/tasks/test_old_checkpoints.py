@@ -114,7 +114,7 @@ def test_a_store_that_lets_nothing_be_deleted_keeps_them_with_a_warning(
     with caplog.at_level(logging.WARNING):
         record = bench.run(spec, keeping(2))
     assert len(held(bench, spec)) == 4
-    assert caplog.text.count("its files cannot be deleted and stay") == 4
+    assert caplog.text.count("cannot delete its files, so they stay") == 4
     assert shas(record) == shas(bench.again(spec, name="whole-refusing"))
 
 

@@ -11,7 +11,8 @@ from sera_core.errors import InputError
 from sera_core.models.logprobs import plain_sequence_logps
 from sera_core.models.policies import load_policy, load_tokenizer, save_policy
 from tasks.engines import vllm_sampler
-from tasks.engines.sampler import Request, Settings, open_sampler
+from tasks.engines.choose import open_sampler
+from tasks.engines.sampler import Request, Settings
 
 END = 2
 PROMPTS = [tuple(range(3, 3 + n)) for n in (5, 90, 17)]

@@ -74,7 +74,7 @@ def test_a_template_that_cuts_the_reasoning_out_of_answers_is_refused_with_the_r
 def test_a_generation_prompt_that_opens_the_reasoning_is_refused_with_the_remedy(tmp_path):
     write_tokenizer(tmp_path, CUTTING.replace("{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜><think>\n' }}"))
     add_tokens(tmp_path, R1_TOKENS)
-    with pytest.raises(InputError, match=r'departs at character .*"deepseek-r1"'):
+    with pytest.raises(InputError, match=r'first difference is at character .*"deepseek-r1"'):
         Renderer(tmp_path).response_ids(USER, THOUGHT)
 
 
@@ -82,7 +82,7 @@ def test_a_template_that_cuts_an_answer_short_is_refused(tmp_path):
     short = CHATML.replace("message['content']", "message['content'][:40]")
     renderer = with_template(tmp_path, short)
     assert renderer.response_ids(USER, "It is 42.")
-    with pytest.raises(InputError, match=r"leaves out text of the answer \(of 41 characters\)"):
+    with pytest.raises(InputError, match=r"drops text of the answer \(of 41 characters\)"):
         renderer.response_ids(USER, "y" * 41)
 
 
@@ -91,7 +91,7 @@ def test_a_template_that_leaves_out_a_turn_is_refused_by_its_role(tmp_path, role
     renderer = with_template(tmp_path, "{% set messages = messages | rejectattr('role', 'equalto', '"
                              + role + "') | list %}" + CHATML)  # fmt: skip
     messages = [{"role": "system", "content": "Be brief."}, *USER]
-    with pytest.raises(InputError, match=rf"leaves out the text of message [12] \(role {role}, "):
+    with pytest.raises(InputError, match=rf"drops the text of message [12] \(role {role}, "):
         renderer.prompt_ids(messages)
 
 
@@ -219,7 +219,7 @@ def test_reasoning_cannot_write_a_control_token(r1):
 
 
 def test_a_template_that_knows_no_reasoning_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"leaves out reasoning_content \(7 characters\)"):
+    with pytest.raises(InputError, match=r"drops reasoning_content \(7 characters\)"):
         with_template(tmp_path, CHATML).response_ids(USER, answer("42.", reasoning_content="12 + 30"))
 
 
@@ -256,8 +256,8 @@ def test_only_arguments_that_are_given_change_the_renderers_hash(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("enable_thought", "'enable_thought' changes nothing"), ("note", "'note' changes nothing"),
-     ("add_generation_prompt", "set by the renderer itself")],
+    [("enable_thought", "'enable_thought' has no effect"), ("note", "'note' has no effect"),
+     ("add_generation_prompt", "set by the renderer")],
 )  # fmt: skip
 def test_an_argument_that_the_template_does_not_take_is_refused(tmp_path, name, said):
     with_template(tmp_path, "{# note #}" + THINKING)

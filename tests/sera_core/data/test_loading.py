@@ -174,7 +174,7 @@ def test_earlier_turns_are_lost_in_no_format():
     for name in ("prompt", "question", "instruction"):
         _, pairs = read({name: "Capital of Peru?", **earlier})
         assert pairs == [(f"u: Hello | a: Hi. | {QUESTION}", *PAIR[1:])]
-    with pytest.raises(InputError, match="history does not hold two texts"):
+    with pytest.raises(InputError, match="history must be two texts"):
         read({"prompt": "Capital of Peru?", "history": [["Hello"]], **ANSWERS})
 
 
@@ -227,7 +227,7 @@ def test_no_prompt_is_invented_where_another_column_may_hold_it(other):
 def test_no_prompt_is_invented_where_other_rows_have_one():
     sure = {"chosen": "Sure, Lima.", "rejected": "Sure, Quito."}
     assert read(sure)[1] == [("u: Sure,", "a:  Lima.", "a:  Quito.")]  # the file has none: as TRL reads it
-    with pytest.raises(InputError, match="line 2: prompt is empty, and other rows have one"):
+    with pytest.raises(InputError, match="line 2: prompt is empty, but other rows have one"):
         read({"prompt": "Capital of Peru?", **ANSWERS}, sure)
 
 
@@ -247,12 +247,12 @@ def test_columns_are_read_by_the_names_they_are_mapped_to():
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "preference"])
 def test_a_row_that_is_not_of_the_format_named_is_refused_with_what_it_looks_like(name):
     row = {"text": "Capital of Peru?"} | ({"chosen": "Lima."} if name not in ("hh",) else {})
-    with pytest.raises(InputError, match=rf"line 1: not in the format '{name}', .*look like 'preference'"):
+    with pytest.raises(InputError, match=rf"line 1: not in the format '{name}', .*looks like 'preference'"):
         read(row, format=name)
 
 
 def test_a_prompt_beside_conversations_that_do_not_say_it_is_refused_not_lost():
-    with pytest.raises(InputError, match="prompt says something that is not in"):
+    with pytest.raises(InputError, match="do not contain the text of prompt"):
         read({"prompt": "Answer in Spanish.", **WHOLE})
 
 

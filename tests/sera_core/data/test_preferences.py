@@ -120,7 +120,7 @@ IMAGE = {"role": "user", "content": [{"type": "image"}]}
         ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected is empty"),
         ({"prompt": "a", "chosen": " \n", "rejected": "c"}, "chosen is empty"),
         ({"prompt": "", "chosen": "b", "rejected": "c"}, "have no common beginning"),
-        ({"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, "no message of prompt and chosen is from user"),
+        ({"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, "prompt and chosen has no message from user"),
         ({"prompt": [USER], "chosen": [], "rejected": [BAD]}, "chosen is empty"),
         (
             {"prompt": [USER], "chosen": [says("assistant", "")], "rejected": [BAD]},
@@ -132,7 +132,7 @@ IMAGE = {"role": "user", "content": [{"type": "image"}]}
         ),
         ({"chosen": "yes", "rejected": "no"}, r'no field "prompt", and .* no common beginning'),
         ({"prompt": "a", "chosen": "b", "rejected": [BAD]}, "one of chosen and rejected is text"),
-        ({"prompt": "a", "chosen": 3, "rejected": 4}, "chosen is neither text nor a list"),
+        ({"prompt": "a", "chosen": 3, "rejected": 4}, "chosen must be text or a list"),
         ({"prompt": [USER], "chosen": ["b"], "rejected": [BAD]}, "chosen message 1 has no role and content"),
         (
             {"prompt": [USER, USER], "chosen": [GOOD], "rejected": [BAD]},
@@ -143,8 +143,8 @@ IMAGE = {"role": "user", "content": [{"type": "image"}]}
             r"roles out of order: message 2 .* system",
         ),
         ({"prompt": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]}, r"roles out of order: message 3"),
-        ({"prompt": [SYSTEM], "chosen": [GOOD], "rejected": [BAD]}, "no message of .* is from user"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "no message of .* is from user"),
+        ({"prompt": [SYSTEM], "chosen": [GOOD], "rejected": [BAD]}, "has no message from user"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "has no message from user"),
         (
             {"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]},
             "last message of chosen is from user",
@@ -163,7 +163,7 @@ IMAGE = {"role": "user", "content": [{"type": "image"}]}
             r"'images'; images, video and audio",
         ),
         ({"prompt": [says("bot", "x")], "chosen": [GOOD], "rejected": [BAD]}, r"'bot': unknown role"),
-        ({"prompt": "a \ud800", "chosen": "b", "rejected": "c"}, "half a surrogate pair"),
+        ({"prompt": "a \ud800", "chosen": "b", "rejected": "c"}, "lone surrogate"),
     ],
 )
 def test_a_malformed_row_is_refused_with_its_row_and_a_remedy(data, message):
@@ -269,7 +269,7 @@ def test_reasoning_in_an_earlier_turn_is_part_of_the_prompt():
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        (reasoned("a") | {"thinking": "b"}, "reasoning_content and thinking, which differ"),
+        (reasoned("a") | {"thinking": "b"}, "reasoning_content and thinking with different texts"),
         (reasoned(["a"]), "content of reasoning_content of chosen message 1 is not text"),
     ],
 )

@@ -16,7 +16,7 @@ ANSWERS = {
         "no such (file|folder); correct the URL",
     ),
     "500": (OSError(5, "Internal Server Error"), r"cannot be read \(OSError\).*endpoint"),
-    "301": (RecursionError("maximum recursion depth exceeded"), "redirects without end.*region"),
+    "301": (RecursionError("maximum recursion depth exceeded"), "endless redirects.*region"),
     "down": (RuntimeError("no route"), r"cannot be read \(RuntimeError\).*network"),
 }
 

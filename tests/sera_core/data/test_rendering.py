@@ -134,13 +134,13 @@ def test_a_template_that_prints_the_date_gives_the_same_ids_every_day(tmp_path):
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):
     counting = "{{ messages | length }} messages\n" + CHATML
-    with pytest.raises(InputError, match=r"departs at character 0 of [0-9]+"):
+    with pytest.raises(InputError, match=r"first difference is at character 0 of [0-9]+"):
         with_template(tmp_path, counting).response_ids(USER, "Paris.")
 
 
 def test_a_template_without_an_end_of_turn_token_is_refused(tmp_path):
     endless = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    with pytest.raises(InputError, match="no special token"):
+    with pytest.raises(InputError, match="does not end an assistant"):
         _ = with_template(tmp_path, endless).end_of_turn_id
 
 

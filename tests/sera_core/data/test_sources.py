@@ -124,7 +124,7 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(HfApi, "dataset_info", refuse)
-    with pytest.raises(InputError, match=r"hub:owner/pairs: the hub cannot be reached .* give a local file"):
+    with pytest.raises(InputError, match=r"hub:owner/pairs: cannot reach the hub .* use a local file"):
         source_digest("hub:owner/pairs")
 
 
@@ -150,7 +150,7 @@ def test_a_missing_shipped_file_names_the_nearest_one():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.jsonl", b'{"a": 1}\n{"a": \n', r"p\.jsonl line 2: not JSON"),
+        ("p.jsonl", b'{"a": 1}\n{"a": \n', r"p\.jsonl line 2: not valid JSON"),
         ("p.jsonl", b'{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}', r"line 2: an object has the key 'c' twice"),
         ("p.json", b'[{"a": 1, "a": 2}]', r"p\.json: an object has the key 'a' twice"),
         (
@@ -160,7 +160,7 @@ def test_a_missing_shipped_file_names_the_nearest_one():
         ),
         ("p.csv", b"prompt,chosen,chosen\na,b,c\n", r"p\.csv: two columns are named 'chosen'"),
         ("p.json", b'[{"a": ' + b"9" * 5000 + b"}]", r"p\.json: cannot be read as JSON .*5000 digits"),
-        ("p.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"p\.jsonl line 1: not JSON .*5000 digits"),
+        ("p.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"p\.jsonl line 1: not valid JSON .*5000 digits"),
         *(
             (name, start, what)
             for name in ("p.jsonl", "p.json", "p.csv", "p.parquet")
@@ -169,17 +169,17 @@ def test_a_missing_shipped_file_names_the_nearest_one():
                 (b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "this is a web page"),
             )
         ),
-        ("p.jsonl", b'{"a": 1}\n[1]\n', r"p\.jsonl line 2: a list of rows, .* name the file \.json"),
+        ("p.jsonl", b'{"a": 1}\n[1]\n', r"p\.jsonl line 2: .*a list of rows; name the file \.json"),
         ("p.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"p\.jsonl line 2: not UTF-8"),
-        ("p.jsonl", b"", r"p\.jsonl: the file holds no rows"),
-        ("p.json", b"\n", r"p\.json: the file holds no rows"),
+        ("p.jsonl", b"", r"p\.jsonl: the file has no rows"),
+        ("p.json", b"\n", r"p\.json: the file has no rows"),
         ("p.parquet", b"", r"p\.parquet: not a readable parquet file"),
-        ("p.json", b'[{"a": 1},\n oops]', r"p\.json line 2: not JSON"),
-        ("p.json", b'{"a": 1}\n{"a": 2}\n', r"p\.json line 2: not JSON .* name it \.jsonl"),
-        ("p.json", b'{"rows": []}', r"p\.json: holds an object without rows"),
+        ("p.json", b'[{"a": 1},\n oops]', r"p\.json line 2: not valid JSON"),
+        ("p.json", b'{"a": 1}\n{"a": 2}\n', r"p\.json line 2: not valid JSON .* name it \.jsonl"),
+        ("p.json", b'{"rows": []}', r"p\.json: contains an object without rows"),
         ("p.json", b"[" * 100_000, r"p\.json"),
-        ("p.csv", b"a,b\n1,2\n3\n", r"p\.csv row 2: not as many cells"),
-        ("p.csv", b"a,b\n1,2,3\n", r"p\.csv row 1: not as many cells"),
+        ("p.csv", b"a,b\n1,2\n3\n", r"p\.csv row 2: the number of cells differs"),
+        ("p.csv", b"a,b\n1,2,3\n", r"p\.csv row 1: the number of cells differs"),
         ("p.csv", b"a\n\"[{'role': 'user'}]\"\n", r"p\.csv row 1: the cell 'a' looks like messages"),
         ("p.jsonl.gz", b"not gzip", r"p\.jsonl\.gz: not a complete gzip file"),
         (
@@ -200,7 +200,7 @@ def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path, name, content, 
 
 def test_a_folder_is_refused_with_the_files_it_holds(tmp_path):
     _write(tmp_path / "p.jsonl", ROWS)
-    with pytest.raises(InputError, match=r"this is a folder; name one file in it \(it holds p\.jsonl\)"):
+    with pytest.raises(InputError, match=r"this is a folder; name one file in it \(it contains p\.jsonl\)"):
         read_rows(str(tmp_path))
 
 
@@ -235,5 +235,5 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path, special, kind, linke
         path = tmp_path / "link.jsonl"
     for name in (path, f"file://{path}", f"local://{path}"):
         for read in (read_rows, source_digest):
-            with pytest.raises(InputError, match=rf"{path.name}: is a {kind}, not a file"):
+            with pytest.raises(InputError, match=rf"{path.name}: this is a {kind}, not a file"):
                 read(str(name))

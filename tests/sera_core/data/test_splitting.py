@@ -86,7 +86,7 @@ def test_a_small_fraction_of_two_groups_is_one_and_a_single_group_stays_in_train
 
 def test_a_split_that_leaves_nothing_to_train_on_is_refused():
     with pytest.raises(
-        InputError, match=r"2 different prompts cannot be divided: 1 held out and 1 for the test"
+        InputError, match=r"2 different prompts are too few: 1 held out and 1 for the test side"
     ):
         split_groups(many(2), 0.1, 0.1, 0)
 

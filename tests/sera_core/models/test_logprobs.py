@@ -144,9 +144,9 @@ def test_scoring_leaves_the_model_as_it_was(policy):
     [
         (([1], []), r"item 1: the response is empty"),
         (([], [1]), r"item 1: the prompt is empty"),
-        (([1], [VOCAB_SIZE]), r"item 1: token id 512 is not in the model's vocabulary"),
+        (([1], [VOCAB_SIZE]), r"item 1: token id 512 is outside the model's vocabulary"),
         (([1], [-1]), r"item 1: token id -1"),
-        (([1] * 500, [2] * 13), r"item 1: 500 prompt and 13 response tokens do not fit the model's 512"),
+        (([1] * 500, [2] * 13), r"item 1: 500 prompt and 13 response tokens exceed the model's 512"),
     ],
 )
 def test_an_item_without_a_log_probability_is_refused_by_its_index(policy, item, message):

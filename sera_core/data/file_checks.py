@@ -1,4 +1,4 @@
-"""What lies where a file was meant to be: named as what it is, not as what it fails to parse as."""
+"""Detect a pipe, device, Git LFS pointer or web page in place of a file, for a clear error message."""
 
 import stat
 from pathlib import Path
@@ -14,9 +14,9 @@ _SPECIAL = {
 
 
 def refuse_special(path: Path) -> Path:
-    """The path, unless it is a pipe, a device or a socket, or a link to one: reading it may never end.
+    """Return the path unless it is a pipe, device or socket (or a link to one), whose reading may not end.
 
-    A path that is not there is left to its reader.
+    A missing path is returned too; the caller reports it.
 
     Raises:
         InputError: it is one; the message says which.
@@ -27,11 +27,11 @@ def refuse_special(path: Path) -> Path:
         return path
     if kind is None:
         return path
-    raise InputError(f"{path}: is {kind}, not a file, and reading it may never end; give a plain file")
+    raise InputError(f"{path}: this is {kind}, not a file; use a regular file")
 
 
-def stand_in(data: bytes) -> str | None:
-    """What a file is that begins so, and what to do: a Git LFS pointer or a web page; None for any other."""
+def placeholder_problem(data: bytes) -> str | None:
+    """A message if the content is a Git LFS pointer or a web page instead of the file; else None."""
     start = data[:200].lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         return "this is a Git LFS pointer, not the file: run `git lfs pull` in that folder"

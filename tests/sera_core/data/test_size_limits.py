@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sera_core.data import expanding
-from sera_core.data.expanding import EXPANDED_VARIABLE, LEAST_EXPANDED, ROW_VARIABLE, Limits
+from sera_core.data import size_limits
+from sera_core.data.size_limits import EXPANDED_VARIABLE, LEAST_EXPANDED, ROW_VARIABLE, Limits
 from sera_core.data.sources import read_rows, source_digest
 from sera_core.errors import InputError
 
@@ -41,7 +41,7 @@ def test_what_a_compressed_file_holds_is_limited(tmp_path, monkeypatch, name):
     assert len(read_rows(path)) == len(ROWS)
     monkeypatch.setenv(EXPANDED_VARIABLE, "50000")
     with pytest.raises(
-        InputError, match=rf"{name}: its [\d,]+ bytes expand to [\d,]+ or more, .* 50,000 "
+        InputError, match=rf"{name}: its [\d,]+ bytes expand to [\d,]+ or more, .* 50,000;"
     ) as e:
         read_rows(path)
     assert EXPANDED_VARIABLE in str(e.value)
@@ -69,7 +69,9 @@ def test_rows_may_be_nested_so_deep_and_no_deeper(tmp_path, name):
         if fits:
             assert len(read_rows(str(tmp_path / name))) == 1
         else:
-            with pytest.raises(InputError, match=rf"{name} (line|row) 1: .* nested more than 100 deep"):
+            with pytest.raises(
+                InputError, match=rf"{name} (line|row) 1: .* nested more than 100 levels deep"
+            ):
                 read_rows(str(tmp_path / name))
 
 
@@ -114,7 +116,7 @@ def test_a_large_compressed_file_may_hold_many_times_its_size():
 
 def test_a_limit_that_is_no_number_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv(ROW_VARIABLE, "64 MB")
-    with pytest.raises(InputError, match=rf"{ROW_VARIABLE}='64 MB': not a number of bytes"):
+    with pytest.raises(InputError, match=rf"{ROW_VARIABLE}='64 MB': not a positive number of bytes"):
         read_rows(written(tmp_path / "p.jsonl", ROWS))
 
 
@@ -129,31 +131,32 @@ def refused(path, match):
 def test_a_plain_file_is_limited_by_the_same_variable(tmp_path, monkeypatch, name):
     path = written(tmp_path / name, ROWS)
     monkeypatch.setenv(EXPANDED_VARIABLE, "1000")
-    refused(path, rf"{name}: [\d,]+ bytes or more, and at most 1,000 are read; .* {EXPANDED_VARIABLE}")
-    refused(f"file://{path}", "at most 1,000 are read")
-    refused(f"local://{path}", "at most 1,000 are read")
+    refused(path, rf"{name}: [\d,]+ bytes or more, above the limit of 1,000; .* {EXPANDED_VARIABLE}")
+    refused(f"file://{path}", "above the limit of 1,000")
+    refused(f"local://{path}", "above the limit of 1,000")
 
 
 def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
     with (tmp_path / "p.jsonl").open("wb") as file:
         file.truncate(2**32 - 1)  # takes no room on disk
-    monkeypatch.setattr(expanding, "main_memory", lambda: (2.0**34, 2.0**31))
+    monkeypatch.setattr(size_limits, "main_memory", lambda: (2.0**34, 2.0**31))
     tracemalloc.start()
     refused(
-        str(tmp_path / "p.jsonl"), r"p\.jsonl: its 4,294,967,295 bytes need 3 times that .* 2,147,483,648 are"
+        str(tmp_path / "p.jsonl"),
+        r"p\.jsonl: reading its 4,294,967,295 bytes needs 3 times .* 2,147,483,648 bytes are",
     )
     with (tmp_path / "p.jsonl").open("wb") as file:
         file.truncate(2**40)
-    refused(str(tmp_path / "p.jsonl"), "1,099,511,627,776 bytes or more, and at most 4,294,967,296 are read")
+    refused(str(tmp_path / "p.jsonl"), "1,099,511,627,776 bytes or more, above the limit of 4,294,967,296")
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
 
 
 def test_a_small_file_that_expands_beyond_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(expanding, "main_memory", lambda: (2.0**34, 2.0**25))
+    monkeypatch.setattr(size_limits, "main_memory", lambda: (2.0**34, 2.0**25))
     monkeypatch.setenv(EXPANDED_VARIABLE, str(2**40))
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b" " * 2**26))
-    with pytest.raises(InputError, match=r"p\.jsonl\.gz: its [\d,]+ bytes need 3 times that"):
+    with pytest.raises(InputError, match=r"p\.jsonl\.gz: reading its [\d,]+ bytes needs 3 times"):
         read_rows(str(tmp_path / "p.jsonl.gz"))
 
 
@@ -198,14 +201,14 @@ def test_a_download_that_never_ends_is_stopped_at_the_limit(endless, monkeypatch
     monkeypatch.setenv(EXPANDED_VARIABLE, str(2**25))
     Endless.sent = 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(f"{endless}/{name}", rf"{name}: 3[34],[\d,]+ bytes or more, and at most 33,554,432 are read")
+    refused(f"{endless}/{name}", rf"{name}: 3[34],[\d,]+ bytes or more, above the limit of 33,554,432")
     assert Endless.sent < 2**28
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
 def test_a_download_stops_where_memory_does(endless, monkeypatch):
-    monkeypatch.setattr(expanding, "main_memory", lambda: (2.0**34, 2.0**25))
-    refused(f"{endless}/p.jsonl", "times that of memory to be read, and 33,554,432 are available")
+    monkeypatch.setattr(size_limits, "main_memory", lambda: (2.0**34, 2.0**25))
+    refused(f"{endless}/p.jsonl", "times as much memory, but 33,554,432 bytes are available")
 
 
 def test_a_hubs_data_set_has_the_same_limits(monkeypatch):
@@ -226,9 +229,11 @@ def test_a_hubs_data_set_has_the_same_limits(monkeypatch):
     deep: dict = {"prompt": "a"}
     for _ in range(150):
         deep = {"a": [deep]}
-    with pytest.raises(InputError, match=r"train row 2: .* nested more than 100 deep"):
+    with pytest.raises(InputError, match=r"train row 2: .* nested more than 100 levels deep"):
         hub([ROWS[0], deep])
     monkeypatch.setenv(EXPANDED_VARIABLE, "50000")
     for rows in (told, ROWS):
-        with pytest.raises(InputError, match=r"hub:owner/pairs@c+: [\d,]+ bytes or more, and at most 50,000"):
+        with pytest.raises(
+            InputError, match=r"hub:owner/pairs@c+: [\d,]+ bytes or more, above the limit of 50,000"
+        ):
             hub(rows)

@@ -1,7 +1,7 @@
-"""How much is read of a file before it is refused: of any, and of one that holds far more than its size says.
+"""Size limits for data files, plain and compressed.
 
-A server may send without end, and what is larger than memory would end the process without a word. A
-megabyte of gzip can hold a gigabyte, and a few hundred kilobytes of parquet millions of long rows.
+A server may send data without end, and a file larger than memory would kill the process without a message.
+A megabyte of gzip can expand to a gigabyte, and a few hundred kilobytes of parquet to millions of long rows.
 """
 
 import faulthandler
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 
 EXPANDED_VARIABLE, ROW_VARIABLE = "SERA_MAX_EXPANDED_BYTES", "SERA_MAX_ROW_BYTES"
 PLAIN_BYTES = 2**32
-"""Of a file, a download or a hub's data set."""
+"""Default limit in bytes of a file, a download or a hub data set."""
 LEAST_EXPANDED = 2**28
 EXPANSION = 200
-"""A compressed file may hold so many times its own bytes, or `LEAST_EXPANDED` if that is more."""
+"""A compressed file may expand to this many times its size, or `LEAST_EXPANDED` if that is more."""
 ROW_BYTES = 64 * 2**20
 DEPTH = 100
-"""Levels of lists and objects in a row; messages have four."""
+"""Maximum nesting of lists and objects in a row; messages have four levels."""
 _PIECE = 2**20
 _BATCH = 1024
 _HELD = 3
-"""How often a text file's bytes are in memory at once, at least: as bytes, as text and in its rows."""
+"""Minimum number of copies of a text file in memory: as bytes, as text and as rows."""
 _METADATA_SECONDS = 10.0
 _VALUE_BYTES = 4
-"""What the shortest value takes in memory, at least: its place."""
+"""Minimum bytes of a value in memory: its pointer."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file of rows may hold.
+    """Size limits for one file.
 
     Attributes:
         name: the file, for messages.
-        held: its own bytes.
+        held: its size in bytes.
     """
 
     name: str
@@ -56,75 +56,75 @@ class Limits:
 
     @property
     def row(self) -> int:
-        """Bytes of a row."""
+        """Maximum bytes of a row."""
         return _setting(ROW_VARIABLE, ROW_BYTES)
 
     @property
     def expanded(self) -> int:
-        """Bytes of all that a compressed file holds."""
+        """Maximum bytes of a compressed file after decompression."""
         return _setting(EXPANDED_VARIABLE, max(LEAST_EXPANDED, EXPANSION * self.held))
 
     def check_expanded(self, found: int, read: int = 0) -> None:
-        """Refuse a file that expands to so many bytes or more, some of which are in memory already.
+        """Refuse a file that expands to `found` bytes or more, `read` of which are already in memory.
 
         Raises:
-            InputError: they are more than allowed, or than fit into memory.
+            InputError: more than allowed, or than memory can hold.
         """
         if found > (most := self.expanded):
             raise InputError(
-                f"{self.name}: its {self.held:,} bytes expand to {found:,} or more, and at most {most:,} are "
-                f"read; give it uncompressed or in several files, or set {EXPANDED_VARIABLE} if it is meant"
+                f"{self.name}: its {self.held:,} bytes expand to {found:,} or more, above the limit of "
+                f"{most:,}; decompress it, split it into several files, or raise {EXPANDED_VARIABLE}"
             )
         self._check_memory(found, read)
 
     @property
     def plain(self) -> int:
-        """Bytes of a file as it is stored or sent."""
+        """Maximum bytes of a file as stored or sent."""
         return _setting(EXPANDED_VARIABLE, PLAIN_BYTES)
 
     def check_plain(self, found: int, read: int = 0) -> None:
-        """Refuse a file, a download or a data set of so many bytes, some of which are in memory already.
+        """Refuse a file, download or data set of `found` bytes, `read` of which are already in memory.
 
         Raises:
-            InputError: they are more than allowed, or than fit into memory.
+            InputError: more than allowed, or than memory can hold.
         """
         if found > (most := self.plain):
             raise InputError(
-                f"{self.name}: {found:,} bytes or more, and at most {most:,} are read; give it in several "
-                f"files, or set {EXPANDED_VARIABLE} if it is meant"
+                f"{self.name}: {found:,} bytes or more, above the limit of {most:,}; split it into several "
+                f"files, or raise {EXPANDED_VARIABLE}"
             )
         self._check_memory(found, read)
 
     def _check_memory(self, found: int, read: int) -> None:
         if found > _PIECE and _HELD * found - read > (free := main_memory()[1]):
             raise InputError(
-                f"{self.name}: its {found:,} bytes need {_HELD} times that of memory to be read, and "
-                f"{max(0, free):,.0f} are available; give fewer rows, or take a machine with more memory"
+                f"{self.name}: reading its {found:,} bytes needs {_HELD} times as much memory, but "
+                f"{max(0, free):,.0f} bytes are available; use fewer rows or a machine with more memory"
             )
 
     def check_row(self, where: str, found: int) -> None:
-        """Refuse a row of so many bytes.
+        """Refuse a row of too many bytes.
 
         Raises:
-            InputError: they are more than allowed.
+            InputError: it has more than allowed.
         """
         if found > (most := self.row):
             raise InputError(
-                f"{where}: a row of {found:,} bytes, and one may have {most:,}; shorten it or leave it out, "
-                f"or set {ROW_VARIABLE} if it is meant"
+                f"{where}: a row of {found:,} bytes, above the limit of {most:,}; shorten or remove it, or "
+                f"raise {ROW_VARIABLE}"
             )
 
     def check_text_row(self, where: str, text: str) -> None:
-        """The same of a row that is written as text; cheap for a short one."""
-        if len(text) * 4 > self.row:  # UTF-8 has at most four bytes a character
+        """As `check_row`, for a row in text form; fast for short rows."""
+        if len(text) * 4 > self.row:  # UTF-8 has at most four bytes per character
             self.check_row(where, len(text.encode("utf-8", "surrogatepass")))
 
 
 def read_limited(name: str, stream: IO[bytes]) -> bytes:
-    """All of a stream, which may turn out to have no end.
+    """Read a whole stream, which may be endless.
 
     Raises:
-        InputError: it has more than allowed.
+        InputError: it has more bytes than allowed.
     """
     limits, pieces, found = Limits(name, 0), [], 0
     while piece := stream.read(_PIECE):
@@ -139,25 +139,24 @@ def _setting(variable: str, default: int) -> int:
     if not text:
         return default
     if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise InputError(f"{variable}={text!r}: not a number of bytes above 0; correct it, or unset it")
+        raise InputError(f"{variable}={text!r}: not a positive number of bytes; correct or unset it")
     return int(text)
 
 
 def check_depth(where: str, value: Any) -> None:
-    """Refuse a row whose lists and objects lie too deep in each other.
+    """Refuse a row whose lists and objects are nested too deeply.
 
     Raises:
         InputError: deeper than `DEPTH` levels.
     """
     if is_deep(value):
         raise InputError(
-            f"{where}: lists and objects nested more than {DEPTH} deep, which no row of messages is; "
-            "correct the row"
+            f"{where}: lists and objects are nested more than {DEPTH} levels deep; correct the row"
         )
 
 
 def is_deep(value: Any) -> bool:
-    """Whether lists and objects lie in each other for more than `DEPTH` levels."""
+    """Whether lists and objects are nested more than `DEPTH` levels deep."""
     level, depth = [value], 0
     while level := [inner for outer in level for inner in _inside(outer)]:
         if (depth := depth + 1) > DEPTH:
@@ -166,10 +165,10 @@ def is_deep(value: Any) -> bool:
 
 
 def check_rows(name: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows that come as values, such as a hub's, each with where it stands, while they are within the limits.
+    """Yield rows given as Python values (with their location), while they are within the limits.
 
     Raises:
-        InputError: one, or all together, have more bytes than allowed, or one is nested too deep.
+        InputError: a row, or all together, have more bytes than allowed, or one is nested too deeply.
     """
     limits, found = Limits(name, 0), 0
     for where, row in rows:
@@ -182,7 +181,7 @@ def check_rows(name: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterato
 
 
 def _bytes_of(row: Any) -> int:
-    """Bytes of a row's texts, and what its other values take at least."""
+    """Bytes of a row's texts, and the minimum size of its other values."""
     size, waiting = 0, [row]
     while waiting:
         value = waiting.pop()
@@ -202,10 +201,10 @@ def _inside(value: Any) -> list[Any]:
 
 
 def unzipped(name: str, data: bytes) -> bytes:
-    """What a gzip file holds, read piece by piece.
+    """Decompress a gzip file piece by piece.
 
     Raises:
-        InputError: it is none, not complete, or holds more than allowed.
+        InputError: it is not a complete gzip file, or expands to more than allowed.
     """
     limits, pieces, found = Limits(name, len(data)), [], 0
     try:
@@ -217,20 +216,20 @@ def unzipped(name: str, data: bytes) -> bytes:
     except InputError:
         raise
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{name}: not a complete gzip file ({error}); write it again") from error
+        raise InputError(f"{name}: not a complete gzip file ({error}); create it again") from error
     return b"".join(pieces)
 
 
 def parquet_rows(name: str, held: int, file: "pq.ParquetFile") -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, in batches whose bytes are counted before they become Python's.
+    """The rows of a parquet file; sizes are checked before rows become Python objects.
 
     Args:
         name: the file, for messages.
-        held: its own bytes.
-        file: it, opened.
+        held: its size in bytes.
+        file: the open file.
 
     Raises:
-        InputError: it, or one of its rows, holds more than allowed.
+        InputError: the file or one of its rows is larger than allowed.
     """
     limits, found, number = Limits(name, held), 0, 0
     _try_metadata(name, file)
@@ -287,24 +286,24 @@ def _column_values(file: "pq.ParquetFile") -> int:
 
 
 def _check_metadata(limits: Limits, file: "pq.ParquetFile") -> None:
-    """What the file says of itself, before any of it is read."""
+    """Check sizes and nesting in the file's metadata, before any row is read."""
     groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
     held = _VALUE_BYTES * _column_values(file)
     limits.check_expanded(max(sum(group.total_byte_size for group in groups), held))
     for column in range(len(file.schema)):
         if (depth := file.schema.column(column).path.count(".")) > DEPTH:
             raise InputError(
-                f"{limits.name}: a column nested {depth} deep, and at most {DEPTH} are read; correct the file"
+                f"{limits.name}: a column is nested {depth} levels deep, more than {DEPTH}; correct the file"
             )
 
 
 def _batch_rows(limits: Limits, file: "pq.ParquetFile", group: int) -> int:
-    """Rows read at a time: no value is longer than its group, so that many rows stay below the limit."""
+    """Rows per batch: no value is larger than its row group, so that a batch stays below the limit."""
     return max(1, min(_BATCH, limits.expanded // max(file.metadata.row_group(group).total_byte_size, 1)))
 
 
 def _without_dictionaries(batch: "pa.RecordBatch") -> "pa.RecordBatch":
-    """The batch with repeated values written out: they are counted as often as they are read."""
+    """The batch with dictionary columns decoded, so that repeated values count every time."""
     import pyarrow as pa
 
     columns = [c.dictionary_decode() if isinstance(c, pa.DictionaryArray) else c for c in batch.columns]

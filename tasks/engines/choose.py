@@ -1,0 +1,64 @@
+"""Choose a sampling engine by name and load a policy into it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sera_core.config import Dtype
+from sera_core.extensions import Registry
+from tasks.engines.sampler import Sampler
+
+
+def open_sampler(
+    engine: str,
+    policy: Path,
+    *,
+    base: Path | None = None,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    batch: int = 32,
+    max_length: int | None = None,
+) -> Sampler:
+    """Load a policy into an engine; only that engine's libraries are imported.
+
+    Args:
+        engine: `transformers`, `vllm`, or `module:function`, called with the other arguments.
+        policy: policy or adapter folder.
+        base: the adapter's base policy folder.
+        dtype: dtype of the computation.
+        device: device of the model.
+        batch: maximum responses in a batch of the transformers engine.
+        max_length: maximum tokens of prompt and response together; None: all of the model's positions.
+
+    Raises:
+        InputError: the engine is unknown, not allowed or not importable.
+    """
+    return ENGINES.named(engine)(
+        policy, base=base, dtype=dtype, device=device, batch=batch, max_length=max_length
+    )
+
+
+def check_engine(engine: str) -> None:
+    """Refuse an unknown engine before a model is loaded.
+
+    Raises:
+        InputError: the engine is unknown, not allowed or not importable.
+    """
+    ENGINES.named(engine)
+
+
+def _transformers(policy: Path, *, max_length: int | None, **settings: Any) -> Sampler:
+    from tasks.engines.hf_sampler import HFSampler
+
+    return HFSampler(policy, **settings)
+
+
+def _vllm(policy: Path, *, batch: int, **settings: Any) -> Sampler:
+    from tasks.engines.vllm_sampler import VLLMSampler
+
+    return VLLMSampler(policy, **settings)
+
+
+ENGINES: Registry[Callable[..., Sampler]] = Registry(
+    "sampling engine", {"transformers": _transformers, "vllm": _vllm}
+)
