@@ -86,7 +86,7 @@ def test_a_record_of_a_newer_version_is_refused_by_name(kept_store, capsys, patt
         path.write_text(json.dumps({**json.loads(path.read_text()), "format": FORMAT + 1, "new": True}))
     assert main([*command, "--store", str(kept_store)]) == 1
     said = capsys.readouterr().err
-    assert f"written by a newer sera-flow (format {FORMAT + 1}), this version reads up to {FORMAT}" in said
+    assert f"written by a newer sera-flow (format {FORMAT + 1}, this version reads up to {FORMAT}" in said
     assert Path(pattern).name in said
 
 
