@@ -132,7 +132,6 @@ def _logps(attempt: Attempt, name: str, pairs: pa.Table) -> pa.Table:
     expected = [f"{pair}/{side}" for pair in pairs["pair_id"].to_pylist() for side in ("chosen", "rejected")]
     if ids != expected:
         raise SeraError(
-            f"{name}: its log-probabilities belong to other pairs than the review; delete that step and run "
-            "again"
+            f"{name}: its log-probabilities belong to other pairs; delete that step and run again"
         )
     return table

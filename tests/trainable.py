@@ -12,7 +12,7 @@ from tiny import tiny_policy
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec
-from sera_core.artifacts.step import Attempt, quiet, run_step
+from sera_core.artifacts.step import Attempt, no_progress, run_step
 from sera_core.artifacts.store import Store, open_store
 from sera_core.config import ExecutionConfig, TrainConfig
 from sera_core.models.policies import load_policy
@@ -125,7 +125,7 @@ class Bench:
         self,
         spec: StepSpec,
         execution: ExecutionConfig = CPU,
-        progress: Any = quiet,
+        progress: Any = no_progress,
         store: Store | None = None,
     ) -> StepRecord:
         """Train."""

@@ -83,7 +83,7 @@ def test_a_record_of_a_newer_version_is_refused_by_name(kept_store, sera, patter
     for path in kept_store.glob(pattern):
         path.write_text(json.dumps({**json.loads(path.read_text()), "format": FORMAT + 1, "new": True}))
     said = sera(*command, "--store", kept_store, code=1).err
-    assert f"written by a newer sera-flow (format {FORMAT + 1}), this version reads up to {FORMAT}" in said
+    assert f"written by a newer sera-flow (format {FORMAT + 1}, this version reads up to {FORMAT}" in said
     assert Path(pattern).name in said
 
 

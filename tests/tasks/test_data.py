@@ -221,7 +221,7 @@ def test_a_source_that_changes_after_its_digest_was_taken_is_refused(lab):
     config = lab.config(train=rows("a", "b"))
     spec = lab.data_spec(config)
     (lab.folder / "train.jsonl").write_text(json.dumps(rows("c")[0]))
-    with pytest.raises(InputError, match=r"data\.train: .*train\.jsonl changed while running"):
+    with pytest.raises(InputError, match=r"data\.train: .*train\.jsonl changed during the run"):
         lab.run(spec, load_pairs)
 
 
@@ -286,7 +286,7 @@ def test_what_is_probably_not_meant_is_counted_and_said(lab, caplog):
     assert rendered.record.metrics["special_tokens"] == 1
     said = " ".join(record.message for record in caplog.records)
     assert "in 1 pairs chosen and rejected both begin with the prompt" in said
-    assert "1 rows spell special tokens" in said
+    assert "1 rows contain special tokens" in said
 
 
 # ----------------------------------------------------------------------------------------------------- render
@@ -381,7 +381,7 @@ def test_a_conversation_that_the_template_refuses_is_named(lab):
     system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "b"}]
     pair = {"prompt": system, "chosen": "yes", "rejected": "no"}
     named = parse_pair(Row("", pair)).pair_id
-    with pytest.raises(InputError, match=rf"pair {named}: .* refuses .* no system role"):
+    with pytest.raises(InputError, match=rf"pair {named}: .* rejects .* no system role"):
         lab.render({"heldout_fraction": 0.0}, train=[*rows("a", "c"), pair])
 
 

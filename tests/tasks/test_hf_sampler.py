@@ -193,7 +193,7 @@ def test_a_model_that_is_more_than_keys_and_values_is_refused(tmp_path):
 
     config = t.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
     t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r'cannot run a bloom model .* sampling.engine = "vllm"'):
+    with pytest.raises(InputError, match=r'does not support bloom models .* sampling.engine = "vllm"'):
         HFSampler(tmp_path)
 
 

