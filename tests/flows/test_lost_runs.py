@@ -78,9 +78,7 @@ def test_the_flow_run_of_every_process_in_the_group_is_seen_and_remembered(tmp_p
         seen = FlowRunTracker(tmp_path / "seen", SECRET)
         seen.scan(process.pid)
         assert seen.active == {"a-run"}
-        assert FlowRunTracker(tmp_path / "seen", SECRET).lost == {
-            "a-run"
-        }  # after a kill
+        assert FlowRunTracker(tmp_path / "seen", SECRET).lost == {"a-run"}  # after a kill
     finally:
         process.kill()
         process.communicate()
