@@ -67,7 +67,7 @@ def test_the_schedules_flow_advances_two_open_runs_by_a_round_and_leaves_a_stopp
     for run in ("left", "right"):
         tinyrun.work(tinyrun.config(tmp_path, limits={"rounds": 1}), store, run)
         more = tinyrun.config(tmp_path, limits={"rounds": 3})
-        tinyrun.opening.open_run(more, run, str(store))  # re-opened: two rounds more
+        tinyrun.open_run.open_run(more, run, str(store))  # re-opened: two rounds more
     told = ended(place, trigger(place, "sera-advance/sera-advance", store=str(store)))
     assert "left: open" in told["state"]["message"] and "right: open" in told["state"]["message"]
     counts = {run: len(sera_core.open_run(str(store), run)) for run in ("left", "right", "stopped")}
