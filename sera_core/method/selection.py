@@ -94,11 +94,12 @@ def select(
     | `none`         | all                                                                               |
     | `module:name`  | those for which the user's own rule says True (see `sera_core.extensions`)        |
 
-    The first three and `module:name` also require margin > `min_margin` (strictly) and give other pairs the
-    reason `not_preferred`, even if the cut would drop them too. The fraction is of all finite pairs, so the floor
-    can only make the selection smaller. The controls ignore the floor when they choose pairs. Keeping only
-    clearly preferred pairs is SeRA's (arXiv 2410.09362); all values here are ours. Published evidence
-    disagrees on the direction (large: arXiv 2502.14560; small: 2406.17312, 2508.04149).
+    The first three and `module:name` also require margin > `min_margin` (strictly) and give other pairs
+    the reason `not_preferred`, even if the cut would drop them too. The fraction is of all finite pairs,
+    so the floor can only make the selection smaller. The controls ignore the floor when they choose
+    pairs. Keeping only clearly preferred pairs is SeRA's (arXiv 2410.09362); all values here are ours.
+    Published evidence disagrees on the direction (large: arXiv 2502.14560; small: 2406.17312,
+    2508.04149).
 
     Args:
         margins: in nats, without β, already rounded.
