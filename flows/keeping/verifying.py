@@ -258,6 +258,7 @@ class Chain:
             ref, named_by = waiting.pop()
             self.links += 1
             record = self.steps.get(ref.key) or self._read(ref, named_by)
+            self._hold(record.step == ref.step, named_by, f"names {ref.key[:12]}… as a step {ref.step!r:.60}")
             self._hold(
                 record.digest == ref.digest,
                 f"{_folder(record)}/done.json",
