@@ -259,6 +259,9 @@ class Chain:
             self.links += 1
             record = self.steps.get(ref.key) or self._read(ref, named_by)
             self._check(
+                record.step == ref.step, named_by, f"names {ref.key[:12]}… as a step {ref.step!r:.60}"
+            )
+            self._check(
                 record.digest == ref.digest,
                 f"{_folder(record)}/done.json",
                 f"has other content (digest {record.digest[:12]}…) than {named_by} names "

@@ -108,7 +108,8 @@ def check_folder(model: Model, name: str, data: bytes) -> None:
     check_told(told)
     if told.code:
         assert told.code == 2 and not margins, told
-        assert name in told.err or str(folder) in told.err, told.err
+        unfit = "no row is left" in told.err  # for a model of fewer positions, say
+        assert name in told.err or str(folder) in told.err or unfit, told.err
         return
     lost = sum(margin is None or margin != margin for margin in margins)
     assert not lost or f"{lost} margins are not finite" in told.out, (margins, told.out)

@@ -205,11 +205,12 @@ def do_again(spec):
     raise Again(spec.step)
 
 
-def goes_on(store: Path) -> dict:
-    """The last round committed once more from the records of its steps, as a resumed run does."""
-    for name in ("round-001.json", "final-000.json", "final-001.json"):
+def goes_on(store: Path) -> dict | None:
+    """The last round committed once more from the records of its steps; None if a limit came before it."""
+    for name in ("round-001.json", "stop-000.json", "final-000.json", "final-001.json"):
         (store / "runs" / "first" / name).unlink(missing_ok=True)
-    assert run_round(Session(str(store), "first", do_again), 1) == "max_rounds"
+    if run_round(Session(str(store), "first", do_again), 1) == "budget":
+        return None
     found = json.loads((store / "runs" / "first" / "round-001.json").read_text())
     return {name: value for name, value in found.items() if name not in ("created", "epoch", "parent_sha256")}
 
@@ -219,6 +220,7 @@ def finished(_present_store, tmp_path_factory):
     """A store of this version, its records, and its last round."""
     store = Path(shutil.copytree(_present_store, tmp_path_factory.mktemp("going") / "store"))
     last = goes_on(store)
+    assert last is not None
     used = {ref["key"] for ref in last["used"]}
     steps = sorted(path for path in store.glob("steps/*/*/done.json") if path.parent.name in used)
     first = [store / "runs" / "first" / name for name in ("run-000.json", "round-000.json")]
@@ -331,6 +333,7 @@ def test_a_configuration_that_is_not_what_its_hash_covers_is_not_gone_on_with(tm
         (ROUND, ("pairs", "human"), "900"),
         (ROUND, ("generated_share",), "0.5"),
         (ROUND, ("used",), "[]"),
+        (ROUND, ("used", 4, "step"), '"report"'),
         ("runs/first/final-000.json", ("metrics", "test/rewards/accuracies", "value"), "0.75"),
         ("runs/first/final-000.json", ("metrics",), "{}"),
     ],
