@@ -1,83 +1,38 @@
 """The panel by name: the built-in features, functions of the user's own, and columns given as numbers."""
 
-import difflib
-from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
-from typing import cast
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
 from sera_core.errors import InputError
+from sera_core.extensions import Registry
 from sera_core.method import features
 
 Feature = Callable[[str, str], float]
 """(prompt, response) -> value."""
 
-FEATURES: dict[str, Feature] = {
-    function.__name__: function
-    for function in (
-        features.characters,
-        features.words,
-        features.sentences,
-        features.list_items,
-        features.headings,
-        features.bold,
-        features.code_fences,
-        features.markdown,
-        features.refusal,
-        features.opening,
-        features.word_overlap,
-        features.trigram_overlap,
-    )
-}
-"""The built-in features by name."""
-
-
-def feature_named(name: str, allowed: Iterable[str] | None = None) -> Feature:
-    """A built-in feature, or `module:function` of the user's own.
-
-    Args:
-        name: of FEATURES, or `module:function` with a function(prompt, response) -> float.
-        allowed: modules that may be imported; None: any.
-
-    Raises:
-        InputError: an unknown name (the nearest is named), a module that is not allowed or cannot be
-            imported, or something in it that cannot be called.
-    """
-    if ":" in name:
-        return _imported(name, allowed)
-    if name in FEATURES:
-        return FEATURES[name]
-    near = difflib.get_close_matches(name, FEATURES, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise InputError(
-        f"feature {name!r} is unknown; {hint}there are {', '.join(FEATURES)}, and module:function for one of "
-        "your own"
-    )
-
-
-def _imported(name: str, allowed: Iterable[str] | None) -> Feature:
-    module_name, _, function_name = name.partition(":")
-    if allowed is not None and module_name not in set(allowed):
-        raise InputError(
-            f"feature {name!r}: the module {module_name!r} is not allowed here; whoever runs the work must "
-            "name it among the allowed modules"
+FEATURES: Registry[Feature] = Registry(
+    "feature",
+    {
+        function.__name__: function
+        for function in (
+            features.characters,
+            features.words,
+            features.sentences,
+            features.list_items,
+            features.headings,
+            features.bold,
+            features.code_fences,
+            features.markdown,
+            features.refusal,
+            features.opening,
+            features.word_overlap,
+            features.trigram_overlap,
         )
-    try:
-        module = import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise InputError(
-            f"feature {name!r}: the module {module_name!r} cannot be imported ({error}); give "
-            "module:function of something on the Python path"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise InputError(
-            f"feature {name!r}: {module_name!r} has no function {function_name!r}; it must take (prompt, "
-            "response) and return a number"
-        )
-    return cast(Feature, function)
+    },
+)
+"""The built-in features by name; a feature of the user's own is `module:function`."""
 
 
 def feature_values(

@@ -11,7 +11,6 @@ from sera_core.method.panel import (
     FEATURES,
     column_difference,
     feature_differences,
-    feature_named,
     feature_values,
 )
 
@@ -41,7 +40,7 @@ print("x")
     ],
 )
 def test_an_answer_counted_by_hand(name, value):
-    assert FEATURES[name]("How do I get to the lake?", ANSWER) == value
+    assert FEATURES.entries[name]("How do I get to the lake?", ANSWER) == value
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_overlap_with_the_prompt_by_hand():
 @light
 @given(st.text(), st.text())
 def test_every_feature_of_any_text_is_finite_and_not_negative(prompt, response):
-    for name, feature in FEATURES.items():
+    for name, feature in FEATURES.entries.items():
         value = feature(prompt, response)
         assert isinstance(value, float) and value >= 0 and np.isfinite(value), name
         if name in ("refusal", "opening", "word_overlap", "trigram_overlap"):
@@ -119,9 +118,9 @@ def test_every_feature_of_any_text_is_finite_and_not_negative(prompt, response):
 @given(st.text(min_size=1), st.text(alphabet="ab c.", min_size=1))
 def test_more_text_is_never_shorter(prompt, response):
     for name in ("characters", "words", "sentences", "list_items"):
-        assert FEATURES[name](prompt, response + "\nOne more.") > FEATURES[name](prompt, response) - (
-            name == "list_items"
-        )
+        assert FEATURES.entries[name](prompt, response + "\nOne more.") > FEATURES.entries[name](
+            prompt, response
+        ) - (name == "list_items")
 
 
 @light
@@ -137,25 +136,27 @@ def test_differences_are_chosen_less_rejected(tmp_path, monkeypatch):
     own = "def vowels(prompt, response):\n    return sum(letter in 'aeiou' for letter in response)\n"
     (tmp_path / "own_feature.py").write_text(own)
     monkeypatch.syspath_prepend(tmp_path)
-    named = {"words": FEATURES["words"], "mine": feature_named("own_feature:vowels", ["own_feature"])}
+    monkeypatch.setenv("SERA_EXTENSIONS", "own_feature")
+    named = {"words": FEATURES.named("words"), "mine": FEATURES.named("own_feature:vowels")}
     got = feature_differences(named, ["p", "p"], ["one two three", "a"], ["one", "one two"])
     assert got["words"].tolist() == [2, -1]
     assert got["mine"].tolist() == [3, -2]
 
 
 @pytest.mark.parametrize(
-    ("name", "allowed", "said"),
+    ("name", "said"),
     [
-        ("word", None, "did you mean 'words'"),
-        ("no_such_module_here:f", None, "cannot be imported"),
-        ("math:no_such", None, "no function"),
-        ("math:pi", None, "no function"),
-        ("math:sqrt", ["mine"], "not allowed"),
+        ("word", "did you mean 'words'"),
+        ("no_such_module_here:f", "importing no_such_module_here failed"),
+        ("math:no_such", "no function"),
+        ("math:pi", r"no function pi; it is called as feature\(prompt, response\)"),
+        ("os:system", "SERA_EXTENSIONS=os"),
     ],
 )
-def test_a_feature_that_cannot_be_had_is_refused_by_name(name, allowed, said):
+def test_an_unusable_feature_is_refused_by_name(name, said, monkeypatch):
+    monkeypatch.setenv("SERA_EXTENSIONS", "math,no_such_module_here")
     with pytest.raises(InputError, match=said):
-        feature_named(name, allowed)
+        FEATURES.named(name)
 
 
 def test_a_feature_that_fails_says_where():
