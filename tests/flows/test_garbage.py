@@ -340,7 +340,7 @@ def test_a_run_of_a_newer_version_stops_it_before_anything_is_deleted(kept_store
     (kept_store / "runs" / "newer").mkdir()
     (kept_store / "runs" / "newer" / "run-000.json").write_text(json.dumps({"format": 2, "what": "?"}))
     before = files(aged(kept_store))
-    with pytest.raises(StoreError, match=r"written by a newer sera-flow \(format 2\)"):
+    with pytest.raises(StoreError, match=r"written by a newer sera-flow \(format 2,"):
         gc(kept_store)
     assert files(kept_store) == before
 
