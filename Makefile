@@ -61,6 +61,7 @@ golden: .venv/dev           ## regenerate the table of what every step writes (a
 
 reference: .venv/core       ## regenerate the README's table of settings
 	$(BIN)/python -m sera_core.reference README.md
+	$(BIN)/python -m flows.orchestration.form > tests/flows/form_schema.json
 
 clean:                      ## delete the environment and the tools' caches; never the store
 	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ selection rule of one's own, in ten lines:
     import numpy as np
 
     def middle(margins, fraction, **_):
-        '''Keep the middle of the margins (nats, finite): a bool a pair.'''
+        '''Keep the middle of the margins (nats, finite): one bool per pair.'''
         low, high = np.quantile(margins, [0.5 - fraction / 2, 0.5 + fraction / 2])
         return (margins >= low) & (margins <= high)
 
@@ -38,10 +38,10 @@ ALLOWED = "SERA_EXTENSIONS"
 _OWN = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<function>[^\W\d]\w*)")
 
 SIGNATURES = {
-    "selection rule": "rule(margins, *, fraction, seed) -> a bool a pair",
+    "selection rule": "rule(margins, *, fraction, seed) -> one bool per pair",
     "pairing rule": "rule(rewards) -> a list of (chosen, rejected), places in a prompt's rewards, best first",
     "loss": "loss(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens, beta) "
-    "-> a loss a pair",
+    "-> one loss per pair",
     "sampling engine": "engine(policy, *, base, dtype, device, batch, max_length) -> a Sampler",
     "feature": "feature(prompt, response) -> a number",
 }

@@ -7,7 +7,7 @@
     reliance = aligned − counter,   balanced = (aligned + counter) / 2,   worst side = the smaller of the two
 
 A policy that goes by the feature alone has reliance 1 and balanced accuracy ½, whatever the share of pairs
-with d > 0. Accuracy over all pairs hangs on that share, so it rewards a feature that the labels favour.
+with d > 0. Accuracy over all pairs depends on that share, so it rewards a feature that the labels favour.
 Balanced and worst-side accuracy are those of group robustness (Sagawa et al., arXiv 1911.08731), with the
 feature's direction as the group; reliance is ours. Margins are in nats, without β.
 """
@@ -26,7 +26,7 @@ from sera_core.method.sides import QUANTITIES, SIDES, pairs_of, sides_of
 
 @dataclass(frozen=True)
 class Reliance:
-    """How a policy's ranking of held-out pairs hangs on one feature."""
+    """How a policy's ranking of held-out pairs depends on one feature."""
 
     accuracies: dict[str, Estimate]
     """Each of QUANTITIES."""
@@ -51,7 +51,7 @@ def reliance(
     resamples: int = 2000,
     level: float = 0.95,
 ) -> Reliance:
-    """How the ranking of held-out human pairs hangs on a feature, with cluster bootstrap intervals.
+    """How the ranking of held-out human pairs depends on a feature, with cluster bootstrap intervals.
 
     Args:
         difference: d, the feature of the chosen answer less that of the rejected one, in its unit.

@@ -43,7 +43,7 @@ class Pairs:
     margins: Float[np.ndarray, " pair"]
     """In nats."""
     names: np.ndarray
-    """One id a pair."""
+    """One id per pair."""
     finite: Bool[np.ndarray, " pair"]
     above_floor: Bool[np.ndarray, " pair"]
     """Finite, and above `min_margin`."""
@@ -52,7 +52,7 @@ class Pairs:
     fraction: float | int
     k: int
     cut: float | int
-    """Of the preference, by rule `threshold`."""
+    """Smallest `preference` that the rule `threshold` keeps."""
     seed: int
     score_kept: int | None
 
@@ -65,7 +65,7 @@ class Pairs:
 
 
 Chosen = tuple[np.ndarray, np.ndarray, str | np.ndarray]
-"""Kept (a bool a pair), rank (from 1; 0 where not finite), and why a finite pair was dropped."""
+"""Kept (one bool per pair), rank (from 1; 0 where not finite), and why a finite pair was dropped."""
 
 
 def select(
@@ -90,7 +90,7 @@ def select(
     | `threshold`    | margin >= `threshold` (direction `small`: <=)                                     |
     | `random`       | control: a seeded draw, as many as `top-fraction` achieved, floor included        |
     | `bottom`       | control: the least preferred, as many as `top-fraction` achieved                  |
-    | `relabel`      | all; a pair with a negative margin is to be turned, an exact 0 stays as it is     |
+    | `relabel`      | all; a pair with a negative margin is swapped,      an exact 0 stays as it is     |
     | `none`         | all                                                                               |
     | `module:name`  | those for which the user's own rule says True (see `sera_core.extensions`)        |
 
@@ -190,7 +190,7 @@ def _own(rule: Callable[..., Any], name: str, pairs: Pairs) -> Chosen:
     if told.shape != rows.shape or told.dtype != bool:
         raise InputError(
             f"the selection rule {name!r} gave {told.dtype} of shape {told.shape} for {rows.size} pairs; it "
-            "must give a bool a pair"
+            "must give one bool per pair"
         )
     wanted = np.zeros(pairs.finite.size, dtype=bool)
     wanted[rows] = told

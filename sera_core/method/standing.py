@@ -1,4 +1,4 @@
-"""Where a run stands after its decisions, and the decision about the next round, from the decisions alone."""
+"""The state of a run and its next decision, derived from past decisions only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from sera_core.method.deciding import Judged
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands."""
+    """The state of a run."""
 
     promoted: tuple[int, ...]
     """Promoted rounds."""
@@ -22,7 +22,7 @@ class Standing:
 
 
 def standing(history: Sequence[tuple[str, int | None]]) -> Standing:
-    """Where a run stands after its rounds.
+    """The state of a run after its rounds.
 
     Args:
         history: (decision, head after it) of round 0, 1, …

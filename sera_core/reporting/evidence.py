@@ -1,4 +1,4 @@
-"""The evidence of a round as a table: each number with its interval, its n, and whether it can tell."""
+"""The evidence of a round as a table: each number with its interval, sample size, and whether that suffices."""
 
 from dataclasses import dataclass
 from typing import Any

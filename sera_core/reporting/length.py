@@ -1,4 +1,4 @@
-"""Is length what the selection and the policy follow? Shares of longer answers, and the alarm in words."""
+"""Do the selection and the policy favour longer answers? Shares of longer answers, and the alarm in words."""
 
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -65,7 +65,7 @@ REASONS = {
     "too_long": "an answer over the limit",
     "prompt_too_long": "a prompt over the limit",
     "kept": "kept",
-    "relabelled": "kept with chosen and rejected changed places",
+    "relabelled": "kept, with chosen and rejected swapped",
     "non_finite": "its margin is not a number",
     "not_preferred": "the policy does not prefer the chosen answer clearly",
     "below_cut": "preferred, but beyond the cut",

@@ -132,7 +132,7 @@ def test_a_module_is_allowed_by_name_alone_and_never_imported_before(tmp_path, m
 
 
 def test_what_a_rule_gives_is_checked():
-    with pytest.raises(InputError, match="it must give a bool a pair"):
+    with pytest.raises(InputError, match="it must give one bool per pair"):
         select(np.array([1.0]), ["a"], rule="my_method:not_a_bool")
     ones = np.ones(2, dtype=int)
     with pytest.raises(InputError, match="the first has the larger reward"):
