@@ -1,4 +1,4 @@
-"""The evidence of a round as a table: each number with its interval, sample size, and whether that suffices."""
+"""The evidence of a round as a table: numbers with intervals, sample sizes, and whether they suffice."""
 
 from dataclasses import dataclass
 from typing import Any
