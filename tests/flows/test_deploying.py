@@ -228,10 +228,10 @@ def test_sera_up_starts_again_what_dies_and_ends_it_all(folder):
 
         before = wait_until(lambda: heartbeat(environment))
         os.kill(leader(up.pid, "worker start"), signal.SIGKILL)
-        assert "the worker ended" in up.stderr.readline()
+        assert "the worker died" in up.stderr.readline()
         wait_until(lambda: heartbeat(environment) > before)
         os.kill(leader(up.pid, "embedded_server"), signal.SIGKILL)
-        assert "the server ended" in up.stderr.readline()
+        assert "the server died" in up.stderr.readline()
         wait_until(lambda: servers.answers(f"{told['ui']}/api/health"))
         assert servers.api(environment, "/deployments/name/sera/sera")["id"] == told["deployments"]["sera"]
 
