@@ -72,11 +72,12 @@ def _add_flags(sub: argparse.ArgumentParser) -> None:
 def deploy_command(args: argparse.Namespace) -> int:
     """Create what is missing and print the result."""
     disable_telemetry()
-    from flows.orchestration.deployments import deploy, warnings
+    from flows.orchestration.deployments import deploy
 
-    made = deploy(args.pool_type, args.store, args.notify)
-    for warning in warnings():
-        print_note(f"sera: warning: {warning}")
+    def warn(line: str) -> None:
+        print_note(f"sera: warning: {line}")
+
+    made = deploy(warn, args.pool_type, args.store, args.notify)
     if args.json:
         print(json.dumps(made))
         return 0

@@ -1,11 +1,11 @@
 """Set up a Prefect server to drive runs: pool, limit, variable, automations, deployments. Idempotent.
 
-deploy(store="s3://bucket/runs")
+deploy(print, store="s3://bucket/runs")
 """
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ _REFERENCE = f"prefect.blocks.secret.{CREDENTIALS_BLOCK}."
 
 
 def deploy(
+    warn: Callable[[str], None],
     pool_type: str = "process",
     store: str | None = None,
     notify: str | None = None,
@@ -51,6 +52,7 @@ def deploy(
     """Create or update everything. Returns ids (for variables: values) by kind and name.
 
     Args:
+        warn: Called with each security problem of the server.
         pool_type: Type of a new work pool; an existing pool keeps its type.
         store: Folder or URL that flow runs use by default. None: the server's current one, else ./sera-store.
         notify: URL that gets a POST with a JSON `text` when a run stops or raises its alarm.
@@ -66,6 +68,8 @@ def deploy(
             "automations": _automations(client, notify),
         }
         made["deployments"] = _deployments(client)
+        for warning in _warnings(client):
+            warn(warning)
     return made
 
 
@@ -83,19 +87,16 @@ def _client() -> Iterator[SyncPrefectClient]:
         yield client
 
 
-def warnings() -> list[str]:
-    """Security problems of the server at PREFECT_API_URL, one line each, with the remedy."""
-    with _client() as client:
-        found = []
-        if has_no_password(str(get_current_settings().api.url)):
-            found.append(NO_PASSWORD)
-        if _has_credentials_block(client):
-            found.append(
-                f"the block {CREDENTIALS_BLOCK} of an earlier version shows the store's credentials to "
-                "every user of this server: set them in the worker's environment, then run "
-                f"`prefect block delete secret/{CREDENTIALS_BLOCK}` and `sera deploy`"
-            )
-        return found
+def _warnings(client: SyncPrefectClient) -> Iterator[str]:
+    """Security problems of the server, one line each, with the remedy."""
+    if has_no_password(str(client.api_url)):
+        yield NO_PASSWORD
+    if _has_credentials_block(client):
+        yield (
+            f"the block {CREDENTIALS_BLOCK} of an earlier version shows the store's credentials to "
+            "every user of this server: set them in the worker's environment, then run "
+            f"`prefect block delete secret/{CREDENTIALS_BLOCK}` and `sera deploy`"
+        )
 
 
 def _has_credentials_block(client: SyncPrefectClient) -> bool:

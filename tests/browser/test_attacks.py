@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -112,9 +113,18 @@ def test_a_page_of_another_origin_starts_nothing_although_the_person_is_logged_i
 
 
 def test_whoever_has_the_password_still_brings_no_command(up, client, tmp_path):
-    path = f"/deployments/{up['deployments']['sera-gc']}/create_flow_run"
-    body = {"job_variables": {"command": f"touch {tmp_path / 'attacked'}"}}
-    flow_run = servers.api(client, path, body)["id"]
-    ended = servers.wait_for_state(client, flow_run)
+    path, mark = f"/deployments/{up['deployments']['sera-gc']}/create_flow_run", tmp_path / "attacked"
+    body = {"job_variables": {"command": f"touch {mark}"}}
+    ended = servers.wait_for_state(client, servers.api(client, path, body)["id"])
     assert ended["state"]["type"] == "COMPLETED", ended["state"]  # by the flow itself
-    assert not (tmp_path / "attacked").exists()
+    assert not mark.exists()
+
+    template = servers.api(client, "/work_pools/sera")["base_job_template"]  # the control: Prefect's own
+    template["variables"]["properties"]["command"] = {"type": "string"}
+    template["job_configuration"]["command"] = "{{ command }}"
+    servers.api(client, "/work_pools/sera", {"base_job_template": template}, method="PATCH")
+    servers.api(client, path, body)
+    deadline = time.monotonic() + 120
+    while not mark.exists():
+        assert time.monotonic() < deadline, "the attack itself does not work: this test cannot fail"
+        time.sleep(0.5)
