@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sera_core.artifacts.runs import flatten
+from sera_core.artifacts.run_records import flatten
 from sera_core.config import SeraConfig
 from sera_core.data.file_checks import refuse_special
 from sera_core.data.sources import bundled_file

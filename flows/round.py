@@ -23,11 +23,13 @@ Steps = dict[str, Ref]
 
 @dataclass(frozen=True)
 class Sides:
-    """Inputs of every round: the pairs (train, held-out, test) as token ids, and the start policy."""
+    """Inputs of every round: the pairs (train, held-out, test) as token ids, their features, and the start
+    policy."""
 
     data: Ref
     model: Ref
     pairs: Ref
+    features: Ref
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Past:
     """The heads so far, oldest first; each holds its round's steps by role."""
 
     heads: Sequence[Mapping[str, Ref]] = field(default_factory=tuple)
+    promoted: Mapping[int, Ref] = field(default_factory=dict)
+    """Evidence about every promoted round, by its number: those that a roll-back left behind too."""
 
     def policies(self) -> list[Ref]:
         """Policies of the heads, newest first."""
@@ -60,7 +64,8 @@ def prepare(config: SeraConfig, sources: Mapping[str, Any], do: Do) -> Sides:
     """
     data = do(steps.data(config, sources["data"]))
     model = do(steps.model(config, sources["model"]))
-    return Sides(data, model, do(steps.render(config, data, model)))
+    pairs = do(steps.render(config, data, model))
+    return Sides(data, model, pairs, do(steps.features(config, pairs)))
 
 
 def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do) -> Steps:
@@ -150,6 +155,7 @@ def gather_evidence(
 
     inputs = {
         "rendered": sides.pairs,
+        "features": sides.features,
         "mixture": mixture,
         "policy_heldout": logps(policy, sides.pairs, "heldout.parquet"),
         "policy_train": logps(policy, sides.pairs, "train.parquet"),
@@ -171,6 +177,7 @@ def test_evidence(config: SeraConfig, sides: Sides, policy: Ref, do: Do) -> Ref:
     """Evaluate one policy on the test set; used for no decision."""
     inputs = {
         "rendered": sides.pairs,
+        "features": sides.features,
         "policy_test": do(steps.logps(config, policy, sides.model, sides.pairs, "test.parquet")),
         "reference_test": do(steps.logps(config, sides.model, sides.model, sides.pairs, "test.parquet")),
     }
@@ -179,22 +186,21 @@ def test_evidence(config: SeraConfig, sides: Sides, policy: Ref, do: Do) -> Ref:
 
 def decide(
     config: SeraConfig,
+    sides: Sides,
     past: Past,
     round: int,
     made: Mapping[str, Ref],
     history: Sequence[Mapping[str, Any]],
-    head_accuracy: float | None,
     answer: Mapping[str, Any] | None,
     do: Do,
 ) -> Ref:
-    """Decide to promote, hold, roll back or stop, from the evidence of this round and of the head."""
+    """Decide to promote, hold, roll back or stop, from the evidence of this round and every promoted one."""
     inputs = {role: made[role] for role in ("evidence", "scored", "human")}
+    inputs |= {"rendered": sides.pairs, "features": sides.features}
     if past.heads:
-        inputs["rendered"] = made["pairs"]
-        inputs |= {f"past-{number:03d}": head["evidence"] for number, head in enumerate(past.heads)}
-        head = past.heads[-1]
-        inputs |= {f"head_{role}": head[role] for role in ("evidence", "scored", "human")}
-    return do(steps.decide(config, round, history, head_accuracy, answer, inputs))
+        inputs |= {f"promoted-{number:03d}": evidence for number, evidence in past.promoted.items()}
+        inputs |= {f"head_{role}": past.heads[-1][role] for role in ("scored", "human")}
+    return do(steps.decide(config, round, history, answer, inputs))
 
 
 def generated_share(config: SeraConfig, round: int) -> float:

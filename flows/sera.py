@@ -180,6 +180,7 @@ TITLES = {
     "data": "load pairs",
     "model": "import policy",
     "render": "render to token ids",
+    "features": "measure features",
     "logps": "score responses",
     "review": "review pairs",
     "select": "select pairs",

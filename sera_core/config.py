@@ -23,6 +23,7 @@ from sera_core.data.formats import FormatName, Reading
 from sera_core.effects import refuse_ineffective
 from sera_core.extensions import is_own, own_function
 from sera_core.guards.urls import refuse_secrets, without_secrets
+from sera_core.method.panel import NAMES, TOKENS, refuse_unknown
 
 
 def _or_own(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
@@ -43,8 +44,16 @@ def _checked_url(given: str, info: ValidationInfo) -> str:
     return without_secrets(given) if (info.context or {}).get("stored") else refuse_secrets(given)
 
 
+def _known_feature(name: str, info: ValidationInfo) -> str:
+    if not (info.context or {}).get("stored"):
+        refuse_unknown(name)
+    return name
+
+
 SourceName = Annotated[str, AfterValidator(_checked_url)]
 """A path, URL or id. It is recorded and shown, so it must hold no credentials."""
+FeatureName = Annotated[str, AfterValidator(_known_feature)]
+"""A built-in feature, or `module:function`."""
 
 
 class Part(BaseModel):
@@ -120,7 +129,8 @@ class DataConfig(Part):
     message that is not first, or conversations that diverge. Refuse the file and name the rows, or drop and
     count them."""
     split_seed: int = 0
-    """Seed of the split, of subsets and of flipped labels; independent of the run's seed."""
+    """Seed of the split, of subsets, of flipped labels, and of the held-out halves that choose and report the
+    best round; independent of the run's seed."""
     max_prompt_tokens: Positive = 1024
     """Longer prompts are dropped (`prompt_too_long`)."""
     max_response_tokens: Positive = 1024
@@ -297,15 +307,25 @@ class EvaluateConfig(Part):
 class DecideConfig(Part):
     """When to promote, hold or roll back a round, and when the run has converged."""
 
+    metric: Literal["balanced", "accuracy", "worst-side"] = "balanced"
+    """What rounds are compared by, on held-out pairs. balanced: the mean of accuracy where the chosen answer
+    has more of `feature` and where it has less; worst-side: the smaller of the two; accuracy: over all pairs,
+    which rewards a policy that relies on what the labels favour. With fewer than 10 pairs on a side accuracy
+    is used instead."""
+    feature: FeatureName = TOKENS
+    """Feature of the panel that divides the held-out pairs into these two sides."""
     min_effect: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Smallest change of held-out accuracy that matters. If the interval excludes larger changes, accuracy
-    counts as unchanged."""
+    """Smallest change of the metric that matters. Smaller drops are tolerated, and a trend that is surely
+    smaller per round counts as none."""
     min_overlap: Fraction = 0.8
     """Smallest Jaccard overlap of the human pairs kept in two rounds that counts as converged."""
     max_ks: Fraction = 0.1
     """Largest shift of the margin distribution (KS distance) that counts as converged."""
     min_pairs: Positive = 30
-    """Smallest number of held-out pairs for a verdict; pairs of one prompt count once."""
+    """Smallest number of held-out pairs behind the metric for a verdict; pairs of one prompt count once."""
+    panel: tuple[FeatureName, ...] = Field(default=NAMES, min_length=1)
+    """Features that the evidence and the alarm measure: built-in ones by name, and `module:function` of your
+    own, which takes (prompt, response) and returns a number (its module must be named in SERA_EXTENSIONS)."""
     on_alarm: Literal["record", "hold"] = "record"
     """What the amplification alarm does: only record it, or hold the round."""
     review: Literal["never", "always", "alarm"] = "never"
@@ -415,6 +435,13 @@ class SeraConfig(Part):
             )
         if len(set(train.losses)) != len(train.losses):
             raise ValueError("train.losses names a loss twice; give it once, with a larger weight")
+        if len(set(self.decide.panel)) != len(self.decide.panel):
+            raise ValueError("decide.panel names a feature twice; give each once")
+        if self.decide.metric != "accuracy" and self.decide.feature not in self.decide.panel:
+            raise ValueError(
+                f'decide.feature = "{self.decide.feature}" is not in decide.panel, so it would not be '
+                'measured; add it there, choose one of the panel, or set decide.metric = "accuracy"'
+            )
         if "robust" in train.losses and train.label_smoothing == 0:
             raise ValueError("the loss robust needs train.label_smoothing above 0 (with 0 it is DPO)")
         if (
@@ -437,6 +464,7 @@ class SeraConfig(Part):
             "pairing rule": (self.pairing.rule,),
             "loss": self.train.losses,
             "sampling engine": (self.sampling.engine,),
+            "feature": self.decide.panel,
         }
         return {name: kind for kind, names in named.items() for name in names if is_own(name)}
 
@@ -481,12 +509,16 @@ class SeraConfig(Part):
         hidden = {"execution": True, "limits": True, "review": {"show_text"}}
         fields = self.model_dump(mode="json", exclude=hidden)
         for section, names in ADDED_LATER.items():
-            known = type(getattr(self, section)).model_fields
+            part = getattr(self, section)
             for name in names:
-                if fields[section][name] == known[name].default:
+                if getattr(part, name) == type(part).model_fields[name].default:
                     del fields[section][name]
         return fields
 
 
-ADDED_LATER = {"model": ("template_kwargs",), "data": ("format", "columns", "completions", "on_bad_row")}
+ADDED_LATER = {
+    "model": ("template_kwargs",),
+    "data": ("format", "columns", "completions", "on_bad_row"),
+    "decide": ("metric", "feature", "panel"),
+}
 """Settings, by section, that runs of the first version do not have."""

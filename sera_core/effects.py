@@ -34,9 +34,9 @@ def _samples(config: "SeraConfig") -> bool:
 
 
 def _draws(config: "SeraConfig") -> bool:
-    """Whether the split, a subset, a rejected completion or flipped labels are drawn at random."""
+    """Whether a split, held-out halves, a subset, a completion or flipped labels are drawn at random."""
     data = config.data
-    splits = (not data.heldout and data.heldout_fraction > 0) or (not data.test and data.test_fraction > 0)
+    splits = bool(data.heldout) or data.heldout_fraction > 0 or (not data.test and data.test_fraction > 0)
     limits = data.train_pairs is not None or data.heldout_pairs is not None or data.flip_fraction > 0
     return (
         splits
@@ -91,7 +91,7 @@ EFFECTS: tuple[Row, ...] = (
     Row(
         "data.split_seed",
         _draws,
-        "only if a split, a subset, a rejected completion or flipped labels are drawn",
+        "only if a split, held-out halves, a subset, a completion or flipped labels are drawn",
     ),
     Row(
         "data.on_overlap",
@@ -143,6 +143,11 @@ EFFECTS: tuple[Row, ...] = (
     ),
     Row("evaluate.responses", lambda c: c.evaluate.prompts > 0, "only if evaluate.prompts is above 0"),
     Row("evaluate.max_tokens", lambda c: c.evaluate.prompts > 0, "only if evaluate.prompts is above 0"),
+    Row(
+        "decide.feature",
+        lambda c: c.decide.metric != "accuracy",
+        'only if decide.metric is "balanced" or "worst-side"',
+    ),
     Row("decide.review_hours", lambda c: c.decide.review != "never", "only if decide.review asks a person"),
     Row(
         "decide.review_default",

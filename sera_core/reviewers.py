@@ -197,12 +197,25 @@ def prompt_groups(pairs: Path, pair_ids: Sequence[str]) -> np.ndarray:
         pairs: a file with the columns `pair_id` and `prompt` and all the pairs.
         pair_ids: the pairs, in output order.
     """
+    return numbered_groups(prompt_keys(pairs, pair_ids))
+
+
+def prompt_keys(pairs: Path, pair_ids: Sequence[str]) -> list[str]:
+    """Key of each pair's prompt group (`data.splitting.group_key`): the same in every run on the data.
+
+    Args:
+        pairs, pair_ids: as in `prompt_groups`.
+    """
     keys = {
         row["pair_id"]: group_key(row["prompt"]) for row in schema.iter_rows(pairs, ["pair_id", "prompt"])
     }
+    return [keys[id] for id in pair_ids]
+
+
+def numbered_groups(keys: Sequence[str]) -> np.ndarray:
+    """A number for each key, from 0 in the order of first occurrence; equal keys share theirs."""
     numbers: dict[str, int] = {}
-    groups = [numbers.setdefault(keys[id], len(numbers)) for id in pair_ids]
-    return np.array(groups, dtype=np.int64)
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
 def interleaved(table: pa.Table) -> tuple[Nats, Nats]:

@@ -17,6 +17,7 @@ VERSIONS = {
     "data": 2,
     "model": 2,
     "render": 2,
+    "features": 1,
     "logps": 2,
     "review": 2,
     "select": 2,
@@ -24,10 +25,10 @@ VERSIONS = {
     "pair": 2,
     "mix": 2,
     "train": 2,
-    "evaluate": 2,
-    "test": 2,
-    "decide": 3,
-    "report": 2,
+    "evaluate": 3,
+    "test": 3,
+    "decide": 4,
+    "report": 3,
 }
 PARITY_NATS = {"float32": 0.01, "bfloat16": 4.0}
 """Default bound of the sampler's parity probe: rounding alone stays below it."""
@@ -70,6 +71,12 @@ def render(config: SeraConfig, data: Ref, model: Ref) -> StepSpec:
     if config.model.template_kwargs:
         fields["template_kwargs"] = config.model.template_kwargs
     return _spec("render", fields, {"data": data, "model": model})
+
+
+def features(config: SeraConfig, rendered: Ref) -> StepSpec:
+    """Measure the panel's features on every pair."""
+    panel = config.decide.panel
+    return _spec("features", {"panel": list(panel), **sources("feature", *panel)}, {"rendered": rendered})
 
 
 def logps(
@@ -234,20 +241,21 @@ def decide(
     config: SeraConfig,
     round: int,
     history: Sequence[Mapping[str, Any]],
-    head_accuracy: float | None,
     answer: Mapping[str, Any] | None,
     inputs: Mapping[str, Ref],
 ) -> StepSpec:
     """Promote, hold, roll back or stop, with the evidence and the reason."""
-    names = ("min_effect", "min_overlap", "max_ks", "min_pairs", "on_alarm", "review")
+    names = ("metric", "feature", "min_effect", "min_overlap", "max_ks", "min_pairs", "on_alarm", "review")
     fields = {
         **{name: getattr(config.decide, name) for name in names},
         "round": round,
         "patience": config.limits.patience,
         "history": [dict(entry) for entry in history],
-        "head_accuracy": head_accuracy,
         "answer": None if answer is None else {name: answer[name] for name in ("decision", "note", "who")},
         "seed": config.seed,
+        "split_seed": config.data.split_seed,
+        "resamples": config.evaluate.resamples,
+        "panel": list(config.decide.panel),
     }
     return _spec("decide", fields, inputs)
 
@@ -277,6 +285,7 @@ def _evidence_fields(config: SeraConfig) -> dict[str, Any]:
         "score": config.score,
         "beta": config.train.beta,
         "resamples": config.evaluate.resamples,
+        "panel": list(config.decide.panel),
     }
 
 

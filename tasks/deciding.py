@@ -1,219 +1,266 @@
-"""Decide about a round: promote, hold, roll back or stop, from this round's evidence and the head's."""
+"""Decide about a round: promote, hold, roll back or stop, from the evidence of all promoted rounds."""
 
 import json
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import finite
+from sera_core.artifacts.run_records import BEST, HEAD
 from sera_core.artifacts.step import Attempt
-from sera_core.method.convergence import Decision, Signals, Verdict, accuracy_falls, decide, verdict
-from sera_core.method.diagnostics import (
-    Alarm,
-    amplification_alarm,
-    correctness,
-    jaccard,
-    ks_distance,
-    sign_changes,
+from sera_core.method.alarm import PanelAlarm, panel_alarm
+from sera_core.method.best import Best, best_of
+from sera_core.method.convergence import (
+    Comparison,
+    Rule,
+    Verdict,
+    compare_round,
+    quantity_for,
+    score_of,
+    score_words,
 )
-from sera_core.method.win_rates import Rate
-from sera_core.reviewers import prompt_groups
+from sera_core.method.decisions import Decision, RunState, decide, decide_round, run_state
+from sera_core.method.estimates import Estimate
+from sera_core.method.panel import TOKENS
+from sera_core.method.reliance import reliance_changes
+from sera_core.method.selected import selected
+from tasks.compared_rounds import ComparedRounds, TrainPairs, changes_since_head, compared_rounds, train_pairs
 
 UNLIMITED = 10**9
-"""`max_rounds` is no decision about a round: the run derives it from its limits; raising them re-opens it."""
+"""A decision never records `max_rounds`: the run adds it, so that raising its limits continues the run."""
+CHANGES = ("reliance", "balanced")
+"""Quantities of every feature of the panel that are compared with earlier rounds."""
 
 
-def decide_round(attempt: Attempt) -> list[str]:
-    """Write decision.json: the decision, its reason, the signals, the verdict and the alarm."""
-    signals = _signals(attempt)
-    alarm = _alarm(attempt)
-    found = _verdict(attempt, signals)
-    decision = _decide(attempt, signals, found, alarm is not None and alarm.raised)
-    ask = attempt.fields["answer"] is None and _wants_review(attempt, alarm)
-    result = {
-        "round": attempt.fields["round"],
-        "decision": decision.decision,
-        "reason": decision.reason,
-        "stop_reason": decision.stop_reason,
-        "answer": attempt.fields["answer"],
-        "verdict": {
-            "name": found.name,
-            "reason": found.reason,
-            "thresholds": found.evidence.get("thresholds"),
-        },
-        "alarm": None if alarm is None else asdict(alarm),
-        "signals": asdict(signals),
-    }
-    text = json.dumps(finite(result), indent=1, sort_keys=True)
+@dataclass(frozen=True)
+class Result:
+    """The verdict and the decision on a round."""
+
+    verdict: Verdict
+    quantity: str
+    score: Estimate
+    comparison: Comparison | None
+    """None in the first round, which has nothing to be compared with."""
+    decision: Decision
+    head: int | None
+    """The head after the decision."""
+    best: Best | None
+    """The best promoted round after the decision; None if none was promoted."""
+
+
+def decide_on_round(attempt: Attempt) -> list[str]:
+    """Write decision.json: the decision with its reason, the verdict and its evidence, and the alarm."""
+    state = run_state([(entry["decision"], entry["head"]) for entry in attempt.fields["history"]])
+    compared, changes = compared_rounds(attempt), changes_since_head(attempt)
+    train = train_pairs(attempt) if state.lineage else None
+    alarm = None if train is None else _alarm(attempt, compared, state, train)
+    result = _result(attempt, compared, state, changes, alarm)
+    content = _content(attempt, result, compared, changes, alarm) | {"selection": _selection(attempt, train)}
+    text = json.dumps(finite(content), indent=1, sort_keys=True)
     attempt.write("decision.json").write_text(text + "\n")
     attempt.metrics |= {
-        "decision": decision.decision,
-        "reason": decision.reason,
-        "stop_reason": decision.stop_reason,
-        "verdict": found.name,
-        "alarm": None if alarm is None else alarm.reason,
-        "ask": ask,
-        "overlap": signals.overlap,
-        "ks": signals.ks,
-        "sign_changes": signals.sign_changes,
+        **asdict(result.decision),
+        **changes,
+        "verdict": result.verdict.name,
+        "verdict_reason": result.verdict.reason,
+        "alarm": None if alarm is None else alarm.state,
+        "alarm_reason": None if alarm is None else alarm.sentence,
+        "ask": attempt.fields["answer"] is None and _needs_review(attempt, alarm),
+        "score": _rate(result.score),
+        "score_metric": result.quantity,
+        BEST: None if result.best is None else result.best.round,
+        "best_reason": None if result.best is None else result.best.sentence,
+        HEAD: result.head,
     }
     return ["decision.json"]
 
 
-def _decide(attempt: Attempt, signals: Signals, found: Verdict, alarm: bool) -> Decision:
-    history = attempt.fields["history"]
-    promoted = [
-        entry["accuracy"]
-        for entry in history
-        if entry["decision"] == "promote" and entry["accuracy"] is not None
-    ]
-    best = max(promoted, default=None)
-    head = attempt.fields["head_accuracy"]
-    answer = attempt.fields["answer"]
-    return decide(
-        round=attempt.fields["round"],
-        verdict=found,
-        accuracy=signals.accuracy.value,
-        best_accuracy=best,
-        held_in_a_row=_held(history),
-        patience=attempt.fields["patience"],
-        rolled_back=any(entry["decision"] == "roll_back" for entry in history),
-        max_rounds=UNLIMITED,
-        reviewer=None if answer is None else answer["decision"],
-        alarm=alarm,
-        on_alarm="hold" if attempt.fields["on_alarm"] == "hold" else "ignore",
-        head_is_best=best is not None and head == best,
-    )
-
-
-def _held(history: list[dict[str, Any]]) -> int:
-    count = 0
-    for entry in reversed(history):
-        if entry["decision"] != "hold":
-            break
-        count += 1
-    return count
-
-
-def _wants_review(attempt: Attempt, alarm: Alarm | None) -> bool:
-    wanted = attempt.fields["review"]
-    return wanted == "always" or (wanted == "alarm" and alarm is not None and alarm.raised)
-
-
-def _verdict(attempt: Attempt, signals: Signals) -> Verdict:
-    fields = attempt.fields
-    found = verdict(
-        signals, min_effect=fields["min_effect"], min_overlap=fields["min_overlap"], max_ks=fields["max_ks"]
-    )
-    pairs = signals.accuracy.independent
-    if pairs >= fields["min_pairs"]:
-        return found
-    reason = (
-        f"held-out pairs of {pairs} prompts, fewer than decide.min_pairs = {fields['min_pairs']}: too few to "
-        "tell"
-    )
-    return Verdict(False, "not_enough_evidence", reason, found.evidence)
-
-
-def _signals(attempt: Attempt) -> Signals:
+def _content(
+    attempt: Attempt,
+    result: Result,
+    compared: ComparedRounds,
+    changes: Mapping[str, float | None],
+    alarm: PanelAlarm | None,
+) -> dict[str, Any]:
+    fields, comparison = attempt.fields, result.comparison
     metrics = attempt.input("evidence").record.metrics
-    accuracy = _rate(metrics["heldout/rewards/accuracies"])
-    kl: dict[str, Any] = {
-        name: (metrics.get(f"samples/{name}") or {}).get("value") for name in ("kl_reference", "kl_previous")
+    against = None if comparison is None else {n: asdict(c) for n, c in comparison.against.items()}
+    verdict = {"name": result.verdict.name, "reason": result.verdict.reason}
+    return {
+        **asdict(result.decision),
+        **{name: fields[name] for name in ("round", "answer", "metric", "feature")},
+        "head": result.head,
+        "verdict": {**verdict, "thresholds": asdict(_rule(attempt))},
+        "quantity": result.quantity,
+        "score": asdict(result.score),
+        "against": against,
+        "trend": None if comparison is None or comparison.trend is None else asdict(comparison.trend),
+        "best": None if result.best is None else asdict(result.best),
+        "changes": _feature_changes(attempt, compared),
+        "pairs": {"compared": len(compared.margins), "left_out": compared.left_out},
+        "alarm": None if alarm is None else asdict(alarm),
+        "signals": {
+            "accuracy": metrics["heldout/rewards/accuracies"],
+            "accuracy_change": None if comparison is None else metrics["heldout/accuracy_change"],
+            **changes,
+        },
     }
-    if "head_evidence" not in attempt.spec.inputs:
-        return Signals(accuracy, **kl)
-    now, before = _margins(attempt, "scored"), _margins(attempt, "head_scored")
-    return Signals(
-        accuracy,
-        accuracy_change=_rate(metrics["heldout/accuracy_change"]),
-        falls=_falls(attempt),
-        overlap=jaccard(_kept(attempt, "human"), _kept(attempt, "head_human")),
-        ks=ks_distance(now, before) if len(now) and len(before) else None,
-        sign_changes=sign_changes(before, now) if len(now) == len(before) else None,
-        **kl,
+
+
+def _feature_changes(attempt: Attempt, compared: ComparedRounds) -> dict[str, dict[str, dict[str, Any]]]:
+    """Paired change of each feature's reliance and balanced accuracy against every promoted round."""
+    kept = np.isfinite(compared.margins)
+    before = {str(number): margins[kept] for number, margins in compared.promoted.items()}
+    if not before:
+        return {}
+    found = {}
+    for name in attempt.fields["panel"]:
+        changed = reliance_changes(
+            compared.differences[name][kept],
+            compared.margins[kept],
+            before,
+            compared.heldout.groups[kept],
+            seed=attempt.fields["seed"],
+            resamples=attempt.fields["resamples"],
+        )
+        found[name] = {
+            quantity: {number: asdict(change) for number, change in changed[quantity].items()}
+            for quantity in CHANGES
+        }
+    return found
+
+
+def _selection(attempt: Attempt, train: TrainPairs | None) -> dict[str, Any]:
+    """Each feature's share and its correlation with the margin, before and after the selection."""
+    if train is None:
+        return {}
+    rows = np.isfinite(train.margins)
+    return {
+        name: asdict(
+            selected(
+                train.differences[name][rows],
+                train.margins[rows],
+                train.kept[rows],
+                train.differences[TOKENS][rows],
+                train.groups[rows],
+                seed=attempt.fields["seed"],
+                resamples=attempt.fields["resamples"],
+            )
+        )
+        for name in attempt.fields["panel"]
+    }
+
+
+def _rule(attempt: Attempt) -> Rule:
+    fields = attempt.fields
+    return Rule(
+        metric=fields["metric"],
+        tolerance=fields["min_effect"],
+        min_effect=fields["min_effect"],
+        min_prompts=fields["min_pairs"],
+        min_overlap=fields["min_overlap"],
+        max_ks=fields["max_ks"],
+        resamples=fields["resamples"],
     )
 
 
-def _rate(value: dict[str, Any]) -> Rate:
-    filled: dict[str, Any] = {
-        name: float("nan") if v is None and name != "groups" else v for name, v in value.items()
+def _result(
+    attempt: Attempt,
+    compared: ComparedRounds,
+    state: RunState,
+    changes: Mapping[str, float | None],
+    alarm: PanelAlarm | None,
+) -> Result:
+    fields, rule = attempt.fields, _rule(attempt)
+    answer = fields["answer"]
+    settings: dict[str, Any] = {
+        "round": fields["round"],
+        "patience": fields["patience"],
+        "max_rounds": UNLIMITED,
+        "reviewer": None if answer is None else answer["decision"],
+        "alarm": alarm is not None and bool(alarm.raised),
+        "on_alarm": "hold" if fields["on_alarm"] == "hold" else "ignore",
     }
-    return Rate(**filled)
-
-
-def _falls(attempt: Attempt) -> dict[str, Rate]:
-    """Change of held-out accuracy against round 0, the best head and the last head."""
-    names = sorted(name for name in attempt.spec.inputs if name.startswith("past-"))
-    margins = {name: _heldout(attempt, name)["margin"].to_numpy() for name in names}
-    now = _heldout(attempt, "evidence")
-    usable = np.isfinite(now["margin"].to_numpy())
-    for values in margins.values():
-        usable &= np.isfinite(values)
-    correct = {name: correctness(values[usable]) for name, values in margins.items()}
-    best = max(names, key=lambda name: (correct[name].mean() if usable.any() else 0.0, name))
-    compared = {names[0]: "round 0", best: "the best round", names[-1]: "the last head"}
-    groups = prompt_groups(_rendered(attempt, "heldout"), now["pair_id"].to_pylist())
-    return accuracy_falls(
-        correctness(now["margin"].to_numpy()[usable]),
-        {said: correct[name] for name, said in compared.items()},
-        groups[usable],
-        seed=attempt.fields["seed"],
+    if not state.lineage:
+        return _first_result(attempt, compared, rule, settings)
+    comparison = compare_round(
+        compared.now,
+        compared.before,
+        state.lineage,
+        compared.heldout,
+        rule,
+        seed=fields["seed"],
+        overlap=changes["overlap"],
+        ks=changes["ks"],
     )
+    decision, head = decide_round(comparison, state, **settings)
+    best = _best(attempt, compared, state, decision, comparison.quantity)
+    return Result(comparison.verdict, comparison.quantity, comparison.score, comparison, decision, head, best)
 
 
-def _rendered(attempt: Attempt, side: str) -> Path:
-    return attempt.input("rendered").path(f"{side}.parquet")
+def _first_result(
+    attempt: Attempt, compared: ComparedRounds, rule: Rule, settings: Mapping[str, Any]
+) -> Result:
+    """The first round becomes the head, unless a person stops the run."""
+    quantity = quantity_for(compared.heldout.difference, rule)
+    score = score_of(compared.now, compared.heldout, quantity, rule, seed=attempt.fields["seed"])
+    verdict = Verdict(False, "not_enough_evidence", "there is no earlier head to compare with", {})
+    decision = decide(
+        verdict=verdict,
+        score=score_words(quantity, score),
+        held_in_a_row=0,
+        rolled_back=False,
+        **settings,
+    )
+    head = attempt.fields["round"] if decision.decision == "promote" else None
+    best = _best(attempt, compared, run_state([]), decision, quantity)
+    return Result(verdict, quantity, score, None, decision, head, best)
 
 
-def _margins(attempt: Attempt, name: str) -> np.ndarray:
-    margins = _table(attempt, name)["ensemble_margin"].to_numpy()
-    return margins[np.isfinite(margins)]
-
-
-def _table(attempt: Attempt, name: str) -> pa.Table:
-    return schema.read_table(attempt.input(name).path("scored.parquet"), schema.SCORED)
-
-
-def _kept(attempt: Attempt, name: str) -> list[str]:
-    rows = schema.iter_rows(attempt.input(name).path("ledger.parquet"), ["pair_id", "kept"])
-    return [row["pair_id"] for row in rows if row["kept"]]
-
-
-def _alarm(attempt: Attempt) -> Alarm | None:
-    """Has training on the kept pairs made the policy lean on length since the last head (METHOD, alarm)?"""
-    if "head_evidence" not in attempt.spec.inputs:
+def _best(
+    attempt: Attempt, compared: ComparedRounds, state: RunState, decision: Decision, quantity: str
+) -> Best | None:
+    promoted = {number: compared.before[number] for number in state.promoted}
+    if decision.decision == "promote":
+        promoted[attempt.fields["round"]] = compared.now
+    if not promoted:
         return None
-    heldout = {name: _heldout(attempt, name) for name in ("evidence", "head_evidence")}
-    scored = _table(attempt, "scored")
-    kept = set(_kept(attempt, "human"))
-    now, before = (heldout[name]["margin"].to_numpy() for name in ("evidence", "head_evidence"))
-    usable = np.isfinite(now) & np.isfinite(before)
-    return amplification_alarm(
-        heldout_feature=_longer(heldout["evidence"])[usable],
-        correct_now=correctness(now[usable]),
-        correct_before=correctness(before[usable]),
-        train_feature=_longer(scored),
-        kept=np.array([id in kept for id in scored["pair_id"].to_pylist()], dtype=bool),
-        heldout_groups=prompt_groups(
-            _rendered(attempt, "heldout"), heldout["evidence"]["pair_id"].to_pylist()
-        )[usable],
-        train_groups=prompt_groups(_rendered(attempt, "train"), scored["pair_id"].to_pylist()),
-        comparison="the last head",
+    heldout = compared.heldout
+    return best_of(
+        promoted,
+        heldout.difference,
+        heldout.groups,
+        heldout.chooses,
+        quantity,
+        seed=attempt.fields["seed"],
+        resamples=attempt.fields["resamples"],
+    )
+
+
+def _rate(estimate: Estimate) -> dict[str, Any]:
+    """An estimate as records hold rates."""
+    rate = asdict(estimate.rate)
+    return finite({name: round(v, 6) if isinstance(v, float) else v for name, v in rate.items()})
+
+
+def _alarm(attempt: Attempt, compared: ComparedRounds, state: RunState, train: TrainPairs) -> PanelAlarm:
+    """Whether training on the kept pairs made the policy rely more on a feature since the last head."""
+    panel = attempt.fields["panel"]
+    return panel_alarm(
+        heldout={name: compared.differences[name] for name in panel},
+        train={name: train.differences[name] for name in panel},
+        correct_now=compared.now,
+        correct_head=compared.before[state.lineage[-1]],
+        correct_random=None,
+        kept=train.kept,
+        heldout_groups=compared.heldout.groups,
+        train_groups=train.groups,
         seed=attempt.fields["seed"],
     )
 
 
-def _heldout(attempt: Attempt, name: str) -> pa.Table:
-    return schema.read_table(attempt.input(name).path("heldout.parquet"), schema.SCORED)
-
-
-def _longer(scored: pa.Table) -> np.ndarray:
-    """Tokens of the chosen answer less those of the rejected one."""
-    return scored["chosen_tokens"].to_numpy().astype(np.int64) - scored["rejected_tokens"].to_numpy().astype(
-        np.int64
-    )
+def _needs_review(attempt: Attempt, alarm: PanelAlarm | None) -> bool:
+    review = attempt.fields["review"]
+    return review == "always" or (review == "alarm" and alarm is not None and bool(alarm.raised))

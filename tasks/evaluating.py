@@ -1,6 +1,7 @@
 """Evidence about a policy: held-out margins, lengths, KL and diversity, each with its interval."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,11 +10,19 @@ import pyarrow as pa
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
+from sera_core.data.differences import read_differences
 from sera_core.method import diagnostics
+from sera_core.method.panel import TOKENS
+from sera_core.method.reliance import reliance
 from sera_core.method.win_rates import Rate, bootstrap_interval, win_rate
 from sera_core.reviewers import interleaved, judge_responses, prompt_groups, rounding, scored_table
 
 Metrics = dict[str, Any]
+RELIANCE = (
+    *("reliance", "balanced", "worst_side", "aligned", "counter", "equal"),
+    *("preferred_more", "correlation", "after_length"),
+)
+"""What is recorded of each feature (see `method.reliance`); `accuracy` is the same for all features."""
 
 
 def evaluate_policy(attempt: Attempt) -> list[str]:
@@ -117,7 +126,35 @@ def _margins(attempt: Attempt, scored: pa.Table, side: str) -> Metrics:
         ),
         f"{side}/non_finite": int((~finite).sum()),
         f"{side}/accuracy_by_length": _by_length(attempt, chosen - rejected, correct, groups),
+        **_reliance(attempt, scored.filter(pa.array(finite))["pair_id"].to_pylist(), margins, groups, side),
     }
+
+
+def _reliance(
+    attempt: Attempt, ids: Sequence[str], margins: np.ndarray, groups: np.ndarray, side: str
+) -> Metrics:
+    """How the ranking depends on each feature: rates named `<side>/reliance/<feature>/<quantity>`.
+
+    Quantities are those of RELIANCE; `n` counts the pairs that a quantity is of, `groups` their prompts.
+    """
+    differences = read_differences(attempt.input("features").path(f"{side}.parquet"), ids)
+    found: Metrics = {}
+    for name in attempt.fields["panel"]:
+        measured = reliance(
+            differences[name],
+            margins,
+            groups,
+            length_difference=differences[TOKENS],
+            seed=attempt.fields["seed"],
+            resamples=attempt.fields["resamples"],
+        )
+        values = measured.accuracies | {
+            "preferred_more": measured.preferred_more,
+            "correlation": measured.correlation,
+            "after_length": measured.after_length,
+        }
+        found |= {f"{side}/reliance/{name}/{key}": rate(values[key].rate) for key in RELIANCE}
+    return found
 
 
 def _groups(attempt: Attempt, scored: pa.Table, side: str) -> np.ndarray:

@@ -15,6 +15,7 @@ WORK = {
     "data": "tasks.data:load_pairs",
     "model": "tasks.model_import:import_model",
     "render": "tasks.data:render_pairs",
+    "features": "tasks.measuring:measure_features",
     "logps": "tasks.scoring:score_texts",
     "review": "tasks.reviewing:review_pairs",
     "select": "tasks.reviewing:select_pairs",
@@ -24,7 +25,7 @@ WORK = {
     "train": "tasks.training:train_policy",
     "evaluate": "tasks.evaluating:evaluate_policy",
     "test": "tasks.evaluating:test_policy",
-    "decide": "tasks.deciding:decide_round",
+    "decide": "tasks.deciding:decide_on_round",
     "report": "tasks.reporting:report_round",
 }
 """Imported on first use, because trl and torch take seconds."""

@@ -14,7 +14,8 @@ from flows.exports.lineage import Lineage, lineage
 from flows.exports.model_card import model_card
 from flows.outputs import check_new
 from sera_core.artifacts.reading import Round
-from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.run_records import RoundManifest
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.errors import InputError
 from sera_core.guards.shown import shown_json

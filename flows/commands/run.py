@@ -17,7 +17,8 @@ from flows.planning.plan import plan
 from flows.running import open_run
 from flows.running.rounds import PAUSED, test_side_is_open
 from sera_core.artifacts.lease import wait_until_free
-from sera_core.artifacts.runs import RunStore, check_name
+from sera_core.artifacts.run_records import check_name
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 from sera_core.data.loading import format_counts

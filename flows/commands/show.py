@@ -13,8 +13,10 @@ from flows.commands.tables import metric_cell, print_table, print_text
 from flows.display.progress import reporter
 from flows.display.run_view import run_records, show
 from flows.store_tools.verify import Verified, verify
-from sera_core.artifacts.runs import RoundManifest, RunStore, list_runs
+from sera_core.artifacts.run_records import RoundManifest
+from sera_core.artifacts.runs import RunStore, list_runs
 from sera_core.artifacts.store import open_store
+from sera_core.reporting import evidence
 
 
 def add_list(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -130,7 +132,17 @@ def _print_round(manifest: RoundManifest, found: dict[str, Any]) -> None:
         if name.startswith(("human/", "generated/", "prompts/", "responses"))
     }
     print_table("pairs and prompts by reason", ["what", "count"], sorted(ledger.items()))
-    metrics = {name: value for name, value in manifest.metrics.items() if name not in ledger}
+    if reliance_rows := evidence.reliance_rows(manifest.metrics):
+        rows = [
+            [row.feature, *(cell.value for cell in row.cells[:3]), row.cells[0].n] for row in reliance_rows
+        ]
+        heads = [head for head, *_ in evidence.RELIANCE[:3]]
+        print_table("reliance on features: held-out pairs", ["feature", *heads, "pairs"], rows)
+    metrics = {
+        name: value
+        for name, value in manifest.metrics.items()
+        if name not in ledger and not name.startswith("heldout/reliance/")
+    }
     print_table(
         "metrics",
         ["metric", "value"],

@@ -4,20 +4,13 @@ from collections.abc import Iterator
 
 from flows.commands.tables import print_table
 from flows.display.round_card import with_interval
-from flows.display.run_view import against_round_0, verdict_words
+from flows.display.run_view import against_round_0, best_words, verdict_words
 from flows.running.open_run import test_record
-from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.run_records import RoundManifest
+from sera_core.artifacts.runs import RunStore
+from sera_core.reporting import words
 from sera_core.reporting.examples import example_pairs
 from sera_core.reporting.round_page import title_of
-
-STOPS = {
-    "converged": "it converged: held-out accuracy, selection and margins no longer move",
-    "max_rounds": "it reached limits.rounds (raise it and run again to continue)",
-    "degraded": "held-out accuracy fell and the head was rolled back to the best round",
-    "no_pairs": "no pairs were left to train on",
-    "budget": "it reached its budget (raise limits.hours or limits.tokens and run again to continue)",
-    "reviewer": "a reviewer stopped it",
-}
 
 
 def rounds_table(records: RunStore) -> None:
@@ -57,9 +50,9 @@ def closing_lines(records: RunStore) -> Iterator[str]:
             f"sera review {records.run} --decision promote"
         )
     elif state:
-        yield f"The run stopped with `{state}`: {STOPS[state]}."
+        yield f"The run stopped with `{state}`: {words.STOPS[state]}."
     if history.best is not None:
-        yield f"Best round: {history.best.round} (the promoted round with the highest held-out accuracy)."
+        yield f"Best round: {history.best.round} ({best_words(history)})."
         if (verdict := verdict_words(against_round_0(records))) is not None:
             yield verdict
         yield from _examples(records)
@@ -107,7 +100,7 @@ def _round_lines(r: RoundManifest) -> Iterator[str]:
             f"  {m['flipped/dropped']} of {m['flipped']} flipped labels were dropped "
             f"({m['flipped/dropped_by_chance']:.1f} expected by chance)."
         )
-    if m.get("verdict") == "not_enough_evidence" and r.round:
+    if m.get("verdict") == "not_enough_evidence" and r.round and "verdict_reason" not in m:
         yield "  too few pairs to tell whether this round helped."
 
 

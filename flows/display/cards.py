@@ -11,7 +11,8 @@ from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCol
 from flows.display.markdown import escape, table, verbatim
 from flows.display.round_card import command, round_card, stop_words, with_interval
 from flows.display.run_view import against_round_0, verdict_words
-from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.run_records import RoundManifest
+from sera_core.artifacts.runs import RunStore
 
 
 def key_of(run: str, what: str) -> str:

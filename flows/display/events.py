@@ -5,7 +5,8 @@ from typing import Any
 from prefect.events import emit_event
 from prefect.settings import PREFECT_API_URL
 
-from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.run_records import RoundManifest
+from sera_core.artifacts.runs import RunStore
 
 ROUND, STOPPED, ALARM = "sera.round.completed", "sera.run.stopped", "sera.alarm.amplification"
 
@@ -20,6 +21,7 @@ def round_completed(manifest: RoundManifest, store_url: str) -> None:
         "heldout_accuracy": manifest.accuracy,
         "generated_share": manifest.generated_share,
         "alarm": manifest.metrics.get("alarm"),
+        "alarm_reason": manifest.metrics.get("alarm_reason"),
     }
     _emit(ROUND, manifest.run, store_url, payload)
     if payload["alarm"] == "amplified":

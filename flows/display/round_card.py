@@ -9,7 +9,8 @@ from flows.display.plots import image
 from flows.display.run_report import trends
 from flows.display.run_view import uri_of
 from sera_core.artifacts.manifest import Artifact
-from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.run_records import RoundManifest
+from sera_core.artifacts.runs import RunStore
 from sera_core.reporting import words
 from sera_core.reporting.examples import ROLES, examples
 from sera_core.reporting.files import RoundFiles, Row
@@ -21,6 +22,7 @@ METRICS = (
     ("held-out margin, nats", "heldout/margin", 3),
     ("margin of human pairs trained on, nats", "trained/margin", 3),
     ("held-out: prefers the longer answer", "heldout/preferred_longer", 3),
+    ("held-out: reliance on length in tokens (0: unused)", "heldout/reliance/tokens/reliance", 3),
     ("KL to the start policy, nats per answer", "samples/kl_reference", 3),
     ("tokens per sampled answer", "samples/tokens", 1),
     ("training loss", "train_loss", 4),
@@ -66,8 +68,17 @@ def _decision(manifest: RoundManifest) -> list[str]:
         lines.append(f"The run stops ({escape(manifest.stop_reason)}): {stop_words(manifest.stop_reason)}.")
     alarm: str | None = manifest.metrics.get("alarm")
     if alarm is not None:
-        lines.append(f"Amplification alarm: {escape(words.ALARMS.get(alarm, alarm))}")
+        lines.append(f"Amplification alarm: {escape(alarm_words(manifest))}")
     return lines
+
+
+def alarm_words(manifest: RoundManifest) -> str:
+    """The alarm's result in a sentence, with its numbers if they were recorded."""
+    alarm: str = manifest.metrics["alarm"]
+    reason: str | None = manifest.metrics.get("alarm_reason")
+    if reason is None:
+        return words.ALARMS.get(alarm, alarm)
+    return f"{'Raised' if alarm == 'amplified' else 'Not raised'}: {reason}."
 
 
 def stop_words(stop_reason: str) -> str:

@@ -4,20 +4,23 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flows.display.run_view import against_round_0, verdict_words
+from flows.display.run_view import against_round_0, best_words, verdict_words
 from flows.outputs import check_place
 from flows.running.open_run import test_record
 from sera_core.artifacts.folders import write_whole
+from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import Artifact, find_record
-from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore, differences, flatten
+from sera_core.artifacts.run_records import RoundManifest, RunRecord, differences, flatten
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 from sera_core.reporting import words
-from sera_core.reporting.evidence import Line, rate_line
+from sera_core.reporting.evidence import Line, rate_line, reliance_rows
 from sera_core.reporting.pages import GENERATOR, render
 from sera_core.reporting.plots import Point, Series, lines
 
@@ -92,7 +95,7 @@ def _index(records: RunStore, store_url: str) -> str:
         state_words=_state_words(records, config, stop_reason),
         verdict=verdict_words(against_round_0(records)),
         best=None if best is None else best.round,
-        best_words=_best_words(best),
+        best_words=_best_words(history),
         overlap_words=_overlap_words(history),
         rounds=rounds,
         increment=config.review.reference == "previous",
@@ -157,9 +160,12 @@ def _budget_words(records: RunStore, stop_reason: str) -> str:
     return "" if stop is None else f" {stop.after}."
 
 
-def _best_words(best: RoundManifest | None) -> str:
+def _best_words(history: History) -> str:
+    best = history.best
     if best is None:
         return "No round was promoted, so there is no best round."
+    if (reason := best_words(history)).startswith("round "):
+        return f"R{reason[1:]}."
     accuracy = best.metrics["heldout/rewards/accuracies"]
     return (
         f"Round {best.round} is the best: of the promoted rounds it has the highest held-out reward "
@@ -171,7 +177,7 @@ def _best_words(best: RoundManifest | None) -> str:
 def _overlap_words(history: History) -> str:
     """Promoted rounds whose interval overlaps with that of the best round."""
     best = history.best
-    if best is None:
+    if best is None or best.metrics.get("score_metric", "accuracy") != "accuracy":
         return ""
     low = best.metrics["heldout/rewards/accuracies"]["low"]
     near = [
@@ -270,6 +276,10 @@ def _test_lines(metrics: dict[str, Any]) -> list[Line]:
     for key, name in (("chosen_longer", "longer"), ("chosen_shorter", "shorter")):
         if key in by_length:
             made.append(rate_line(f"accuracy where the chosen answer is {name}", by_length[key]))
+    for row in reliance_rows(metrics, "test"):
+        named = {cell.name: cell for cell in row.cells}
+        wanted = ("reliance", "balanced accuracy")
+        made += [replace(named[head], name=f"{head}, by {row.feature}") for head in wanted]
     return made
 
 

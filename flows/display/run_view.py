@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import Artifact, find_record
-from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.run_records import RoundManifest
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import Store
 from sera_core.errors import InputError, StoreError
 from sera_core.method.diagnostics import correctness
@@ -86,6 +88,12 @@ def since_round_0(records: RunStore, manifest: RoundManifest) -> Rate | None:
     both = np.isfinite(now) & np.isfinite(then)
     groups = _heldout_groups(records.store, manifest)[both]
     return bootstrap_difference(correctness(now[both]), correctness(then[both]), seed=0, groups=groups)
+
+
+def best_words(history: History) -> str:
+    """Why the best round is the best: as the decision recorded it; older runs compared held-out accuracy."""
+    reasons = [r.metrics["best_reason"] for r in history.rounds if r.metrics.get("best_reason")]
+    return reasons[-1] if reasons else "the promoted one with the largest held-out accuracy"
 
 
 def verdict_words(change: Rate | None) -> str | None:

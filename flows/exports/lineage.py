@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef
 from sera_core.artifacts.records import FORMAT, StrictModel
-from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.run_records import RoundManifest
+from sera_core.artifacts.runs import RunStore
 from sera_core.errors import InputError
 from sera_core.steps import SIDES
 

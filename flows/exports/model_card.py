@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from flows.display.markdown import escape, table
-from flows.display.round_card import with_interval
+from flows.display.round_card import alarm_words, with_interval
 from flows.display.run_view import since_round_0
 from flows.exports.lineage import Lineage
 from flows.running.open_run import test_record
-from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.run_records import RoundManifest
+from sera_core.artifacts.runs import RunStore
 from sera_core.guards.shown import shown_line
 from sera_core.reporting import words
 
@@ -84,7 +85,7 @@ def _verdict(records: RunStore, manifest: RoundManifest) -> Iterator[str]:
         yield f"Accuracy on the test set (used for no decision): {test}."
     alarm: str | None = manifest.metrics.get("alarm")
     if alarm is not None:
-        yield f"Length bias: {escape(words.ALARMS.get(alarm, alarm))}"
+        yield f"Reliance on spurious features: {escape(alarm_words(manifest))}"
 
 
 def _since(change: words.Rate) -> str:

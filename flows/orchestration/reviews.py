@@ -13,7 +13,8 @@ from prefect.input import RunInput
 from flows.display.cards import key_of
 from flows.display.deployed import in_deployed_run
 from flows.display.markdown import escape
-from sera_core.artifacts.runs import DecisionName, RunStore
+from sera_core.artifacts.run_records import DecisionName
+from sera_core.artifacts.runs import RunStore
 
 
 class Review(RunInput):

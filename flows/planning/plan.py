@@ -10,8 +10,10 @@ from flows.round import Past, Ref, Steps
 from flows.running.open_run import check_template, load_data, resolved, source_digests
 from sera_core import steps
 from sera_core.artifacts.canonical import sha256_json
+from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import StepRef, StepSpec, find_record
-from sera_core.artifacts.runs import ACCURACY, History, RunStore, differences
+from sera_core.artifacts.run_records import differences
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import Store, numbered, open_store
 from sera_core.config import SeraConfig
 
@@ -114,6 +116,7 @@ def walk_rounds(
     """Walk every round up to the limit; future rounds count as promoted."""
     sides = sera_round.prepare(config, digests, walk.do)
     heads: list[Mapping[str, Ref]] = []
+    promoted: dict[int, Ref] = {}
     planned: list[dict[str, Any]] = []
     stopped = bool(history.rounds) and history.rounds[-1].stop_reason is not None
     last = history.next_round if stopped else max(config.limits.rounds, history.next_round)
@@ -121,29 +124,26 @@ def walk_rounds(
         walk.round = number
         before = History(history.rounds[:number]) if number <= history.next_round else None
         entries = planned if before is None or not before.rounds else before.entries()
-        head_accuracy = (
-            before.head.accuracy if before is not None and before.head else _last_accuracy(planned)
-        )
-        made = _round(config, sides, Past(list(heads)), number, entries, head_accuracy, walk, answer_of)
+        past = Past(list(heads), dict(promoted))
+        made = _round(config, sides, past, number, entries, walk, answer_of)
         planned = [*entries, _entry(walk, number, made)]
         if number < history.next_round:
-            heads = [manifest.steps for manifest in History(history.rounds[: number + 1]).lineage]
+            after = History(history.rounds[: number + 1])
+            heads = [manifest.steps for manifest in after.lineage]
+            promoted = {m.round: m.steps["evidence"] for m in after.promoted}
         else:
             heads.append(made)
+            promoted[number] = made["evidence"]
     return sides
 
 
 def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
-    """The history entry of a future round; from its records if another run has done it."""
-    evidence, decision = made["evidence"], made["decision"]
-    record = evidence and find_record(walk.store, evidence.step, evidence.key)
-    accuracy = record.metric(ACCURACY)["value"] if record else None
+    """The history entry of a future round; from its record if another run has done it."""
+    decision = made["decision"]
     found = decision and find_record(walk.store, decision.step, decision.key)
-    return {
-        "round": number,
-        "decision": found.metric("decision") if found else "promote",
-        "accuracy": accuracy,
-    }
+    if not found:
+        return {"round": number, "decision": "promote", "head": number}
+    return {"round": number, "decision": found.metric("decision"), "head": found.metric("head_after")}
 
 
 def _needs_answer(store: Store, decision: Ref) -> bool:
@@ -152,18 +152,12 @@ def _needs_answer(store: Store, decision: Ref) -> bool:
     return bool(found and found.metric("ask"))
 
 
-def _last_accuracy(planned: list[dict[str, Any]]) -> float | None:
-    promoted = [entry["accuracy"] for entry in planned if entry["decision"] == "promote"]
-    return promoted[-1] if promoted else None
-
-
 def _round(
     config: SeraConfig,
     sides: sera_round.Sides,
     past: Past,
     number: int,
     entries: list[dict[str, Any]],
-    head_accuracy: float | None,
     walk: Walk,
     answer_of: AnswerOf,
 ) -> Steps:
@@ -173,10 +167,8 @@ def _round(
     made["evidence"] = sera_round.gather_evidence(
         config, sides, past, number, made["mixture"], made["policy"], walk.do
     )
-    made["decision"] = sera_round.decide(config, past, number, made, entries, head_accuracy, None, walk.do)
+    made["decision"] = sera_round.decide(config, sides, past, number, made, entries, None, walk.do)
     if _needs_answer(walk.store, made["decision"]) and (answer := answer_of(number)) is not None:
-        made["decision"] = sera_round.decide(
-            config, past, number, made, entries, head_accuracy, answer, walk.do
-        )
+        made["decision"] = sera_round.decide(config, sides, past, number, made, entries, answer, walk.do)
     walk.do(steps.report(number, {r: ref for r, ref in made.items() if r not in ("data", "model")}))
     return made

@@ -8,7 +8,7 @@ from flows.running.session import Session, tokens_of
 from sera_core.artifacts.canonical import files_digest
 from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.records import FORMAT
-from sera_core.artifacts.runs import ACCURACY, RoundManifest, now
+from sera_core.artifacts.run_records import ACCURACY, BEST, HEAD, RoundManifest, now
 
 FILES = {
     "policy": ("policy", "policy/"),
@@ -20,6 +20,8 @@ FILES = {
     "report": ("report", "report.html"),
 }
 """The artifacts listed in a manifest: role -> (role of the step, file or folder in it)."""
+DECIDED = (BEST, HEAD, "best_reason", "score", "score_metric", "verdict_reason", "alarm_reason")
+"""Metrics that a manifest takes from its decision."""
 
 
 def manifest_of(session: Session, round: int, made: Steps) -> RoundManifest:
@@ -104,7 +106,9 @@ def _metrics(records: Mapping[str, StepRecord], new: Sequence[StepRecord]) -> di
         }
         metrics |= {n: c for n, c in records["responses"].counts.items() if n.startswith("prompts")}
     if "decision" in records:
-        metrics |= {name: records["decision"].metric(name) for name in ("verdict", "alarm", "overlap", "ks")}
+        decided = records["decision"]
+        metrics |= {name: decided.metric(name) for name in ("verdict", "alarm", "overlap", "ks")}
+        metrics |= {name: decided.metrics[name] for name in DECIDED if name in decided.metrics}
     metrics |= _token_counts(new)
     metrics["tokens"] = sum(tokens_of(record) for record in new)
     metrics["seconds"] = round(sum(record.seconds for record in new), 3)

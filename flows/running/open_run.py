@@ -12,7 +12,8 @@ from sera_core import steps
 from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.probing import check_shared
 from sera_core.artifacts.records import FORMAT
-from sera_core.artifacts.runs import RunStore, now
+from sera_core.artifacts.run_records import now
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import Store, create_json, open_store
 from sera_core.config import SeraConfig

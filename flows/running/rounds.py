@@ -41,13 +41,13 @@ def _run_steps(session: Session, number: int) -> str:
         made["evidence"] = round.gather_evidence(
             config, sides, past, number, made["mixture"], made["policy"], do
         )
-        entries, accuracy = history.entries(), history.head.accuracy if history.head else None
-        made["decision"] = round.decide(config, past, number, made, entries, accuracy, None, do)
+        entries = history.entries()
+        made["decision"] = round.decide(config, sides, past, number, made, entries, None, do)
         if session.record_of(made["decision"]).metric("ask"):
             answer = open_run.request_review(session, number, made["decision"])
             if answer is None:
                 return "waiting"
-            made["decision"] = round.decide(config, past, number, made, entries, accuracy, answer, do)
+            made["decision"] = round.decide(config, sides, past, number, made, entries, answer, do)
     made["report"] = do(
         steps.report(number, {role: ref for role, ref in made.items() if role not in ("data", "model")})
     )

@@ -9,7 +9,8 @@ from prefect.runtime import flow_run
 from flows.running import open_run
 from sera_core.artifacts.canonical import sha256_json
 from sera_core.artifacts.records import FORMAT, read_typed
-from sera_core.artifacts.runs import Finished, RunStore, check_name, now
+from sera_core.artifacts.run_records import Finished, check_name, now
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import Store, create_json
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError

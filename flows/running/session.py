@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from flows.round import Past, Ref, Sides, prepare
+from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec, find_record
-from sera_core.artifacts.runs import History, RunStore
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import Store, open_store
 from sera_core.config import LimitsConfig
 from sera_core.errors import BudgetReached, InputError
@@ -83,7 +84,8 @@ class Session:
 
     def past(self) -> Past:
         """The heads so far."""
-        return Past([manifest.steps for manifest in self.history.lineage])
+        heads = [manifest.steps for manifest in self.history.lineage]
+        return Past(heads, {m.round: m.steps["evidence"] for m in self.history.promoted})
 
     def record_of(self, ref: Ref) -> StepRecord:
         """The record of a step done in this session."""

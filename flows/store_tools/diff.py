@@ -6,7 +6,8 @@ from typing import Any
 
 from flows.display.run_view import run_records
 from sera_core.artifacts.manifest import StepRef
-from sera_core.artifacts.runs import RoundManifest, RunStore, changes, flatten
+from sera_core.artifacts.run_records import RoundManifest, changes, flatten
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import Store
 from sera_core.errors import InputError
 

@@ -18,7 +18,8 @@ from sera_core.artifacts.canonical import canonical_json
 from sera_core.artifacts.lease import lease_path, look
 from sera_core.artifacts.manifest import StepRecord, parse_part, parse_record
 from sera_core.artifacts.records import FORMAT, read_record, read_typed
-from sera_core.artifacts.runs import Finished, RunStore, list_runs
+from sera_core.artifacts.run_records import Finished
+from sera_core.artifacts.runs import RunStore, list_runs
 from sera_core.artifacts.store import Store, create_json
 from sera_core.artifacts.upkeep import Stored, Upload, upkeep
 from sera_core.errors import BusyError, InputError, StoreError

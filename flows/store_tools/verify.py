@@ -12,9 +12,11 @@ from typing import Any, NoReturn
 
 from flows.running.manifests import artifact, manifest_fields
 from sera_core.artifacts.canonical import canonical_json, files_digest
+from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef, find_record, parse_part
 from sera_core.artifacts.records import read_record, read_series
-from sera_core.artifacts.runs import History, RoundManifest, RunRecord, RunStore, changes
+from sera_core.artifacts.run_records import RoundManifest, RunRecord, changes
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.upkeep import upkeep
 from sera_core.errors import StoreError
 from sera_core.steps import SIDES

@@ -22,6 +22,7 @@ _RATES = frozenset(
         "samples/kl_previous",
         "samples/kl_reference",
         "samples/tokens",
+        "score",
         "test/chosen_longer",
         "test/margin",
         "test/preferred_longer",
@@ -30,15 +31,20 @@ _RATES = frozenset(
         "trained/rewards/accuracies",
     }
 )
+_RATED = ("heldout/reliance/", "test/reliance/")
+"""Beginnings of names of rates: feature and quantity follow."""
 _TABLES = frozenset({"heldout/accuracy_by_length", "test/accuracy_by_length"})
 """Metrics that are a dictionary of rates."""
-_TEXTS = frozenset(
-    {"alarm", "decision", "reason", "stop_reason", "verdict", "weights/result", "weights/start"}
-)
+_TEXTS = frozenset({"alarm", "decision", "verdict", "reason", "stop_reason", "score_metric"}) | {
+    *("alarm_reason", "best_reason", "verdict_reason"),
+    *("weights/result", "weights/start"),
+}
 _TRUTHS = frozenset({"ask"})
 _COUNTED = ("human/", "generated/", "prompts/", "tokens/")
 """Prefixes of metrics that count pairs, prompts and tokens."""
 _COUNTS = frozenset({"pairs/human", "pairs/generated", "tokens", "flipped", "flipped/dropped"})
+_ROUNDS = frozenset({"best_round", "head_after"})
+"""Numbers of rounds; null where there is none."""
 _NUMBERS = frozenset(
     {
         "flipped/dropped_by_chance",
@@ -72,7 +78,7 @@ Metrics = Annotated[dict[str, Any], AfterValidator(checked_metrics)]
 
 
 def _fits(name: str, value: Any) -> bool:
-    if name in _RATES:
+    if _is_rated(name):
         return value is None or is_rate(value)
     if name in _TABLES:
         return value is None or (isinstance(value, dict) and all(map(is_rate, value.values())))
@@ -80,17 +86,21 @@ def _fits(name: str, value: Any) -> bool:
         return value is None or isinstance(value, str)
     if name in _TRUTHS:
         return isinstance(value, bool)
+    if name in _ROUNDS:
+        return value is None or (_is_whole(value) and value >= 0)
     if _is_count(name):
         return _is_whole(value) and value >= 0
     return name not in _NUMBERS or value is None or _is_number(value)
 
 
 def _wanted(name: str) -> str:
+    if _is_rated(name):
+        return "a rate (value, low, high, n)"
     kinds = (
-        (_RATES, "a rate (value, low, high, n)"),
         (_TABLES, "rates by name"),
         (_TEXTS, "text"),
         (_TRUTHS, "true or false"),
+        (_ROUNDS, "the number of a round"),
     )
     expected = next((what for names, what in kinds if name in names), "a number")
     return "a count" if _is_count(name) else expected
@@ -102,6 +112,10 @@ def is_rate(value: Any) -> bool:
         return False
     numbers = (held for name, held in value.items() if name != "n")
     return _is_whole(value["n"]) and all(held is None or _is_finite(held) for held in numbers)
+
+
+def _is_rated(name: str) -> bool:
+    return name in _RATES or name.startswith(_RATED)
 
 
 def _is_count(name: str) -> bool:

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from sera_core.artifacts.folders import assemble
 from sera_core.artifacts.manifest import Artifact, StepRef
-from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.run_records import RoundManifest
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.errors import InputError
 
@@ -54,7 +55,7 @@ class Run:
 
     @property
     def best_round(self) -> int | None:
-        """The promoted round with the largest held-out reward accuracy."""
+        """The best promoted round, as the last decision recorded it."""
         best = self._records.history().best
         return None if best is None else best.round
 

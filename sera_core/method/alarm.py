@@ -1,7 +1,7 @@
 """The alarm: has training on the pairs that were kept made the policy lean on a feature of the panel?
 
 For each feature, by `diagnostics.amplification_alarm`, each condition by a 95 % bootstrap interval: on
-held-out pairs whose better answer has *less* of the feature accuracy fell; where it has more, accuracy did
+held-out pairs whose chosen answer has *less* of the feature accuracy fell; where it has more, accuracy did
 not fall; and among the kept pairs the chosen answer has more of it more often than among all pairs. The
 policy is compared with one trained on a random selection of the same size where there is one: then all that
 differs is which pairs were kept. Else it is compared with the last head, from which it differs by a whole
@@ -39,6 +39,13 @@ class PanelAlarm:
     """Features with too few pairs on a side (or kept) to tell."""
     sentence: str
     """All of it in words."""
+
+    @property
+    def state(self) -> str:
+        """`amplified`; `not_enough_evidence` if no feature has enough pairs; else `not_amplified`."""
+        if self.raised:
+            return "amplified"
+        return "not_enough_evidence" if len(self.open) == len(self.alarms) else "not_amplified"
 
 
 def panel_alarm(
@@ -100,6 +107,8 @@ def _sentence(
     alarms: Mapping[str, Alarm], raised: Sequence[str], left: Sequence[str], comparison: str
 ) -> str:
     told = len(alarms) - len(left)
+    if not told:
+        return f"too few pairs to tell of any of {len(alarms)} features, against {comparison}"
     few = f"; {', '.join(left)}: too few pairs to tell" if left else ""
     if not raised:
         return f"none of {told} features is amplified against {comparison}{few}"
@@ -109,7 +118,7 @@ def _sentence(
 
 def _numbers(alarm: Alarm) -> str:
     fell, excess = _said(alarm.counter_change), _said(alarm.kept_share_excess)
-    return f"accuracy where the better answer has less of it {fell}, its share among the kept pairs {excess}"
+    return f"accuracy where the chosen answer has less of it {fell}, its share among the kept pairs {excess}"
 
 
 def _said(rate: Rate) -> str:

@@ -101,5 +101,5 @@ def _or_least(value: float | None) -> float:
 
 def _sentence(best: int, first: int, found: Estimate, gain: Estimate, quantity: str) -> str:
     by = f"round {best} is best by {quantity.replace('_', ' ')} on half of the held-out prompts"
-    against = "" if best == first else f", against round {first} {gain.said(signed=True)}"
-    return f"{by}; on the other half it has {found.said()}{against}"
+    against = "" if best == first else f", against round {first} {gain.in_words(signed=True)}"
+    return f"{by}; on the other half it has {found.in_words()}{against}"

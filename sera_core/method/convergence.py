@@ -1,46 +1,81 @@
-"""Convergence signals of a round, the verdict with its reason, and the decision.
+"""The verdict on a round: compared with every earlier promoted round, so that a slow decline is seen.
 
-The SeRA paper says that convergence should be monitored but gives no rule; the rules and thresholds here are
-ours.
+A run that compares each round with the last head alone may lose a little in each round without noticing. Here
+a round is compared, pair by pair, with all promoted rounds at once, round 0, the best round and the last head
+among them. Convergence must be shown, with power: by the trend over several heads. The SeRA paper says that
+convergence should be monitored but gives no rule; the rules and thresholds here are ours.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from math import isnan
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from sera_core.method.win_rates import Rate, bootstrap_difference, bootstrap_interval
+from sera_core.method.best import Best, best_of
+from sera_core.method.estimates import Estimate, check_finite
+from sera_core.method.sides import design_effect, sides_of
 
 VERDICTS = ("converged", "improving", "degrading", "still_moving", "not_enough_evidence")
-DECISIONS = ("promote", "hold", "roll_back", "stop")
-STOP_REASONS = ("converged", "max_rounds", "degraded", "no_pairs", "budget", "reviewer")
+QUANTITY_WORDS = {
+    "balanced": "balanced accuracy",
+    "worst_side": "worst-side accuracy",
+    "accuracy": "accuracy",
+}
+METRICS = ("balanced", "accuracy", "worst-side", "win-rate")
+_QUANTITY = {
+    "balanced": "balanced",
+    "worst-side": "worst_side",
+    "accuracy": "accuracy",
+    "win-rate": "accuracy",
+}
 
 
 @dataclass(frozen=True)
-class Signals:
-    """Measurements of a round compared with the last head. None: not measured."""
+class Heldout:
+    """The held-out pairs (for `win-rate`: the judged prompts), which are the same in every round."""
 
-    accuracy: Rate
-    """Reward accuracy on held-out human pairs."""
-    accuracy_change: Rate | None = None
-    """Its paired difference to the last head's."""
-    falls: dict[str, Rate] = field(default_factory=dict)
-    """Its paired differences to earlier rounds by name (the last head, the best round, round 0), with
-    simultaneous intervals; if empty, only `accuracy_change` is used."""
-    win_rate: Rate | None = None
-    """Win rate over the last head on held-out prompts, by an independent judge."""
-    overlap: float | None = None
-    """Jaccard overlap of the selected human pairs with the last head's."""
-    ks: float | None = None
-    """KS distance of the margins to the last head's."""
-    sign_changes: float | None = None
-    """Share of pairs whose margin changed sign."""
-    kl_reference: float | None = None
-    """KL to the reference, nats a sequence."""
-    kl_previous: float | None = None
-    """KL to the last head, nats a sequence."""
+    difference: Float[np.ndarray, " pair"]
+    """The feature of the chosen answer minus that of the rejected one; all 0 if no feature is compared."""
+    groups: Int[np.ndarray, " pair"]
+    """Number of each pair's prompt."""
+    chooses: Bool[np.ndarray, " pair"]
+    """The pairs that choose the best round (`best.choosing_half`); the others report it."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The decision's settings."""
+
+    metric: str = "balanced"
+    """One of METRICS. `win-rate` takes wins (1, ½, 0) over one opponent that is the same for all rounds."""
+    tolerance: float = 0.02
+    """Smaller drops are tolerated, even if they are certain."""
+    min_effect: float = 0.02
+    """Smaller changes per round count as none."""
+    window: int = 2
+    """Number of heads before this round over which the score must not change for convergence."""
+    min_prompts: int = 30
+    """Smallest number of held-out prompts for a verdict."""
+    min_side: int = 10
+    """With fewer pairs on a side, accuracy is used instead of `balanced` and `worst-side`."""
+    min_overlap: float = 0.8
+    """Smallest overlap of the selection with the last head's that counts as unchanged."""
+    max_ks: float = 0.1
+    """Largest KS distance of the margins to the last head's that counts as unchanged."""
+    level: float = 0.95
+    """Joint level of the intervals of all drops."""
+    resamples: int = 2000
+    """Resamples of every interval."""
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"The metric {self.metric!r} is unknown; choose one of {', '.join(METRICS)}.")
+        if min(self.min_effect, self.window, self.min_side) <= 0 or self.tolerance < 0:
+            raise ValueError(
+                f"min_effect = {self.min_effect}, window = {self.window} and min_side = {self.min_side} must "
+                f"be positive, and tolerance = {self.tolerance} not negative."
+            )
 
 
 @dataclass(frozen=True)
@@ -54,270 +89,225 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """Decision on a round. `stop_reason` is None while the run continues; any decision may have one."""
+class Comparison:
+    """A round compared with the promoted rounds: the verdict and its evidence."""
 
-    decision: str
-    reason: str
-    stop_reason: str | None = None
+    verdict: Verdict
+    """Name (of `convergence.VERDICTS`), the reason in one sentence, and the numbers."""
+    quantity: str
+    """What was compared; accuracy if a side has too few pairs."""
+    score: Estimate
+    """This round's."""
+    against: dict[int, Estimate]
+    """Its paired change against each promoted round, with simultaneous intervals."""
+    trend: Estimate | None
+    """Change per round over the window, with a 90 % interval; None with too few heads."""
+    best: Best
+    """The best promoted round before this one."""
 
 
-def accuracy_falls(
-    correct_now: Float[np.ndarray, " heldout"],
-    correct_before: Mapping[str, Float[np.ndarray, " heldout"]],
-    groups: Int[np.ndarray, " heldout"] | None,
+def compare_round(
+    now: Float[np.ndarray, " pair"],
+    promoted: Mapping[int, Float[np.ndarray, " pair"]],
+    lineage: Sequence[int],
+    heldout: Heldout,
+    rule: Rule,
     *,
     seed: int,
-    level: float = 0.95,
-) -> dict[str, Rate]:
-    """Paired change of held-out reward accuracy against each earlier round, with simultaneous intervals.
+    overlap: float | None = None,
+    ks: float | None = None,
+) -> Comparison:
+    """Judge a round against all promoted rounds. The first lineage that holds decides.
 
-    With k comparisons each interval has the level 1 − (1 − level)/k (Bonferroni), so that the probability of
-    any wrong interval is at most 1 − level.
+    | name                  | when                                                                          |
+    |-----------------------|-------------------------------------------------------------------------------|
+    | `not_enough_evidence` | fewer than `min_prompts` held-out prompts                                     |
+    | `degrading`           | against a promoted round: interval below 0, and the drop at least `tolerance` |
+    | `improving`           | against the last head: interval above 0; or the trend's is                    |
+    | `not_enough_evidence` | fewer heads than `window`, or the trend's interval is not in ±`min_effect`    |
+    | `still_moving`        | no trend, but the selection (overlap) or the margins (KS) changed             |
+    | `converged`           | no trend, shown with power, and nothing moves                                 |
+
+    Drops: max-t bootstrap intervals that hold for all promoted rounds together, so choosing the best round by
+    its score does no harm. Trend: the slope of a line through the window's heads and this round; it is inside
+    ±min_effect by two one-sided tests at 5 % (Schuirmann 1987), that is by its 90 % interval. No interval is
+    narrower than the rule of three allows: an event not seen in n pairs may still have a rate of 3/n.
 
     Args:
-        correct_now: `diagnostics.correctness` of the held-out margins under the policy.
-        correct_before: likewise under the policies of earlier rounds, by name, the same pairs in the same
+        now: `diagnostics.correctness` of the held-out margins under this round's policy; for `win-rate` its
+            wins.
+        promoted: likewise under the policy of each promoted round, by number; the same pairs in the same
             order.
-        groups: number of each pair's prompt; None: each pair stands for itself.
-    """
-    each = 1 - (1 - level) / max(1, len(correct_before))
-    return {
-        name: bootstrap_difference(correct_now, before, seed=seed, level=each, groups=groups)
-        for name, before in correct_before.items()
-    }
-
-
-def accuracy_signals(
-    correct_now: Float[np.ndarray, " heldout"],
-    correct_before: Float[np.ndarray, " heldout"] | None,
-    *,
-    seed: int,
-    level: float = 0.95,
-    groups: Int[np.ndarray, " heldout"] | None = None,
-) -> tuple[Rate, Rate | None]:
-    """Held-out reward accuracy and its paired change against the last head, with bootstrap intervals.
-
-    Args:
-        correct_now: `diagnostics.correctness` of the held-out margins under the policy.
-        correct_before: likewise under the last head, the same pairs in the same order; None in round 0.
-        groups: number of each pair's prompt; None: each pair stands for itself.
+        lineage: promoted rounds that this round's policy descends from, oldest first; the last is the head.
+        heldout: the pairs that all rounds share.
+        rule: the settings.
+        seed: of the resamples; the same arrays and seed give the same verdict.
+        overlap: Jaccard overlap of the selection with the last head's; None: not measured.
+        ks: KS distance of the margins to the last head's; None: not measured.
 
     Raises:
-        ValueError: different numbers of pairs, or a value that is not finite.
+        ValueError: arrays of different lengths, a value that is not finite, no promoted round, a lineage that
+            names a round which was not promoted.
     """
-    accuracy = bootstrap_interval(correct_now, seed=seed, level=level, groups=groups)
-    if correct_before is None:
-        return accuracy, None
-    return accuracy, bootstrap_difference(correct_now, correct_before, seed=seed, level=level, groups=groups)
+    _check_given(now, promoted, lineage, heldout)
+    quantity = quantity_for(heldout.difference, rule)
+    least = _least_half_width(now, promoted[lineage[-1]], heldout, quantity)
+    how = {"seed": seed, "resamples": rule.resamples}
+    place = {number: at for at, number in enumerate(promoted, start=1)}
+    rounds = [now, *promoted.values()]
+    sides = sides_of(rounds, heldout.difference, heldout.groups, equal=quantity == "accuracy", **how)
+    changes = sides.changes(quantity, {str(number): at for number, at in place.items()}, rule.level)
+    against = {number: _widened(changes[str(number)], least) for number in promoted}
+    slope = None
+    if len(lineage) >= rule.window:
+        window = [*(place[number] for number in lineage[-rule.window :]), 0]
+        slope = _widened(sides.trend(quantity, window), least)
+    found = sides.score(quantity, level=rule.level)
+    best = best_of(
+        promoted, heldout.difference, heldout.groups, heldout.chooses, quantity, level=rule.level, **how
+    )
+    judged = Comparison(Verdict(False, "", "", {}), quantity, found, against, slope, best)
+    name, reason = _judge(judged, lineage, rule, overlap, ks)
+    evidence = {"overlap": overlap, "ks": ks, "least_half_width": least, "rule": asdict(rule)}
+    return replace(judged, verdict=Verdict(name == "converged", name, reason, evidence))
 
 
-def verdict(
-    signals: Signals,
-    *,
-    min_effect: float = 0.02,
-    win_effect: float = 0.05,
-    min_overlap: float = 0.8,
-    max_ks: float = 0.1,
-) -> Verdict:
-    """Judge a round against the last head, and for a decline also against the best round and round 0.
-
-    A decline too slow to be significant between two heads can be significant against the best round.
-    The first row that applies decides.
-
-    | name                  | when                                                                     |
-    |-----------------------|--------------------------------------------------------------------------|
-    | `not_enough_evidence` | there is no last head, or no held-out pair                               |
-    | `degrading`           | one of the falls' intervals is below 0, or the win rate's below 0.5      |
-    | `improving`           | the accuracy change's interval is above 0, or the win rate's above 0.5   |
-    | `not_enough_evidence` | one of them is not inside ±min_effect, or 0.5 ± win_effect               |
-    | `still_moving`        | no effect, but the selection (overlap) or the margins (KS) changed       |
-    | `converged`           | no effect, shown with enough power, and nothing moves                    |
-
-    A win rate, overlap or KS distance that was not measured is ignored; the accuracy is required. The
-    interval of an accuracy change is at least ±3/n wide (rule of three: an event not seen in n prompts may
-    still have a rate of 3/n), so a few unchanged pairs are no evidence of convergence.
+def score_of(
+    correct: Float[np.ndarray, " pair"], heldout: Heldout, quantity: str, rule: Rule, *, seed: int
+) -> Estimate:
+    """A quantity of one round, with its interval.
 
     Args:
-        min_effect: the smallest change of accuracy that matters.
-        win_effect: the smallest difference of the win rate from 0.5 that matters.
-        min_overlap: smallest overlap with which the selection counts as unchanged.
-        max_ks: largest KS distance with which the margins count as unchanged.
-
-    Raises:
-        ValueError: an effect that is not positive.
+        correct: as `now` of `compare_round`.
+        quantity: of `quantity_for`.
     """
-    if min_effect <= 0 or win_effect <= 0:
-        raise ValueError(
-            f"min_effect = {min_effect} and win_effect = {win_effect} must be positive: no finite number of "
-            "pairs shows that there is no change at all."
-        )
-    evidence = asdict(signals) | {
-        "thresholds": {
-            "min_effect": min_effect, "win_effect": win_effect, "min_overlap": min_overlap, "max_ks": max_ks
-        }
-    }  # fmt: skip
-    name, reason = _judge(signals, min_effect, win_effect, min_overlap, max_ks)
-    return Verdict(name == "converged", name, reason, evidence)
+    sides = sides_of([correct], heldout.difference, heldout.groups, seed=seed, resamples=rule.resamples)
+    return sides.score(quantity, level=rule.level)
+
+
+def score_words(quantity: str, score: Estimate) -> str:
+    """A round's score in words."""
+    value = "not measurable" if score.value is None else f"{score.value:.3f}"
+    return f"held-out {QUANTITY_WORDS[quantity]} {value}"
 
 
 def _judge(
-    signals: Signals, min_effect: float, win_effect: float, min_overlap: float, max_ks: float
+    judged: Comparison, lineage: Sequence[int], rule: Rule, overlap: float | None, ks: float | None
 ) -> tuple[str, str]:
-    change, win = signals.accuracy_change, signals.win_rate
-    if change is None or change.n == 0:
-        return "not_enough_evidence", "there is no earlier head to compare the held-out accuracy with"
-    low, high = _at_least_rule_of_three(change)
-    said = f"held-out accuracy changed by {change.value:+.3f} [{low:+.3f}, {high:+.3f}] on {change.n} pairs"
-    if win is not None and (win.n == 0 or isnan(win.low)):
-        win = None
-    won = (
-        ""
-        if win is None
-        else f"; win rate {win.value:.3f} [{win.low:.3f}, {win.high:.3f}] on {win.n} prompts"
+    what = _quantity_words(judged.quantity, rule)
+    head = judged.against[lineage[-1]]
+    if judged.score.prompts < rule.min_prompts:
+        return "not_enough_evidence", (
+            f"{what} is measured on held-out pairs of {judged.score.prompts} prompts; a verdict needs "
+            f"at least {rule.min_prompts}"
+        )
+    if fallen := _falls(judged, rule):
+        rounds = "; ".join(
+            f"{_role(number, judged, lineage)} by {change.in_words(signed=True)}" for number, change in fallen
+        )
+        return "degrading", f"{what} fell against {rounds}"
+    changed = f"{what} changed against the last head by {head.in_words(signed=True)}"
+    slope = judged.trend
+    if slope is not None and slope.measurable:
+        changed += f"; over {rule.window + 1} rounds by {_ends(slope)} per round"
+    if head.low is not None and head.low > 0:
+        return "improving", changed
+    if slope is None or slope.low is None or slope.high is None:
+        few = f"convergence needs {rule.window} heads before the round, and there are {len(lineage)}"
+        return "not_enough_evidence", f"{changed}; {few}"
+    if slope.low > 0:
+        return "improving", changed
+    if not (-rule.min_effect <= slope.low and slope.high <= rule.min_effect):
+        return "not_enough_evidence", f"{changed}: {_power(slope, rule)}"
+    if overlap is not None and not overlap >= rule.min_overlap:
+        return "still_moving", f"{changed}; but the overlap of the selections is only {overlap:.2f}"
+    if ks is not None and not ks <= rule.max_ks:
+        return "still_moving", f"{changed}; but the margins moved (KS distance {ks:.2f})"
+    return "converged", f"{changed}: less than {rule.min_effect}"
+
+
+def _falls(judged: Comparison, rule: Rule) -> list[tuple[int, Estimate]]:
+    return [
+        (number, change)
+        for number, change in sorted(judged.against.items())
+        if change.high is not None
+        and change.value is not None
+        and change.high < 0
+        and change.value <= -rule.tolerance
+    ]
+
+
+def _power(slope: Estimate, rule: Rule) -> str:
+    """How many pairs would rule a change out."""
+    assert slope.low is not None and slope.high is not None
+    half = (slope.high - slope.low) / 2
+    unclear = f"a change of {rule.min_effect} per round cannot be ruled out"
+    if half <= rule.min_effect:
+        return unclear
+    needed = int(np.ceil(slope.pairs * (half / rule.min_effect) ** 2))
+    return f"{unclear}; that would take about {needed:,} pairs"
+
+
+def _role(number: int, judged: Comparison, lineage: Sequence[int]) -> str:
+    roles = {judged.best.round: "the best round", lineage[-1]: "the last head"}
+    return f"round {number}" + (f" ({roles[number]})" if number in roles and number != 0 else "")
+
+
+def _ends(estimate: Estimate) -> str:
+    return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+
+
+def _quantity_words(quantity: str, rule: Rule) -> str:
+    if rule.metric == "win-rate":
+        return "the win rate"
+    replaced = quantity != _QUANTITY[rule.metric]
+    return f"held-out {QUANTITY_WORDS[quantity]}" + (
+        f" (a side has too few pairs for {rule.metric})" if replaced else ""
     )
-    said += won
-    fallen = [
-        _said(name, fall) for name, fall in signals.falls.items() if _at_least_rule_of_three(fall)[1] < 0
-    ]
-    if fallen:
-        return "degrading", f"held-out accuracy fell {'; '.join(fallen)}{won}"
-    if (high < 0 and not signals.falls) or (win is not None and win.high < 0.5):
-        return "degrading", said
-    if low > 0 or (win is not None and win.low > 0.5):
-        return "improving", said
-    if not (-min_effect <= low and high <= min_effect):
-        return "not_enough_evidence", f"{said}: a change of {min_effect} could not be ruled out"
-    if win is not None and not (0.5 - win_effect <= win.low and win.high <= 0.5 + win_effect):
-        return "not_enough_evidence", f"{said}: a win rate {win_effect} off 0.5 could not be ruled out"
-    if signals.overlap is not None and not signals.overlap >= min_overlap:
-        return "still_moving", f"{said}; but the selection overlaps by {signals.overlap:.2f} only"
-    if signals.ks is not None and not signals.ks <= max_ks:
-        return "still_moving", f"{said}; but the margins moved by a KS distance of {signals.ks:.2f}"
-    return "converged", said
 
 
-def _said(name: str, fall: Rate) -> str:
-    low, high = _at_least_rule_of_three(fall)
-    return f"against {name} by {fall.value:+.3f} [{low:+.3f}, {high:+.3f}] on {fall.n} pairs"
+def quantity_for(difference: Float[np.ndarray, " pair"], rule: Rule) -> str:
+    """The quantity of the rule's metric; accuracy if a side has fewer than min_side pairs."""
+    quantity = _QUANTITY[rule.metric]
+    if quantity == "accuracy" or min((difference > 0).sum(), (difference < 0).sum()) >= rule.min_side:
+        return quantity
+    return "accuracy"
 
 
-def decide(
-    *,
-    round: int,
-    verdict: Verdict,
-    accuracy: float,
-    best_accuracy: float | None,
-    held_in_a_row: int,
-    patience: int,
-    rolled_back: bool,
-    max_rounds: int,
-    reviewer: str | None = None,
-    alarm: bool = False,
-    on_alarm: str = "ignore",
-    head_is_best: bool = False,
-) -> Decision:
-    """Decide on a round. The first row that applies decides; the last row may add its stop reason.
+def _least_half_width(now: np.ndarray, head: np.ndarray, heldout: Heldout, quantity: str) -> float:
+    """Half width that no interval of a change goes below: the rule of three.
 
-    | when                                                        | decision    | stop reason           |
-    |-------------------------------------------------------------|-------------|-----------------------|
-    | a reviewer said so                                          | theirs      | `reviewer` for `stop` |
-    | … `roll_back`, for the second time                          | `stop`      | `degraded`            |
-    | round 0: without it there is no head                        | `promote`   |                       |
-    | degrading, or alarm and `on_alarm = "hold"`, and            |             |                       |
-    | … holds in a row with this one <= patience                  | `hold`      |                       |
-    | … patience is out, rolled back before or head is the best   | `stop`      | `degraded`            |
-    | … patience is out                                           | `roll_back` |                       |
-    | converged                                                   | `promote`   | `converged`           |
-    | improving, still moving, not enough evidence                | `promote`   |                       |
-    | none of the stop reasons above, and it is the last round    | as above    | `max_rounds`          |
-
-    If the head is already the best round, a roll-back would change nothing, so the run stops instead.
-
-    Args:
-        round: the round's number, from 0.
-        accuracy: its held-out reward accuracy; only for the reason.
-        best_accuracy: the best promoted round's; None before there is one.
-        held_in_a_row: rounds held directly before this one, back to the last promotion or roll-back.
-        patience: number of consecutive holds allowed.
-        rolled_back: the run has rolled back before.
-        max_rounds: maximum number of rounds, including round 0.
-        reviewer: a person's answer, one of DECISIONS.
-        alarm: the amplification alarm was raised.
-        on_alarm: `ignore` (report only) or `hold`.
-        head_is_best: the head is the best round.
-
-    Raises:
-        ValueError: an unknown answer or on_alarm, or a number out of its range.
+    If none of n pairs changed, the rate of changes may still be 3/n (95 %). With two sides these 3 pairs
+    change balanced accuracy most if they are on the smaller side. n is divided by the design effect (Kish
+    1965), because pairs of one prompt move together.
     """
-    _check_decide(round, held_in_a_row, patience, max_rounds, reviewer, on_alarm)
-    trouble = "the amplification alarm was raised" if alarm and on_alarm == "hold" else ""
-    trouble = verdict.reason if verdict.name == "degrading" else trouble
-    numbers = f"held-out accuracy {accuracy:.3f}"
-    numbers += "" if best_accuracy is None else f", best promoted {best_accuracy:.3f}"
-
-    if reviewer is not None:
-        decision = _reviewed(reviewer, rolled_back)
-    elif round == 0:
-        decision = Decision("promote", f"the first round becomes the head; {numbers}")
-    elif trouble and held_in_a_row + 1 <= patience:
-        decision = Decision("hold", f"{trouble}; hold {held_in_a_row + 1} of {patience}; {numbers}")
-    elif trouble and (rolled_back or head_is_best):
-        why = "the run rolled back before" if rolled_back else "the head is the best round already"
-        decision = Decision(
-            "stop", f"{trouble}; patience of {patience} is out and {why}; {numbers}", "degraded"
-        )
-    elif trouble:
-        decision = Decision("roll_back", f"{trouble}; patience of {patience} is out; {numbers}")
-    else:
-        stop = "converged" if verdict.converged else None
-        decision = Decision("promote", f"{verdict.name}: {verdict.reason}; {numbers}", stop)
-
-    if decision.stop_reason is None and round + 1 >= max_rounds:
-        return Decision(
-            decision.decision, f"{decision.reason}; the last of {max_rounds} rounds", "max_rounds"
-        )
-    return decision
+    effect = design_effect(now - head, heldout.difference, quantity, heldout.groups)
+    if quantity == "accuracy":
+        return 3 * effect / max(1, len(now))
+    smaller = min((heldout.difference > 0).sum(), (heldout.difference < 0).sum())
+    return (1.5 if quantity == "balanced" else 3) * effect / max(1, int(smaller))
 
 
-def best_round(rounds: Sequence[tuple[int, bool, float]]) -> int | None:
-    """The promoted round with the largest held-out reward accuracy (the later one if tied), or None.
-
-    Args:
-        rounds: (round, promoted, accuracy) of each; an accuracy of nan is below all others.
-    """
-    promoted = [
-        (-np.inf if isnan(accuracy) else accuracy, number) for number, is_in, accuracy in rounds if is_in
-    ]
-    return max(promoted)[1] if promoted else None
+def _widened(change: Estimate, least: float) -> Estimate:
+    if change.value is None:
+        return change
+    low, high = (change.value if end is None else end for end in (change.low, change.high))
+    return replace(change, low=min(low, change.value - least), high=max(high, change.value + least))
 
 
-def _at_least_rule_of_three(change: Rate) -> tuple[float, float]:
-    """The change's interval, at least ±3/n wide; a single pair has no interval, so ±3/n is used."""
-    least = 3 / change.independent
-    low, high = (change.value if isnan(end) else end for end in (change.low, change.high))
-    return min(low, change.value - least), max(high, change.value + least)
-
-
-def _reviewed(reviewer: str, rolled_back: bool) -> Decision:
-    if reviewer == "stop":
-        return Decision("stop", "the reviewer stopped the run", "reviewer")
-    if reviewer == "roll_back" and rolled_back:
-        return Decision("stop", "the reviewer rolled back, for the second time in this run", "degraded")
-    return Decision(reviewer, f"the reviewer decided {reviewer}")
-
-
-def _check_decide(
-    number: int, held_in_a_row: int, patience: int, max_rounds: int, reviewer: str | None, on_alarm: str
+def _check_given(
+    now: np.ndarray, promoted: Mapping[int, np.ndarray], lineage: Sequence[int], heldout: Heldout
 ) -> None:
-    if min(number, held_in_a_row, patience) < 0 or max_rounds < 1:
+    given = {f"round {number}": values for number, values in promoted.items()}
+    check_finite({"this round": now, "difference": heldout.difference, **given})
+    missing = [number for number in lineage if number not in promoted]
+    if not lineage or missing:
         raise ValueError(
-            f"round = {number}, held_in_a_row = {held_in_a_row} and patience = {patience} count from 0, and "
-            f"max_rounds = {max_rounds} from 1."
+            f"The lineage {list(lineage)} must name at least one of the promoted rounds {sorted(promoted)}, "
+            "and no other."
         )
-    if reviewer is not None and reviewer not in DECISIONS:
+    if len(heldout.groups) != len(now) or len(heldout.chooses) != len(now):
         raise ValueError(
-            f"The reviewer's answer {reviewer!r} is unknown; answer one of {', '.join(DECISIONS)}."
+            f"{len(heldout.groups)} groups and {len(heldout.chooses)} marks of the choosing half do not match"
+            f" {len(now)} pairs."
         )
-    if on_alarm not in ("ignore", "hold"):
-        raise ValueError(f"on_alarm = {on_alarm!r} is unknown; choose 'ignore' or 'hold'.")

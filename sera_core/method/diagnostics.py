@@ -162,9 +162,9 @@ class Alarm:
 
     raised: bool
     counter_change: Rate
-    """Change of reward accuracy on held-out pairs whose better answer has less of the feature."""
+    """Change of reward accuracy on held-out pairs whose chosen answer has less of the feature."""
     aligned_change: Rate
-    """The same for pairs whose better answer has more of it."""
+    """The same for pairs whose chosen answer has more of it."""
     kept_share_excess: Rate
     """Share of "chosen has more" among the kept pairs minus that among all pairs."""
     comparison: str
@@ -190,8 +190,8 @@ def amplification_alarm(
     """Test whether training on the kept pairs made the policy rely on a feature, such as length. Rule: ours.
 
     The alarm is raised when all of these hold, each by a 95 % bootstrap interval:
-    1. held-out pairs whose better answer has *less* of the feature: reward accuracy fell (interval below 0);
-    2. held-out pairs whose better answer has more of it: accuracy did not fall (interval not below 0);
+    1. held-out pairs whose chosen answer has *less* of the feature: reward accuracy fell (interval below 0);
+    2. held-out pairs whose chosen answer has more of it: accuracy did not fall (interval not below 0);
     3. the kept pairs' share of "chosen has more" exceeds all pairs' share (interval above 0).
 
     Held-out pairs with equal features are on neither side. A side with fewer than `min_pairs` pairs, or a

@@ -45,7 +45,7 @@ class Estimate:
         value, low, high = (float("nan") if x is None else x for x in (self.value, self.low, self.high))
         return Rate(value, low, high, self.pairs, self.prompts)
 
-    def said(self, signed: bool = False) -> str:
+    def in_words(self, signed: bool = False) -> str:
         """In words: value, interval and number of pairs."""
         if self.value is None:
             return f"not measurable on {self.pairs} pairs"

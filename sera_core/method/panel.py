@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sera_core.errors import InputError
-from sera_core.extensions import Registry
+from sera_core.extensions import Registry, is_own
 from sera_core.method import features
 
 Feature = Callable[[str, str], float]
@@ -33,6 +33,21 @@ FEATURES: Registry[Feature] = Registry(
     },
 )
 """The built-in features by name; a feature of the user's own is `module:function`."""
+
+TOKENS = "tokens"
+"""Length in response tokens: built in too, but counted from the token ids instead of the text."""
+NAMES = (TOKENS, *FEATURES.entries)
+"""The names of all built-in features."""
+
+
+def refuse_unknown(name: str) -> None:
+    """Refuse a name that is neither a built-in feature's nor has the form `module:function`.
+
+    Raises:
+        InputError: gives the nearest name.
+    """
+    if name != TOKENS and not is_own(name):
+        FEATURES.named(name)
 
 
 def feature_values(

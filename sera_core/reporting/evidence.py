@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from sera_core.method.convergence import QUANTITY_WORDS
+from sera_core.method.panel import NAMES
 from sera_core.reporting import words
 from sera_core.reporting.words import Rate
 
@@ -25,6 +27,17 @@ HELD = (
     ("mean held-out margin, nats", "heldout/margin", 3, False),
     ("its change since the policy before, nats", "heldout/margin_change", 3, True),
 )
+RELIANCE = (
+    ("reliance", "reliance", True),
+    ("balanced accuracy", "balanced", False),
+    ("worst side", "worst_side", False),
+    ("chosen has more of it", "aligned", False),
+    ("chosen has less of it", "counter", False),
+    ("equal", "equal", False),
+    ("rank correlation", "correlation", True),
+    ("after length", "after_length", True),
+)
+"""Columns of the reliance table: heading, quantity, whether a sign is shown."""
 ANSWERS = (
     ("tokens of an answer", "samples/tokens", 1, False),
     ("share cut by the length limit", "samples/cut_by_limit", 3, False),
@@ -44,7 +57,7 @@ def lines(evidence: Metrics, decision: Metrics | None) -> list[Line]:
     rows = [_rate(evidence, *held, "pairs", _undecided(key, decision)) for held in HELD for key in [held[1]]]
     by_length = evidence.get("heldout/accuracy_by_length") or {}
     for key, name in (("chosen_longer", "longer"), ("chosen_shorter", "shorter")):
-        rows.append(_rate(by_length, f"accuracy where the better answer is {name}", key, 3, False, "pairs"))
+        rows.append(_rate(by_length, f"accuracy where the chosen answer is {name}", key, 3, False, "pairs"))
     rows += [_rate(evidence, *answer, "answers") for answer in ANSWERS]
     rows += [
         Line(name, words.number(evidence[key], 0 if key.endswith("non_finite") else 3), None)
@@ -52,6 +65,84 @@ def lines(evidence: Metrics, decision: Metrics | None) -> list[Line]:
         if evidence.get(key) is not None
     ]
     return [row for row in rows if row is not None]
+
+
+@dataclass(frozen=True)
+class RelianceRow:
+    """A row of the reliance table: a feature, with a cell for each column of RELIANCE."""
+
+    feature: str
+    cells: list[Line]
+
+
+def features_of(metrics: Metrics, side: str = "heldout") -> list[str]:
+    """Features whose reliance was measured on a side, built-in ones first; none in older records."""
+    start, end = f"{side}/reliance/", "/balanced"
+    names = [key[len(start) : -len(end)] for key in metrics if key.startswith(start) and key.endswith(end)]
+    return sorted(names, key=lambda name: (NAMES.index(name) if name in NAMES else len(NAMES), name))
+
+
+def reliance_rows(metrics: Metrics, side: str = "heldout") -> list[RelianceRow]:
+    """A row for each feature in which any pair of the side differs; each number with its interval and n."""
+    found = []
+    for name in features_of(metrics, side):
+        rates = {key: metrics.get(f"{side}/reliance/{name}/{key}") for _, key, _ in RELIANCE}
+        if not _is_equal(metrics, side, name):
+            cells = [rate_line(head, rates[key], signed=signed) for head, key, signed in RELIANCE]
+            found.append(RelianceRow(words.feature(name), cells))
+    return found
+
+
+def equal_features(metrics: Metrics, side: str = "heldout") -> list[str]:
+    """The other features: they are equal in both answers of every pair."""
+    names = features_of(metrics, side)
+    return [words.feature(name) for name in names if _is_equal(metrics, side, name)]
+
+
+def _is_equal(metrics: Metrics, side: str, name: str) -> bool:
+    rates = (metrics.get(f"{side}/reliance/{name}/{key}") for key in ("aligned", "counter"))
+    return not any(rate and rate["n"] for rate in rates)
+
+
+def selection_rows(decision: Metrics | None) -> list[RelianceRow]:
+    """What the selection did to each feature in which pairs differ; none in round 0 and in older records."""
+    found: Metrics = (decision or {}).get("selection") or {}
+    rows = []
+    for name, feature in found.items():
+        before, after = feature["before"], feature["after"]
+        if before["correlation"]["value"] is None:
+            continue
+        cells = [
+            rate_line("all pairs", _counted(before["more"])),
+            rate_line("kept pairs", _counted(after["more"])),
+            rate_line("difference", _counted(feature["excess"]), signed=True),
+            rate_line("correlation, all pairs", _counted(before["correlation"]), signed=True),
+            rate_line("kept pairs", _counted(after["correlation"]), signed=True),
+            rate_line("after length, all pairs", _counted(before["after_length"]), signed=True),
+            rate_line("kept pairs", _counted(after["after_length"]), signed=True),
+        ]
+        rows.append(RelianceRow(words.feature(name), cells))
+    return rows
+
+
+def against(decision: Metrics | None) -> list[Line]:
+    """This round's score by the metric, and its change against each promoted round; none in older records."""
+    if not decision or not decision.get("against"):
+        return []
+    changes = sorted(decision["against"].items(), key=lambda item: int(item[0]))
+    return [
+        rate_line("this round", _counted(decision["score"])),
+        *(rate_line(f"change against round {n}", _counted(change), signed=True) for n, change in changes),
+    ]
+
+
+def compared_by(decision: Metrics | None) -> str:
+    """What the rounds were compared by, in words."""
+    return QUANTITY_WORDS.get((decision or {}).get("quantity", ""), "")
+
+
+def _counted(estimate: Metrics) -> Metrics:
+    return {**estimate, "n": estimate["pairs"]}
 
 
 def signals(decision: Metrics | None) -> list[Line]:
@@ -127,6 +218,8 @@ def _undecided(key: str, decision: Metrics | None) -> str:
         return ""
     if decision["signals"]["accuracy_change"] is None:
         return "since the start policy: there is no head before"
+    if "against" in decision:  # the verdict is about the metric, which has its own table
+        return ""
     return "too few pairs to tell" if decision["verdict"]["name"] == "not_enough_evidence" else ""
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sera_core.artifacts.manifest import Artifact
-from sera_core.artifacts.runs import RoundManifest
+from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.store import Store
 from sera_core.reporting.files import RoundFiles, Row
 

@@ -7,14 +7,20 @@ from typing import Any
 import numpy as np
 
 from sera_core.method.diagnostics import longer_share
+from sera_core.method.panel import TOKENS
 from sera_core.reporting import words
 from sera_core.reporting.evidence import Line, rate_line
 from sera_core.reporting.files import RoundFiles, Row
 
 _PARTS = (
-    ("counter_change", "accuracy where the better answer is shorter, change", "fell", -1),
-    ("aligned_change", "accuracy where the better answer is longer, change", "did not fall", 0),
-    ("kept_share_excess", "share of longer chosen answers: kept pairs less all pairs", "is larger", 1),
+    ("counter_change", "accuracy where the chosen answer has less of it, change", "fell", -1),
+    ("aligned_change", "accuracy where the chosen answer has more of it, change", "did not fall", 0),
+    (
+        "kept_share_excess",
+        "share of chosen answers with more of it: kept pairs minus all pairs",
+        "is larger",
+        1,
+    ),
 )
 
 
@@ -40,12 +46,22 @@ def shares(
 
 
 def alarm_parts(alarm: dict[str, Any] | None) -> list[Line]:
-    """The three parts of the alarm: what was measured, and whether it holds."""
+    """The three conditions of the alarm: what was measured, and whether it holds.
+
+    For each feature that raised it; for length if none did. Older records have length only.
+    """
     if alarm is None:
         return []
+    if "alarms" not in alarm:
+        return _parts("length in tokens", alarm)
+    shown = alarm["raised"] or [name for name in (TOKENS,) if name in alarm["alarms"]]
+    return [line for name in shown for line in _parts(words.feature(name), alarm["alarms"][name])]
+
+
+def _parts(feature: str, alarm: dict[str, Any]) -> list[Line]:
     made = []
     for key, name, claim, sign in _PARTS:
-        line = rate_line(name, alarm[key], signed=True)
+        line = rate_line(f"{feature}: {name}", alarm[key], signed=True)
         note = line.note or _holds(alarm[key], claim, sign)
         made.append(Line(line.name, line.value, line.n, note))
     return made
@@ -55,7 +71,9 @@ def alarm_words(alarm: dict[str, Any] | None) -> str:
     """The alarm's result in a sentence."""
     if alarm is None:
         return "Not measured: there is no earlier head to compare with."
-    return words.ALARMS[alarm["reason"]]
+    if "alarms" not in alarm:
+        return words.ALARMS[alarm["reason"]]
+    return f"{'Raised' if alarm['raised'] else 'Not raised'}: {alarm['sentence']}."
 
 
 def _holds(rate: dict[str, Any], claim: str, sign: int) -> str:

@@ -7,42 +7,56 @@ from typing import Any
 from sera_core.data.parsing import KINDS
 
 Rate = Mapping[str, Any]
-"""A rate as it stands in records: value, low, high, n."""
+"""A rate in a record: value, low, high, n."""
 
 MIN_PAIRS = 30
-"""Fewer observations than this are said to be too few to tell (METHOD: a verdict needs power)."""
+"""Fewer observations than this are too few to tell."""
 
 DECISIONS = {
-    "promote": "the new policy becomes the head, from which the next round starts",
-    "hold": "the head stays as it was; the next round starts from it again",
-    "roll_back": "the head returns to the best round, and the run goes on from there",
+    "promote": "the new policy becomes the head; the next round starts from it",
+    "hold": "the head does not change; the next round starts from it again",
+    "roll_back": "the best round becomes the head again, and the run continues from it",
     "stop": "there is no further round",
 }
 
 VERDICTS = {
     "converged": "nothing changes any more, and there are enough pairs to say so",
     "improving": "the policy ranks held-out pairs better than the last head",
-    "degrading": "the policy ranks held-out pairs worse than the last head",
-    "still_moving": "accuracy stands still, but the selection or the margins still move",
-    "not_enough_evidence": "the evidence does not tell",
+    "degrading": "the policy ranks held-out pairs worse than an earlier round",
+    "still_moving": "the held-out score does not change, but the selection or the margins do",
+    "not_enough_evidence": "there are too few pairs to tell",
 }
 
 STOPS = {
-    "converged": "the evidence shows, with enough pairs, that a further round changes nothing",
-    "max_rounds": "the limit on rounds was reached; raise limits.rounds and run the same name again to go on",
-    "degraded": "further rounds made the policy worse, so the best round stands",
+    "converged": "it converged: the held-out score, the selection and the margins no longer change",
+    "max_rounds": "it reached limits.rounds (raise it and run again to continue)",
+    "degraded": "further rounds made the policy worse, so the best round is the head",
     "no_pairs": "no pairs were left to train on",
-    "budget": "a limit on tokens or hours was reached; raise it and run the same name again to go on",
-    "reviewer": "a person stopped the run",
+    "budget": "it reached its budget (raise limits.hours or limits.tokens and run again to continue)",
+    "reviewer": "a reviewer stopped it",
 }
 
 ALARMS = {
-    "amplified": "Raised: the selection amplified length.",
+    "amplified": "Raised: the selection amplified a feature.",
+    "not_amplified": "Not raised: no feature of the panel is amplified.",
     "not_enough_evidence": "Too few pairs to tell: every part needs at least 30 pairs.",
-    "counter_side_holds": "Not raised: where the better answer is the shorter one, accuracy did not fall.",
+    "counter_side_holds": "Not raised: where the chosen answer is the shorter one, accuracy did not fall.",
     "both_sides_fall": "Not raised: accuracy fell on both sides: the policy got worse, whatever the length.",
-    "selection_not_skewed": "Not raised: accuracy fell where the better answer is the shorter one, but "
+    "selection_not_skewed": "Not raised: accuracy fell where the chosen answer is the shorter one, but "
     "the kept pairs do not favour longer answers.",
+}
+
+FEATURES = {
+    "tokens": "length in tokens",
+    "characters": "length in characters",
+    "words": "length in words",
+    "list_items": "list items",
+    "bold": "bold spans",
+    "code_fences": "code blocks",
+    "refusal": "a refusal",
+    "opening": "a set opening phrase",
+    "word_overlap": "words taken from the prompt",
+    "trigram_overlap": "trigrams taken from the prompt",
 }
 
 STAGES = {
@@ -77,6 +91,11 @@ REASONS = {
     "tie": "all answers have the same reward",
     "equal_text": "best and worst answer are the same text",
 }
+
+
+def feature(name: str) -> str:
+    """A feature of the panel in words; one of the user's own by its name."""
+    return FEATURES.get(name, name)
 
 
 def stage(name: str) -> str:

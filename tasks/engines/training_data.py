@@ -53,7 +53,7 @@ class Mixture:
 
     @cached_property
     def tokens(self) -> list[int]:
-        """Training tokens of each pair: 2|x| + |y_w| + |y_l|, counted as unshared (METHOD, equal budgets)."""
+        """Training tokens of each pair: 2|x| + |y_w| + |y_l|, a shared prompt counted twice."""
         return [2 * prompt + chosen + rejected for prompt, chosen, rejected in self.lengths]
 
     @cached_property

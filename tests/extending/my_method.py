@@ -37,6 +37,11 @@ def engine(policy: Path, **settings: Any) -> HFSampler:
     return HFSampler(policy, **{**settings, "batch": 2})
 
 
+def vowels(prompt: str, response: str) -> float:
+    """Feature: vowels in the response."""
+    return sum(letter in "aeiou" for letter in response.lower())
+
+
 SERA_STORES = {"elsewhere": lambda url, _: LocalStore(Path("/" + url.partition("://")[2]))}
 """Stores by the scheme of their URL."""
 

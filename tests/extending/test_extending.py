@@ -29,6 +29,7 @@ OWN = {
     "pairing": {"rule": "my_method:neighbours"},
     "train": {"losses": ["my_method:dpo_by_hand"]},
     "sampling": {"engine": "my_method:engine"},
+    "decide": {"panel": ["tokens", "my_method:vowels"], "feature": "my_method:vowels"},
 }
 
 
@@ -56,6 +57,7 @@ def test_a_run_with_code_of_ones_own_in_every_place(tmp_path, capfd):
         "pair": {"my_method:neighbours": code},
         "train": {"my_method:dpo_by_hand": code},
         "sample": {"my_method:engine": code},
+        "features": {"my_method:vowels": code},
     }
 
 

@@ -55,6 +55,24 @@ def test_a_missing_experiment_is_named(refused, folder):
     assert "nowhere.toml" in refused(experiment=folder / "nowhere.toml")
 
 
+@pytest.mark.parametrize(
+    ("panel", "message"),
+    [
+        (
+            '["tokens", "sentence"]',
+            "decide.panel.1: the feature 'sentence' is unknown; did you mean 'sentences'?",
+        ),
+        ('["words", "words"]', "decide.panel names a feature twice"),
+        ('["tokens", "os:getenv"]', "SERA_EXTENSIONS=os"),
+        ('["words:"]', "code of your own is named as module:function"),
+        ('["words"]', 'decide.feature = "tokens" is not in decide.panel'),
+    ],
+)
+def test_a_feature_that_cannot_be_used_is_refused_before_the_model_is_read(refused, folder, panel, message):
+    (folder / "policy" / "model.safetensors").unlink()  # reading it would fail with another message
+    assert message in refused("--set", f"decide.panel={panel}")
+
+
 def test_a_row_that_is_not_json_is_named_by_file_and_line(refused, folder):
     file = folder / "pairs.jsonl"
     lines = file.read_text().splitlines()

@@ -249,7 +249,7 @@ def test_the_index_links_each_round_and_gives_commands_that_a_shell_understands(
     assert [command[1] for command in commands] == ["show", "report", "export"]
     assert all(command[2:5] == ["tiny", "--store", records.store.url] for command in commands)
     assert "stopped (max_rounds)" in text_of(card) and records.store.url in text_of(card)
-    assert "head: 1 · best round: 1" in card
+    assert "head: 1 · best round: 0" in card
     assert verdict_words(against_round_0(records)) in text_of(card)
 
 
@@ -405,7 +405,7 @@ def test_events_say_what_happened_and_hold_no_text(published, records):
     (alarm,) = [e for e in found if e["event"] == "sera.alarm.amplification"]
     assert alarm["payload"]["round"] == 1
     (stopped,) = [e for e in found if e["event"] == "sera.run.stopped"]
-    assert stopped["payload"]["reason"] == "max_rounds" and stopped["payload"]["best_round"] == 1
+    assert stopped["payload"]["reason"] == "max_rounds" and stopped["payload"]["best_round"] == 0
     assert "secret" not in json.dumps(found)
 
 

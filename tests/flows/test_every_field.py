@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from flows.experiments import without_idle
 from flows.planning.plan import walk_rounds
 from flows.running.open_run import resolved, source_digests
+from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import StepRef
-from sera_core.artifacts.runs import History
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 
@@ -50,6 +50,8 @@ OTHER = {
     "train.loss_weights": (2.0,),
     "train.label_smoothing": 0.1,
     "train.learning_rate": 2e-4,
+    "decide.panel": ("tokens", "words"),
+    "decide.feature": "words",
     "limits.rounds": 2,
     "execution.limit": "sera-device",
 }
@@ -228,6 +230,8 @@ TOGETHER = [
     {"train": {"reference": "previous"}},
     {"evaluate": {"prompts": 0}},
     {"decide": {"review": "always"}},
+    {"decide": {"metric": "accuracy"}},
+    {"decide": {"metric": "worst-side"}},
 ]  # fmt: skip
 """Combinations that may rob other fields of their effect."""
 

@@ -9,7 +9,7 @@ import tinyrun
 from commandline import process
 
 import sera_core
-from sera_core.artifacts.runs import STOP_REASONS
+from sera_core.method.decisions import STOP_REASONS
 
 pytestmark = pytest.mark.flow
 

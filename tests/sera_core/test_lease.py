@@ -13,7 +13,8 @@ import pytest
 from sera_core.artifacts import holder, lease
 from sera_core.artifacts.manifest import StepSpec
 from sera_core.artifacts.records import FORMAT
-from sera_core.artifacts.runs import RoundManifest, RunStore
+from sera_core.artifacts.run_records import RoundManifest
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import create_json, open_store
 from sera_core.artifacts.upkeep import upkeep

@@ -222,14 +222,14 @@ def test_the_run_page_shows_each_round_its_best_round_and_how_to_get_the_policy(
     assert [path.name for path in paths] == ["index.html", *(f"round-{n:03d}.html" for n in range(2))]
     page = Page(paths[0].read_text())
     best = records.history().best
-    assert f"Round {best.round} is the best" in page.prose()
+    assert f"Round {best.round} is best by" in page.prose()
     assert f"sera export {records.run} --to policy --store" in page.prose()
     for manifest in records.rounds():
         assert manifest.reason in page.prose()
         assert paths[1 + manifest.round].read_text() == html(records, manifest.round)
     for head in records.history().lineage:
         assert head.artifacts["policy"]["sha256"] in page.text
-    assert "the limit on rounds was reached" in page.prose()
+    assert "it reached limits.rounds" in page.prose()
     assert "recompute none" in page.prose()
 
 

@@ -20,8 +20,8 @@ from statistics import NormalDist
 import numpy as np
 
 from sera_core.method.best import Best, choosing_half
-from sera_core.method.deciding import Heldout, Rule, judge_round
-from sera_core.method.standing import decide_round, standing
+from sera_core.method.convergence import Heldout, Rule, compare_round
+from sera_core.method.decisions import decide_round, run_state
 
 SIDES = {1.0: (0.50, 0.05), -1.0: (0.35, -0.05), 0.0: (0.15, 0.0)}
 """Sign of the feature's difference: share of the pairs, and how far its accuracy is from the level."""
@@ -108,10 +108,10 @@ def play(history: History, size: Size, rule: Rule, seed: tuple[int, ...], patien
     past: list[tuple[str, int]] = [("promote", 0)]
     stop, best = None, None
     for number in range(1, len(history.levels)):
-        stands = standing(past)
-        promoted = {r: values[r] for r in stands.promoted}
-        judged = judge_round(values[number], promoted, stands.line, heldout, rule, seed=0)
-        decision, head = decide_round(judged, stands, round=number, patience=patience, max_rounds=10**9)
+        state = run_state(past)
+        promoted = {r: values[r] for r in state.promoted}
+        judged = compare_round(values[number], promoted, state.lineage, heldout, rule, seed=0)
+        decision, head = decide_round(judged, state, round=number, patience=patience, max_rounds=10**9)
         best = judged.best
         verdicts.append(judged.verdict.name)
         past.append((decision.decision, head))

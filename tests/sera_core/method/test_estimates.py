@@ -125,9 +125,9 @@ def test_a_single_prompt_has_a_value_but_no_interval():
 
 
 def test_an_estimate_is_said_in_words():
-    assert Estimate(-0.1, -0.2, 0.01, 60, 50).said(signed=True) == "-0.100 [-0.200, +0.010] on 60 pairs"
-    assert Estimate(0.5, None, None, 1, 1).said() == "0.500 on 1 pairs"
-    assert Estimate(None, None, None, 0, 0).said() == "not measurable on 0 pairs"
+    assert Estimate(-0.1, -0.2, 0.01, 60, 50).in_words(signed=True) == "-0.100 [-0.200, +0.010] on 60 pairs"
+    assert Estimate(0.5, None, None, 1, 1).in_words() == "0.500 on 1 pairs"
+    assert Estimate(None, None, None, 0, 0).in_words() == "not measurable on 0 pairs"
     assert np.isnan(Estimate(None, None, None, 0, 0).rate.low)
 
 

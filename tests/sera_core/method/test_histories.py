@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sera_core.method.deciding import Rule
+from sera_core.method.convergence import Rule
 from tests.sera_core.method.histories import HISTORIES, SIZES, Size, correct_by_round, play, row
 
 COPIES = 20
