@@ -63,8 +63,8 @@ class Rule:
     """Smallest overlap of the selection with the last head's that counts as unchanged."""
     max_ks: float = 0.1
     """Largest KS distance of the margins to the last head's that counts as unchanged."""
-    level: float = 0.95
-    """Joint level of the intervals of all drops."""
+    level: float = 0.90
+    """Joint level of the two-sided intervals of all changes: a drop is tested one-sided, at 5 %."""
     resamples: int = 2000
     """Resamples of every interval."""
 
@@ -128,10 +128,10 @@ def compare_round(
     | `still_moving`        | no trend, but the selection (overlap) or the margins (KS) changed             |
     | `converged`           | no trend, shown with power, and nothing moves                                 |
 
-    Drops: max-t bootstrap intervals that hold for all promoted rounds together, so choosing the best round by
-    its score does no harm. Trend: the slope of a line through the window's heads and this round; it is inside
-    ±min_effect by two one-sided tests at 5 % (Schuirmann 1987), that is by its 90 % interval. No interval is
-    narrower than the rule of three allows: an event not seen in n pairs may still have a rate of 3/n.
+    Drops: 90 % max-t bootstrap intervals that hold for all promoted rounds together, so choosing the best
+    round by its score does no harm. Trend: the slope of a line through the window's heads and this round; it
+    is inside ±min_effect by two one-sided tests at 5 % (Schuirmann 1987), by its 90 % interval. No interval
+    is narrower than the rule of three allows: an event not seen in n pairs may still have a rate of 3/n.
 
     Args:
         now: `diagnostics.correctness` of the held-out margins under this round's policy; for `win-rate` its
@@ -162,10 +162,8 @@ def compare_round(
     if len(lineage) >= rule.window:
         window = [*(place[number] for number in lineage[-rule.window :]), 0]
         slope = _widened(sides.trend(quantity, window), least)
-    found = sides.score(quantity, level=rule.level)
-    best = best_of(
-        promoted, heldout.difference, heldout.groups, heldout.chooses, quantity, level=rule.level, **how
-    )
+    found = sides.score(quantity)
+    best = best_of(promoted, heldout.difference, heldout.groups, heldout.chooses, quantity, **how)
     judged = Comparison(Verdict(False, "", "", {}), quantity, found, against, slope, best)
     name, reason = _judge(judged, lineage, rule, overlap, ks)
     evidence = {"overlap": overlap, "ks": ks, "least_half_width": least, "rule": asdict(rule)}
@@ -182,7 +180,7 @@ def score_of(
         quantity: of `quantity_for`.
     """
     sides = sides_of([correct], heldout.difference, heldout.groups, seed=seed, resamples=rule.resamples)
-    return sides.score(quantity, level=rule.level)
+    return sides.score(quantity)
 
 
 def score_words(quantity: str, score: Estimate) -> str:

@@ -126,14 +126,37 @@ def selection_rows(decision: Metrics | None) -> list[RelianceRow]:
 
 
 def against(decision: Metrics | None) -> list[Line]:
-    """This round's score by the metric, and its change against each promoted round; none in older records."""
-    if not decision or not decision.get("against"):
-        return []
-    changes = sorted(decision["against"].items(), key=lambda item: int(item[0]))
+    """The change of the score against each promoted round; none in round 0 and in older records."""
+    changes = ((decision or {}).get("against") or {}).items()
     return [
-        rate_line("this round", _counted(decision["score"])),
-        *(rate_line(f"change against round {n}", _counted(change), signed=True) for n, change in changes),
+        rate_line(f"round {number}", _counted(change), signed=True)
+        for number, change in sorted(changes, key=lambda item: int(item[0]))
     ]
+
+
+def score(decision: Metrics | None) -> list[Line]:
+    """This round's score; none in older records."""
+    if not decision or not decision.get("score"):
+        return []
+    return [rate_line("this round", _counted(decision["score"]))]
+
+
+def reliance_change_rows(decision: Metrics | None) -> tuple[list[str], list[RelianceRow]]:
+    """Headings, and the change of each feature's reliance against the first, the best and the last promoted
+    round; none in round 0 and in older records."""
+    changes: Metrics = (decision or {}).get("changes") or {}
+    numbers = sorted({int(n) for feature in changes.values() for n in feature["reliance"]})
+    best = ((decision or {}).get("best") or {}).get("round")
+    shown = [n for n in numbers if n in (numbers[0], best, numbers[-1])]
+    rows = [
+        RelianceRow(
+            words.feature(name),
+            [rate_line(f"round {n}", _counted(feature["reliance"][str(n)]), signed=True) for n in shown],
+        )
+        for name, feature in changes.items()
+        if any(feature["reliance"][str(n)]["value"] is not None for n in shown)
+    ]
+    return [f"against round {n}" for n in shown], rows
 
 
 def compared_by(decision: Metrics | None) -> str:

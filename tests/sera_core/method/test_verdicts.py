@@ -277,12 +277,12 @@ def test_a_head_that_is_the_best_round_has_nothing_to_go_back_to():
 
 @pytest.mark.parametrize(("prompts", "each"), [(100, 4), (400, 1)])
 def test_pairs_of_one_prompt_that_move_together_give_no_false_verdict(prompts, each):
-    """Nothing changed in truth. Nominal 5 % (improving by 2.5 %, degrading by 5 % at most)."""
-    rng, groups, false = np.random.default_rng(0), np.repeat(np.arange(prompts), each), 0
+    """Nothing changed in truth. Nominal 5 % on either side."""
+    rng, groups, names = np.random.default_rng(0), np.repeat(np.arange(prompts), each), []
     heldout = Heldout(np.where(groups % 2, 1.0, -1.0), groups, groups % 4 < 2)
     for _ in range(150):
         before = rng.random(prompts) < 0.65
         now = np.where(rng.random(prompts) < 0.2, rng.random(prompts) < 0.65, before)
         now, before = (np.repeat(values, each).astype(np.float64) for values in (now, before))
-        false += judged(now, {0: before}, heldout=heldout).verdict.name in ("improving", "degrading")
-    assert false / 150 <= 0.1
+        names.append(judged(now, {0: before}, heldout=heldout).verdict.name)
+    assert names.count("degrading") / 150 <= 0.09 and names.count("improving") / 150 <= 0.09
