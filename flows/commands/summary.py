@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 from flows.commands.tables import print_table
 from flows.display.round_card import with_interval
-from flows.display.run_view import against_round_0, best_words, verdict_words
+from flows.display.run_view import best_words, verdict_words
 from flows.running.open_run import test_record
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
+from sera_core.method.convergence import QUANTITY_WORDS
 from sera_core.reporting import words
 from sera_core.reporting.examples import example_pairs
 from sera_core.reporting.round_page import title_of
@@ -15,12 +16,15 @@ from sera_core.reporting.round_page import title_of
 
 def rounds_table(records: RunStore) -> None:
     """Print one line per round."""
+    rounds = records.history().rounds
+    measure = next((r.metrics["score_metric"] for r in reversed(rounds) if "score_metric" in r.metrics), None)
     columns = [
         "round", "decision", "human", "generated", "share (target)", "held-out accuracy",
-        "change since the head", "held-out margin", "margin of trained pairs",
+        "change since the head" if measure is None else QUANTITY_WORDS[measure],
+        "held-out margin", "margin of trained pairs",
     ]  # fmt: skip
     rows = []
-    for r in records.history().rounds:
+    for r in rounds:
         m = r.metrics
         rows.append(
             [
@@ -30,12 +34,19 @@ def rounds_table(records: RunStore) -> None:
                 r.pairs["generated"],
                 f"{r.generated_share:.2f} ({r.target_share:.2f})",
                 with_interval(m.get("heldout/rewards/accuracies")),
-                with_interval(m.get("heldout/accuracy_change")) if r.round else "–",
+                _compared(r, measure),
                 with_interval(m.get("heldout/margin")),
                 with_interval(m.get("trained/margin")),
             ]
         )
     print_table(f"run {records.run}", columns, rows)
+
+
+def _compared(r: RoundManifest, measure: str | None) -> str:
+    """What the round was compared by; older runs compared accuracy with the head's."""
+    if measure is not None:
+        return with_interval(r.metrics.get("score"))
+    return with_interval(r.metrics.get("heldout/accuracy_change")) if r.round else "–"
 
 
 def closing_lines(records: RunStore) -> Iterator[str]:
@@ -53,7 +64,7 @@ def closing_lines(records: RunStore) -> Iterator[str]:
         yield f"The run stopped with `{state}`: {words.STOPS[state]}."
     if history.best is not None:
         yield f"Best round: {history.best.round} ({best_words(history)})."
-        if (verdict := verdict_words(against_round_0(records))) is not None:
+        if (verdict := verdict_words(records)) is not None:
             yield verdict
         yield from _examples(records)
     if (final := test_record(records)) is not None:

@@ -10,7 +10,7 @@ from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCol
 
 from flows.display.markdown import escape, table, verbatim
 from flows.display.round_card import command, round_card, stop_words, with_interval
-from flows.display.run_view import against_round_0, verdict_words
+from flows.display.run_view import verdict_words
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
 
@@ -86,7 +86,7 @@ def index_card(records: RunStore) -> str:
     parts = [
         f"# run {escape(records.run)}",
         f"**{_state(records, stop)}**",
-        escape(verdict_words(against_round_0(records)) or ""),
+        escape(verdict_words(records) or ""),
         f"head: {_round(history.head)} · best round: {_round(history.best)} · store: "
         + escape(records.store.url),
         "## Rounds",

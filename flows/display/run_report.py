@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flows.display.run_view import against_round_0, best_words, verdict_words
+from flows.display.run_view import best_words, verdict_words
 from flows.outputs import check_place
 from flows.running.open_run import test_record
 from sera_core.artifacts.folders import write_whole
@@ -93,7 +93,7 @@ def _index(records: RunStore, store_url: str) -> str:
         stop_reason=stop_reason,
         state=records.state(),
         state_words=_state_words(records, config, stop_reason),
-        verdict=verdict_words(against_round_0(records)),
+        verdict=verdict_words(records),
         best=None if best is None else best.round,
         best_words=_best_words(history),
         overlap_words=_overlap_words(history),

@@ -11,6 +11,7 @@ from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import Store
 from sera_core.errors import InputError, StoreError
+from sera_core.method.convergence import QUANTITY_WORDS
 from sera_core.method.diagnostics import correctness
 from sera_core.method.win_rates import Rate, bootstrap_difference
 from sera_core.reviewers import prompt_groups
@@ -71,23 +72,21 @@ def uri_of(store: Store, place: dict[str, Any]) -> str:
     return f"{store.url}/steps/{place['step']}/{place['key']}/{record.files[name].attempt}/{path}".rstrip("/")
 
 
-def against_round_0(records: RunStore) -> Rate | None:
-    """Change of held-out accuracy from round 0 to the head, on the same pairs; None without a later head.
+def since_round_0(records: RunStore, manifest: RoundManifest) -> tuple[str, Rate] | None:
+    """What rounds are compared by, and its paired change from round 0 to this round; None for round 0.
 
-    Each round is compared only with the previous head, so a slow decline shows only here.
+    Older runs recorded no such change: it is the change of held-out accuracy, measured here.
     """
-    head = records.history().head
-    return None if head is None else since_round_0(records, head)
-
-
-def since_round_0(records: RunStore, manifest: RoundManifest) -> Rate | None:
-    """Change of held-out accuracy from round 0 to a later round, on the same pairs; None for round 0."""
     if manifest.round == 0 or "evidence" not in manifest.steps:
         return None
+    recorded = manifest.metrics.get("since_round_0")
+    if recorded is not None:
+        return QUANTITY_WORDS[manifest.metrics["score_metric"]], _rate(recorded)
     now, then = (_margins(records.store, r) for r in (manifest, records.rounds()[0]))
     both = np.isfinite(now) & np.isfinite(then)
     groups = _heldout_groups(records.store, manifest)[both]
-    return bootstrap_difference(correctness(now[both]), correctness(then[both]), seed=0, groups=groups)
+    change = bootstrap_difference(correctness(now[both]), correctness(then[both]), seed=0, groups=groups)
+    return "accuracy", change
 
 
 def best_words(history: History) -> str:
@@ -96,16 +95,27 @@ def best_words(history: History) -> str:
     return reasons[-1] if reasons else "the promoted one with the largest held-out accuracy"
 
 
-def verdict_words(change: Rate | None) -> str | None:
-    """Whether the self-reviewed rounds helped, in one sentence."""
-    if change is None:
+def verdict_words(records: RunStore) -> str | None:
+    """Whether the self-reviewed rounds helped, in one sentence; None without a head after round 0."""
+    head = records.history().head
+    if head is None or (found := since_round_0(records, head)) is None:
         return None
-    numbers = f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] on {change.n} held-out pairs"
+    measure, change = found
+    interval = f"[{change.low:+.3f}, {change.high:+.3f}]"
+    numbers = f"{change.value:+.3f} {interval} on {change.n} held-out pairs"
+    claim = "No evidence that the reviewed rounds helped"
     if change.low > 0:
-        return f"The reviewed rounds helped: accuracy of the head against round 0 {numbers}."
+        claim = "The reviewed rounds helped"
     if change.high < 0:
-        return f"The reviewed rounds did harm: accuracy of the head against round 0 {numbers}."
-    return f"No evidence that the reviewed rounds helped: accuracy of the head against round 0 {numbers}."
+        claim = "The reviewed rounds did harm"
+    return f"{claim}: {measure} of the head against round 0 {numbers}."
+
+
+def _rate(recorded: dict[str, Any]) -> Rate:
+    value, low, high = (
+        float("nan") if recorded[k] is None else recorded[k] for k in ("value", "low", "high")
+    )
+    return Rate(value, low, high, recorded["n"], recorded["groups"])
 
 
 def _heldout_groups(store: Store, manifest: RoundManifest) -> np.ndarray:

@@ -74,11 +74,12 @@ def _verdict(records: RunStore, manifest: RoundManifest) -> Iterator[str]:
     accuracy = with_interval(manifest.metrics.get("heldout/rewards/accuracies"))
     yield f"Decision: **{manifest.decision}**. {escape(manifest.reason)}."
     yield f"Held-out accuracy: {accuracy}."
-    change = since_round_0(records, manifest)
-    if change is None:
+    found = since_round_0(records, manifest)
+    if found is None:
         yield "This is round 0: direct alignment on all human pairs, before any self-review."
     else:
-        yield _since(asdict(change))
+        measure, change = found
+        yield _since(measure, asdict(change))
     final = test_record(records)
     if final is not None and final["round"] == manifest.round:
         test = with_interval(final["metrics"].get("test/rewards/accuracies"))
@@ -88,16 +89,16 @@ def _verdict(records: RunStore, manifest: RoundManifest) -> Iterator[str]:
         yield f"Reliance on spurious features: {escape(alarm_words(manifest))}"
 
 
-def _since(change: words.Rate) -> str:
+def _since(measure: str, change: words.Rate) -> str:
     numbers = f"{words.interval(change, signed=True)} on the same {change['n']:,} held-out pairs"
     if not (words.finite(change["low"]) and words.finite(change["high"])):
         return "No comparison with round 0 (the same training without self-review) was possible."
     if change["low"] > 0:
-        return f"Against round 0 (before any self-review) accuracy rose: {numbers}."
+        return f"Against round 0 (before any self-review) {measure} rose: {numbers}."
     if change["high"] < 0:
-        return f"**The self-reviewed rounds did harm**: accuracy against round 0 {numbers}."
+        return f"**The self-reviewed rounds did harm**: {measure} against round 0 {numbers}."
     few = " There are too few pairs to tell." if words.too_few(change) else ""
-    return f"**No evidence that the self-reviewed rounds helped**: accuracy against round 0 {numbers}.{few}"
+    return f"**No evidence that the self-reviewed rounds helped**: {measure} against round 0 {numbers}.{few}"
 
 
 def _rounds(records: RunStore, manifest: RoundManifest) -> str:

@@ -20,7 +20,16 @@ FILES = {
     "report": ("report", "report.html"),
 }
 """The artifacts listed in a manifest: role -> (role of the step, file or folder in it)."""
-DECIDED = (BEST, HEAD, "best_reason", "score", "score_metric", "verdict_reason", "alarm_reason")
+DECIDED = (
+    BEST,
+    HEAD,
+    "best_reason",
+    "score",
+    "score_metric",
+    "since_round_0",
+    "verdict_reason",
+    "alarm_reason",
+)
 """Metrics that a manifest takes from its decision."""
 
 

@@ -23,6 +23,7 @@ _RATES = frozenset(
         "samples/kl_reference",
         "samples/tokens",
         "score",
+        "since_round_0",
         "test/chosen_longer",
         "test/margin",
         "test/preferred_longer",

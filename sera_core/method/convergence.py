@@ -100,6 +100,8 @@ class Comparison:
     """This round's."""
     against: dict[int, Estimate]
     """Its paired change against each promoted round, with simultaneous intervals."""
+    since_first: Estimate
+    """Its paired change against the first promoted round, by itself (95 %)."""
     trend: Estimate | None
     """Change per round over the window, with a 90 % interval; None with too few heads."""
     best: Best
@@ -164,7 +166,8 @@ def compare_round(
         slope = _widened(sides.trend(quantity, window), least)
     found = sides.score(quantity)
     best = best_of(promoted, heldout.difference, heldout.groups, heldout.chooses, quantity, **how)
-    judged = Comparison(Verdict(False, "", "", {}), quantity, found, against, slope, best)
+    since_first = sides.change(quantity, place[min(promoted)])
+    judged = Comparison(Verdict(False, "", "", {}), quantity, found, against, since_first, slope, best)
     name, reason = _judge(judged, lineage, rule, overlap, ks)
     evidence = {"overlap": overlap, "ks": ks, "least_half_width": least, "rule": asdict(rule)}
     return replace(judged, verdict=Verdict(name == "converged", name, reason, evidence))

@@ -66,6 +66,11 @@ class Sides:
         parts = {name: _less(now, self.of(quantity, at)) for name, at in against.items()}
         return simultaneous(self.sample, parts, **self._counts(quantity), level=level)
 
+    def change(self, quantity: str, at: int, level: float = 0.95) -> Estimate:
+        """Paired change of the first round against another (by place), by itself."""
+        part = _less(self.of(quantity), self.of(quantity, at))
+        return estimate(self.sample, part, **self._counts(quantity), level=level)
+
     def trend(self, quantity: str, places: Sequence[int], level: float = 0.9) -> Estimate:
         """Change of a quantity a round: the least-squares slope through rounds, by place, oldest first.
 

@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 from flows.display.cards import index_card, key_of, plan_card
 from flows.display.markdown import escape, quote, verbatim
 from flows.display.round_card import round_card
-from flows.display.run_view import against_round_0, verdict_words
+from flows.display.run_view import verdict_words
 from flows.planning.plan import plan
 from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import Artifact
@@ -250,7 +250,7 @@ def test_the_index_links_each_round_and_gives_commands_that_a_shell_understands(
     assert all(command[2:5] == ["tiny", "--store", records.store.url] for command in commands)
     assert "stopped (max_rounds)" in text_of(card) and records.store.url in text_of(card)
     assert "head: 1 · best round: 0" in card
-    assert verdict_words(against_round_0(records)) in text_of(card)
+    assert verdict_words(records) in text_of(card)
 
 
 def test_a_plan_card_says_of_each_step_whether_it_runs_and_why(folder, records):

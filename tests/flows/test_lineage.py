@@ -151,7 +151,7 @@ def card_with(kept_store, change: dict, **manifest) -> str:
     chain = lineage(records, records.rounds()[1])
     found = records.rounds()[1].model_copy(update=manifest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.exports.model_card.since_round_0", lambda *_: Change(**change))
+        patch.setattr("flows.exports.model_card.since_round_0", lambda *_: ("accuracy", Change(**change)))
         return model_card(records, found, chain)
 
 
