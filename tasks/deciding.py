@@ -102,7 +102,7 @@ def _content(
         "best": None if result.best is None else asdict(result.best),
         "changes": _feature_changes(attempt, compared),
         "pairs": {"compared": len(compared.margins), "left_out": compared.left_out},
-        "alarm": None if alarm is None else asdict(alarm),
+        "alarm": None if alarm is None else {**asdict(alarm), "state": alarm.state},
         "signals": {
             "accuracy": metrics["heldout/rewards/accuracies"],
             "accuracy_change": None if comparison is None else metrics["heldout/accuracy_change"],

@@ -8,7 +8,7 @@ from flows.display.run_view import best_words, verdict_words
 from flows.running.open_run import test_record
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
-from sera_core.method.convergence import QUANTITY_WORDS
+from sera_core.method.sides import QUANTITY_WORDS
 from sera_core.reporting import words
 from sera_core.reporting.examples import example_pairs
 from sera_core.reporting.round_page import title_of

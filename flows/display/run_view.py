@@ -11,8 +11,8 @@ from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import Store
 from sera_core.errors import InputError, StoreError
-from sera_core.method.convergence import QUANTITY_WORDS
 from sera_core.method.diagnostics import correctness
+from sera_core.method.sides import QUANTITY_WORDS
 from sera_core.method.win_rates import Rate, bootstrap_difference
 from sera_core.reviewers import prompt_groups
 

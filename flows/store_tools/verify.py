@@ -15,7 +15,7 @@ from sera_core.artifacts.canonical import canonical_json, files_digest
 from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef, find_record, parse_part
 from sera_core.artifacts.records import read_record, read_series
-from sera_core.artifacts.run_records import RoundManifest, RunRecord, changes
+from sera_core.artifacts.run_records import BEST, HEAD, RoundManifest, RunRecord, changes
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.upkeep import upkeep
 from sera_core.errors import StoreError
@@ -310,14 +310,33 @@ def _measured(artifact: Artifact) -> dict[str, Any]:
     if step in ("evaluate", "test"):
         return json.loads(artifact.path("evidence.json").read_text())
     if step == "decide":
-        told = json.loads(artifact.path("decision.json").read_text())
-        signals = {name: told["signals"][name] for name in ("overlap", "ks", "sign_changes")}
-        named = {"verdict": told["verdict"]["name"], "alarm": told["alarm"] and told["alarm"]["reason"]}
-        return {name: told[name] for name in ("decision", "reason", "stop_reason")} | signals | named
+        return _decided(json.loads(artifact.path("decision.json").read_text()))
     if step == "train":
         weights = {name.removeprefix("policy/"): f.sha256 for name, f in files.items() if _is_weights(name)}
         return {"weights/result": files_digest(weights)}
     return {}
+
+
+def _decided(told: dict[str, Any]) -> dict[str, Any]:
+    alarm, verdict = told["alarm"] or {}, told["verdict"]
+    decided = {
+        **{name: told[name] for name in ("decision", "reason", "stop_reason")},
+        **{name: told["signals"][name] for name in ("overlap", "ks", "sign_changes")},
+        "verdict": verdict["name"],
+        "alarm": alarm.get("state", alarm.get("reason")),
+    }
+    if "quantity" not in told:  # written by an older version
+        return decided
+    best = told["best"] or {}
+    return {
+        **decided,
+        "verdict_reason": verdict["reason"],
+        "alarm_reason": alarm.get("sentence"),
+        "score_metric": told["quantity"],
+        BEST: best.get("round"),
+        "best_reason": best.get("sentence"),
+        HEAD: told["head"],
+    }
 
 
 def _is_weights(name: str) -> bool:

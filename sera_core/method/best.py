@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sera_core.method.estimates import Estimate
-from sera_core.method.sides import sides_of
+from sera_core.method.sides import QUANTITY_WORDS, sides_of
 
 
 def choosing_half(prompts: Sequence[str], seed: int) -> Bool[np.ndarray, " pair"]:
@@ -100,6 +100,6 @@ def _or_least(value: float | None) -> float:
 
 
 def _sentence(best: int, first: int, found: Estimate, gain: Estimate, quantity: str) -> str:
-    by = f"round {best} is best by {quantity.replace('_', ' ')} on half of the held-out prompts"
+    by = f"round {best} is best by {QUANTITY_WORDS[quantity]} on half of the held-out prompts"
     against = "" if best == first else f", against round {first} {gain.in_words(signed=True)}"
     return f"{by}; on the other half it has {found.in_words()}{against}"

@@ -14,14 +14,9 @@ from jaxtyping import Bool, Float, Int
 
 from sera_core.method.best import Best, best_of
 from sera_core.method.estimates import Estimate, check_finite
-from sera_core.method.sides import design_effect, sides_of
+from sera_core.method.sides import QUANTITY_WORDS, design_effect, sides_of
 
 VERDICTS = ("converged", "improving", "degrading", "still_moving", "not_enough_evidence")
-QUANTITY_WORDS = {
-    "balanced": "balanced accuracy",
-    "worst_side": "worst-side accuracy",
-    "accuracy": "accuracy",
-}
 METRICS = ("balanced", "accuracy", "worst-side", "win-rate")
 _QUANTITY = {
     "balanced": "balanced",

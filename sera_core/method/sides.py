@@ -26,6 +26,11 @@ SIDES = ("aligned", "counter", "equal")
 QUANTITIES = (*SIDES, "reliance", "balanced", "worst_side", "accuracy")
 _OF = {"aligned": (1,), "counter": (-1,), "equal": (0,), "accuracy": (-1, 0, 1)}
 """Signs of d that a quantity is of; those that are not here need both 1 and −1."""
+QUANTITY_WORDS = {
+    "balanced": "balanced accuracy",
+    "worst_side": "worst-side accuracy",
+    "accuracy": "accuracy",
+}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sera_core.method.convergence import QUANTITY_WORDS
 from sera_core.method.panel import NAMES
+from sera_core.method.sides import QUANTITY_WORDS
 from sera_core.reporting import words
 from sera_core.reporting.words import Rate
 

@@ -231,7 +231,7 @@ def test_ties_go_to_the_earlier_round_and_the_gain_is_over_round_0():
     assert best.gain.value == pytest.approx(0.2, abs=0.04) and best.gain.low > 0.1
     assert best.score.pairs + int(heldout.chooses.sum()) == SIZE
     assert best.sentence.startswith(
-        "round 2 is best by balanced on half of the held-out prompts; on the other"
+        "round 2 is best by balanced accuracy on half of the held-out prompts; on the other"
     )
     alone = best_of({0: low}, *how, seed=0, resamples=200)
     assert (alone.round, alone.gain.value) == (0, 0)
