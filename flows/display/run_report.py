@@ -19,6 +19,7 @@ from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
+from sera_core.method.panel import TOKENS
 from sera_core.reporting import words
 from sera_core.reporting.evidence import Line, rate_line, reliance_rows
 from sera_core.reporting.pages import GENERATOR, render
@@ -205,19 +206,27 @@ def _series(rounds: Sequence[RoundManifest], key: str, name: str, style: str) ->
 
 
 def trends(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
-    """(plot, caption) of held-out accuracy and mean margins over the rounds, if measured."""
+    """(plot, caption) of held-out accuracy, reliance on length and mean margins by round, if measured."""
+    length = f"heldout/reliance/{TOKENS}"
     margins = _series(rounds, "trained/margin", "trained pairs", "b") + _series(
         rounds, "heldout/margin", "held-out pairs", "a"
     )
     wanted = [
         (
             lines(
-                _series(rounds, "heldout/rewards/accuracies", "held-out accuracy", "a"),
+                _series(rounds, "heldout/rewards/accuracies", "all pairs", "a")
+                + _series(rounds, f"{length}/balanced", "balanced by length", "b"),
                 "round",
                 "accuracy",
                 0.5,
             ),
-            "Held-out reward accuracy; 0.5 is chance.",
+            "Held-out reward accuracy; 0.5 is chance. Balanced: the mean over pairs whose chosen answer is "
+            "longer and over those whose chosen answer is shorter.",
+        ),
+        (
+            lines(_series(rounds, f"{length}/reliance", "length in tokens", "c"), "round", "reliance", 0.0),
+            "Reliance on length, held-out pairs: accuracy where the chosen answer is longer, minus accuracy "
+            "where it is shorter. 0 means that the policy does not use length.",
         ),
         (
             lines(margins, "round", "mean margin", 0.0),

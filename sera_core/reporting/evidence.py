@@ -79,7 +79,12 @@ def features_of(metrics: Metrics, side: str = "heldout") -> list[str]:
     """Features whose reliance was measured on a side, built-in ones first; none in older records."""
     start, end = f"{side}/reliance/", "/balanced"
     names = [key[len(start) : -len(end)] for key in metrics if key.startswith(start) and key.endswith(end)]
-    return sorted(names, key=lambda name: (NAMES.index(name) if name in NAMES else len(NAMES), name))
+    return sorted(names, key=_place)
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Sorts built-in features first, in the panel's order."""
+    return (NAMES.index(name) if name in NAMES else len(NAMES), name)
 
 
 def reliance_rows(metrics: Metrics, side: str = "heldout") -> list[RelianceRow]:
@@ -108,7 +113,8 @@ def selection_rows(decision: Metrics | None) -> list[RelianceRow]:
     """What the selection did to each feature in which pairs differ; none in round 0 and in older records."""
     found: Metrics = (decision or {}).get("selection") or {}
     rows = []
-    for name, feature in found.items():
+    for name in sorted(found, key=_place):
+        feature = found[name]
         before, after = feature["before"], feature["after"]
         if before["correlation"]["value"] is None:
             continue
@@ -151,10 +157,13 @@ def reliance_change_rows(decision: Metrics | None) -> tuple[list[str], list[Reli
     rows = [
         RelianceRow(
             words.feature(name),
-            [rate_line(f"round {n}", _counted(feature["reliance"][str(n)]), signed=True) for n in shown],
+            [
+                rate_line(f"round {n}", _counted(changes[name]["reliance"][str(n)]), signed=True)
+                for n in shown
+            ],
         )
-        for name, feature in changes.items()
-        if any(feature["reliance"][str(n)]["value"] is not None for n in shown)
+        for name in sorted(changes, key=_place)
+        if any(changes[name]["reliance"][str(n)]["value"] is not None for n in shown)
     ]
     return [f"against round {n}" for n in shown], rows
 
