@@ -286,3 +286,26 @@ def test_pairs_of_one_prompt_that_move_together_give_no_false_verdict(prompts, e
         now, before = (np.repeat(values, each).astype(np.float64) for values in (now, before))
         names.append(judged(now, {0: before}, heldout=heldout).verdict.name)
     assert names.count("degrading") / 150 <= 0.09 and names.count("improving") / 150 <= 0.09
+
+
+DEMO = {  # held-out pairs of `sera demo` (SmolLM2-135M, AMD EPYC): which ones each round ranks correctly
+    0: "110001000000111011010110011011001100001000011111111110010110",
+    1: "110001000000111011010010011001001100001010011101111010010100",
+    2: "110001000100111011010010010001001100001000011100111010010100",
+}
+DEMO_LENGTHS = "0+-++++++++--+-+----+++++-++--+---+0++---+---+++-+++--++-+++"
+"""Whether the chosen answer of each pair is longer, shorter or equally long."""
+
+
+def test_the_decline_of_the_demo_is_held():
+    """Accuracy .517, .450, .417; compared with the last head alone each round was promoted."""
+    rounds = {number: np.array([float(c) for c in right]) for number, right in DEMO.items()}
+    signs = np.array([{"+": 1.0, "-": -1.0, "0": 0.0}[c] for c in DEMO_LENGTHS])
+    heldout = Heldout(signs, np.arange(60), choosing_half([str(n) for n in range(60)], 0))
+    state = run_state([("promote", 0), ("promote", 1)])
+    for metric in ("balanced", "accuracy"):
+        found = judged(rounds[2], {0: rounds[0], 1: rounds[1]}, heldout=heldout, rule=Rule(metric=metric))
+        assert found.verdict.name == "degrading" and "fell against round 0" in found.verdict.reason
+        assert decide_round(found, state, round=2, patience=1, max_rounds=9)[0].decision == "hold"
+    alone = judged(rounds[2], {1: rounds[1]}, heldout=heldout, rule=Rule())
+    assert alone.verdict.name == "not_enough_evidence"
