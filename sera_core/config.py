@@ -232,9 +232,9 @@ class SamplingConfig(Part):
     max_tokens: Positive = 1024
     """Maximum response length. A response that reaches it is marked `cut_by_limit`."""
     prompts: Annotated[Positive | Literal["auto"] | None, WrapValidator(_number_or_auto)] = None
-    """Number of train prompts per round, a new seeded subset each round; empty: all. auto: as many as the
-    round's share of generated pairs needs, by the yield (generated pairs kept per prompt) of the last reviewed
-    round in the lineage, before that by the settings; a quarter more, at most all."""
+    """Number of train prompts per round, a new seeded subset each round; empty: all. auto: a quarter more
+    than the round's share needs at the yield (generated pairs kept per prompt) of the last promoted reviewed
+    round, or before it at the yield that the settings let expect; at most all."""
     max_parity_nats: Annotated[float, Field(gt=0)] | None = None
     """Largest allowed difference between the sampler's and the scorer's log-probability of a response, in
     nats; empty: 0.01 in float32, 4 in bfloat16."""

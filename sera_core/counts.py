@@ -53,8 +53,8 @@ def expected_pairs_kept(rules: SelectConfig, pairs: int) -> int:
 def expected_yield(config: SeraConfig) -> float:
     """Generated pairs kept per sampled prompt before any round has measured it.
 
-    Every prompt gives its pairs, and a rule sized by a fraction keeps that fraction of them; the others are taken
-    to keep all.
+    Every prompt gives its pairs, and a rule sized by a fraction keeps that fraction of them; the others are
+    taken to keep all.
     """
     rules = config.select_generated
     kept = rules.fraction if rules.rule in SIZED_BY_FRACTION else 1.0
@@ -80,8 +80,8 @@ def sampled_prompts(samples: StepRecord) -> int:
     """
     if "prompts" not in samples.counts:
         raise StoreError(
-            f"steps/{samples.step}/{samples.key}/done.json: has no count of prompts; restore it from a copy of "
-            "the store"
+            f"steps/{samples.step}/{samples.key}/done.json: has no count of prompts; restore it from a copy "
+            "of the store"
         )
     return samples.counts["prompts"]
 

@@ -1,4 +1,4 @@
-"""Pairs that a round did not train on: of the train side by reason, of the other sides apart, and by its share."""
+"""Pairs that were dropped: train pairs of a round, pairs of other sides, and whether the mix dropped most."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -55,6 +55,6 @@ def over_share_words(manifest: RoundManifest) -> str | None:
         return None
     return (
         f"the mix dropped {over} of the {words.plural(mixed + over, 'human pair')} kept, for a share of "
-        f"{manifest.target_share:.2f} with {words.plural(manifest.pairs['generated'], 'generated pair')}: see "
-        'sampling.prompts ("auto"), mix.size, mix.shares and mix.on_short ("fill")'
+        f"{manifest.target_share:.2f} with {words.plural(manifest.pairs['generated'], 'generated pair')}; see "
+        'sampling.prompts = "auto", mix.size, mix.shares and mix.on_short = "fill"'
     )

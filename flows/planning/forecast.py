@@ -26,8 +26,8 @@ def forecast(
 ) -> list[RoundCounts]:
     """The counts of every round, as recorded where its steps are done, else as expected.
 
-    Expected numbers take no pair to be at or below the margin floor, and the yield of the last reviewed round in
-    the lineage that is done.
+    Expected numbers assume that the margin floor drops no pair, and the yield of the last reviewed round of the
+    lineage (before it, that of the settings).
     """
     return [_counts(config, planned, size, look) for planned in rounds]
 
@@ -94,7 +94,7 @@ def _trained(
 
 
 def warnings_of(config: SeraConfig, rounds: Sequence[RoundCounts]) -> Iterator[str]:
-    """Warnings of rounds to come: few human pairs would be trained on, or all prompts are too few for the share."""
+    """Warnings of rounds to come: most human pairs would be dropped, or all prompts are too few."""
     for expected in rounds:
         if expected.recorded:
             continue
@@ -112,11 +112,12 @@ def dropped_warning(config: SeraConfig, found: RoundCounts) -> str | None:
     """A warning if the mix would drop more than half of the human pairs kept; a share of 1 asks for that."""
     if found.share == 1 or not drops_most(found.human_kept, found.human):
         return None
+    dropped = found.human_kept - found.human
     return (
-        f"round {found.round}: the mix is expected to drop {found.human_kept - found.human} of the {found.human_kept} human "
-        f"pairs kept and to train on {found.human} human and {found.generated} generated pairs from "
-        f"{found.prompts} of {found.prompts_available} prompts, at a share of {found.share:.2f}. To keep more: "
-        f"{'; or '.join(_remedies(config, found))}"
+        f"round {found.round}: the mix is expected to drop {dropped} of the {found.human_kept} human pairs kept, "
+        f"and to train on {found.human} human and {found.generated} generated pairs from {found.prompts} of "
+        f"{found.prompts_available} prompts, at a share of {found.share:.2f}. To keep more, "
+        f"{', or '.join(_remedies(config, found))}"
     )
 
 

@@ -13,9 +13,10 @@ ON_SHORT = ("keep-share", "fill")
 SPARE_PROMPTS = 1.25
 """Prompts to sample beyond the expected need, as a factor; ours.
 
-The pairs kept of n prompts, each with probability y, vary by √((1−y)/(y·n)) of their mean: at y = 0.7 by 15 % of
-20 prompts and 7 % of 100, so a quarter more covers 1.7 and 3.8 standard deviations. A shortfall costs human pairs
-(the share is kept by dropping them), spare pairs cost only their samples and are dropped by margin (`over_share`).
+If each of n prompts gives a kept pair with probability y, their number has a standard deviation of
+√((1−y)/(y·n)) of its mean: at y = 0.7 that is 15 % for 20 prompts and 7 % for 100, so a quarter more covers 1.7
+and 3.8 standard deviations. A shortfall costs human pairs, because the share is kept by dropping them; spare
+pairs cost only their samples, and those with the smallest margins are dropped (`over_share`).
 """
 
 
@@ -153,8 +154,8 @@ def needed_generated(human: int, share: float | int, size: int | None) -> int | 
 
         g = round(s·n),  n = ⌊min(N, H/(1−s))⌋,  N = `size` (default H)
 
-    Where `size` leaves room for every human pair this is s/(1−s)·H. More would be dropped (`over_share`), fewer
-    cost human pairs. A share of 1 without a size has no bound.
+    Where `size` leaves room for every human pair this is s/(1−s)·H. More would be dropped (`over_share`),
+    fewer cost human pairs. A share of 1 without a size has no bound.
 
     Args:
         human: human pairs kept, H.

@@ -138,7 +138,7 @@ def select(
 def expected_kept(rule: str, pairs: int, fraction: float | int, k: int) -> int:
     """Pairs that a rule keeps of `pairs` finite ones if the floor drops none.
 
-    How many are above the rule `threshold`, or kept by a rule of the user's own, cannot be known: at most all.
+    How many the rule `threshold` or one of the user's own keeps cannot be known: at most all.
     """
     if rule in SIZED_BY_FRACTION:
         return round_half_up(fraction * pairs)
