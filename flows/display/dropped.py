@@ -53,8 +53,9 @@ def over_share_words(manifest: RoundManifest) -> str | None:
     over = int(manifest.metrics.get("human/over_share", 0))
     if manifest.target_share == 1 or not drops_most(mixed + over, mixed):
         return None
+    generated = words.plural(manifest.pairs["generated"], "generated pair")
     return (
         f"the mix dropped {over} of the {words.plural(mixed + over, 'human pair')} kept, for a share of "
-        f"{manifest.target_share:.2f} with {words.plural(manifest.pairs['generated'], 'generated pair')}; see "
+        f"{manifest.target_share:.2f} with {generated}; see "
         'sampling.prompts = "auto", mix.size, mix.shares and mix.on_short = "fill"'
     )

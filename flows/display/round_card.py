@@ -53,7 +53,7 @@ def round_card(records: RunStore, manifest: RoundManifest, show_text: bool) -> s
         *_plots(rounds, ledger),
         "## Pairs",
         table(["pairs", "reason", "meaning", "count"], _counts(ledger)),
-        *([escape(f"{over[0].upper()}{over[1:]}.")] if (over := over_share_words(manifest)) else []),
+        *_over_share(manifest),
         *(_samples(files, ledger) if show_text else []),
         "## Artifacts",
         verbatim(_artifacts(records, manifest)),
@@ -138,6 +138,11 @@ def _counts(ledger: Sequence[Row]) -> list[list[str]]:
         cells = [escape(named), escape(reason), escape(words.REASONS.get(reason, reason)), f"{count:,}"]
         rows.append(((side, origin == "generated", reason not in KEPT, -count, reason), cells))
     return [cells for _, cells in sorted(rows)]
+
+
+def _over_share(manifest: RoundManifest) -> list[str]:
+    over = over_share_words(manifest)
+    return [] if over is None else [f"**Warning**: {escape(over)}."]
 
 
 def _samples(files: RoundFiles, ledger: Sequence[Row]) -> list[str]:

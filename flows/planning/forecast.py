@@ -26,8 +26,8 @@ def forecast(
 ) -> list[RoundCounts]:
     """The counts of every round, as recorded where its steps are done, else as expected.
 
-    Expected numbers assume that the margin floor drops no pair, and the yield of the last reviewed round of the
-    lineage (before it, that of the settings).
+    Expected numbers assume that the margin floor drops no pair, and the yield of the last reviewed round of
+    the lineage (before it, that of the settings).
     """
     return [_counts(config, planned, size, look) for planned in rounds]
 
@@ -114,8 +114,8 @@ def dropped_warning(config: SeraConfig, found: RoundCounts) -> str | None:
         return None
     dropped = found.human_kept - found.human
     return (
-        f"round {found.round}: the mix is expected to drop {dropped} of the {found.human_kept} human pairs kept, "
-        f"and to train on {found.human} human and {found.generated} generated pairs from {found.prompts} of "
+        f"round {found.round}: the mix is expected to drop {dropped} of the {found.human_kept} human pairs "
+        f"kept and to train on {found.human} human and {found.generated} generated pairs from {found.prompts} of "
         f"{found.prompts_available} prompts, at a share of {found.share:.2f}. To keep more, "
         f"{', or '.join(_remedies(config, found))}"
     )

@@ -14,9 +14,9 @@ SPARE_PROMPTS = 1.25
 """Prompts to sample beyond the expected need, as a factor; ours.
 
 If each of n prompts gives a kept pair with probability y, their number has a standard deviation of
-√((1−y)/(y·n)) of its mean: at y = 0.7 that is 15 % for 20 prompts and 7 % for 100, so a quarter more covers 1.7
-and 3.8 standard deviations. A shortfall costs human pairs, because the share is kept by dropping them; spare
-pairs cost only their samples, and those with the smallest margins are dropped (`over_share`).
+√((1−y)/(y·n)) of its mean: at y = 0.7 that is 15 % for 20 prompts and 7 % for 100, so a quarter more covers
+1.7 and 3.8 standard deviations. A shortfall costs human pairs, because the share is kept by dropping them;
+spare pairs cost only their samples, and those with the smallest margins are dropped (`over_share`).
 """
 
 
@@ -201,7 +201,7 @@ def training_order(ids: Sequence[str] | np.ndarray, seed: int) -> Int[np.ndarray
     return np.argsort(_hashes("order", ids, seed), kind="stable").astype(np.int64)
 
 
-def _bounds(h: int, s: float, size: int | None) -> list[float]:
+def _bounds(h: int, s: float, size: int | None) -> list[float | int]:
     """Bounds of the mix's size if there are generated pairs enough."""
     return [h if size is None else size, *([h / (1 - s)] if s < 1 else [])]
 
