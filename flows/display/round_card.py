@@ -131,7 +131,9 @@ def _plots(rounds: Sequence[RoundManifest], ledger: Sequence[Row]) -> list[str]:
 
 def _counts(ledger: Sequence[Row]) -> list[list[str]]:
     """Pairs and prompts in the ledger by reason, kept first; those of the other sides last."""
-    counts = Counter((row["origin"], row["stage"].partition("_")[2], row["reason"]) for row in ledger)
+    counts: Counter[tuple[str, str, str]] = Counter(
+        (row["origin"], row["stage"].partition("_")[2], row["reason"]) for row in ledger
+    )
     rows = []
     for (origin, side, reason), count in counts.items():
         named = f"{origin}, {words.SIDES.get(side, side)}" if side else origin

@@ -115,9 +115,9 @@ def dropped_warning(config: SeraConfig, found: RoundCounts) -> str | None:
     dropped = found.human_kept - found.human
     return (
         f"round {found.round}: the mix is expected to drop {dropped} of the {found.human_kept} human pairs "
-        f"kept and to train on {found.human} human and {found.generated} generated pairs from {found.prompts} of "
-        f"{found.prompts_available} prompts, at a share of {found.share:.2f}. To keep more, "
-        f"{', or '.join(_remedies(config, found))}"
+        f"kept and to train on {found.human} human and {found.generated} generated pairs from "
+        f"{found.prompts} of {found.prompts_available} prompts, at a share of {found.share:.2f}. To keep "
+        f"more, {', or '.join(_remedies(config, found))}"
     )
 
 

@@ -152,7 +152,7 @@ def mixed_counts(
 def needed_generated(human: int, share: float | int, size: int | None) -> int | None:
     """Generated pairs that a share needs; None for all there are.
 
-        g = round(s·n),  n = ⌊min(N, H/(1−s))⌋,  N = `size` (default H)
+        g = ⌈s·n⌉,  n = ⌊min(N, H/(1−s))⌋,  N = `size` (default H)
 
     Where `size` leaves room for every human pair this is s/(1−s)·H. More would be dropped (`over_share`),
     fewer cost human pairs. A share of 1 without a size has no bound.
@@ -164,7 +164,7 @@ def needed_generated(human: int, share: float | int, size: int | None) -> int | 
     """
     if share == 1 and size is None:
         return None
-    return round_half_up(float(share) * _floor(min(_bounds(human, float(share), size))))
+    return _ceil(share * _floor(min(_bounds(human, float(share), size))))
 
 
 def prompts_needed(generated: int | None, pairs_a_prompt: float | int, prompts: int) -> int:
@@ -177,13 +177,15 @@ def prompts_needed(generated: int | None, pairs_a_prompt: float | int, prompts: 
     """
     if generated is None or pairs_a_prompt <= 0:
         return prompts
-    needed = int(np.ceil(SPARE_PROMPTS * generated / pairs_a_prompt - 1e-9))
-    return min(max(needed, 1), prompts)
+    return min(max(_ceil(SPARE_PROMPTS * generated / pairs_a_prompt), 1), prompts)
 
 
 def drops_most(kept: int, mixed: int) -> bool:
-    """Whether a mix with `mixed` of the `kept` human pairs drops more than half of them."""
-    return 2 * mixed < kept
+    """Whether a mix with `mixed` of the `kept` human pairs drops more than half of them.
+
+    Half of an odd number counts with either rounding, so that a share of one half never does.
+    """
+    return mixed < kept // 2
 
 
 def training_order(ids: Sequence[str] | np.ndarray, seed: int) -> Int[np.ndarray, " pair"]:
@@ -208,6 +210,10 @@ def _bounds(h: int, s: float, size: int | None) -> list[float | int]:
 
 def _floor(x: float | int) -> int:
     return int(np.floor(x + 1e-9))  # 7/0.7 must be 10 even if the quotient is slightly smaller
+
+
+def _ceil(x: float | int) -> int:
+    return int(np.ceil(x - 1e-9))  # 0.07 · 100 must be 7 even if the product is slightly larger
 
 
 def _in_order(
