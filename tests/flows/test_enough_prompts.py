@@ -8,10 +8,13 @@ from commandline import process
 
 from flows.commands.summary import closing_lines
 from flows.planning.plan import plan
+from flows.store_tools.verify import verify
 from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import Artifact
 from sera_core.counts import expected_yield
 
+ONE = {"limits": {"rounds": 2}}
+"""One reviewed round."""
 AUTO = {"sampling": {"prompts": "auto"}}
 NAMES = ("human_kept", "prompts", "generated_kept", "human", "generated")
 
@@ -57,15 +60,16 @@ def test_with_auto_a_plan_expects_as_many_prompts_as_the_share_needs(folder):
 
 def test_a_size_that_leaves_no_room_is_named_and_more_samples_are_not(folder):
     """Share 0.7 of a mix of 17 is 12 generated pairs, so 5 of 17 human pairs, however many are sampled."""
-    rounds, (warning,) = expected(folder, **AUTO, mix={"shares": [0.7]})
+    rounds, (warning,) = expected(folder, **AUTO, **ONE, mix={"shares": [0.7]})
     assert rounds[1] == (17, 22, 15, 5, 12)
     assert warning.endswith("To keep more, set mix.size above 17, or lower mix.shares")
-    _, (warning,) = expected(folder, **AUTO, mix={"shares": [], "ramp_start": 0.7, "ramp_end": 0.5})
+    ramp = {"shares": [], "ramp_start": 0.7, "ramp_end": 0.5}
+    _, (warning,) = expected(folder, **AUTO, **ONE, mix=ramp)
     assert warning.startswith("round 1:") and warning.endswith("or lower mix.ramp_start and mix.ramp_end")
 
 
 def test_all_prompts_that_are_too_few_are_said(folder):
-    """At 0.5 a mix of 34 needs 17 pairs of 30 prompts; there are 24, which give 17. At 0.6: 26, 42 → 17."""
+    """A share of 0.6 leaves n = ⌊17/0.4⌋ = 42 pairs, ⌈25.2⌉ = 26 of them generated; 24 prompts give 17."""
     few = {"mix": {"size": 100, "shares": [0.25, 0.6]}}
     rounds, warnings = expected(folder, **AUTO, **few)
     assert rounds[2] == (17, 24, 17, 11, 17)
@@ -147,6 +151,7 @@ def test_a_run_that_is_continued_has_the_keys_of_one_that_was_not(folder, automa
         config = tinyrun.config(folder, **AUTO, limits={"rounds": rounds})
         continued = tinyrun.work(config, folder / "continued", "auto")
     assert [m.steps for m in continued.rounds()] == [m.steps for m in automatic.rounds()]
+    assert verify(continued).rounds == 3
     found = plan(tinyrun.config(folder, **AUTO), "auto", automatic.store.url)
     assert {row["status"] for row in found["steps"]} == {"reuse"} and not found["warnings"]
     assert [row["recorded"] for row in found["rounds"]] == [True] * 3
