@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sera_core import steps
-from sera_core.artifacts.manifest import StepRef, StepSpec
-from sera_core.config import SeraConfig
-from sera_core.method.mixing import share_for_round
+from sera_core import counts, steps
+from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec
+from sera_core.config import AUTO, SeraConfig
 from sera_core.method.rewards import ensemble_weights
 
 Ref = StepRef | None
 Do = Callable[[StepSpec], Ref]
+Look = Callable[[Ref], StepRecord | None]
+"""Gives a step's record; None if the step is not done (in a plan)."""
 Steps = dict[str, Ref]
 """A round's steps by role."""
 
@@ -68,13 +69,13 @@ def prepare(config: SeraConfig, sources: Mapping[str, Any], do: Do) -> Sides:
     return Sides(data, model, pairs, do(steps.features(config, pairs)))
 
 
-def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do) -> Steps:
+def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do, look: Look) -> Steps:
     """Review the human pairs, build pairs from the policy's own responses, and mix both.
 
     Round 0 has no reviewer yet (every margin is 0): it keeps every human pair and generates none.
     """
     reviewers = reviewers_of(config, sides.model, past)
-    share = generated_share(config, round)
+    share = counts.generated_share(config, round)
     rules = steps.human_rules(config, round)
 
     def logps(policy: Ref, texts: Ref, file: str) -> Ref:
@@ -105,7 +106,8 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
     source = "none"
     if share > 0:
         head = reviewers.policies[0]
-        samples = do(steps.sample(config, head, sides.model, sides.pairs, round))
+        prompts = prompts_to_sample(config, sides, past, round, kept, look)
+        samples = do(steps.sample(config, head, sides.model, sides.pairs, round, prompts))
         # If sampler and scorer use the same precision, the sampler's log-probabilities are reused.
         unscored = reviewers.policies if config.scores_samples_again else reviewers.policies[1:]
         scores = scores_under(samples, "responses.parquet", unscored)
@@ -203,12 +205,30 @@ def decide(
     return do(steps.decide(config, round, history, answer, inputs))
 
 
-def generated_share(config: SeraConfig, round: int) -> float:
-    """Target share of generated pairs in a round: from the list, or from the ramp if the list is empty."""
-    part = config.mix
-    if part.shares:
-        return share_for_round(round, part.shares, None)
-    return share_for_round(round, None, (part.ramp_start, part.ramp_end, part.ramp_rounds))
+def prompts_to_sample(
+    config: SeraConfig, sides: Sides, past: Past, round: int, human: Ref, look: Look
+) -> int | str | None:
+    """Number of train prompts to sample, None for all; `auto` while a plan cannot tell.
+
+    With `auto` it follows from the human pairs kept and the yield of the last reviewed round in the lineage.
+    """
+    if config.sampling.prompts != AUTO:
+        return config.sampling.prompts
+    kept, rendered = look(human), look(sides.pairs)
+    measured = pairs_a_prompt(config, past, look)
+    if kept is None or rendered is None or measured is None:
+        return AUTO
+    available = rendered.metric("sampled_from")
+    return counts.prompts_to_sample(config, round, counts.kept_pairs(kept), measured, available)
+
+
+def pairs_a_prompt(config: SeraConfig, past: Past, look: Look) -> float | None:
+    """Generated pairs kept per sampled prompt: as measured last, else as expected; None while unknown."""
+    reviewed = next((head for head in reversed(past.heads) if "generated" in head), None)
+    if reviewed is None:
+        return counts.expected_yield(config)
+    samples, generated = look(reviewed["samples"]), look(reviewed["generated"])
+    return None if samples is None or generated is None else counts.measured_yield(samples, generated)
 
 
 def reviewers_of(config: SeraConfig, model: Ref, past: Past) -> Reviewers:

@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     JsonValue,
     PlainSerializer,
+    ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -37,6 +38,15 @@ Loss = Annotated[Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "s
 Reference = Literal["initial", "previous"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+AUTO = "auto"
+"""`sampling.prompts`: as many as the round's share needs."""
+
+
+def _number_or_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError(f'give a whole number above 0, or "{AUTO}"') from None
 
 
 def _checked_url(given: str, info: ValidationInfo) -> str:
@@ -221,8 +231,10 @@ class SamplingConfig(Part):
     """Nucleus sampling probability (0, 1]."""
     max_tokens: Positive = 1024
     """Maximum response length. A response that reaches it is marked `cut_by_limit`."""
-    prompts: Positive | None = None
-    """Number of train prompts per round, a new seeded subset each round; empty: all."""
+    prompts: Annotated[Positive | Literal["auto"] | None, WrapValidator(_number_or_auto)] = None
+    """Number of train prompts per round, a new seeded subset each round; empty: all. auto: a quarter more
+    than the round's share needs at the yield (generated pairs kept per prompt) of the last promoted reviewed
+    round, or before it at the yield that the settings let expect; at most all."""
     max_parity_nats: Annotated[float, Field(gt=0)] | None = None
     """Largest allowed difference between the sampler's and the scorer's log-probability of a response, in
     nats; empty: 0.01 in float32, 4 in bfloat16."""

@@ -132,15 +132,20 @@ def select(
     return _spec("select", fields, {"review": review, "pairs": pairs})
 
 
-def sample(config: SeraConfig, policy: Ref, model: Ref, rendered: Ref, round: int) -> StepSpec:
-    """R responses a prompt from the train side."""
+def sample(
+    config: SeraConfig, policy: Ref, model: Ref, rendered: Ref, round: int, prompts: int | str | None
+) -> StepSpec:
+    """R responses a prompt from the train side.
+
+    `prompts`: how many prompts, None for all; `auto` while a plan cannot tell.
+    """
     part = config.sampling
     fields = _sampling_fields(config, round) | {
         "responses": part.responses,
         "temperature": part.temperature,
         "top_p": part.top_p,
         "max_tokens": part.max_tokens,
-        "prompts": part.prompts,
+        "prompts": prompts,
         "side": "train",
     }
     return _spec("sample", fields, {"policy": policy, "model": model, "rendered": rendered})

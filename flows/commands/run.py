@@ -11,7 +11,7 @@ from typing import Any
 from flows.commands.output import print_note
 from flows.commands.summary import closing_lines, rounds_table
 from flows.commands.tables import print_table, print_text
-from flows.display.run_view import run_records, show
+from flows.display.run_view import PLANNED_COLUMNS, planned_cells, run_records, show
 from flows.experiments import load_experiment
 from flows.planning.plan import plan
 from flows.running import open_run
@@ -109,6 +109,7 @@ def plan_command(args: argparse.Namespace) -> int:
     """Print the plan."""
     config = load_experiment(args.experiment, args.set)
     found = plan(config, _run_name(args), args.store)
+    _print_warnings(found)
     if args.json:
         print(json.dumps(found))
         return 0
@@ -120,6 +121,7 @@ def plan_command(args: argparse.Namespace) -> int:
     print_table(
         f"plan of {found['run']}", columns, [[row[name] for name in columns] for row in found["steps"]]
     )
+    print_table("pairs of each round", PLANNED_COLUMNS, [planned_cells(row) for row in found["rounds"]])
     print_text(_forecast(found))
     return 0
 
@@ -145,7 +147,14 @@ def _run_experiment(config: SeraConfig, name: str, args: argparse.Namespace) -> 
 
 
 def _print_forecast(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
-    print_note(_forecast(plan(config, name, args.store)))
+    found = plan(config, name, args.store)
+    print_note(_forecast(found))
+    _print_warnings(found)
+
+
+def _print_warnings(found: dict[str, Any]) -> None:
+    for warning in found["warnings"]:
+        print_note(f"sera: warning: {warning}")
 
 
 def _forecast(found: dict[str, Any]) -> str:

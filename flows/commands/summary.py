@@ -1,8 +1,10 @@
 """The summary of a run: rounds, dropped pairs, examples, artifacts and next commands."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from flows.commands.tables import print_table
+from flows.display.dropped import dropped_human, dropped_on_other_sides, over_share_words, reasons
 from flows.display.round_card import with_interval
 from flows.display.run_view import best_words, verdict_words
 from flows.running.open_run import test_record
@@ -52,8 +54,11 @@ def _compared(r: RoundManifest, measure: str | None) -> str:
 def closing_lines(records: RunStore) -> Iterator[str]:
     """The run in sentences."""
     history, state = records.history(), records.stop_reason()
+    apart = dropped_on_other_sides(records.store, history.rounds[0]) if history.rounds else {}
     for manifest in history.rounds:
-        yield from _round_lines(manifest)
+        yield from _round_lines(manifest, apart)
+    for side, counts in sorted(apart.items()):
+        yield f"Dropped on the {words.SIDES.get(side, side)}, in every round: {reasons(counts)}."
     waiting = records.waiting()
     if waiting:
         yield (
@@ -82,23 +87,16 @@ def closing_lines(records: RunStore) -> Iterator[str]:
         )
 
 
-def _round_lines(r: RoundManifest) -> Iterator[str]:
+def _round_lines(r: RoundManifest, apart: Mapping[str, Counter[str]]) -> Iterator[str]:
     m = r.metrics
     yield (
         f"Round {r.round}: trained on {r.pairs['human']} human and {r.pairs['generated']} generated pairs; "
         f"{r.decision}: {r.reason}."
     )
-    dropped = {
-        name.split("/", 1)[1]: int(count)
-        for name, count in m.items()
-        if name.startswith("human/")
-        and isinstance(count, int)
-        and count
-        and not name.endswith(("kept", "relabelled"))
-    }
-    if dropped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-        yield f"  human pairs dropped: {reasons}."
+    if dropped := dropped_human(m, apart.values()):
+        yield f"  human pairs dropped: {reasons(dropped)}."
+    if (over := over_share_words(r)) is not None:
+        yield f"  {over}."
     prompts = {name.split("/", 1)[1]: count for name, count in m.items() if name.startswith("prompts/")}
     if prompts:
         yield (

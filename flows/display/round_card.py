@@ -1,9 +1,11 @@
 """The card of a round in Prefect, as markdown made from records."""
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from flows.display.dropped import KEPT, over_share_words
 from flows.display.markdown import escape, quote, table, verbatim
 from flows.display.plots import image
 from flows.display.run_report import trends
@@ -50,7 +52,8 @@ def round_card(records: RunStore, manifest: RoundManifest, show_text: bool) -> s
         _metrics(manifest, rounds[-2] if len(rounds) > 1 else None),
         *_plots(rounds, ledger),
         "## Pairs",
-        table(["pairs", "reason", "meaning", "count"], _counts(manifest)),
+        table(["pairs", "reason", "meaning", "count"], _counts(ledger)),
+        *_over_share(manifest),
         *(_samples(files, ledger) if show_text else []),
         "## Artifacts",
         verbatim(_artifacts(records, manifest)),
@@ -126,16 +129,22 @@ def _plots(rounds: Sequence[RoundManifest], ledger: Sequence[Row]) -> list[str]:
     return drawn
 
 
-def _counts(manifest: RoundManifest) -> list[list[str]]:
-    """Pairs and prompts in the ledger by reason, kept first."""
+def _counts(ledger: Sequence[Row]) -> list[list[str]]:
+    """Pairs and prompts in the ledger by reason, kept first; those of the other sides last."""
+    counts: Counter[tuple[str, str, str]] = Counter(
+        (row["origin"], row["stage"].partition("_")[2], row["reason"]) for row in ledger
+    )
     rows = []
-    for name, count in manifest.metrics.items():
-        origin, _, reason = name.partition("/")
-        if origin in ("human", "generated") and count:
-            kept = reason in ("kept", "relabelled")
-            cells = [origin, escape(reason), escape(words.REASONS.get(reason, reason)), f"{count:,}"]
-            rows.append(((origin == "generated", not kept, -count, reason), cells))
+    for (origin, side, reason), count in counts.items():
+        named = f"{origin}, {words.SIDES.get(side, side)}" if side else origin
+        cells = [escape(named), escape(reason), escape(words.REASONS.get(reason, reason)), f"{count:,}"]
+        rows.append(((side, origin == "generated", reason not in KEPT, -count, reason), cells))
     return [cells for _, cells in sorted(rows)]
+
+
+def _over_share(manifest: RoundManifest) -> list[str]:
+    over = over_share_words(manifest)
+    return [] if over is None else [f"**Warning**: {escape(over)}."]
 
 
 def _samples(files: RoundFiles, ledger: Sequence[Row]) -> list[str]:

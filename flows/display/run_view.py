@@ -57,6 +57,20 @@ def _round(records: RunStore, manifest: RoundManifest) -> dict[str, Any]:
     return {**{name: getattr(manifest, name) for name in names}, "artifacts": artifacts}
 
 
+PLANNED_COLUMNS = (
+    "round", "numbers", "share", "human pairs kept", "prompts sampled", "generated pairs kept",
+    "human trained on", "generated trained on",
+)  # fmt: skip
+"""Columns of a plan's table of rounds."""
+
+
+def planned_cells(row: dict[str, Any]) -> list[Any]:
+    """One round of a plan (`rounds` of flows.planning.plan.plan) as cells of that table."""
+    names = ("human_kept", "prompts", "generated_kept", "human", "generated")
+    numbers = "recorded" if row["recorded"] else "expected"
+    return [row["round"], numbers, f"{row['share']:.2f}", *(row[name] for name in names)]
+
+
 def uri_of(store: Store, place: dict[str, Any]) -> str:
     """URI of a manifest's artifact, a file or a folder."""
     record = find_record(store, place["step"], place["key"])

@@ -13,6 +13,8 @@ from sera_core.artifacts.manifest import Artifact, StepRecord, StepSpec, find_re
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import Store
 from sera_core.config import SeraConfig
+from sera_core.counts import RoundCounts
+from sera_core.method.pairing import expected_pairs
 from sera_core.models.model_sources import resolve_source
 
 CHARACTERS_A_TOKEN = 4.2
@@ -28,11 +30,12 @@ SAMPLED_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes: pairs by side, mean tokens of a prompt and of an answer, model parameters."""
+    """Sizes: pairs by side, prompts to sample, mean tokens of a prompt and of an answer, model parameters."""
 
     train: int
     heldout: int
     test: int
+    prompts: int
     prompt: float
     answer: float
     parameters: float | None
@@ -45,12 +48,13 @@ def _length(message: dict[str, Any]) -> int:
 def workload(config: SeraConfig, data: StepRecord, store: Store) -> Workload:
     """Sizes from the data step's record and texts."""
     table = pq.read_table(
-        Artifact(store, data.ref).path("train.parquet"), columns=["prompt", "chosen", "rejected"]
+        Artifact(store, data.ref).path("train.parquet"), columns=["prompt_id", "prompt", "chosen", "rejected"]
     ).to_pylist()
     prompt = [sum(map(_length, row["prompt"])) for row in table]
     answer = [sum(map(_length, row["chosen"] + row["rejected"])) / 2 for row in table]
     train, heldout, test = (data.counts.get(side, 0) for side in ("train", "heldout", "test"))
-    return Workload(train, heldout, test, _tokens(prompt), _tokens(answer), parameters_of(config))
+    prompts = len({row["prompt_id"] for row in table}) + data.counts.get("prompts", 0)
+    return Workload(train, heldout, test, prompts, _tokens(prompt), _tokens(answer), parameters_of(config))
 
 
 def _tokens(characters: Sequence[float]) -> float:
@@ -94,42 +98,52 @@ class Estimator:
         self.rate = gigaflops() * 1e9 * EFFICIENCY * (1.7 if config.model.dtype == "bfloat16" else 1.0)
         self.measured = _measured(store, records)
 
-    def expected(self, spec: StepSpec) -> dict[str, Any]:
-        """{"tokens", "seconds", "bytes"} of a step; seconds are None if the model is not on this machine."""
-        tokens = self._tokens(spec)
+    def expected(self, spec: StepSpec, counts: RoundCounts | None) -> dict[str, Any]:
+        """{"tokens", "seconds", "bytes"} of a step; seconds are None if the model is not on this machine.
+
+        Args:
+            spec: the step.
+            counts: pairs and prompts of its round; None for a step before the rounds.
+        """
+        tokens = self._tokens(spec, counts)
         return {
             "tokens": int(tokens),
             "seconds": self._seconds(spec.step, tokens),
             "bytes": self._bytes(spec),
         }
 
-    def _tokens(self, spec: StepSpec) -> float:
-        size, config = self.size, self.config
-        pair = size.prompt + 2 * size.answer
+    def _tokens(self, spec: StepSpec, counts: RoundCounts | None) -> float:
+        size, pair = self.size, self.size.prompt + 2 * self.size.answer
         if spec.step == "logps":
-            if "probe" in spec.fields:
-                responses = 2 if spec.fields["file"] == "train.parquet" else 1
-                return spec.fields["probe"] * responses * (size.prompt + size.answer)
-            counts = {"train.parquet": size.train, "heldout.parquet": size.heldout, "test.parquet": size.test}
-            if spec.fields["file"] in counts:
-                return counts[spec.fields["file"]] * pair
-            if spec.fields["file"] == "pairs.parquet":
-                return size.train * pair
-            part, most = config.sampling, size.train
-            if spec.where.get("side") == "heldout":
-                part, most = config.evaluate, size.heldout
-            limit = part.max_tokens * SAMPLED_SHARE
-            return min(part.prompts or most, most) * (size.prompt + part.responses * limit)
+            return self._scored(spec, counts, pair)
         if spec.step == "sample":
-            held = spec.fields["side"] == "heldout"
-            prompts = min(spec.fields["prompts"] or size.train, size.heldout if held else size.train)
+            prompts = self._sampled(spec.fields["side"], counts)
             return prompts * spec.fields["responses"] * spec.fields["max_tokens"] * SAMPLED_SHARE
-        if spec.step == "train":
-            pairs = config.mix.size or size.train * (
-                1.0 if spec.fields["round"] == 0 else config.select.fraction
-            )
-            return pairs * (2 * size.prompt + 2 * size.answer) * config.train.epochs
+        if spec.step == "train" and counts is not None:
+            pairs = counts.human + counts.generated
+            return pairs * (2 * size.prompt + 2 * size.answer) * self.config.train.epochs
         return 0.0
+
+    def _scored(self, spec: StepSpec, counts: RoundCounts | None, pair: float) -> float:
+        size, file = self.size, spec.fields["file"]
+        if "probe" in spec.fields:
+            responses = 2 if file == "train.parquet" else 1
+            return spec.fields["probe"] * responses * (size.prompt + size.answer)
+        pairs = {"train.parquet": size.train, "heldout.parquet": size.heldout, "test.parquet": size.test}
+        if file in pairs:
+            return pairs[file] * pair
+        side = spec.where["side"] if file == "responses.parquet" else "train"
+        prompts = self._sampled(side, counts)
+        if file == "pairs.parquet":
+            return prompts * expected_pairs(self.config.pairing.rule, self.config.sampling.responses) * pair
+        part = self.config.evaluate if side == "heldout" else self.config.sampling
+        return prompts * (size.prompt + part.responses * part.max_tokens * SAMPLED_SHARE)
+
+    def _sampled(self, side: str, counts: RoundCounts | None) -> int:
+        """Prompts sampled on a side."""
+        if side == "heldout":
+            return min(self.config.evaluate.prompts, self.size.heldout)
+        return 0 if counts is None else counts.prompts
 
     def _seconds(self, step: str, tokens: float) -> float | None:
         if step in self.measured:

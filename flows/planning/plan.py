@@ -2,20 +2,23 @@
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from flows import round as sera_round
 from flows.planning.estimates import Estimator, workload
+from flows.planning.forecast import PlannedRound, forecast, warnings_of
 from flows.round import Past, Ref, Steps
 from flows.running.open_run import check_template, load_data, resolved, source_digests
 from sera_core import steps
 from sera_core.artifacts.canonical import sha256_json
 from sera_core.artifacts.history import History
-from sera_core.artifacts.manifest import StepRef, StepSpec, find_record
+from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec, find_record
 from sera_core.artifacts.run_records import differences
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import Store, numbered, open_store
-from sera_core.config import SeraConfig
+from sera_core.config import AUTO, SeraConfig
+from sera_core.counts import RoundCounts
 
 UNKNOWN = "?"
 """Prefix of the digest of a step that is not done yet; unique per step."""
@@ -32,21 +35,39 @@ def no_answer(round: int) -> None:
 class Walk:
     """A `do` that lists each step as reuse, run or depends, and why."""
 
-    def __init__(self, store_url: str, estimator: Estimator | None = None) -> None:
-        self.store, self.estimator = open_store(store_url), estimator
+    def __init__(self, store_url: str) -> None:
+        self.store = open_store(store_url)
         self.rows: list[dict[str, Any]] = []
+        self.todo: list[tuple[dict[str, Any], StepSpec]] = []
+        """Rows of the steps to do, with what each computes."""
         self.round: int | None = None
         self._seen: set[str] = set()
+        self._found: dict[str, StepRecord] = {}
 
     def do(self, spec: StepSpec) -> Ref:
         """List the step. Returns a reference to it, or to its future result."""
-        unknown = [name for name, ref in spec.inputs.items() if ref and ref.digest.startswith(UNKNOWN)]
+        unknown = [name for name, ref in spec.inputs.items() if ref and _is_unknown(ref)]
+        if spec.fields.get("prompts") == AUTO:
+            unknown.append("the number of prompts to sample")
         record = None if unknown else find_record(self.store, spec.step, spec.key)
         key = spec.key or ""
+        if record is not None:
+            self._found[key] = record
         if key not in self._seen:
             self._seen.add(key)
             self.rows.append(self._row(spec, unknown, reuse=record is not None))
         return record.ref if record else StepRef(step=spec.step, key=key, digest=UNKNOWN + key)
+
+    def look(self, ref: Ref) -> StepRecord | None:
+        """The record of a step; None if it is not done."""
+        if ref is None or _is_unknown(ref):
+            return None
+        return self._found.get(ref.key) or find_record(self.store, ref.step, ref.key)
+
+    def add_costs(self, estimator: Estimator, rounds: Mapping[int, RoundCounts]) -> None:
+        """Add the expected cost of every step to do."""
+        for row, spec in self.todo:
+            row |= estimator.expected(spec, rounds.get(row["round"]))
 
     def _row(self, spec: StepSpec, unknown: list[str], reuse: bool) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -57,17 +78,26 @@ class Walk:
         cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "bytes": 0}
         if reuse:
             return row | {"status": "reuse", "why": "record in the store"} | cost
-        if self.estimator is not None:
-            cost = self.estimator.expected(spec)
-        if unknown:
-            return row | {"status": "depends", "why": f"on {', '.join(unknown)}"} | cost
+        self.todo.append((row, spec))
+        row |= {"status": "depends", "why": f"on {', '.join(unknown)}"} if unknown else self._can_run(spec)
+        row |= cost
+        return row
+
+    def _can_run(self, spec: StepSpec) -> dict[str, str]:
         parts = sum(1 for _ in numbered(self.store, spec.path + "/part-{:05d}.json"))
         why = f"resumes after {parts} finished parts" if parts else "no record in the store"
-        return row | {"status": "run", "why": why} | cost
+        return {"status": "run", "why": why}
+
+
+def _is_unknown(ref: StepRef) -> bool:
+    return ref.digest.startswith(UNKNOWN)
 
 
 def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
-    """Every step of a run: `reuse`, `run` or `depends`, why, and its estimated cost."""
+    """Every step of a run: `reuse`, `run` or `depends`, why, and its estimated cost.
+
+    Also the counts of every round, recorded or expected (`rounds`), and what they warn of (`warnings`).
+    """
     digests = source_digests(config)
     check_template(config)
     records = RunStore(open_store(store_url), run)
@@ -75,9 +105,10 @@ def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sera-plan-") as scratch:
         data = load_data(open_store(scratch), config, digests)
         size = workload(config, data, open_store(scratch))
-    estimator = Estimator(config, records.store, records, size)
-    walk = Walk(store_url, estimator)
-    walk_rounds(config, digests, history, walk, records.given_answer)
+    walk = Walk(store_url)
+    planned = walk_rounds(config, digests, history, walk, records.given_answer)
+    rounds = forecast(config, planned, size, walk.look)
+    walk.add_costs(Estimator(config, records.store, records, size), {found.round: found for found in rounds})
     todo = [row for row in walk.rows if row["status"] != "reuse"]
     seconds = [row["seconds"] for row in todo]
     return {
@@ -85,6 +116,8 @@ def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
         "note": note,
         "formats": data.metrics["formats"],
         "steps": walk.rows,
+        "rounds": [asdict(found) for found in rounds],
+        "warnings": list(warnings_of(config, rounds)),
         "reuse": len(walk.rows) - len(todo),
         "run_now": sum(row["status"] == "run" for row in todo),
         "depends": sum(row["status"] == "depends" for row in todo),
@@ -112,11 +145,12 @@ def walk_rounds(
     history: History,
     walk: Walk,
     answer_of: AnswerOf = no_answer,
-) -> sera_round.Sides:
+) -> list[PlannedRound]:
     """Walk every round up to the limit; future rounds count as promoted."""
     sides = sera_round.prepare(config, digests, walk.do)
     heads: list[Mapping[str, Ref]] = []
     promoted: dict[int, Ref] = {}
+    walked: list[PlannedRound] = []
     planned: list[dict[str, Any]] = []
     stopped = bool(history.rounds) and history.rounds[-1].stop_reason is not None
     last = history.next_round if stopped else max(config.limits.rounds, history.next_round)
@@ -126,6 +160,7 @@ def walk_rounds(
         entries = planned if before is None or not before.rounds else before.entries()
         past = Past(list(heads), dict(promoted))
         made = _round(config, sides, past, number, entries, walk, answer_of)
+        walked.append(PlannedRound(number, past, made))
         planned = [*entries, _entry(walk, number, made)]
         if number < history.next_round:
             after = History(history.rounds[: number + 1])
@@ -134,7 +169,7 @@ def walk_rounds(
         else:
             heads.append(made)
             promoted[number] = made["evidence"]
-    return sides
+    return walked
 
 
 def _entry(walk: Walk, number: int, made: Steps) -> dict[str, Any]:
@@ -161,7 +196,7 @@ def _round(
     walk: Walk,
     answer_of: AnswerOf,
 ) -> Steps:
-    made = sera_round.self_review(config, sides, past, number, walk.do)
+    made = sera_round.self_review(config, sides, past, number, walk.do, walk.look)
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
     made["policy"] = sera_round.align(config, sides, past, number, made["mixture"], walk.do)
     made["evidence"] = sera_round.gather_evidence(

@@ -34,7 +34,7 @@ def run_round(session: Session, number: int) -> str:
 def _run_steps(session: Session, number: int) -> str:
     config, past, history, do = session.config, session.past(), session.history, session.do
     sides = session.prepare()
-    made = round.self_review(config, sides, past, number, do)
+    made = round.self_review(config, sides, past, number, do, session.look)
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
     if session.record_of(made["mixture"]).metric("reason") != "no_pairs":
         made["policy"] = round.align(config, sides, past, number, made["mixture"], do)

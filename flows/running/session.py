@@ -87,6 +87,10 @@ class Session:
         heads = [manifest.steps for manifest in self.history.lineage]
         return Past(heads, {m.round: m.steps["evidence"] for m in self.history.promoted})
 
+    def look(self, ref: Ref) -> StepRecord | None:
+        """The record of a step of this or an earlier round."""
+        return None if ref is None else self.used.get(ref.key) or find_record(self.store, ref.step, ref.key)
+
     def record_of(self, ref: Ref) -> StepRecord:
         """The record of a step done in this session."""
         assert ref is not None

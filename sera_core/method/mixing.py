@@ -10,6 +10,14 @@ from jaxtyping import Bool, Int
 from sera_core.method.selection import round_half_up
 
 ON_SHORT = ("keep-share", "fill")
+SPARE_PROMPTS = 1.25
+"""Prompts to sample beyond the expected need, as a factor; ours.
+
+If each of n prompts gives a kept pair with probability y, their number has a standard deviation of
+√((1−y)/(y·n)) of its mean: at y = 0.7 that is 15 % for 20 prompts and 7 % for 100, so a quarter more covers
+1.7 and 3.8 standard deviations. A shortfall costs human pairs, because the share is kept by dropping them;
+spare pairs cost only their samples, and those with the smallest margins are dropped (`over_share`).
+"""
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def mix(
         ValueError: a share outside [0, 1], a size below 1, an unknown on_short, ids that do not fit.
     """
     _check(human, human_ids, generated, generated_ids, share, size, on_short)
-    n_human, n_generated = _counts(human.size, generated.size, float(share), size, on_short)
+    n_human, n_generated = mixed_counts(human.size, generated.size, float(share), size, on_short)
     no_pairs = (share > 0 and generated.size == 0) or n_human + n_generated == 0
     if no_pairs:
         n_human = n_generated = 0
@@ -117,6 +125,67 @@ def mix(
         over_share_generated=~np.isin(np.arange(generated.size), generated_kept),
         reason="no_pairs" if no_pairs else None,
     )
+
+
+def mixed_counts(
+    human: int, generated: int, share: float | int, size: int | None, on_short: str
+) -> tuple[int, int]:
+    """Number of human and generated pairs in the mix, by the formula of `mix`.
+
+    Args:
+        human: human pairs kept, H.
+        generated: generated pairs kept, G.
+        share: target share s of generated pairs, in [0, 1].
+        size: pairs in the mix, N; None for H.
+        on_short: what to do when a side has too few pairs.
+    """
+    h, g, s = human, generated, float(share)
+    if on_short == "fill":
+        n = min(h if size is None else size, h + g)
+        n_human = min(n - min(round_half_up(s * n), g), h)
+        return n_human, n - n_human
+    n = _floor(min([*_bounds(h, s, size), *([g / s] if s > 0 else [])]))
+    n_generated = round_half_up(s * n)
+    return n - n_generated, n_generated
+
+
+def needed_generated(human: int, share: float | int, size: int | None) -> int | None:
+    """Generated pairs that a share needs; None for all there are.
+
+        g = ⌈s·n⌉,  n = ⌊min(N, H/(1−s))⌋,  N = `size` (default H)
+
+    Where `size` leaves room for every human pair this is s/(1−s)·H. More would be dropped (`over_share`),
+    fewer cost human pairs. A share of 1 without a size has no bound.
+
+    Args:
+        human: human pairs kept, H.
+        share: target share s, in [0, 1].
+        size: pairs in the mix, N; None for H.
+    """
+    if share == 1 and size is None:
+        return None
+    return _ceil(share * _floor(min(_bounds(human, float(share), size))))
+
+
+def prompts_needed(generated: int | None, pairs_a_prompt: float | int, prompts: int) -> int:
+    """Prompts to sample for so many generated pairs: ⌈SPARE_PROMPTS · g / y⌉, at least 1, at most all.
+
+    Args:
+        generated: generated pairs needed, g; None for as many as possible.
+        pairs_a_prompt: yield y: generated pairs kept per sampled prompt, >= 0.
+        prompts: prompts there are.
+    """
+    if generated is None or pairs_a_prompt <= 0:
+        return prompts
+    return min(max(_ceil(SPARE_PROMPTS * generated / pairs_a_prompt), 1), prompts)
+
+
+def drops_most(kept: int, mixed: int) -> bool:
+    """Whether a mix with `mixed` of the `kept` human pairs drops more than half of them.
+
+    Half of an odd number counts with either rounding, so that a share of one half never does.
+    """
+    return mixed < kept // 2
 
 
 def training_order(ids: Sequence[str] | np.ndarray, seed: int) -> Int[np.ndarray, " pair"]:
@@ -134,19 +203,17 @@ def training_order(ids: Sequence[str] | np.ndarray, seed: int) -> Int[np.ndarray
     return np.argsort(_hashes("order", ids, seed), kind="stable").astype(np.int64)
 
 
-def _counts(h: int, g: int, s: float, size: int | None, on_short: str) -> tuple[int, int]:
-    """Number of human and generated pairs in the mix."""
-    asked = h if size is None else size
-    if on_short == "fill":
-        n = min(asked, h + g)
-        n_human = min(n - min(round_half_up(s * n), g), h)
-        return n_human, n - n_human
-    bounds = [asked]
-    bounds += [h / (1 - s)] if s < 1 else []
-    bounds += [g / s] if s > 0 else []
-    n = int(np.floor(min(bounds) + 1e-9))  # 7/0.7 must be 10 even if the quotient is slightly smaller
-    n_generated = round_half_up(s * n)
-    return n - n_generated, n_generated
+def _bounds(h: int, s: float, size: int | None) -> list[float | int]:
+    """Bounds of the mix's size if there are generated pairs enough."""
+    return [h if size is None else size, *([h / (1 - s)] if s < 1 else [])]
+
+
+def _floor(x: float | int) -> int:
+    return int(np.floor(x + 1e-9))  # 7/0.7 must be 10 even if the quotient is slightly smaller
+
+
+def _ceil(x: float | int) -> int:
+    return int(np.ceil(x - 1e-9))  # 0.07 · 100 must be 7 even if the product is slightly larger
 
 
 def _in_order(

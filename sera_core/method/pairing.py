@@ -84,6 +84,14 @@ def pair_responses(
     return Pairing(chosen, rejected, prompts, reason)
 
 
+def expected_pairs(rule: str, responses: int) -> int:
+    """Pairs that a prompt gives if all its `responses` differ in text and reward.
+
+    A rule of the user's own may give any number; it is taken to give one.
+    """
+    return responses * (responses - 1) // 2 if rule == "all" else 1
+
+
 @dataclass(frozen=True)
 class Groups:
     """The responses of the prompts that can be paired, as a rule sees them."""

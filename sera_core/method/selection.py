@@ -16,6 +16,8 @@ from sera_core.extensions import Registry, is_own
 
 UNORDERED_RULES = ("relabel", "none")
 """Rules without an order of preference: a subset of their pairs must be drawn at random."""
+SIZED_BY_FRACTION = ("top-fraction", "random", "bottom")
+"""Rules that keep a fraction of all pairs."""
 DIRECTIONS = ("large", "small")
 
 
@@ -131,6 +133,16 @@ def select(
     kept, rank, dropped = _own(choose, rule, pairs) if is_own(rule) else choose(pairs)
     reason = np.where(kept, "kept", np.where(finite, dropped, "non_finite")).astype(object)
     return Selection(kept, rank, reason, kept & (margins < 0) & (rule == "relabel"))
+
+
+def expected_kept(rule: str, pairs: int, fraction: float | int, k: int) -> int:
+    """Pairs that a rule keeps of `pairs` finite ones if the floor drops none.
+
+    How many the rule `threshold` or one of the user's own keeps cannot be known: at most all.
+    """
+    if rule in SIZED_BY_FRACTION:
+        return round_half_up(fraction * pairs)
+    return min(k, pairs) if rule == "top-k" else pairs
 
 
 def _by_preference(pairs: Pairs, within: Callable[[np.ndarray], np.ndarray]) -> Chosen:

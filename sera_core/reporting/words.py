@@ -92,6 +92,9 @@ REASONS = {
     "equal_text": "best and worst answer are the same text",
 }
 
+SIDES = {"heldout": "held-out side", "test": "test side", "prompts": "prompt-only side"}
+"""Sides that no round trains on."""
+
 
 def feature(name: str) -> str:
     """A feature of the panel in words; one of the user's own by its name."""
@@ -101,8 +104,7 @@ def feature(name: str) -> str:
 def stage(name: str) -> str:
     """A ledger's stage in words; the side behind it (`render_heldout`) is said too."""
     step, _, side = name.partition("_")
-    sides = {"heldout": "held-out side", "test": "test side", "prompts": "prompt-only side"}
-    return STAGES.get(step, step) + (f", {sides.get(side, side)}" if side else "")
+    return STAGES.get(step, step) + (f", {SIDES.get(side, side)}" if side else "")
 
 
 def finite(value: Any) -> bool:

@@ -86,6 +86,16 @@ def test_a_setting_is_accepted_with_what_it_needs_and_refused_without(field):
     SeraConfig.model_validate(default)  # what is spelled out at its default asks for nothing
 
 
+def test_automatic_prompts_need_a_share_as_a_number_does_and_nothing_else_is_taken_for_a_number():
+    assert SeraConfig.model_validate(settings("sampling.prompts", "auto", {})).sampling.prompts == "auto"
+    with pytest.raises(ValidationError, match=r'sampling\.prompts = "auto" has no effect here'):
+        SeraConfig.model_validate(settings("sampling.prompts", "auto", NO_SHARE))
+    for value in ("all", 0, -3, 2.5, []):
+        with pytest.raises(ValidationError, match='give a whole number above 0, or "auto"') as failed:
+            SeraConfig.model_validate(settings("sampling.prompts", value, {}))
+        assert failed.value.error_count() == 1
+
+
 def test_a_split_is_refused_for_a_file_and_read_for_a_hub_data_set():
     SeraConfig.model_validate(settings("data.train", [{"path": "hub:a/b", "split": "test"}], {}))
     with pytest.raises(ValidationError, match=r"data\.train\.0\.split"):

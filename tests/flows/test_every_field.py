@@ -115,6 +115,9 @@ def keys_of(config: SeraConfig) -> set[str]:
             keys.add(spec.key)
             return StepRef(step=spec.step, key=spec.key, digest=spec.key)
 
+        def look(self, ref):
+            return None
+
     walk_rounds(config, digests_of(config), History([]), Pretend())
     return keys
 
@@ -201,6 +204,11 @@ def test_every_field_changes_the_plan_or_is_known_not_to(field, shared):
     assert keys_of(before) != keys_of(after), f"{field} changes nothing"
 
 
+def test_automatic_prompts_are_another_plan(shared):
+    numbered, automatic = (tinyrun.config(shared, sampling={"prompts": prompts}) for prompts in (10, "auto"))
+    assert keys_of(numbered) != keys_of(automatic)
+
+
 TOGETHER = [
     {"data": {"heldout": "side"}},
     {"data": {"heldout": "side", "test": "side"}},
@@ -213,6 +221,7 @@ TOGETHER = [
       for rule in ("top-k", "threshold", "random", "bottom", "relabel", "none")),
     {"sampling": {"dtype": "bfloat16"}},
     {"model": {"dtype": "bfloat16"}},
+    {"sampling": {"prompts": "auto"}},
     {"pairing": {"rule": "best-random"}},
     {"mix": {"shares": []}},
     {"mix": {"shares": [], "ramp_rounds": 1}},

@@ -87,7 +87,17 @@ def test_no_page_and_no_card_holds_one(folder, records, said):
     assert any(r"\x1b]0;owned\x07" in card for card in cards)
 
 
-PLAN = {"reuse": 0, "run_now": 0, "depends": 0, "tokens": 0, "seconds": 0.0, "bytes": 0, "steps": []}
+PLAN = {
+    "reuse": 0,
+    "run_now": 0,
+    "depends": 0,
+    "tokens": 0,
+    "seconds": 0.0,
+    "bytes": 0,
+    "steps": [],
+    "rounds": [],
+    "warnings": [],
+}
 
 
 def test_a_message_about_the_data_holds_none(tmp_path, said):

@@ -3,7 +3,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sera_core.method.mixing import mix, share_for_round, training_order
+from sera_core.method.mixing import (
+    drops_most,
+    mix,
+    mixed_counts,
+    needed_generated,
+    prompts_needed,
+    share_for_round,
+    training_order,
+)
 
 light = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -181,3 +189,66 @@ def test_a_mix_that_cannot_be_is_refused(how, message):
 def test_places_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="2 human places but 1 ids"):
         mix(np.arange(2), ["a"], np.arange(0), [], share=0.0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("human", "share", "size", "expected"),
+    [
+        (100, 0.3, None, 30),  # n = min(100, 142) = 100
+        (100, 0.3, 1000, 43),  # n = ⌊100/0.7⌋ = 142, ⌈42.6⌉: 0.3/0.7 of 100 is 42.9
+        (45, 0.25, 40, 10),  # n = min(40, 60)
+        (45, 0.4, 40, 16),
+        (101, 0.3, None, 31),  # 30 would leave n = ⌊30/0.3⌋ = 100
+        (100, 0.07, None, 7),  # 0.07 · 100 is 7.000000000000001
+        (7, 0.3, 200, 3),  # n = 7/0.7 = 10
+        (45, 0.0, None, 0),
+        (0, 0.5, 40, 0),
+        (45, 1.0, 40, 40),
+        (45, 1.0, None, None),
+    ],
+)
+def test_the_generated_pairs_needed_are_the_share_of_the_largest_mix(human, share, size, expected):
+    assert needed_generated(human, share, size) == expected
+
+
+@pytest.mark.parametrize(
+    ("generated", "pairs_a_prompt", "prompts", "expected"),
+    [
+        (10, 0.7, 64, 18),  # 1.25 · 10/0.7 = 17.9
+        (16, 0.7, 64, 29),  # 28.6
+        (4, 1.0, 64, 5),  # 5 exactly
+        (4, 6.0, 64, 1),  # all pairs of four responses: 5/6
+        (98, 0.7, 64, 64),  # 175, but there are 64
+        (0, 0.7, 64, 1),
+        (5, 0.0, 64, 64),
+        (None, 0.7, 64, 64),
+        (10, 0.7, 0, 0),
+    ],
+)
+def test_prompts_are_sampled_for_a_quarter_more_than_the_pairs_needed(
+    generated, pairs_a_prompt, prompts, expected
+):
+    assert prompts_needed(generated, pairs_a_prompt, prompts) == expected
+
+
+@light
+@given(
+    st.integers(1, 300),
+    st.floats(0.01, 0.99),
+    st.one_of(st.none(), st.integers(1, 600)),
+    st.floats(0.05, 5),
+)
+def test_so_many_prompts_at_that_yield_cost_no_human_pair(human, share, size, pairs_a_prompt):
+    needed = needed_generated(human, share, size)
+    assert needed is not None
+    generated = int(pairs_a_prompt * prompts_needed(needed, pairs_a_prompt, 10**9))
+    plenty = mixed_counts(human, 10**9, share, size, "keep-share")
+    assert mixed_counts(human, generated, share, size, "keep-share") == plenty
+    assert mixed_counts(human, needed, share, size, "keep-share") == plenty
+
+
+def test_more_than_half_is_most():
+    assert drops_most(45, 21) and not drops_most(45, 22)
+    assert drops_most(44, 21) and not drops_most(44, 22)
+    assert drops_most(2, 0) and not drops_most(1, 0) and not drops_most(0, 0)
+    assert not any(drops_most(h, mixed_counts(h, h, 0.5, None, "keep-share")[0]) for h in range(50))

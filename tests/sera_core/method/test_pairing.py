@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sera_core.method.pairing import PAIRING_RULES, pair_responses
+from sera_core.method.pairing import PAIRING_RULES, expected_pairs, pair_responses
 
 light = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -153,3 +153,10 @@ def test_responses_that_cannot_be_paired_are_refused_with_the_remedy(rewards, ho
 def test_a_reward_that_is_not_finite_is_not_looked_at_where_the_response_is_invalid():
     got = pair([1, np.nan, 2], valid=[True, False, True], rule="best-mu-2sigma")
     assert (got.chosen.tolist(), got.rejected.tolist()) == ([2], [0])
+
+
+@pytest.mark.parametrize("rule", PAIRING_RULES)
+def test_the_pairs_expected_of_a_prompt_are_those_of_different_rewards(rule):
+    got = pair([1, 4, 2, 3], rule=rule, seeds={0: 1})
+    assert got.chosen.size == expected_pairs(rule, 4) == (6 if rule == "all" else 1)
+    assert expected_pairs("my_rules:pairs", 4) == 1

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sera_core.method.selection import SELECTION_RULES, round_half_up, select
+from sera_core.method.selection import SELECTION_RULES, expected_kept, round_half_up, select
 
 light = settings(max_examples=60, deadline=None, derandomize=True)
 some_margins = st.lists(
@@ -171,3 +171,12 @@ def test_ids_that_repeat_or_do_not_fit_are_refused():
         select(np.zeros(2), ["a", "a"], rule="none")
     with pytest.raises(ValueError, match="one id a pair"):
         select(np.zeros(2), ["a"], rule="none")
+
+
+@pytest.mark.parametrize("rule", SELECTION_RULES)
+def test_the_pairs_expected_are_those_kept_where_the_floor_drops_none(rule):
+    """Half of 9 pairs is 5; margins 1 to 9, all above the floor and the threshold."""
+    margins = [float(n) for n in range(1, 10)]
+    got = pick(margins, rule=rule, fraction=0.5, k=4, threshold=0.5)
+    assert got.kept.sum() == expected_kept(rule, 9, 0.5, 4)
+    assert expected_kept(rule, 3, 0.5, 4) == (2 if rule in ("top-fraction", "random", "bottom") else 3)
