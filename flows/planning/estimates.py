@@ -125,6 +125,8 @@ class Estimator:
             prompts = min(spec.fields["prompts"] or size.train, size.heldout if held else size.train)
             return prompts * spec.fields["responses"] * spec.fields["max_tokens"] * SAMPLED_SHARE
         if spec.step == "train":
+            if (budget := spec.fields.get("token_budget")) is not None:
+                return budget
             pairs = config.mix.size or size.train * (
                 1.0 if spec.fields["round"] == 0 else config.select.fraction
             )
