@@ -11,7 +11,6 @@ from flows.commands.compare import _difference as difference_words
 from flows.compare import arm_config, check_comparison, run_arms, trained_rounds, with_budget
 from flows.display.compared import compared
 from sera_core.arms import ARMS
-from sera_core.artifacts.store import open_store
 from sera_core.errors import InputError, SeraError
 from sera_core.method.comparison import Difference
 from sera_core.method.estimates import Estimate
@@ -129,7 +128,7 @@ def test_an_arm_is_called_distinguishable_only_if_an_interval_leaves_0_out():
     assert "not measurable" in difference_words(Difference(unknown, unknown), "sera")
 
 
-# ------------------------------------------------------------------------------------------- the runs themselves
+# ------------------------------------------------------------------------------------------------- the runs
 
 
 ARMS_HERE, SEEDS_HERE = ["sera", "dpo", "random"], [0, 1]
@@ -169,12 +168,24 @@ def test_round_0_and_the_data_are_computed_once(done):
 @pytest.mark.slow
 @pytest.mark.flow
 def test_arms_train_for_the_tokens_of_the_first_and_at_most_a_batch_more(done):
-    _, _, _, found = done
-    longest = 4 * max(len(str(row)) for row in tinyrun.pairs(32))  # characters of a batch: more than tokens
+    _, _, store, found = done
+    reached = [record for record in trains(store) if "token_budget" in record["fields"]]
+    assert len(reached) == 4  # two arms, two seeds, round 1
+    for record in reached:
+        budget, log = record["fields"]["token_budget"], record["files"]["log.jsonl"]["attempt"]
+        text = (store / "steps" / "train" / record["key"] / log / "log.jsonl").read_text()
+        before, last = (json.loads(line)["tokens/trained"] for line in text.splitlines()[-2:])
+        assert before < budget <= last == record["metrics"]["tokens/trained"]
     for seed in map(str, SEEDS_HERE):
         first = found["arms"]["sera"][seed]["tokens"]
-        for arm in ARMS_HERE[1:]:
-            assert first <= found["arms"][arm][seed]["tokens"] <= first + longest
+        budgets = {r["fields"]["token_budget"] for r in reached if str(r["fields"]["seed"]) == seed}
+        (round_0,) = (
+            r["metrics"]["tokens/trained"]
+            for r in trains(store)
+            if str(r["fields"]["seed"]) == seed and r["fields"]["round"] == 0
+        )
+        assert budgets == {first - round_0}
+        assert all(found["arms"][arm][seed]["tokens"] >= first for arm in ARMS_HERE)
 
 
 @pytest.mark.slow
@@ -237,4 +248,3 @@ def test_one_round_of_all_tokens_shares_nothing_but_the_measure(tmp_path):
     tokens = [sum(r.metrics["tokens/trained"] for r in found.arms[arm][0].rounds) for arm in found.arms]
     assert tokens[0] <= tokens[1]
     assert asdict(found.differences["dpo-single"])["balanced"]["pairs"] > 0
-    assert open_store(str(store)).url
