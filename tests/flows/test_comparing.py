@@ -7,8 +7,9 @@ import pytest
 import tinyrun
 from commandline import process
 
-from flows.commands.compare import _difference as difference_words
 from flows.compare import arm_config, check_comparison, run_arms, trained_rounds, with_budget
+from flows.display.compare_page import COLOURS, page_of
+from flows.display.compare_words import difference as difference_words
 from flows.display.compared import compared
 from sera_core.arms import ARMS
 from sera_core.errors import InputError, SeraError
@@ -42,6 +43,10 @@ def test_an_arm_differs_from_the_experiment_in_its_own_settings_alone(config, ar
     assert named <= changed
     assert all(name.split(".")[0] in ("select", "sampling", "pairing") for name in robbed)
     assert found["seed"] == 3 and arm_config(config, arm, 3).limits == config.limits
+
+
+def test_each_arm_has_a_colour():
+    assert len(set(COLOURS)) == len(ARMS)
 
 
 def test_each_arm_says_what_it_shows_and_where_it_is_from():
@@ -118,6 +123,13 @@ def test_the_command_refuses_with_one_message_and_writes_nothing(tmp_path, sera,
     store = tmp_path / "store"
     told = sera("compare", tinyrun.experiment(tmp_path), "--store", store, *flags, code=2)
     assert said in told.err and told.err.count("\n") == 1 and not store.exists()
+
+
+def test_a_page_that_is_not_ours_is_not_replaced(tmp_path, sera):
+    (tmp_path / "compare.html").write_text("mine")
+    store = tmp_path / "store"
+    told = sera("compare", tinyrun.experiment(tmp_path), "--store", store, "--out", tmp_path, code=2)
+    assert "is not a sera-flow report" in told.err and not store.exists()
 
 
 def test_an_arm_is_called_distinguishable_only_if_an_interval_leaves_0_out():
@@ -218,7 +230,8 @@ def test_again_it_does_nothing_and_needs_no_prefect(done, sera):
     again = sera(*command(experiment, folder))
     assert again.json == found and "estimated" not in again.err
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()} == before
-    table = sera(*command(experiment, folder)[:-1]).out
+    table = sera(*command(experiment, folder)[:-1], "--out", folder / "page").out
+    assert "sera" in (folder / "page" / "compare.html").read_text() and "compare.html" in table
     assert "random against sera: balanced accuracy" in table and "tiny-random-1" in table
 
 
@@ -247,4 +260,7 @@ def test_one_round_of_all_tokens_shares_nothing_but_the_measure(tmp_path):
     found = compared(runs)
     tokens = [sum(r.metrics["tokens/trained"] for r in found.arms[arm][0].rounds) for arm in found.arms]
     assert tokens[0] <= tokens[1]
+    page = page_of(found, "<b>tiny")
+    assert "Arms of &lt;b&gt;tiny" in page and "dpo-single against sera" in page
+    assert page.count("<circle") == 3 and ARMS["dpo-single"].shows in page  # two rounds and one
     assert asdict(found.differences["dpo-single"])["balanced"]["pairs"] > 0
