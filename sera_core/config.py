@@ -293,6 +293,10 @@ class TrainConfig(Part):
     """Fraction of the steps used for warmup; the rate is constant afterwards."""
     epochs: Positive = 1
     """Epochs over the mixture in one round."""
+    tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Training tokens of round 0, 1, 2, …; later rounds use the last value. A pair has 2 × prompt + chosen +
+    rejected tokens. A round ends with the first optimizer step that reaches its number, and until then passes
+    over the mixture again and again, shuffled. 0 or empty: `epochs` decides."""
     batch: Positive = 32
     """Pairs per optimizer step, over all devices."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -447,6 +451,8 @@ class SeraConfig(Part):
             )
         if len(set(train.losses)) != len(train.losses):
             raise ValueError("train.losses names a loss twice; give it once, with a larger weight")
+        if train.tokens and not any(train.tokens):
+            raise ValueError("train.tokens holds no number above 0; leave it empty, and train.epochs decides")
         if len(set(self.decide.panel)) != len(self.decide.panel):
             raise ValueError("decide.panel names a feature twice; give each once")
         if self.decide.metric != "accuracy" and self.decide.feature not in self.decide.panel:
@@ -506,6 +512,11 @@ class SeraConfig(Part):
         """
         return self.model.dtype == "bfloat16" or self.sampling.dtype not in (None, self.model.dtype)
 
+    def token_budget(self, round: int) -> int | None:
+        """Training tokens of a round; None: `train.epochs` decides."""
+        tokens = self.train.tokens
+        return (tokens[min(round, len(tokens) - 1)] or None) if tokens else None
+
     @property
     def learning_rate(self) -> float:
         """Peak learning rate to use (defaults: 5e-7 full, 5e-6 LoRA)."""
@@ -531,6 +542,7 @@ class SeraConfig(Part):
 ADDED_LATER = {
     "model": ("template_kwargs",),
     "data": ("format", "columns", "completions", "on_bad_row"),
+    "train": ("tokens",),
     "decide": ("metric", "feature", "panel"),
 }
 """Settings, by section, that runs of the first version do not have."""

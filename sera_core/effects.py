@@ -133,6 +133,11 @@ EFFECTS: tuple[Row, ...] = (
         lambda c: bool({"sigmoid", "robust"} & set(c.train.losses)),
         "only with the losses sigmoid (conservative DPO) and robust",
     ),
+    Row(
+        "train.epochs",
+        lambda c: not c.train.tokens or 0 in c.train.tokens,
+        "only in a round without a number of tokens (train.tokens is empty, or 0 for that round)",
+    ),
     Row("train.target_margin", lambda c: "simpo" in c.train.losses, 'only with the loss "simpo"'),
     Row("train.lora_rank", lambda c: c.train.method == "lora", 'only with train.method = "lora"'),
     Row("train.lora_alpha", lambda c: c.train.method == "lora", 'only with train.method = "lora"'),

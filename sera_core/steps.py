@@ -219,14 +219,16 @@ def train(
     config: SeraConfig, round: int, start: Ref, model: Ref, mixture: Ref, start_is_reference: bool
 ) -> StepSpec:
     """One round of direct alignment."""
-    part = config.train.model_dump(mode="json", exclude={"learning_rate", "start", "reference"})
+    excluded = {"learning_rate", "start", "reference", "tokens"}
+    budget = config.token_budget(round)
     fields = {
-        "train": part,
+        "train": config.train.model_dump(mode="json", exclude=excluded),
         "learning_rate": config.learning_rate,
         "dtype": config.model.dtype,
         "seed": config.seed,
         "round": round,
         "start_is_reference": start_is_reference,
+        **({} if budget is None else {"token_budget": budget}),
         **sources("loss", *config.train.losses),
     }
     return _spec("train", fields, {"start": start, "model": model, "mixture": mixture})

@@ -109,7 +109,9 @@ class Bench:
             step="train",
             version=1,
             fields={
-                "train": train.model_dump(mode="json", exclude={"learning_rate", "start", "reference"}),
+                "train": train.model_dump(
+                    mode="json", exclude={"learning_rate", "start", "reference", "tokens"}
+                ),
                 "learning_rate": rate,
                 "dtype": dtype,
                 "seed": 0,

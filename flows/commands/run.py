@@ -4,18 +4,20 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from flows.commands.output import print_note
 from flows.commands.summary import closing_lines, rounds_table
 from flows.commands.tables import print_table, print_text
+from flows.compare import Finish
 from flows.display.run_view import PLANNED_COLUMNS, planned_cells, run_records, show
 from flows.experiments import load_experiment
 from flows.planning.plan import plan
 from flows.running import open_run
-from flows.running.rounds import PAUSED, test_side_is_open
+from flows.running.rounds import has_work
 from sera_core.artifacts.lease import wait_until_free
 from sera_core.artifacts.run_records import check_name
 from sera_core.artifacts.runs import RunStore
@@ -33,7 +35,7 @@ def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("experiment", help="TOML file, or bundled:<name>")
     sub.add_argument("--name", help="run name (default: the file's stem)")
-    _add_set(sub)
+    add_set(sub)
     sub.set_defaults(command=run_command)
 
 
@@ -43,7 +45,7 @@ def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
         "demo", parents=[common], help="run the whole loop on a small real model and real preferences"
     )
     sub.add_argument("--quick", action="store_true", help="smoke test: one self-reviewed round on 16 pairs")
-    _add_set(sub)
+    add_set(sub)
     sub.set_defaults(command=demo_command)
 
 
@@ -63,11 +65,11 @@ def add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("experiment", help="TOML file, or bundled:<name>")
     sub.add_argument("--name", help="run name (default: the file's stem)")
-    _add_set(sub)
+    add_set(sub)
     sub.set_defaults(command=plan_command)
 
 
-def _add_set(sub: argparse.ArgumentParser) -> None:
+def add_set(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--set",
         action="append",
@@ -80,7 +82,7 @@ def _add_set(sub: argparse.ArgumentParser) -> None:
 def run_command(args: argparse.Namespace) -> int:
     """Run all rounds; a finished run is only printed."""
     config = load_experiment(args.experiment, args.set)
-    return _run_experiment(config, _run_name(args), args)
+    return _run_experiment(config, run_name(args), args)
 
 
 def demo_command(args: argparse.Namespace) -> int:
@@ -108,7 +110,7 @@ def advance_command(args: argparse.Namespace) -> int:
 def plan_command(args: argparse.Namespace) -> int:
     """Print the plan."""
     config = load_experiment(args.experiment, args.set)
-    found = plan(config, _run_name(args), args.store)
+    found = plan(config, run_name(args), args.store)
     _print_warnings(found)
     if args.json:
         print(json.dumps(found))
@@ -126,7 +128,7 @@ def plan_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_name(args: argparse.Namespace) -> str:
+def run_name(args: argparse.Namespace) -> str:
     """The run name from --name, else the file's stem."""
     if args.name is not None:
         return check_name(args.name)
@@ -135,15 +137,11 @@ def _run_name(args: argparse.Namespace) -> str:
 
 def _run_experiment(config: SeraConfig, name: str, args: argparse.Namespace) -> int:
     started = time.monotonic()
-    wait_until_free(open_store(args.store), name, print_note)  # before changed settings are recorded
-    records = open_run.open_run(config, name, args.store)
-    state = records.state()
-    if state == "open" or (state not in PAUSED and test_side_is_open(records)):
-        _print_forecast(config, name, args)
-        _run_flow(config, name, args)
-        if not args.json:
-            print_text(f"{time.monotonic() - started:.0f} s in total.")
-    return _print_run(records, args)
+    with finishing(args) as finish:
+        worked = finish(config, name)
+    if worked and not args.json:
+        print_text(f"{time.monotonic() - started:.0f} s in total.")
+    return _print_run(RunStore(open_store(args.store), name), args)
 
 
 def _print_forecast(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
@@ -155,6 +153,32 @@ def _print_forecast(config: SeraConfig, name: str, args: argparse.Namespace) -> 
 def _print_warnings(found: dict[str, Any]) -> None:
     for warning in found["warnings"]:
         print_note(f"sera: warning: {warning}")
+
+
+@contextmanager
+def finishing(args: argparse.Namespace) -> Iterator[Finish]:
+    """A function that does all rounds of a run and says whether there was work; the first starts Prefect."""
+    with ExitStack() as stack:
+
+        @cache
+        def start_prefect() -> None:
+            from flows.orchestration.embedded_server import prefect_api
+
+            stack.enter_context(prefect_api(args.debug))
+            stack.enter_context(interrupt_on_termination())
+
+        def finish(config: SeraConfig, name: str) -> bool:
+            wait_until_free(open_store(args.store), name, print_note)  # before changed settings are recorded
+            if not has_work(open_run.open_run(config, name, args.store)):
+                return False
+            _print_forecast(config, name, args)
+            start_prefect()
+            from flows.sera import sera
+
+            sera(config, run=name, store=args.store)
+            return True
+
+        yield finish
 
 
 def _forecast(found: dict[str, Any]) -> str:
@@ -172,15 +196,6 @@ def _forecast(found: dict[str, Any]) -> str:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
-
-
-def _run_flow(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
-    from flows.orchestration.embedded_server import prefect_api
-
-    with prefect_api(args.debug), interrupt_on_termination():
-        from flows.sera import sera
-
-        sera(config, run=name, store=args.store)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def write_run_report(store_url: str, run: str, out: Path) -> list[Path]:
         raise InputError(f"run {run!r}: not in the store {store_url}; `sera list` names the runs there")
     pages = {_page(m): _round_page(records, m) for m in records.history().rounds}
     pages = {"index.html": _index(records, store_url).encode(), **pages}
-    _refuse_foreign(out, list(pages))
+    refuse_foreign(out, list(pages))
     out.mkdir(parents=True, exist_ok=True)
     for name, page in pages.items():
         write_whole(out / name, page)
@@ -60,7 +60,7 @@ def _round_page(records: RunStore, manifest: RoundManifest) -> bytes:
     return Artifact(records.store, manifest.steps["report"]).path("report.html").read_bytes()
 
 
-def _refuse_foreign(out: Path, names: Sequence[str]) -> None:
+def refuse_foreign(out: Path, names: Sequence[str]) -> None:
     if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"--out {out}: this is a file or a broken link; give a folder")
     check_place(out / "index.html")

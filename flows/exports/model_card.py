@@ -127,6 +127,7 @@ def _settings(records: RunStore) -> list[list[str]]:
         ("method", f"LoRA, rank {train.lora_rank}" if train.method == "lora" else "all weights"),
         ("learning rate", f"{config.learning_rate:g}"),
         ("batch, epochs per round", f"{train.batch}, {train.epochs}"),
+        *([("training tokens by round", ", ".join(map(str, train.tokens)))] if train.tokens else []),
         ("arithmetic", config.model.dtype),
         ("review", f"score {config.score}, ensemble {config.review.ensemble}"),
         ("selection", f"{config.select.rule} ({config.select.fraction:g})"),

@@ -119,9 +119,12 @@ class Estimator:
         if spec.step == "sample":
             prompts = self._sampled(spec.fields["side"], counts)
             return prompts * spec.fields["responses"] * spec.fields["max_tokens"] * SAMPLED_SHARE
-        if spec.step == "train" and counts is not None:
-            pairs = counts.human + counts.generated
-            return pairs * (2 * size.prompt + 2 * size.answer) * self.config.train.epochs
+        if spec.step == "train":
+            if (budget := spec.fields.get("token_budget")) is not None:
+                return budget
+            if counts is not None:
+                pairs = counts.human + counts.generated
+                return pairs * (2 * size.prompt + 2 * size.answer) * self.config.train.epochs
         return 0.0
 
     def _scored(self, spec: StepSpec, counts: RoundCounts | None, pair: float) -> float:

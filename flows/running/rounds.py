@@ -65,6 +65,12 @@ def report_test_side(session: Session) -> None:
     open_run.record_test_evidence(session, best.round, ref)
 
 
+def has_work(records: RunStore) -> bool:
+    """Whether the run is open, or stopped without its report on the test set."""
+    state = records.state()
+    return state == "open" or (state not in PAUSED and test_side_is_open(records))
+
+
 def test_side_is_open(records: RunStore) -> bool:
     """Whether there is a test set on which the best round's policy is not evaluated yet."""
     best = records.history().best

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -129,6 +130,54 @@ def intervals(rows: Sequence[tuple[str, str, Point]], label: str, mark: float | 
     return _svg(label, [*_x_axis(x, places, label, height), *drawn], height)
 
 
+TALL = 400
+"""Height of a plot of paths."""
+LEGEND_WIDTH = 5
+"""Entries of its legend in one row."""
+
+
+def paths(series: Sequence[Series], x_label: str, y_label: str) -> Markup | None:
+    """Arrows from point to point of each series; points are numbered from 0. None without a point."""
+    points = [point for one in series for point in one.points]
+    if not points:
+        return None
+    x_ticks, y_ticks = (
+        ticks(min(values), max(values)) for values in ([p.x for p in points], [p.value for p in points])
+    )
+    rows = [series[start : start + LEGEND_WIDTH] for start in range(0, len(series), LEGEND_WIDTH)]
+    top = TOP + 18 * len(rows)
+    x, y = (
+        Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT),
+        Scale(y_ticks[0], y_ticks[-1], TALL - BOTTOM, top),
+    )
+    drawn = [_text(LEFT, top - 8, y_label, style="name")]
+    drawn += [part for one in series for part in _path(one, x, y)]
+    for number, row in enumerate(rows):
+        drawn += _legend([(one.style, one.name) for one in row], 18 * number)
+    label = f"{y_label} against {x_label}"
+    return _svg(label, [*_y_axis(y, y_ticks), *_x_axis(x, x_ticks, x_label, TALL), *drawn], TALL)
+
+
+def _path(one: Series, x: Scale, y: Scale) -> list[str]:
+    at = [(x(p.x), y(p.value)) for p in one.points]
+    drawn = [part for start, end in pairwise(at) for part in _arrow(start, end, one.style)]
+    drawn += [_dot(a, b, one.style) for a, b in at]
+    return drawn + [_text(a + 6, b - 5, str(number)) for number, (a, b) in enumerate(at)]
+
+
+def _arrow(start: tuple[float, float], end: tuple[float, float], style: str) -> list[str]:
+    """A line with a head that touches the dot at its end; nothing where both dots meet."""
+    across, down = end[0] - start[0], end[1] - start[1]
+    length = math.hypot(across, down)
+    if length < 8:
+        return []
+    u, v = across / length, down / length
+    tip, back = (end[0] - 4 * u, end[1] - 4 * v), (end[0] - 11 * u, end[1] - 11 * v)
+    corners = [tip, (back[0] - 4 * v, back[1] + 4 * u), (back[0] + 4 * v, back[1] - 4 * u)]
+    head = " ".join(f"{a:.1f},{b:.1f}" for a, b in corners)
+    return [_line(*start, *back, f"line {style}"), f'<polygon class="dot {style}" points="{head}"/>']
+
+
 def _series(one: Series, x: Scale, y: Scale, shift: float) -> list[str]:
     at = [(x(p.x) + shift, y(p.value), p) for p in one.points]
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in at)
@@ -161,10 +210,10 @@ def _x_axis(x: Scale, values: Sequence[float], label: str, height: int = HEIGHT)
     return [*drawn, _text((x.start + x.end) / 2, height - 4, label, "middle", "name")]
 
 
-def _legend(entries: Sequence[tuple[str, str]]) -> list[str]:
+def _legend(entries: Sequence[tuple[str, str]], down: float = 0) -> list[str]:
     drawn, at = [], float(LEFT)
     for style, name in entries:
-        drawn += [_bar(at, 10, 4, 14, style), _text(at + 15, 13, name)]
+        drawn += [_bar(at, 10, down + 4, down + 14, style), _text(at + 15, down + 13, name)]
         at += 32 + 6.8 * len(name)
     return drawn
 

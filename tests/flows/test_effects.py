@@ -37,6 +37,7 @@ CASES = {
     "mix.ramp_rounds": (5, {"mix": {"shares": []}}, {}),
     "mix.on_short": ("fill", {}, NO_SHARE),
     "train.label_smoothing": (0.1, {}, {"train": {"losses": ["ipo", "hinge"]}}),
+    "train.epochs": (2, {"train": {"tokens": [0, 60]}}, {"train": {"tokens": [60]}}),
     "train.target_margin": (0.5, {"train": {"losses": ["simpo"]}}, {}),
     "train.lora_rank": (8, {"train": {"method": "lora"}}, {}),
     "train.lora_alpha": (8, {"train": {"method": "lora"}}, {}),

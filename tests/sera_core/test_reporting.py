@@ -151,6 +151,19 @@ def test_a_plot_escapes_its_labels():
         assert "&lt;script&gt;" in str(svg)
 
 
+def test_a_path_goes_by_arrows_from_its_first_point_to_its_last():
+    """To the right and up: the line and its head end left of and below the second dot; 0.2 px apart: none."""
+    far = plots.Series("arm", "a", [plots.Point(0.0, 0.5), plots.Point(0.4, 0.7)])
+    svg = str(
+        plots.paths([far, plots.Series("other", "b", [plots.Point(0.0, 0.5)] * 2)], "reliance", "score")
+    )
+    dots = [(float(a), float(b)) for a, b in re.findall(r'class="dot a" cx="(\S+)" cy="(\S+)"', svg)]
+    (tip,) = re.findall(r'polygon class="dot a" points="(\S+),(\S+) ', svg)
+    assert dots[0][0] < float(tip[0]) < dots[1][0] and dots[0][1] > float(tip[1]) > dots[1][1]
+    assert svg.count("<polygon") == 1 and svg.count("<circle") == 4
+    assert plots.paths([], "reliance", "score") is None
+
+
 def test_a_higher_value_is_drawn_higher_and_its_interval_around_it():
     points = [plots.Point(0, 0.2, 0.1, 0.3), plots.Point(1, 0.8, 0.7, 0.9)]
     svg = str(plots.lines([plots.Series("accuracy", "a", points)], "round", "accuracy", 0.5))

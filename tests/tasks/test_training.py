@@ -190,6 +190,43 @@ def test_a_killed_round_resumes_to_the_same_bytes(bench: Bench, train: TrainConf
     assert resumed.metrics == whole.metrics
 
 
+def tokens_of(bench: Bench) -> list[int]:
+    return [
+        2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in bench.rows
+    ]
+
+
+@slow
+@pytest.mark.parametrize("passes", [0.3, 2.5], ids=["less-than-a-pass", "more-than-two-passes"])
+def test_a_budget_of_tokens_ends_training_and_the_schedule_has_as_many_steps(
+    bench: Bench, passes: float
+) -> None:
+    """Of 10 pairs in batches of 4; warmup is 0.5 of the steps, so the last step's rate is the peak."""
+    tokens = tokens_of(bench)
+    budget = int(passes * sum(tokens))
+    train = FULL.model_copy(update={"epochs": 1, "warmup": 0.5})
+    record = bench.run(bench.spec(bench.mixture(), train, token_budget=budget))
+    lines = bench.log(record)
+    assert budget <= record.metrics["tokens/trained"] == lines[-1]["tokens/trained"]
+    assert len(lines) == 1 or lines[-2]["tokens/trained"] < budget
+    order = training_order(tokens, 4, 1, (0, 0), budget)
+    assert record.metrics["pairs"] == len(order) == sum(line["pairs"] for line in lines)
+    assert (len(order) > 10) == (passes > 1)
+    rates = [line["learning_rate"] for line in lines]
+    warmup = math.ceil(0.5 * len(lines))
+    assert rates == pytest.approx([1e-3 * warmup_factor(step, warmup) for step in range(len(lines))])
+
+
+@slow
+def test_a_round_with_a_budget_resumes_to_the_same_bytes(bench: Bench) -> None:
+    """Killed in the second pass; the rows after the checkpoint are those of the whole run."""
+    spec = bench.spec(bench.mixture(), FULL, rate=1.5e-3, token_budget=int(1.8 * sum(tokens_of(bench))))
+    with pytest.raises(Killed):
+        bench.run(spec, CHECKPOINTS, kill_at(12))
+    resumed = bench.run(spec, CHECKPOINTS)
+    assert shas(resumed) == shas(bench.again(spec, name="whole-budget"))
+
+
 @slow
 def test_no_pickle_reaches_the_store(bench: Bench) -> None:
     spec = bench.spec(bench.mixture(), FULL, rate=3e-3)

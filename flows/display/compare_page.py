@@ -1,0 +1,82 @@
+"""A comparison of arms as one HTML page. No Prefect, no torch."""
+
+from pathlib import Path
+from typing import Any
+
+from flows.display import compare_words
+from flows.display.compared import Compared
+from flows.display.run_report import refuse_foreign
+from sera_core.arms import ARMS
+from sera_core.artifacts.folders import write_whole
+from sera_core.reporting import words
+from sera_core.reporting.pages import render
+from sera_core.reporting.plots import Point, Series, paths
+
+PAGE = "compare.html"
+COLOURS = (
+    "#1f5fa8", "#c05a12", "#2e7d4f", "#8e44ad", "#a87b00", "#c62839", "#17838f", "#7f5539", "#d0589a",
+)  # fmt: skip
+"""One for each arm, in the order they are named."""
+
+
+def check_page(out: Path) -> None:
+    """Refuse a folder that the page cannot be written to.
+
+    Raises:
+        InputError: it is a file, cannot be created, or has a `compare.html` that is not ours.
+    """
+    refuse_foreign(out, [PAGE])
+
+
+def write_page(found: Compared, name: str, out: Path) -> Path:
+    """Write `out`/compare.html; returns its path.
+
+    Raises:
+        InputError: as `check_page`.
+    """
+    check_page(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / PAGE, page_of(found, name).encode())
+    return out / PAGE
+
+
+def page_of(found: Compared, name: str) -> str:
+    """The page: a row and a path for each arm, and its difference from the first."""
+    seeds = list(found.arms[found.first])
+    return render(
+        "compare.html.j2",
+        name=name,
+        first=found.first,
+        lead=f"{words.plural(len(found.arms), 'arm')} of one experiment, each trained for the tokens of "
+        f"{found.first}, round by round; means over {words.plural(len(seeds), 'seed')}.",
+        columns=compare_words.COLUMNS,
+        rows=[[_cell(value) for value in row] for row in compare_words.rows(found)],
+        note=compare_words.measured_on(found),
+        differences=compare_words.differences(found),
+        unequal=list(compare_words.unequal(found)),
+        plot=paths(_series(found), "reliance", "balanced accuracy"),
+        feature=words.feature(found.feature),
+        arms=[{"name": arm, "shows": ARMS[arm].shows, "source": ARMS[arm].source} for arm in found.arms],
+        runs=", ".join(compare_words.run_names(found)),
+        colours=COLOURS[: len(found.arms)],
+    )
+
+
+def _cell(value: Any) -> str:
+    return words.count(value) if isinstance(value, int) else words.number(value)
+
+
+def _series(found: Compared) -> list[Series]:
+    return [
+        Series(arm, f"arm-{number}", points)
+        for number, arm in enumerate(found.arms)
+        if (points := _points(found, arm))
+    ]
+
+
+def _points(found: Compared, arm: str) -> list[Point]:
+    return [
+        Point(round["reliance"], round["balanced"])
+        for round in found.by_round(arm)
+        if round["reliance"] is not None and round["balanced"] is not None
+    ]

@@ -1,0 +1,266 @@
+"""Arms of one experiment: what they change, what is refused, and three of them on the tiny policy."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import tinyrun
+from commandline import process
+
+from flows.compare import arm_config, check_comparison, run_arms, trained_rounds, with_budget
+from flows.display.compare_page import COLOURS, page_of
+from flows.display.compare_words import difference as difference_words
+from flows.display.compared import compared
+from sera_core.arms import ARMS
+from sera_core.errors import InputError, SeraError
+from sera_core.method.comparison import Difference
+from sera_core.method.estimates import Estimate
+from sera_core.method.selection import SELECTION_RULES
+
+EVERY = list(ARMS)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tinyrun.config(tmp_path, train={"epochs": 2}, select={"fraction": 0.5})
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("arm", EVERY)
+def test_an_arm_differs_from_the_experiment_in_its_own_settings_alone(config, arm):
+    base, found = (arm_config(config, name, 3).result_fields() for name in ("sera", arm))
+    changed = {
+        f"{section}.{name}"
+        for section, part in base.items()
+        if isinstance(part, dict)
+        for name in part
+        if part[name] != found[section].get(name)
+    }
+    named = {f"{section}.{name}" for section, part in ARMS[arm].settings.items() for name in part}
+    robbed = changed - named  # settings of the file that have no effect in the arm
+    assert named <= changed
+    assert all(name.split(".")[0] in ("select", "sampling", "pairing") for name in robbed)
+    assert found["seed"] == 3 and arm_config(config, arm, 3).limits == config.limits
+
+
+def test_each_arm_has_a_colour():
+    assert len(set(COLOURS)) == len(ARMS)
+
+
+def test_each_arm_says_what_it_shows_and_where_it_is_from():
+    assert all(arm.shows.endswith(".") and arm.source for arm in ARMS.values())
+    rules = [arm.settings["select"]["rule"] for arm in ARMS.values() if "select" in arm.settings]
+    assert set(rules) <= set(SELECTION_RULES)
+
+
+def test_a_control_selects_generated_pairs_as_it_selects_human_ones(config):
+    found = arm_config(config, "random", 0)
+    assert (found.select.rule, found.select_generated.rule) == ("random", "random")
+    human = config.model_copy(update={"mix": config.mix.model_copy(update={"shares": (0.0,)})})
+    assert arm_config(human, "random", 0).select_generated.rule == "top-fraction"  # nothing to select
+
+
+def test_another_arm_gets_the_rounds_and_tokens_of_the_first(config):
+    found = with_budget(arm_config(config, "dpo", 0), "dpo", [500, 300, 200])
+    assert found.train.tokens == (0, 300, 200) and found.train.epochs == 2  # round 0 is the first arm's
+    assert found.limits.rounds == 3 and found.decide.max_ks == 0.0
+    single = with_budget(arm_config(config, "dpo-single", 0), "dpo-single", [500, 300, 200])
+    assert single.train.tokens == (1000,) and single.train.epochs == 1  # 2 epochs would say nothing
+    assert single.limits.rounds == 1
+
+
+def test_an_experiment_with_a_budget_of_its_own_keeps_it_in_round_0(tmp_path):
+    config = tinyrun.config(tmp_path, train={"tokens": [450, 200]})
+    assert with_budget(arm_config(config, "dpo", 0), "dpo", [480, 230]).train.tokens == (450, 230)
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arms", "sections", "said"),
+    [
+        (["sera", "rendom"], {}, "'rendom': no such arm; did you mean random"),
+        (["sera", "x"], {}, "no such arm; choose from sera, dpo"),
+        (["sera"], {}, "at least two different arms"),
+        (["sera", "dpo", "sera"], {}, "at least two different arms"),
+        (["dpo-single", "sera"], {}, "cannot be the first"),
+        (["sera", "human-only"], {"mix": {"shares": [0.0]}}, "human-only has the same settings as sera"),
+        (["random", "human-only"], {"mix": {"shares": [0.0]}}, "human-only has the same settings as sera"),
+        (["sera", "dpo"], {"mix": {"shares": [0.0]}, "select": {"rule": "none"}}, "dpo has the same"),
+        (["sera", "gamma-0"], {"review": {"gamma": 0.0}}, "gamma-0 has the same settings as sera"),
+        (["sera", "gamma-0"], {"limits": {"rounds": 2}}, "gamma-0 differs from round 2 on"),
+        (["sera", "dpo"], {"limits": {"rounds": 1}}, "set limits.rounds to 2 or more"),
+        (["sera", "dpo"], {"limits": {"tokens": 10}}, "limits.tokens and limits.hours"),
+        (["sera", "dpo"], {"limits": {"hours": 1.0}}, "limits.tokens and limits.hours"),
+        (["sera", "dpo"], {"decide": {"review": "alarm"}}, "waits for nobody"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, arms, sections, said):
+    with pytest.raises(InputError, match=said):
+        check_comparison(tinyrun.config(tmp_path, **sections), arms, [0], "mine")
+
+
+def test_every_arm_can_be_compared_with_a_plain_experiment(config):
+    check_comparison(config, EVERY, [0, 1, 2], "mine")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--arms", "sera,dpoo"], "did you mean dpo"),
+        (["--seeds", "0,0"], "each once"),
+        (["--seeds", "0,a"], "whole numbers"),
+        (["--seeds", "-1"], "0 or more"),
+        (["--seeds", ""], "whole numbers"),
+        (["--set", "seed=3"], "given with --seeds"),
+        (["--name", "a/b"], "a/b"),
+    ],
+)
+def test_the_command_refuses_with_one_message_and_writes_nothing(tmp_path, sera, flags, said):
+    store = tmp_path / "store"
+    told = sera("compare", tinyrun.experiment(tmp_path), "--store", store, *flags, code=2)
+    assert said in told.err and told.err.count("\n") == 1 and not store.exists()
+
+
+def test_a_page_that_is_not_ours_is_not_replaced(tmp_path, sera):
+    (tmp_path / "compare.html").write_text("mine")
+    store = tmp_path / "store"
+    told = sera("compare", tinyrun.experiment(tmp_path), "--store", store, "--out", tmp_path, code=2)
+    assert "is not a sera-flow report" in told.err and not store.exists()
+
+
+def test_an_arm_is_called_distinguishable_only_if_an_interval_leaves_0_out():
+    same, apart = Estimate(0.01, -0.1, 0.12, 50, 40), Estimate(-0.2, -0.3, -0.1, 50, 40)
+    assert difference_words(Difference(same, same), "sera").endswith("Not distinguishable from sera.")
+    assert difference_words(Difference(same, apart), "sera").endswith("It differs in reliance.")
+    unknown = Estimate(None, None, None, 0, 0)
+    assert "not measurable" in difference_words(Difference(unknown, unknown), "sera")
+
+
+# ------------------------------------------------------------------------------------------------- the runs
+
+
+ARMS_HERE, SEEDS_HERE = ["sera", "dpo", "random"], [0, 1]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Three arms, two seeds, two rounds on the command line: (folder, experiment, store, what it printed)."""
+    folder = tmp_path_factory.mktemp("compared")
+    experiment = tinyrun.experiment(folder, limits={"rounds": 2}, train={"batch": 4})
+    told = process(*command(experiment, folder), cwd=folder)
+    assert told.returncode == 0, told.stderr
+    return folder, experiment, folder / "store", json.loads(told.stdout)
+
+
+def command(experiment, folder):
+    return (
+        *("compare", experiment, "--arms", ",".join(ARMS_HERE), "--seeds", "0,1"),
+        *("--store", folder / "store", "--json"),
+    )
+
+
+def trains(store):
+    return [json.loads(path.read_text()) for path in store.glob("steps/train/*/done.json")]
+
+
+@pytest.mark.slow
+@pytest.mark.flow
+def test_round_0_and_the_data_are_computed_once(done):
+    _, _, store, _ = done
+    rounds = [(record["fields"]["seed"], record["fields"]["round"]) for record in trains(store)]
+    assert sorted(rounds) == [(0, 0), (0, 1), (0, 1), (0, 1), (1, 0), (1, 1), (1, 1), (1, 1)]
+    assert len(list(store.glob("steps/data/*/done.json"))) == 1
+    assert max(tinyrun.attempts(store)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.flow
+def test_arms_train_for_the_tokens_of_the_first_and_at_most_a_batch_more(done):
+    _, _, store, found = done
+    reached = [record for record in trains(store) if "token_budget" in record["fields"]]
+    assert len(reached) == 4  # two arms, two seeds, round 1
+    for record in reached:
+        budget, log = record["fields"]["token_budget"], record["files"]["log.jsonl"]["attempt"]
+        text = (store / "steps" / "train" / record["key"] / log / "log.jsonl").read_text()
+        before, last = (json.loads(line)["tokens/trained"] for line in text.splitlines()[-2:])
+        assert before < budget <= last == record["metrics"]["tokens/trained"]
+    for seed in map(str, SEEDS_HERE):
+        first = found["arms"]["sera"][seed]["tokens"]
+        budgets = {r["fields"]["token_budget"] for r in reached if str(r["fields"]["seed"]) == seed}
+        (round_0,) = (
+            r["metrics"]["tokens/trained"]
+            for r in trains(store)
+            if str(r["fields"]["seed"]) == seed and r["fields"]["round"] == 0
+        )
+        assert budgets == {first - round_0}
+        assert all(found["arms"][arm][seed]["tokens"] >= first for arm in ARMS_HERE)
+
+
+@pytest.mark.slow
+@pytest.mark.flow
+def test_the_table_is_of_the_last_rounds_and_the_differences_are_paired(done):
+    _, _, store, found = done
+    assert list(found["arms"]) == ARMS_HERE and set(found["differences"]) == {"dpo", "random"}
+    for arm, by_seed in found["arms"].items():
+        for seed, run in by_seed.items():
+            assert run["run"] == f"tiny-{arm}-{seed}" and run["round"] == 1
+            assert set(run) >= {"accuracy", "balanced", "reliance", "counter", "aligned", "equal", "decision"}
+            shown = json.loads(process("show", run["run"], "--store", store, "--json").stdout)["rounds"][-1]
+            assert run["accuracy"] == pytest.approx(shown["metrics"]["heldout/rewards/accuracies"]["value"])
+            assert run["decision"] == shown["decision"]
+        assert found["means"][arm]["balanced"] == pytest.approx(
+            sum(run["balanced"] for run in by_seed.values()) / 2
+        )
+    for arm, change in found["differences"].items():
+        for name in ("balanced", "reliance"):
+            apart = found["means"][arm][name] - found["means"]["sera"][name]
+            assert change[name]["value"] == pytest.approx(apart)
+            assert change[name]["low"] <= change[name]["value"] <= change[name]["high"]
+
+
+@pytest.mark.slow
+@pytest.mark.flow
+def test_again_it_does_nothing_and_needs_no_prefect(done, sera):
+    folder, experiment, store, found = done
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+    again = sera(*command(experiment, folder))
+    assert again.json == found and "estimated" not in again.err
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()} == before
+    table = sera(*command(experiment, folder)[:-1], "--out", folder / "page").out
+    assert "sera" in (folder / "page" / "compare.html").read_text() and "compare.html" in table
+    assert "random against sera: balanced accuracy" in table and "tiny-random-1" in table
+
+
+@pytest.mark.slow
+def test_a_first_arm_that_stops_in_round_0_is_no_measure(tmp_path):
+    config = tinyrun.config(tmp_path, limits={"rounds": 2}, select={"min_margin": 1e9})
+
+    def finish(config, run):
+        return bool(tinyrun.work(config, tmp_path / "store", run).rounds())
+
+    with pytest.raises(SeraError, match="tiny-sera-0' stopped with `no_pairs` after 1 trained rounds"):
+        run_arms(config, ["sera", "dpo"], [0], "tiny", str(tmp_path / "store"), finish)
+
+
+@pytest.mark.slow
+def test_one_round_of_all_tokens_shares_nothing_but_the_measure(tmp_path):
+    """dpo-single: one round; its tokens are those of both rounds of the first arm, and a batch at most."""
+    store = tmp_path / "store"
+
+    def finish(config, run):
+        return bool(tinyrun.work(config, store, run).rounds())
+
+    config = tinyrun.config(tmp_path, limits={"rounds": 2}, mix={"shares": [0.0]})
+    runs = run_arms(config, ["sera", "dpo-single"], [0], "tiny", str(store), finish)
+    assert [len(trained_rounds(by_seed[0])) for by_seed in runs.values()] == [2, 1]
+    found = compared(runs)
+    tokens = [sum(r.metrics["tokens/trained"] for r in found.arms[arm][0].rounds) for arm in found.arms]
+    assert tokens[0] <= tokens[1]
+    page = page_of(found, "<b>tiny")
+    assert "Arms of &lt;b&gt;tiny" in page and "dpo-single against sera" in page
+    assert page.count("<circle") == 3 and ARMS["dpo-single"].shows in page  # two rounds and one
+    assert asdict(found.differences["dpo-single"])["balanced"]["pairs"] > 0
