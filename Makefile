@@ -9,13 +9,16 @@ ALONE := recovery or faults
 APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 
-.PHONY: demo quick up deploy test system fast check fuzz recovery faults bench golden reference clean
+.PHONY: demo quick lab up deploy test system fast check fuzz recovery faults bench golden reference clean
 
 demo: .venv/core            ## three rounds with a real model and real preferences (about ten minutes)
 	$(BIN)/sera demo
 
 quick: .venv/core           ## smoke test: one reviewed round (about a minute)
 	$(BIN)/sera demo --quick
+
+lab: .venv/core             ## the method on planted labels, against DPO and a random selection; writes tests/laboratory/latest.json
+	$(BIN)/sera lab --files flip,noise,corr --json > latest.json && mkdir -p tests/laboratory && mv latest.json tests/laboratory/
 
 up: .venv/core              ## start Prefect's server and UI, a worker and the deployments here, until Ctrl-C
 	$(BIN)/sera up

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flows.commands import capability_flags, compare, deploy, doctor, export, review, run, show, store
+from flows.commands import capability_flags, compare, deploy, doctor, export, lab, review, run, show, store
 from flows.orchestration.embedded_server import bypass_loopback_proxy
 from flows.start import entry
 from sera_core import __version__
@@ -25,6 +25,7 @@ ADDERS = (
     run.add_advance,
     run.add_plan,
     compare.add_compare,
+    lab.add_lab,
     show.add_list,
     show.add_show,
     review.add_review,

@@ -46,7 +46,8 @@ def check_comparison(config: SeraConfig, arms: Sequence[str], seeds: Sequence[in
         )
     if config.decide.review != "never":
         raise InputError(
-            f'decide.review = "{config.decide.review}": a comparison waits for nobody; set it to "never"'
+            f'decide.review = "{config.decide.review}": a comparison cannot wait for a review; '
+            'set it to "never"'
         )
     _refuse_equal(config, arms)
     for arm in arms:

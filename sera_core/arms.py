@@ -34,7 +34,7 @@ def _selection(rule: str) -> dict[str, dict[str, Any]]:
 
 
 _ALL_HUMAN = {"select": {"rule": "none"}, "mix": {"shares": [0.0]}}
-_REVIEWS = "asked for in the reviews of the SeRA paper"
+_REVIEWS = "a control requested in the reviews of the SeRA paper"
 
 ARMS: dict[str, Arm] = {
     SERA: Arm({}, "The experiment as it is.", "SeRA, arXiv 2410.09362"),
@@ -80,7 +80,7 @@ ARMS: dict[str, Arm] = {
 
 
 def refuse_unknown_arms(names: Sequence[str]) -> None:
-    """Refuse names that are no arm, or too few, or one twice.
+    """Refuse unknown or repeated arms, and fewer than two.
 
     Raises:
         InputError: names the first, and the nearest arm.

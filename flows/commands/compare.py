@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from flows.commands.tables import print_table, print_text
 from flows.compare import check_comparison, run_arms
 from flows.display.compare_page import check_page, write_page
 from flows.display.compare_words import COLUMNS, differences, measured_on, rows, run_names, unequal
-from flows.display.compared import as_json, compared
+from flows.display.compared import Compared, as_json, compared
 from flows.experiments import load_experiment
 from sera_core.arms import ARMS
+from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 
 ARM_NAMES, SEEDS = "sera,dpo,random", "0,1,2"
@@ -42,35 +44,50 @@ def add_compare(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def compare_command(args: argparse.Namespace) -> int:
     """Run what is not done yet, and print the comparison."""
-    arms, seeds, name = _words(args.arms), _numbers(args.seeds), run_name(args)
+    arms, seeds, name = as_words(args.arms), seeds_of(args.seeds), run_name(args)
     _refuse_seed(args.set)
     config = load_experiment(args.experiment, args.set)
     check_comparison(config, arms, seeds, name)
     if args.out is not None:
         check_page(Path(args.out))
-    with finishing(args) as finish:
-        found = compared(run_arms(config, arms, seeds, name, args.store, finish))
-    page = None if args.out is None else write_page(found, name, Path(args.out))
+    found = compare(config, arms, seeds, name, args)
     if args.json:
+        if args.out is not None:
+            write_page(found, name, Path(args.out))
         print(json.dumps(as_json(found)))
         return 0
-    print_table(f"arms of {name}, means over seeds {args.seeds}", COLUMNS, rows(found))
+    print_comparison(found, name, args.seeds, None if args.out is None else Path(args.out))
+    return 0
+
+
+def compare(
+    config: SeraConfig, arms: Sequence[str], seeds: Sequence[int], name: str, args: argparse.Namespace
+) -> Compared:
+    """Run every arm with every seed as far as it is not done, and read what was measured."""
+    with finishing(args) as finish:
+        return compared(run_arms(config, arms, seeds, name, args.store, finish))
+
+
+def print_comparison(found: Compared, name: str, seeds: str, out: Path | None) -> None:
+    """Print the table and the differences; write the page to the folder `out`, if given."""
+    print_table(f"arms of {name}, means over seeds {seeds}", COLUMNS, rows(found))
     for line in (measured_on(found), *differences(found), *unequal(found)):
         print_text(line)
     runs = run_names(found)
     print_text(f"Runs: {', '.join(runs)}. `sera show {runs[0]}` shows one.")
-    if page is not None:
-        print_text(f"wrote {page}")
-    return 0
+    if out is not None:
+        print_text(f"wrote {write_page(found, name, out)}")
 
 
-def _words(given: str) -> list[str]:
+def as_words(given: str) -> list[str]:
+    """Words between commas."""
     return [word.strip() for word in given.split(",")]
 
 
-def _numbers(given: str) -> list[int]:
+def seeds_of(given: str) -> list[int]:
+    """Seeds between commas."""
     try:
-        seeds = [int(word) for word in _words(given)]
+        seeds = [int(word) for word in as_words(given)]
     except ValueError:
         raise InputError(f"--seeds {given!r}: give whole numbers, such as 0,1,2") from None
     if min(seeds) < 0:

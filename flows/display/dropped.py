@@ -48,7 +48,7 @@ def reasons(counts: Counter[str]) -> str:
 
 
 def over_share_words(manifest: RoundManifest) -> str | None:
-    """That the mix dropped more than half of the human pairs kept, if it did; a share of 1 asks for that."""
+    """A warning if the mix dropped more than half of the human pairs kept; None at a share of 1."""
     mixed = manifest.pairs["human"]
     over = int(manifest.metrics.get("human/over_share", 0))
     if manifest.target_share == 1 or not drops_most(mixed + over, mixed):

@@ -305,7 +305,7 @@ def _artifact(record: StepRecord, path: str) -> dict[str, Any] | None:
 
 
 def _measured(artifact: Artifact) -> dict[str, Any]:
-    """Metrics of a step that its files, whose hashes are checked, say too."""
+    """Metrics of a step that its hashed files contain too."""
     step, files = artifact.ref.step, artifact.record.files
     if step in ("evaluate", "test"):
         return json.loads(artifact.path("evidence.json").read_text())

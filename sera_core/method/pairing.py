@@ -157,15 +157,15 @@ def _own(rule: Callable[..., Any], name: str, g: Groups) -> Rows:
     for start, size in zip(g.starts, g.sizes, strict=True):
         members = g.rows[start : start + size]
         rewards = g.rewards[members]
-        told = np.asarray(list(rule(rewards.copy())), dtype=np.int64).reshape(-1, 2)
-        inside = bool(((told >= 0) & (told < size)).all())
-        if not inside or not (rewards[told[:, 0]] > rewards[told[:, 1]]).all():
+        returned = np.asarray(list(rule(rewards.copy())), dtype=np.int64).reshape(-1, 2)
+        inside = bool(((returned >= 0) & (returned < size)).all())
+        if not inside or not (rewards[returned[:, 0]] > rewards[returned[:, 1]]).all():
             raise InputError(
-                f"the pairing rule {name!r} gave {told.tolist()} for rewards {rewards.tolist()}: each pair "
-                "is two places in that list, and the first has the larger reward"
+                f"the pairing rule {name!r} gave {returned.tolist()} for rewards {rewards.tolist()}: each "
+                "pair is two places in that list, and the first has the larger reward"
             )
-        chosen.append(members[told[:, 0]])
-        rejected.append(members[told[:, 1]])
+        chosen.append(members[returned[:, 0]])
+        rejected.append(members[returned[:, 1]])
     return np.concatenate(chosen), np.concatenate(rejected)
 
 

@@ -198,14 +198,14 @@ def _own(rule: Callable[..., Any], name: str, pairs: Pairs) -> Chosen:
     """The user's own rule, over the finite pairs by id; the floor is ours."""
     rows = np.flatnonzero(pairs.finite)
     rows = rows[np.argsort(pairs.names[rows])]
-    told = np.asarray(rule(pairs.margins[rows].copy(), fraction=pairs.fraction, seed=pairs.seed))
-    if told.shape != rows.shape or told.dtype != bool:
+    returned = np.asarray(rule(pairs.margins[rows].copy(), fraction=pairs.fraction, seed=pairs.seed))
+    if returned.shape != rows.shape or returned.dtype != bool:
         raise InputError(
-            f"the selection rule {name!r} gave {told.dtype} of shape {told.shape} for {rows.size} pairs; it "
-            "must give one bool per pair"
+            f"the selection rule {name!r} gave {returned.dtype} of shape {returned.shape} for {rows.size} "
+            "pairs; it must give one bool per pair"
         )
     wanted = np.zeros(pairs.finite.size, dtype=bool)
-    wanted[rows] = told
+    wanted[rows] = returned
     return _by_preference(pairs, lambda _: wanted)
 
 

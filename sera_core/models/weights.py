@@ -123,7 +123,7 @@ def refuse_oversized(folder: Path, config: dict[str, Any]) -> None:
 
 
 def refuse_not_finite(folder: Path, model: Any) -> None:
-    """Refuse weights of which one is NaN or infinite: whatever is computed from them is no number.
+    """Refuse weights that contain NaN or infinity.
 
     Raises:
         InputError: names the first tensor.

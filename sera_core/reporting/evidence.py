@@ -197,8 +197,8 @@ def signals(decision: Metrics | None) -> list[Line]:
     ]
 
 
-def lesson(evidence: Metrics) -> list[str]:
-    """What the margins say beside the accuracies, in sentences."""
+def margin_notes(evidence: Metrics) -> list[str]:
+    """Sentences that compare margins with accuracies."""
     grew, better = evidence["heldout/margin_change"], evidence["heldout/accuracy_change"]
     trained, heldout = evidence["trained/margin"], evidence["heldout/margin"]
     said = []

@@ -68,7 +68,7 @@ def blocks(files: RoundFiles, ledger: Sequence[Row]) -> list[Block]:
     return found
 
 
-def apart(ledger: Sequence[Row]) -> list[tuple[str, str, str, int]]:
+def dropped_on_other_sides(ledger: Sequence[Row]) -> list[tuple[str, str, str, int]]:
     """What was dropped on the sides that are not trained on (held-out, test, prompt-only)."""
     return _dropped([row for row in ledger if row["origin"] == "human" and "_" in row["stage"]])
 

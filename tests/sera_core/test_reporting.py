@@ -37,29 +37,29 @@ def decided(verdict="not_enough_evidence", change=True):
 
 
 def test_growing_margins_without_growing_accuracy_are_called_by_name():
-    said = evidence.lesson(measured(rate(0.52, 0.4, 0.6), rate(-0.02, -0.05, 0.01)))
+    said = evidence.margin_notes(measured(rate(0.52, 0.4, 0.6), rate(-0.02, -0.05, 0.01)))
     assert len(said) == 1
     assert said[0].endswith("did not (−0.020 [−0.050, +0.010]): growing margins are not growing accuracy.")
 
 
 def test_margins_and_accuracy_that_both_grow_are_said_to():
-    said = evidence.lesson(measured(rate(0.52, 0.4, 0.6), rate(0.1, 0.02, 0.2)))
+    said = evidence.margin_notes(measured(rate(0.52, 0.4, 0.6), rate(0.1, 0.02, 0.2)))
     assert "held-out accuracy grew with it" in said[0]
 
 
 def test_with_few_pairs_nothing_is_said_about_accuracy():
-    said = evidence.lesson(measured(rate(0.52, 0.4, 0.6, 29), rate(-0.02, -0.05, 0.01, 29)))
+    said = evidence.margin_notes(measured(rate(0.52, 0.4, 0.6, 29), rate(-0.02, -0.05, 0.01, 29)))
     assert "29 held-out pairs are too few pairs to tell" in said[0]
     assert "not growing accuracy" not in said[0]
 
 
 def test_trained_margins_above_held_out_ones_are_called_memorised():
     trained, heldout = rate(3.0, 2.5, 3.5), rate(0.5, 0.2, 0.8)
-    said = evidence.lesson(measured(rate(0.0, -0.1, 0.1), rate(0.0, -0.1, 0.1), trained, heldout))
+    said = evidence.margin_notes(measured(rate(0.0, -0.1, 0.1), rate(0.0, -0.1, 0.1), trained, heldout))
     assert "did not clearly grow" in said[0]
     assert "memorised" in said[1]
     few = measured(rate(0.0, -0.1, 0.1), rate(0.0, -0.1, 0.1), trained, heldout | {"n": 29})
-    assert len(evidence.lesson(few)) == 1
+    assert len(evidence.margin_notes(few)) == 1
 
 
 # ----------------------------------------------------------------------------------------------- the evidence
@@ -245,7 +245,9 @@ def test_pairs_of_other_sides_do_not_count_among_the_human_pairs(made):
     block = flow.blocks(made(rows, ["a"], ["a"]), rows)[0]
     assert block.dropped == [("token ids", "too_long", "an answer over the limit", 1)]
     assert block.balanced
-    assert flow.apart(rows) == [("token ids, held-out side", "too_long", "an answer over the limit", 1)]
+    assert flow.dropped_on_other_sides(rows) == [
+        ("token ids, held-out side", "too_long", "an answer over the limit", 1)
+    ]
 
 
 def test_the_dropped_example_is_one_the_policy_does_not_prefer_and_of_those_the_lowest(made):

@@ -1,0 +1,103 @@
+"""The laboratory: its start policy is trained once, and its arms run on the bundled review sentences."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from flows import laboratory
+from flows.cli import main
+from sera_core.data.sources import read_rows
+from sera_core.models.policies import load_policy
+
+SMALL = {
+    "vocabulary": 320,
+    "hidden": 32,
+    "layers": 1,
+    "heads": 2,
+    "intermediate": 64,
+    "epochs": 2,
+    "batch": 8,
+}
+
+
+def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=600)
+
+
+def words_of(row: dict, side: str) -> str:
+    return row[side][0]["content"]
+
+
+@pytest.mark.parametrize("file", list(laboratory.FILES))
+def test_each_file_holds_pairs_whose_prompts_the_held_out_pairs_share(file):
+    rows = [row.data for row in read_rows(laboratory.train_file(file))]
+    assert len(rows) == 2000
+    assert all(words_of(row, "chosen") != words_of(row, "rejected") for row in rows)
+    heldout = [row.data for row in read_rows("bundled:review_heldout.jsonl.gz")]
+    assert {row["cell"] for row in heldout} == {"counter", "aligned", "equal"}
+
+
+def test_the_start_policy_is_trained_once_and_the_same_every_time(tmp_path, monkeypatch):
+    texts = (["Write a review."], [f"A film with {n} good scenes. I liked it." for n in range(24)])
+    monkeypatch.setattr(laboratory, "_texts", lambda: texts)
+    first = laboratory.base_policy(str(tmp_path / "a"), SMALL)
+    before = (first / "model.safetensors").stat().st_mtime_ns
+    assert laboratory.base_policy(str(tmp_path / "a"), SMALL) == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == before
+    again = laboratory.base_policy(str(tmp_path / "b"), SMALL)
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    other = laboratory.base_policy(str(tmp_path / "a"), {**SMALL, "seed": 1})
+    assert (other / "model.safetensors").read_bytes() != (first / "model.safetensors").read_bytes()
+    assert load_policy(first, dtype="float32", device="cpu") is not None
+
+
+def test_training_lowers_the_loss(tmp_path, monkeypatch):
+    losses = []
+    for epochs in (1, 8):
+        monkeypatch.setattr(laboratory, "_texts", lambda: (["Hi?"], ["The very same answer."] * 32))
+        folder = laboratory.base_policy(str(tmp_path / "store"), {**SMALL, "epochs": epochs})
+        record = json.loads(next(folder.parent.parent.glob("done.json")).read_text())
+        losses.append(record["metrics"]["train_loss"])
+    assert losses[1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--files", "flop"], "no such file; choose from flip, noise, corr"),
+        (["--arms", "sera,rnadom"], "did you mean random?"),
+        (["--seeds", "a"], "give whole numbers"),
+        (["--set", "limits.hours=1"], "limits.tokens and limits.hours"),
+    ],
+)
+def test_what_the_laboratory_cannot_do_is_refused_before_the_policy_is_trained(
+    tmp_path, capfd, given, message
+):
+    assert main(["lab", "--store", str(tmp_path / "store"), *given]) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.flow
+def test_the_arms_run_on_the_bundled_pairs(tmp_path, monkeypatch):
+    """The tiny policy instead of a trained one, and few pairs: the command from its start to its table."""
+    tiny.tiny_policy(tmp_path / "policy")
+    code = (
+        "import flows.commands.lab as lab; from pathlib import Path; from flows.cli import main; import sys; "
+    )
+    code += (
+        f"lab.base_policy = lambda store: Path({str(tmp_path / 'policy')!r}); sys.exit(main(sys.argv[1:]))"
+    )
+    few = ["--set", "data.train_pairs=24", "--set", "data.heldout_pairs=24", "--set", "train.batch=8"]
+    command = ["lab", "--seeds", "0", "--arms", "sera,random", "--store", str(tmp_path / "store"), *few]
+    done = run(code, *command, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "a length-biased annotator" in done.stdout and "random against sera" in done.stdout
+    assert (tmp_path / "out" / "flip" / "compare.html").is_file()
+    found = json.loads(run(code, *command, "--json").stdout)
+    assert set(found["arms"]["flip"]) == {"sera", "random"}
+    assert {"balanced", "reliance", "counter", "aligned", "equal"} <= set(found["arms"]["flip"]["sera"]["0"])
