@@ -4,7 +4,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from sera_core.artifacts.canonical import files_digest, sha256_json
 from sera_core.artifacts.measures import Metrics
@@ -87,6 +87,16 @@ class StepRecord(StrictModel):
     environment: dict[str, Any]
     started: str
     seconds: float
+
+    @field_validator("environment")
+    @classmethod
+    def _names_its_code(cls, environment: dict[str, Any]) -> dict[str, Any]:
+        """Version and digest of the code, if named, are text."""
+        names = ("sera-flow", "code")
+        wrong = next((name for name in names if not isinstance(environment.get(name, ""), str)), None)
+        if wrong is not None:
+            raise ValueError(f"environment.{wrong} is not text")
+        return environment
 
     @property
     def digest(self) -> str:

@@ -95,7 +95,7 @@ def test_an_experiment_with_a_budget_of_its_own_keeps_it_in_round_0(tmp_path):
         (["sera", "dpo"], {"limits": {"rounds": 1}}, "set limits.rounds to 2 or more"),
         (["sera", "dpo"], {"limits": {"tokens": 10}}, "limits.tokens and limits.hours"),
         (["sera", "dpo"], {"limits": {"hours": 1.0}}, "limits.tokens and limits.hours"),
-        (["sera", "dpo"], {"decide": {"review": "alarm"}}, "waits for nobody"),
+        (["sera", "dpo"], {"decide": {"review": "alarm"}}, "cannot wait for a review"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, arms, sections, said):

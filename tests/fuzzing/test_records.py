@@ -355,3 +355,14 @@ def test_a_step_that_lost_a_metric_is_named(tmp_path):
     told = kept.ask(("lineage", "first"))
     check_told(told)
     assert told.code == 1 and f"{key}/done.json" in told.err and "weights/result" in told.err
+
+
+@pytest.mark.parametrize("version", ["null", "7", '["0.1.0"]', '{"name": "1"}'])
+def test_a_step_whose_environment_names_no_version_is_named(tmp_path, version):
+    kept = Kept(full_store(tmp_path), [], {})
+    key = json.loads((kept.store / ROUND).read_text())["steps"]["policy"]["key"]
+    record = f"steps/train/{key}/done.json"
+    spelt(kept.store / record, ("environment", "sera-flow"), version)
+    told = kept.ask(("lineage", "first", "--json"))
+    check_told(told)
+    assert told.code == 1 and record in told.err
