@@ -9,6 +9,7 @@ from sera_core.artifacts.canonical import files_digest
 from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.run_records import ACCURACY, BEST, HEAD, RoundManifest, now
+from sera_core.errors import StoreError
 
 FILES = {
     "policy": ("policy", "policy/"),
@@ -74,12 +75,25 @@ def manifest_fields(records: Mapping[str, StepRecord], new: Sequence[StepRecord]
 
 
 def artifacts_of(records: dict[str, StepRecord]) -> dict[str, dict[str, Any]]:
-    """The round's artifacts: step, path, sha256 (for a folder: its digest), bytes and rows."""
-    found = {}
-    for role, (step, path) in FILES.items():
-        if step in records and any(name.startswith(path) for name in records[step].files):
-            found[role] = artifact(records[step], path)
-    return found
+    """The round's artifacts: step, path, sha256 (for a folder: its digest), bytes and rows.
+
+    Raises:
+        StoreError: a step's record names no such file.
+    """
+    return {
+        role: artifact(_naming(records[step], path), path)
+        for role, (step, path) in FILES.items()
+        if step in records
+    }
+
+
+def _naming(record: StepRecord, path: str) -> StepRecord:
+    if not any(name.startswith(path) for name in record.files):
+        raise StoreError(
+            f"steps/{record.step}/{record.key}/done.json: names no file {path!r}; restore it from a copy of "
+            "the store"
+        )
+    return record
 
 
 def artifact(record: StepRecord, path: str) -> dict[str, Any]:

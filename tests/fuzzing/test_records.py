@@ -366,3 +366,15 @@ def test_a_step_whose_environment_names_no_version_is_named(tmp_path, version):
     told = kept.ask(("lineage", "first", "--json"))
     check_told(told)
     assert told.code == 1 and record in told.err
+
+
+def test_a_step_that_lost_its_file_ends_no_round(finished):
+    kept, last = finished
+    path = kept.store / "steps" / "report" / last["steps"]["report"]["key"] / "done.json"
+    whole = path.read_bytes()
+    rewrite(path, files={})
+    try:
+        with pytest.raises(SeraError, match=r"done\.json: names no file 'report\.html'"):
+            goes_on(kept.store)
+    finally:
+        path.write_bytes(whole)
