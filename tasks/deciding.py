@@ -10,6 +10,13 @@ import numpy as np
 from sera_core.artifacts.canonical import finite
 from sera_core.artifacts.run_records import BEST, HEAD
 from sera_core.artifacts.step import Attempt
+from sera_core.compared_rounds import (
+    ComparedRounds,
+    TrainPairs,
+    changes_since_head,
+    compared_rounds,
+    train_pairs,
+)
 from sera_core.method.alarm import PanelAlarm, panel_alarm
 from sera_core.method.best import Best, best_of
 from sera_core.method.convergence import (
@@ -26,7 +33,6 @@ from sera_core.method.estimates import Estimate
 from sera_core.method.panel import TOKENS
 from sera_core.method.reliance import reliance_changes
 from sera_core.method.selected import selected
-from tasks.compared_rounds import ComparedRounds, TrainPairs, changes_since_head, compared_rounds, train_pairs
 
 UNLIMITED = 10**9
 """A decision never records `max_rounds`: the run adds it, so that raising its limits continues the run."""

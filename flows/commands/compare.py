@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,17 @@ def add_compare(commands: Any, common: argparse.ArgumentParser) -> None:
 def compare_command(args: argparse.Namespace) -> int:
     """Run what is not done yet, and print the comparison."""
     arms, seeds, name = as_words(args.arms), seeds_of(args.seeds), run_name(args)
-    _refuse_seed(args.set)
+    refuse_set(args.set, {"seed": "the seeds of a comparison are given with --seeds"})
     config = load_experiment(args.experiment, args.set)
     check_comparison(config, arms, seeds, name)
     if args.out is not None:
         check_page(Path(args.out))
     found = compare(config, arms, seeds, name, args)
+    page = None if args.out is None else write_page(found, name, Path(args.out))
     if args.json:
-        if args.out is not None:
-            write_page(found, name, Path(args.out))
         print(json.dumps(as_json(found)))
-        return 0
-    print_comparison(found, name, args.seeds, None if args.out is None else Path(args.out))
+    else:
+        print_comparison(found, name, args.seeds, page)
     return 0
 
 
@@ -68,15 +67,15 @@ def compare(
         return compared(run_arms(config, arms, seeds, name, args.store, finish))
 
 
-def print_comparison(found: Compared, name: str, seeds: str, out: Path | None) -> None:
-    """Print the table and the differences; write the page to the folder `out`, if given."""
+def print_comparison(found: Compared, name: str, seeds: str, page: Path | None) -> None:
+    """Print the table, the differences and where the page is."""
     print_table(f"arms of {name}, means over seeds {seeds}", COLUMNS, rows(found))
     for line in (measured_on(found), *differences(found), *unequal(found)):
         print_text(line)
     runs = run_names(found)
     print_text(f"Runs: {', '.join(runs)}. `sera show {runs[0]}` shows one.")
-    if out is not None:
-        print_text(f"wrote {write_page(found, name, out)}")
+    if page is not None:
+        print_text(f"wrote {page}")
 
 
 def as_words(given: str) -> list[str]:
@@ -95,7 +94,13 @@ def seeds_of(given: str) -> list[int]:
     return seeds
 
 
-def _refuse_seed(sets: list[str]) -> None:
+def refuse_set(sets: Sequence[str], elsewhere: Mapping[str, str]) -> None:
+    """Refuse overrides of settings that the command itself sets.
+
+    Args:
+        sets: the values of --set.
+        elsewhere: how to set it instead, by setting.
+    """
     for change in sets:
-        if change.partition("=")[0].strip() == "seed":
-            raise InputError(f"--set {change}: the seeds of a comparison are given with --seeds")
+        if (why := elsewhere.get(change.partition("=")[0].strip())) is not None:
+            raise InputError(f"--set {change}: {why}")

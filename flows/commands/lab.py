@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flows.commands.compare import as_words, compare, print_comparison, seeds_of
+from flows.commands.compare import as_words, compare, print_comparison, refuse_set, seeds_of
 from flows.commands.run import add_set
 from flows.commands.tables import print_text
 from flows.compare import check_comparison
@@ -18,6 +18,12 @@ from sera_core.errors import InputError
 
 ARM_NAMES, SEEDS = "sera,random,dpo", "0,1,2"
 EXPERIMENT = "bundled:lab"
+ELSEWHERE = {
+    "seed": "the seeds are given with --seeds",
+    "data.train": "the train files are given with --files; `sera compare` takes your own",
+    "model.source": "the laboratory trains its start policy; `sera compare bundled:lab` takes another one",
+}
+"""Settings that the laboratory sets itself."""
 
 
 def add_lab(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -39,6 +45,7 @@ def add_lab(commands: Any, common: argparse.ArgumentParser) -> None:
 def lab_command(args: argparse.Namespace) -> int:
     """Train the start policy if the store has none, run what is not done yet, and print the comparisons."""
     files, arms, seeds = as_words(args.files), as_words(args.arms), seeds_of(args.seeds)
+    refuse_set(args.set, ELSEWHERE)
     for file in files:
         _check(file, args, arms, seeds)
     policy = base_policy(args.store)
@@ -46,12 +53,11 @@ def lab_command(args: argparse.Namespace) -> int:
     for file in files:
         config = _config(file, args.set, policy)
         found[file] = compare(config, arms, seeds, _name(file), args)
-        if args.json:
-            if (page := _page(args.out, file)) is not None:
-                write_page(found[file], _name(file), page)
-        else:
+        folder = _folder(args.out, file)
+        page = None if folder is None else write_page(found[file], _name(file), folder)
+        if not args.json:
             print_text(f"{file}: {FILES[file]}.")
-            print_comparison(found[file], _name(file), args.seeds, _page(args.out, file))
+            print_comparison(found[file], _name(file), args.seeds, page)
     if args.json:
         print(json.dumps({"arms": {file: as_json(compared)["arms"] for file, compared in found.items()}}))
     return 0
@@ -61,8 +67,8 @@ def _check(file: str, args: argparse.Namespace, arms: list[str], seeds: list[int
     if file not in FILES:
         raise InputError(f"--files {file!r}: no such file; choose from {', '.join(FILES)}")
     check_comparison(_config(file, args.set), arms, seeds, _name(file))
-    if (page := _page(args.out, file)) is not None:
-        check_page(page)
+    if (folder := _folder(args.out, file)) is not None:
+        check_page(folder)
 
 
 def _config(file: str, sets: list[str], policy: Path | None = None) -> SeraConfig:
@@ -74,5 +80,5 @@ def _name(file: str) -> str:
     return f"lab-{file}"
 
 
-def _page(out: str | None, file: str) -> Path | None:
+def _folder(out: str | None, file: str) -> Path | None:
     return None if out is None else Path(out) / file

@@ -16,7 +16,7 @@ from sera_core.artifacts.runs import RunStore
 from sera_core.data.differences import read_differences
 from sera_core.errors import StoreError
 from sera_core.method.comparison import VALUES, Difference, difference_from_first, values_of
-from sera_core.method.diagnostics import correctness
+from sera_core.method.diagnostics import correctness_of_all
 from sera_core.reviewers import prompt_groups
 
 SEED = 0
@@ -120,8 +120,7 @@ def _correct(records: RunStore, manifest: RoundManifest, ids: Sequence[str]) -> 
             f"run {records.run!r}, round {manifest.round}: its held-out pairs are not those of the first "
             "run, so they cannot be compared; start the comparison under another --name"
         )
-    margins = table["margin"].to_numpy()
-    return np.where(np.isfinite(margins), correctness(np.nan_to_num(margins)), 0.0)
+    return correctness_of_all(table["margin"].to_numpy())
 
 
 def _evidence(records: RunStore, manifest: RoundManifest) -> Artifact:

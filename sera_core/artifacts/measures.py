@@ -36,10 +36,21 @@ _RATED = ("heldout/reliance/", "test/reliance/")
 """Beginnings of names of rates: feature and quantity follow."""
 _TABLES = frozenset({"heldout/accuracy_by_length", "test/accuracy_by_length"})
 """Metrics that are a dictionary of rates."""
-_TEXTS = frozenset({"alarm", "decision", "verdict", "reason", "stop_reason", "score_metric"}) | {
-    *("alarm_reason", "best_reason", "verdict_reason"),
-    *("weights/result", "weights/start"),
-}
+_TEXTS = frozenset(
+    {
+        "alarm",
+        "alarm_reason",
+        "best_reason",
+        "decision",
+        "reason",
+        "score_metric",
+        "stop_reason",
+        "verdict",
+        "verdict_reason",
+        "weights/result",
+        "weights/start",
+    }
+)
 _TRUTHS = frozenset({"ask"})
 _COUNTED = ("human/", "generated/", "prompts/", "tokens/")
 """Prefixes of metrics that count pairs, prompts and tokens."""

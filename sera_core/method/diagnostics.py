@@ -27,6 +27,11 @@ def correctness(margins: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair
     return (1 + np.sign(margins)) / 2
 
 
+def correctness_of_all(margins: Float[np.ndarray, " pair"]) -> Float[np.ndarray, " pair"]:
+    """`correctness`, in which a pair without a finite margin counts as ranked wrongly."""
+    return np.where(np.isfinite(margins), correctness(np.nan_to_num(margins)), 0.0)
+
+
 def reward_accuracy(margins: Float[np.ndarray, " pair"]) -> float:
     """Share of pairs whose chosen response has the larger reward; a tie counts as 0.5. nan without pairs.
 

@@ -71,6 +71,9 @@ def test_training_lowers_the_loss(tmp_path, monkeypatch):
         (["--arms", "sera,rnadom"], "did you mean random?"),
         (["--seeds", "a"], "give whole numbers"),
         (["--set", "limits.hours=1"], "limits.tokens and limits.hours"),
+        (["--set", "seed=3"], "given with --seeds"),
+        (["--set", "data.train=mine.jsonl"], "given with --files"),
+        (["--set", "model.source=mine"], "trains its start policy"),
     ],
 )
 def test_what_the_laboratory_cannot_do_is_refused_before_the_policy_is_trained(

@@ -13,7 +13,7 @@ from sera_core.data.differences import Differences, read_differences
 from sera_core.errors import StoreError
 from sera_core.method.best import choosing_half
 from sera_core.method.convergence import Heldout
-from sera_core.method.diagnostics import correctness, jaccard, ks_distance, sign_changes
+from sera_core.method.diagnostics import correctness, correctness_of_all, jaccard, ks_distance, sign_changes
 from sera_core.reviewers import numbered_groups, prompt_groups, prompt_keys
 
 PROMOTED = "promoted-"
@@ -37,7 +37,7 @@ class ComparedRounds:
     @property
     def now(self) -> Float[np.ndarray, " pair"]:
         """Whether this round's policy ranks each pair correctly: 1, ½ for a tie, 0."""
-        return np.where(np.isfinite(self.margins), correctness(np.nan_to_num(self.margins)), 0.0)
+        return correctness_of_all(self.margins)
 
     @property
     def before(self) -> dict[int, Float[np.ndarray, " pair"]]:
