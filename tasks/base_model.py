@@ -32,7 +32,7 @@ class Recipe:
     layers: int = 4
     heads: int = 6
     intermediate: int = 512
-    epochs: int = 4
+    epochs: int = 6
     batch: int = 32
     learning_rate: float = 1e-3
     warmup: float = 0.05

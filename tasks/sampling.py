@@ -21,6 +21,7 @@ from sera_core.data.rendering import Renderer
 from sera_core.errors import SeraError
 from sera_core.method.rewards import quantise
 from sera_core.models.devices import device_of
+from sera_core.models.memory_estimate import folder_shape, sampling_memory
 from sera_core.models.policies import shared_policy
 from tasks.engines.choose import open_sampler
 from tasks.engines.sampler import (
@@ -150,6 +151,10 @@ class _Work:
         fields, execution = self.attempt.fields, self.attempt.execution
         policy, base = _folders(self.attempt)
         longest = max(len(prompt.ids) for shard in self.shards for prompt in shard)
+        row = longest + fields["max_tokens"]
+        if fields["engine"] == "transformers":  # vLLM takes a fixed share of the memory
+            needed = sampling_memory(folder_shape(base), fields["dtype"], execution.sampling_batch, row)
+            self.attempt.memory.planned = needed
         return open_sampler(
             fields["engine"],
             policy,
@@ -157,7 +162,7 @@ class _Work:
             dtype=fields["dtype"],
             device=device_of(execution.device),
             batch=execution.sampling_batch,
-            max_length=longest + fields["max_tokens"],
+            max_length=row,
         )
 
 

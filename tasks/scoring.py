@@ -56,6 +56,8 @@ def _score_probe(attempt: Attempt) -> list[str]:
     picked = np.unique(np.linspace(0, file.rows - 1, attempt.fields["probe"]).astype(int))
     texts = file.read(picked.tolist()) if file.rows else []
     items = [(text.prompt_ids, text.response_ids) for text in texts]
+    if items:
+        _plan_memory(attempt, items)
     columns = {
         "id": [text.id for text in texts],
         "logps": quantise(plain_sequence_logps(_load(attempt), items)) if items else [],
@@ -130,12 +132,24 @@ def _load(attempt: Attempt) -> Any:
     return shared_policy(folder, attempt.fields["dtype"], device, base)
 
 
+def _plan_memory(attempt: Attempt, items: Sequence[tuple[list[int], list[int]]]) -> None:
+    """Plan the memory of the next batches; it may only grow."""
+    from sera_core.models.memory_estimate import folder_shape, scoring_memory
+
+    shape = folder_shape(attempt.input("model").folder("policy"))
+    longest = max(len(prompt) + len(response) for prompt, response in items)
+    tokens = longest if "probe" in attempt.fields else max(attempt.execution.tokens_per_batch, longest)
+    needed = scoring_memory(shape, attempt.fields["dtype"], tokens, longest)
+    attempt.memory.planned = max(attempt.memory.planned or 0, needed)
+
+
 def _score_shard(
     attempt: Attempt, policy: Any, number: int, shard: Sequence[Text], done: int, total: int
 ) -> dict[str, Any]:
     from sera_core.models.logprobs import score_tokens, sequence_logps
 
     items = [(text.prompt_ids, text.response_ids) for text in shard]
+    _plan_memory(attempt, items)
     values = sequence_logps(
         policy,
         items,

@@ -16,6 +16,7 @@ from sera_core.config import TrainConfig
 from sera_core.errors import InputError, SeraError
 from sera_core.models.architecture import refuse_beyond_index_topk
 from sera_core.models.devices import device_of
+from sera_core.models.memory_estimate import folder_shape, training_memory
 from sera_core.models.policies import load_policy, load_tokenizer, save_policy, weights_digest
 from tasks.engines.library_logs import is_forwarded
 from tasks.engines.start_check import Probe, StartCheck, StartDiffersError
@@ -142,6 +143,7 @@ class TrainingRun:
         from tasks.engines.dpo_trainer import ReviewedDPOTrainer, StepHooks
         from tasks.engines.pair_forward import can_share_prompt
 
+        self._plan_memory()
         checkpoint = self._last_checkpoint()
         if checkpoint is None:
             self.probe = self._score_probe()
@@ -167,6 +169,14 @@ class TrainingRun:
             share=can_share_prompt(transformer, self.mixture.longest),
         )
         return self.trainer
+
+    def _plan_memory(self) -> None:
+        shape = folder_shape(self.attempt.input("model").folder("policy"))
+        trained = shape.parameters if self.train.method == "full" else shape.adapter(self.train.lora_rank)
+        largest = sorted(self.mixture.tokens)[-self.attempt.execution.micro_batch :]
+        self.attempt.memory.planned = training_memory(
+            shape, self.attempt.fields["dtype"], trained, sum(largest), self.mixture.longest
+        )
 
     def _make_optimizer(self, checkpoint: dict[str, Path] | None) -> Any:
         """AdamW over the trainable parameters; restores weights, moments and log from a checkpoint."""

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -198,8 +199,16 @@ def api(environment: dict[str, str], path: str, body: Any = None, method: str | 
 
 
 def _send(request: urllib.request.Request) -> Any:
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        text = answer.read()
+    """The answer. As Prefect's client does, ask again while the server says 503: its database is locked."""
+    for wait in (1, 2, 4, 8, 16, None):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                text = answer.read()
+            break
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or wait is None:
+                raise
+            time.sleep(wait)
     return json.loads(text) if text else None
 
 

@@ -13,7 +13,7 @@ from flows.commands.output import print_note
 from flows.commands.summary import closing_lines, rounds_table
 from flows.commands.tables import print_table, print_text
 from flows.compare import Finish
-from flows.display.run_view import PLANNED_COLUMNS, planned_cells, run_records, show
+from flows.display.run_view import PLANNED_COLUMNS, gibibytes, planned_cells, run_records, show
 from flows.experiments import load_experiment
 from flows.planning.plan import plan
 from flows.running import open_run
@@ -119,10 +119,9 @@ def plan_command(args: argparse.Namespace) -> int:
         print_text(found["note"])
     for side, formats in found["formats"].items():
         print_text(f"data.{side}: read {format_counts(formats)}")
-    columns = ["round", "step", "status", "why", "tokens", "seconds", "bytes"]
-    print_table(
-        f"plan of {found['run']}", columns, [[row[name] for name in columns] for row in found["steps"]]
-    )
+    columns = ["round", "step", "status", "why", "tokens", "seconds", "bytes", "memory"]
+    rows = [[*(row[name] for name in columns[:-1]), gibibytes(row["memory"])] for row in found["steps"]]
+    print_table(f"plan of {found['run']}", columns, rows)
     print_table("pairs of each round", PLANNED_COLUMNS, [planned_cells(row) for row in found["rounds"]])
     print_text(_forecast(found))
     return 0
@@ -190,8 +189,12 @@ def _forecast(found: dict[str, Any]) -> str:
     return (
         f"run {found['run']}: {found['reuse']} steps to reuse, {todo} to do; "
         f"about {found['tokens']:,} tokens, {found['bytes'] / 1e6:,.0f} MB, "
-        f"{time_needed} on this machine (estimated)."
+        f"{time_needed} on this machine{_at_most(found['memory'])} (estimated)."
     )
+
+
+def _at_most(memory: int | None) -> str:
+    return "" if memory is None else f", at most {gibibytes(memory)} of memory"
 
 
 def _minutes(seconds: float) -> str:

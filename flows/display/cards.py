@@ -10,7 +10,7 @@ from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCol
 
 from flows.display.markdown import escape, table, verbatim
 from flows.display.round_card import command, round_card, stop_words, with_interval
-from flows.display.run_view import PLANNED_COLUMNS, planned_cells, verdict_words
+from flows.display.run_view import PLANNED_COLUMNS, gibibytes, planned_cells, verdict_words
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
 
@@ -147,10 +147,11 @@ def plan_card(run: str, found: dict[str, Any]) -> str:
             escape(row["why"]),
             f"{row['tokens']:,}",
             _seconds(row["seconds"]),
+            gibibytes(row["memory"]),
         ]
         for row in found["steps"]
     ]
-    header = ["round", "step", "status", "why", "tokens", "estimated time"]
+    header = ["round", "step", "status", "why", "tokens", "estimated time", "memory"]
     parts = [f"# plan of run {escape(run)}", escape(found["note"] or ""), escape(totals), table(header, rows)]
     parts += [f"**Warning**: {escape(warning)}" for warning in found["warnings"]]
     expected = [[str(cell) for cell in planned_cells(row)] for row in found["rounds"]]

@@ -64,6 +64,11 @@ PLANNED_COLUMNS = (
 """Columns of a plan's table of rounds."""
 
 
+def gibibytes(memory: int | None) -> str:
+    """The memory of a step."""
+    return "–" if memory is None else f"{memory / 2**30:.1f} GiB"
+
+
 def planned_cells(row: dict[str, Any]) -> list[Any]:
     """One round of a plan (`rounds` of flows.planning.plan.plan) as cells of that table."""
     names = ("human_kept", "prompts", "generated_kept", "human", "generated")

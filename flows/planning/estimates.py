@@ -1,7 +1,7 @@
-"""Estimate tokens, seconds and bytes of a step, from measured steps where there are any."""
+"""Estimate tokens, seconds, bytes and memory of a step, from measured steps where there are any."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,25 @@ import pyarrow.parquet as pq
 
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepSpec, find_record
 from sera_core.artifacts.runs import RunStore
+from sera_core.artifacts.step import MEMORY_SETTINGS
 from sera_core.artifacts.store import Store
 from sera_core.config import SeraConfig
 from sera_core.counts import RoundCounts
+from sera_core.guards.memory import free_memory
 from sera_core.method.pairing import expected_pairs
+from sera_core.models.memory_estimate import (
+    ModelShape,
+    folder_shape,
+    sampling_memory,
+    scoring_memory,
+    shape_of,
+    training_memory,
+)
 from sera_core.models.model_sources import resolve_source
 
 CHARACTERS_A_TOKEN = 4.2
+DENSE = 3.5
+"""Characters a token of dense text, for the longest pairs."""
 COST = {"logps": 1.0, "sample": 2.5, "train": 3.0}
 """Cost per token relative to one forward pass, measured on two CPU cores.
 
@@ -30,7 +42,8 @@ SAMPLED_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes: pairs by side, prompts to sample, mean tokens of a prompt and of an answer, model parameters."""
+    """Sizes: pairs by side, prompts to sample, mean tokens of a prompt and of an answer, tokens of prompt,
+    chosen and rejected of the longest pairs, and the model's shape if it is on this machine."""
 
     train: int
     heldout: int
@@ -38,11 +51,13 @@ class Workload:
     prompts: int
     prompt: float
     answer: float
-    parameters: float | None
+    longest: list[tuple[int, int, int]]
+    shape: ModelShape | None
 
 
-def _length(message: dict[str, Any]) -> int:
-    return len(message["content"]) + len(message.get("reasoning_content") or "")
+def _length_of(messages: Sequence[dict[str, Any]]) -> int:
+    """Characters."""
+    return sum(len(message["content"]) + len(message.get("reasoning_content") or "") for message in messages)
 
 
 def workload(config: SeraConfig, data: StepRecord, store: Store) -> Workload:
@@ -50,33 +65,49 @@ def workload(config: SeraConfig, data: StepRecord, store: Store) -> Workload:
     table = pq.read_table(
         Artifact(store, data.ref).path("train.parquet"), columns=["prompt_id", "prompt", "chosen", "rejected"]
     ).to_pylist()
-    prompt = [sum(map(_length, row["prompt"])) for row in table]
-    answer = [sum(map(_length, row["chosen"] + row["rejected"])) / 2 for row in table]
+    prompt = [_length_of(row["prompt"]) for row in table]
+    answer = [_length_of(row["chosen"] + row["rejected"]) / 2 for row in table]
     train, heldout, test = (data.counts.get(side, 0) for side in ("train", "heldout", "test"))
     prompts = len({row["prompt_id"] for row in table}) + data.counts.get("prompts", 0)
-    return Workload(train, heldout, test, prompts, _tokens(prompt), _tokens(answer), parameters_of(config))
+    return Workload(
+        train,
+        heldout,
+        test,
+        prompts,
+        _tokens(prompt),
+        _tokens(answer),
+        _longest_pairs(table, config),
+        shape_of_source(config),
+    )
 
 
 def _tokens(characters: Sequence[float]) -> float:
     return float(np.mean(characters)) / CHARACTERS_A_TOKEN + 10 if characters else 0.0
 
 
-def parameters_of(config: SeraConfig) -> float | None:
-    """Number of model parameters, from its files; None if the model is not on this machine."""
+def _longest_pairs(table: Sequence[dict[str, Any]], config: SeraConfig) -> list[tuple[int, int, int]]:
+    """Tokens of prompt, chosen and rejected of the longest micro-batch, without pairs over a limit."""
+    part = config.data
+    limits = (part.max_prompt_tokens, part.max_response_tokens, part.max_response_tokens)
+    found = []
+    for row in table:
+        characters = [_length_of(row[name]) for name in ("prompt", "chosen", "rejected")]
+        over = any(c / CHARACTERS_A_TOKEN > limit for c, limit in zip(characters, limits, strict=True))
+        if not over or part.on_long == "cut":
+            prompt, chosen, rejected = map(min, (int(c / DENSE) + 10 for c in characters), limits)
+            found.append((prompt, chosen, rejected))
+    return sorted(found or [limits], key=sum, reverse=True)[: config.execution.micro_batch]
+
+
+def shape_of_source(config: SeraConfig) -> ModelShape | None:
+    """The model's shape, from its files; None if the model is not on this machine."""
     source = resolve_source(config.model.source, config.model.revision)
     if source.kind == "package":
         from gguf import GGUFReader
 
-        return float(sum(int(np.prod(tensor.shape)) for tensor in GGUFReader(source.location).tensors))
-    if source.kind != "folder":
-        return None
-    from safetensors import safe_open
-
-    total = 0.0
-    for file in Path(source.location).glob("*.safetensors"):
-        with safe_open(file, framework="numpy") as tensors:
-            total += sum(float(np.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
-    return total
+        tensors = GGUFReader(source.location).tensors
+        return shape_of({tensor.name: [int(size) for size in tensor.shape] for tensor in tensors})
+    return folder_shape(Path(source.location)) if source.kind == "folder" else None
 
 
 def gigaflops(seconds: float = 1.0) -> float:
@@ -99,7 +130,10 @@ class Estimator:
         self.measured = _measured(store, records)
 
     def expected(self, spec: StepSpec, counts: RoundCounts | None) -> dict[str, Any]:
-        """{"tokens", "seconds", "bytes"} of a step; seconds are None if the model is not on this machine.
+        """{"tokens", "seconds", "bytes", "memory"} of a step.
+
+        None where it depends on a model that is not on this machine; memory also for steps without a policy,
+        and for engines that take a fixed share.
 
         Args:
             spec: the step.
@@ -110,6 +144,7 @@ class Estimator:
             "tokens": int(tokens),
             "seconds": self._seconds(spec.step, tokens),
             "bytes": self._bytes(spec),
+            "memory": self._memory(spec),
         }
 
     def _tokens(self, spec: StepSpec, counts: RoundCounts | None) -> float:
@@ -153,20 +188,58 @@ class Estimator:
             return round(tokens * self.measured[step], 1)
         if not tokens:
             return 1.0
-        if self.size.parameters is None:
+        if self.size.shape is None:
             return None
         cost = COST[step] * (0.7 if step == "train" and self.config.train.method == "lora" else 1.0)
-        return round(tokens * 2 * self.size.parameters * cost / self.rate + 2, 1)
+        return round(tokens * 2 * self.size.shape.parameters * cost / self.rate + 2, 1)
 
     def _bytes(self, spec: StepSpec) -> int | None:
         size = self.size
-        if spec.step in ("model", "train") and size.parameters is None:
+        if spec.step not in ("model", "train"):
+            return 3_000 * (size.train + size.heldout + size.test)
+        if size.shape is None:
             return None
-        if spec.step == "model" or (spec.step == "train" and self.config.train.method == "full"):
-            return int((size.parameters or 0) * 4)
+        return 4 * (size.shape.parameters if spec.step == "model" else self._trained(size.shape))
+
+    def _trained(self, shape: ModelShape) -> int:
+        """Trained parameters."""
+        part = self.config.train
+        return shape.parameters if part.method == "full" else shape.adapter(part.lora_rank)
+
+    def _memory(self, spec: StepSpec) -> int | None:
+        """Bytes of main memory and of the accelerator's."""
+        size, execution, fields = self.size, self.config.execution, spec.fields
+        if (shape := size.shape) is None:
+            return None
+        prompt, sampled = max(prompt for prompt, _, _ in size.longest), self.config.sampling.max_tokens
+        if spec.step == "logps":
+            answers = max(sampled, self.config.evaluate.max_tokens)
+            row = max(prompt + answers, *(pair[0] + max(pair[1:]) for pair in size.longest))
+            return scoring_memory(shape, fields["dtype"], max(execution.tokens_per_batch, row), row)
+        if spec.step == "sample" and fields["engine"] == "transformers":
+            row = prompt + fields["max_tokens"]
+            return sampling_memory(shape, fields["dtype"], execution.sampling_batch, row)
         if spec.step == "train":
-            return int((size.parameters or 0) * 4 * 0.002 * self.config.train.lora_rank)
-        return 3_000 * (size.train + size.heldout + size.test)
+            human = sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in size.longest)
+            tokens = max(human, execution.micro_batch * 2 * (prompt + sampled))
+            pair = max(prompt + 2 * sampled, *map(sum, size.longest))
+            return training_memory(shape, fields["dtype"], self._trained(shape), tokens, pair)
+        return None
+
+
+def memory_warning(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A warning if the step that needs the most memory needs more than this machine has free.
+
+    Args:
+        rows: the steps to do, with their expected cost.
+    """
+    planned = [row for row in rows if row["memory"] is not None]
+    most = max(planned, key=lambda row: row["memory"], default=None)
+    if most is not None and most["memory"] > (free := free_memory()):
+        yield (
+            f"step {most['step']} may need {most['memory'] / 2**30:.1f} GiB of memory, but "
+            f"{free / 2**30:.1f} GiB are free: lower {MEMORY_SETTINGS[most['step']]}, or use a larger machine"
+        )
 
 
 def _measured(store: Store, records: RunStore) -> dict[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flows import round as sera_round
-from flows.planning.estimates import Estimator, workload
+from flows.planning.estimates import Estimator, memory_warning, workload
 from flows.planning.forecast import PlannedRound, forecast, warnings_of
 from flows.round import Past, Ref, Steps
 from flows.running.open_run import check_template, load_data, resolved, source_digests
@@ -75,7 +75,7 @@ class Walk:
             "step": spec.step,
             "key": None if unknown else spec.key,
         }
-        cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "bytes": 0}
+        cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "bytes": 0, "memory": None}
         if reuse:
             return row | {"status": "reuse", "why": "record in the store"} | cost
         self.todo.append((row, spec))
@@ -117,13 +117,14 @@ def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
         "formats": data.metrics["formats"],
         "steps": walk.rows,
         "rounds": [asdict(found) for found in rounds],
-        "warnings": list(warnings_of(config, rounds)),
+        "warnings": [*warnings_of(config, rounds), *memory_warning(todo)],
         "reuse": len(walk.rows) - len(todo),
         "run_now": sum(row["status"] == "run" for row in todo),
         "depends": sum(row["status"] == "depends" for row in todo),
         "tokens": sum(row["tokens"] for row in todo),
         "seconds": None if None in seconds else round(sum(seconds), 1),
         "bytes": sum(row["bytes"] or 0 for row in todo),
+        "memory": max((row["memory"] for row in todo if row["memory"] is not None), default=None),
     }
 
 

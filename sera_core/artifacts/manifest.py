@@ -87,6 +87,8 @@ class StepRecord(StrictModel):
     environment: dict[str, Any]
     started: str
     seconds: float
+    memory: int | None = None
+    """Bytes by which memory grew at most; None in records of earlier versions."""
 
     @field_validator("environment")
     @classmethod

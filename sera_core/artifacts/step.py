@@ -33,10 +33,17 @@ from sera_core.artifacts.records import FORMAT, read_series
 from sera_core.artifacts.store import Store, create_json, remove_workspace
 from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
+from sera_core.guards.memory import MemoryWatch
 
 LOG = logging.getLogger("sera.step")
 Progress = Callable[[int, int, str], None]
 """progress(done, total, unit): called now and then while a step runs."""
+MEMORY_SETTINGS = {
+    "logps": "execution.tokens_per_batch",
+    "sample": "execution.sampling_batch",
+    "train": "execution.micro_batch",
+}
+"""The setting that a step's memory depends on."""
 
 
 def no_progress(done: int, total: int, unit: str) -> None:
@@ -55,6 +62,7 @@ class Attempt:
         self.counts: Counter[str] = Counter()
         self.metrics: dict[str, Any] = {}
         self.part_metrics: list[dict[str, Any]] = []
+        self.memory = MemoryWatch(self._warn_of_memory)
         self._used: list[str] = []
         self._parts: dict[int, dict[str, Any]] = {}
         self._dropped: set[int] = set()
@@ -140,6 +148,16 @@ class Attempt:
         """Set the parts that the result is made from."""
         self._used = [_part_name(number) for number in range(len(parts))]
 
+    def _warn_of_memory(self, grown: int, planned: int) -> None:
+        setting = MEMORY_SETTINGS.get(self.spec.step)
+        LOG.warning(
+            "step %s: holds %.1f GiB more memory than at its start, %.1f GiB were planned%s",
+            self.spec.step,
+            grown / 2**30,
+            planned / 2**30,
+            f"; if memory runs out, lower {setting}" if setting else "",
+        )
+
     def _commit(self, relative: str) -> FileRecord:
         if relative not in self._committed:
             check_file_name(relative)
@@ -170,6 +188,7 @@ class Attempt:
             environment=environment(),
             started=started.isoformat(timespec="seconds"),
             seconds=round(seconds, 3),
+            memory=self.memory.grown,
         )
         data = record.model_dump(mode="json")
         path = f"{self.spec.path}/done.json"
@@ -202,7 +221,8 @@ def make_step(
     started, clock = datetime.now(UTC), time.monotonic()
     attempt = Attempt(store, spec, execution, progress)
     try:
-        files = work(attempt)
+        with attempt.memory:
+            files = work(attempt)
         record = attempt.commit(files, started, time.monotonic() - clock)
         attempt.drop_unused_parts(record)
         return record

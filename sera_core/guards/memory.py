@@ -1,7 +1,14 @@
-"""Memory of this machine or container."""
+"""Memory of this machine or container, and of a step while it runs."""
 
 import os
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
+
+import psutil
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -18,6 +25,68 @@ def main_memory() -> tuple[float, float]:
         cached = _values(_CGROUP / "memory.stat", " ").get("inactive_file", 0.0)  # the kernel can reclaim it
         free = min(free, total - float(used.read_text()) + cached)
     return total, free
+
+
+def free_memory() -> int:
+    """Bytes that steps can get: available main memory, and that of torch's accelerator."""
+    import torch
+
+    accelerator = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    return int(main_memory()[1]) + accelerator
+
+
+def used_memory() -> int:
+    """Bytes that this process and its children hold in main memory, and torch on the accelerator."""
+    torch = sys.modules.get("torch")
+    used = torch.cuda.memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            used += process.memory_info().rss
+    return used
+
+
+class MemoryWatch:
+    """Measures memory while its block runs, and calls `warn` once if it grows by more than planned.
+
+    Args:
+        warn: called with (bytes by which memory grew, planned bytes).
+        used: bytes of memory held now.
+        seconds: time between two measurements.
+    """
+
+    def __init__(
+        self, warn: Callable[[int, int], None], used: Callable[[], int] = used_memory, seconds: float = 0.5
+    ) -> None:
+        self.planned: int | None = None
+        """Bytes by which memory may grow; None: no plan."""
+        self.grown = 0
+        """Bytes by which memory grew at most so far."""
+        self._warn, self._used, self._seconds = warn, used, seconds
+        self._start, self._ended = 0, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sera-memory", daemon=True)
+
+    def __enter__(self) -> "MemoryWatch":
+        self._start = self._used()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        warned = False
+        while True:
+            last = self._ended.wait(self._seconds)
+            self.grown = max(self.grown, self._used() - self._start)
+            if self.planned is not None and self.grown > self.planned and not warned:
+                warned = True
+                self._warn(self.grown, self.planned)
+            if last:
+                return
 
 
 def _values(file: Path, separator: str) -> dict[str, float]:

@@ -8,10 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import VOCAB_SIZE, tiny_policy
+from transformers import BertConfig, BertLMHeadModel
 
 from sera_core.errors import InputError
 from sera_core.models.logprobs import (
     Item,
+    _is_causal,
     plain_sequence_logps,
     response_token_logps,
     score_tokens,
@@ -185,3 +187,35 @@ def test_bfloat16_weights_stay_within_their_noise(tmp_path):
     rough = sequence_logps(load_policy(folder, dtype="bfloat16"), items)
     np.testing.assert_allclose(rough, exact, rtol=0.03)
     assert not np.array_equal(rough, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_sees_later_tokens_is_refused(dtype):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+    )
+    encoder = BertLMHeadModel(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(3)  # attention as sharp as a trained model's
+    with pytest.raises(InputError, match="not causal"):
+        scoring_mode(encoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_change_with_the_number_of_tokens_are_rounding_in_16_bits_only(tmp_path, dtype):
+    """Matrix products of other sizes round otherwise: SmolLM2 in bfloat16 on a CPU without AMX, 2 %."""
+    model = load_policy(tiny_policy(tmp_path / "policy")).to(dtype)
+
+    def round_by_length(_, args, kwargs, output):
+        output.logits = output.logits * (1 + 0.05 * (kwargs["input_ids"].shape[1] % 7))
+        return output
+
+    model.register_forward_hook(round_by_length, with_kwargs=True)
+    items = [Item([1, 2, 3], [40, 50, 60, 70])]
+    assert _is_causal(model, items[0]) == (dtype == torch.bfloat16)

@@ -1,0 +1,125 @@
+"""Estimate how much memory a step needs, from the shapes of a model's tensors and its largest batch.
+
+The estimates are upper bounds of what scoring, sampling and training allocate, with their libraries.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LIBRARIES = 700 * 2**20
+"""Bytes of torch, transformers and TRL once imported (measured: 0.55 GiB)."""
+KEPT = 1.25
+"""Values kept for the backward pass, as a share of the inputs and outputs of all matrices (measured: 0.8 to
+1.1, SmolLM2-135M)."""
+FLOAT32 = 4
+BYTES = {"float32": FLOAT32, "bfloat16": 2}
+_LAYER = re.compile(r"\.(\d+)\.")
+_CACHED = re.compile(r"(k_proj|v_proj|attn_k|attn_v)\.weight$")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder, counted in elements."""
+
+    parameters: int
+    width: int
+    """Inputs and outputs of all matrices but the embeddings, summed: what training keeps of each token."""
+    widest: int
+    """Inputs and outputs of the widest layer, summed: what scoring holds of each token."""
+    cached: int
+    """Keys and values of one token."""
+    vocabulary: int
+
+    def adapter(self, rank: int) -> int:
+        """Parameters of a LoRA adapter on all matrices but the embeddings."""
+        return self.width * rank
+
+
+def shape_of(tensors: Mapping[str, Sequence[int]]) -> ModelShape:
+    """The shape of a decoder.
+
+    Args:
+        tensors: shape of each tensor by its name in safetensors or GGUF.
+    """
+    matrices = {name: dims for name, dims in tensors.items() if len(dims) == 2}
+    layers: dict[str, int] = {}
+    cached = 0
+    for name, dims in matrices.items():
+        if (layer := _LAYER.search(name)) is not None:
+            layers[layer.group(1)] = layers.get(layer.group(1), 0) + sum(dims)
+            cached += min(dims) if _CACHED.search(name) else 0
+    if not cached and matrices:  # keys and values in one matrix with the queries: not more than hidden states
+        cached = 2 * len(layers) * min(min(dims) for dims in matrices.values())
+    count = sum(math.prod(dims) for dims in tensors.values())
+    vocabulary = max((max(dims) for name, dims in matrices.items() if not _LAYER.search(name)), default=0)
+    return ModelShape(count, sum(layers.values()), max(layers.values(), default=0), cached, vocabulary)
+
+
+def folder_shape(folder: Path) -> ModelShape:
+    """The shape of the model in a policy folder, from the headers of its safetensors files."""
+    tensors: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            (size,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(size))
+        tensors |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shape_of(tensors)
+
+
+def scoring_memory(shape: ModelShape, dtype: str, tokens: int, row: int) -> int:
+    """Bytes to score a batch.
+
+    Args:
+        shape: the model.
+        dtype: its dtype.
+        tokens: tokens of the largest batch.
+        row: tokens of the longest prompt with a response; its mask is square, and a model that changes its
+            logits computes all of them at once.
+    """
+    activations = 2 * tokens * shape.widest * BYTES[dtype]
+    return _loaded(shape, dtype) + activations + row * row * FLOAT32 + _logits(shape, row)
+
+
+def sampling_memory(shape: ModelShape, dtype: str, responses: int, row: int) -> int:
+    """Bytes to sample a batch, with transformers.
+
+    Args:
+        shape: the model.
+        dtype: its dtype.
+        responses: responses sampled at once.
+        row: tokens of the longest prompt and response.
+    """
+    cache = 2 * responses * row * shape.cached * BYTES[dtype]  # twice: it grows by copying
+    prompts = 2 * responses * row * shape.widest * BYTES[dtype]
+    return _loaded(shape, dtype) + cache + prompts + _logits(shape, responses)
+
+
+def training_memory(shape: ModelShape, dtype: str, trained: int, tokens: int, row: int) -> int:
+    """Bytes to train: float32 weights, gradients and Adam's moments, and the activations of a micro-batch.
+
+    Args:
+        shape: the model.
+        dtype: its dtype; bfloat16 casts a copy of the weights.
+        trained: trained parameters: all of them, or an adapter's.
+        tokens: tokens of the largest micro-batch.
+        row: tokens of its longest pair.
+    """
+    states = _loaded(shape, "float32") + 3 * trained * FLOAT32
+    states += shape.parameters * BYTES[dtype] if dtype != "float32" else 0
+    activations = int(KEPT * tokens * shape.width) * FLOAT32 + row * row * FLOAT32
+    return states + activations + _logits(shape, tokens)
+
+
+def _loaded(shape: ModelShape, dtype: str) -> int:
+    """The libraries, the weights, and the pages of the file they are read from."""
+    return LIBRARIES + shape.parameters * (BYTES[dtype] + FLOAT32)
+
+
+def _logits(shape: ModelShape, rows: int) -> int:
+    """Logits, their softmax and a copy in float32."""
+    return 3 * rows * shape.vocabulary * FLOAT32

@@ -1,0 +1,109 @@
+"""The memory of a step: estimated before it, measured while it runs, and a warning above the estimate."""
+
+import json
+import logging
+
+import tinyrun
+from commandline import process
+from safetensors import safe_open
+from tiny import tiny_policy
+
+from flows.planning.plan import plan
+from sera_core.artifacts.manifest import find_record
+from sera_core.guards import memory
+from sera_core.guards.memory import MemoryWatch
+from sera_core.models import memory_estimate
+from sera_core.models.memory_estimate import (
+    LIBRARIES,
+    folder_shape,
+    sampling_memory,
+    scoring_memory,
+    shape_of,
+    training_memory,
+)
+
+
+def test_a_watch_sees_what_its_block_holds():
+    told = []
+    with MemoryWatch(lambda *bytes: told.append(bytes), seconds=0.01) as watch:
+        watch.planned = 100 * 2**20
+        held = bytearray(b"x") * (300 * 2**20)
+    assert len(held) and 300 * 2**20 <= watch.grown < 400 * 2**20
+    ((grown, planned),) = told
+    assert grown >= 300 * 2**20 and planned == 100 * 2**20
+
+
+def test_a_shape_is_read_from_the_headers(tmp_path):
+    folder = tiny_policy(tmp_path / "policy")
+    found = folder_shape(folder)
+    total, width = 0, 0
+    with safe_open(folder / "model.safetensors", framework="numpy") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            dims = tensors.get_slice(name).get_shape()
+            size = 1
+            for length in dims:
+                size *= length
+            total += size
+            width += sum(dims) if len(dims) == 2 and "layers" in name else 0
+    config = json.loads((folder / "config.json").read_text())
+    heads = config["hidden_size"] // config["num_attention_heads"]
+    assert found.parameters == total and found.width == width
+    assert found.vocabulary == config["vocab_size"]
+    assert found.widest * config["num_hidden_layers"] == width
+    assert found.cached == 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * heads
+
+
+def test_keys_and_values_in_one_matrix_with_the_queries_are_counted_too():
+    """GPT-2 names: two layers of hidden size 8."""
+    layer = {"attn.c_attn.weight": [8, 24], "attn.c_proj.weight": [8, 8], "mlp.c_fc.weight": [8, 32]}
+    tensors = {f"h.{n}.{name}": dims for n in range(2) for name, dims in layer.items()}
+    found = shape_of({"wte.weight": [100, 8], **tensors})
+    assert (found.cached, found.width, found.widest, found.vocabulary) == (32, 176, 88, 100)
+
+
+def test_estimates_grow_with_what_they_depend_on(tmp_path):
+    shape = folder_shape(tiny_policy(tmp_path / "policy"))
+    weights = 4 * shape.parameters
+    assert scoring_memory(shape, "float32", 0, 0) == LIBRARIES + 2 * weights
+    assert scoring_memory(shape, "bfloat16", 0, 0) == LIBRARIES + 1.5 * weights
+    assert training_memory(shape, "float32", shape.parameters, 0, 0) == LIBRARIES + 5 * weights
+    adapter = training_memory(shape, "float32", shape.adapter(8), 0, 0)
+    assert adapter == LIBRARIES + 2 * weights + 12 * 8 * shape.width
+    for estimate in (
+        lambda n: scoring_memory(shape, "float32", 100 * n, 50),
+        lambda n: scoring_memory(shape, "float32", 100, 50 * n),
+        lambda n: sampling_memory(shape, "float32", n, 50),
+        lambda n: sampling_memory(shape, "float32", 4, 50 * n),
+        lambda n: training_memory(shape, "float32", 10, 100 * n, 50),
+    ):
+        assert estimate(1) < estimate(2) < estimate(20)
+
+
+def test_a_plan_says_what_each_step_needs_and_warns_if_less_is_free(tmp_path, monkeypatch):
+    experiment = tinyrun.experiment(tmp_path)
+    done = process("plan", experiment, "--store", tmp_path / "none", check=True)
+    assert "at most 0.7 GiB of memory (estimated)" in done.stdout and "needs" not in done.stderr
+    config = tinyrun.config(tmp_path)
+    found = plan(config, "planned", str(tmp_path / "none"))
+    needs = {row["step"]: row["memory"] for row in found["steps"]}
+    assert {step for step, memory in needs.items() if memory} == {"logps", "sample", "train"}
+    assert found["memory"] == max(row["memory"] or 0 for row in found["steps"]) and not _of_memory(found)
+    monkeypatch.setattr(memory, "main_memory", lambda: (2**31, 2**29))
+    (warning,) = _of_memory(plan(config, "planned", str(tmp_path / "none")))
+    assert "may need 0.7 GiB of memory, but 0.5 GiB are free: lower execution." in warning
+
+
+def _of_memory(found):
+    return [warning for warning in found["warnings"] if "GiB" in warning]
+
+
+def test_a_run_stays_within_its_plan_and_warns_above_it(tmp_path, monkeypatch, caplog):
+    records = tinyrun.work(tinyrun.config(tmp_path, limits={"rounds": 1}), tmp_path / "store")
+    found = [find_record(records.store, ref.step, ref.key) for ref in records.rounds()[0].used]
+    assert all(record.memory is not None for record in found) and not caplog.records
+    monkeypatch.setattr(memory_estimate, "LIBRARIES", -(2**40))
+    with caplog.at_level(logging.WARNING, "sera.step"):
+        tinyrun.work(tinyrun.config(tmp_path, limits={"rounds": 1}), tmp_path / "again")
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("step train: holds" in line and "lower execution.micro_batch" in line for line in said) == 1
+    assert any("step logps: holds" in line and "execution.tokens_per_batch" in line for line in said)
