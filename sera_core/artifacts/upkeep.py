@@ -18,12 +18,13 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from sera_core.artifacts.canonical import sha256_file
 from sera_core.artifacts.folders import write_whole
 from sera_core.artifacts.recorded import entries, unrecorded_error
 from sera_core.artifacts.store import LocalStore, S3Store, Store
+from sera_core.errors import InputError
 
 LOG = logging.getLogger("sera.store")
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -90,10 +91,22 @@ class Upkeep(Protocol):
 
 
 def upkeep(store: Store) -> Upkeep:
-    """The `Upkeep` implementation of a store."""
+    """The `Upkeep` implementation of a store; a store class of your own gives it by a method `upkeep()`.
+
+    Raises:
+        InputError: it has no such method.
+    """
     if isinstance(store, LocalStore):
         return LocalUpkeep(store)
-    return S3Upkeep(cast(S3Store, store))
+    if isinstance(store, S3Store):
+        return S3Upkeep(store)
+    own = getattr(store, "upkeep", None)
+    if own is None:
+        raise InputError(
+            f"store {store.url}: its class {type(store).__name__} has no method upkeep(), which leases, "
+            "verify and gc need (protocol Upkeep in sera_core/artifacts/upkeep.py); add it, or derive from LocalStore"
+        )
+    return own()
 
 
 class LocalUpkeep:

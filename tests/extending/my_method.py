@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from sera_core.artifacts.local_store import LocalStore
+from sera_core.artifacts.upkeep import LocalUpkeep, Upkeep
 from tasks.engines.hf_sampler import HFSampler
 
 
@@ -42,7 +43,21 @@ def vowels(prompt: str, response: str) -> float:
     return sum(letter in "aeiou" for letter in response.lower())
 
 
-SERA_STORES = {"elsewhere": lambda url, _: LocalStore(Path("/" + url.partition("://")[2]))}
+class Wrapped:
+    """A store class of its own; what it does not define is done by a local store."""
+
+    def __init__(self, url: str) -> None:
+        self.local = LocalStore(Path("/" + url.partition("://")[2]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.local, name)
+
+    def upkeep(self) -> Upkeep:
+        """Overwrites, ages and listings."""
+        return LocalUpkeep(self.local)
+
+
+SERA_STORES = {"elsewhere": lambda url, _: Wrapped(url)}
 """Stores by the scheme of their URL."""
 
 

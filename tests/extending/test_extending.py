@@ -15,6 +15,7 @@ from flows.cli import main
 from sera_core.artifacts.manifest import find_record
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
+from sera_core.artifacts.upkeep import upkeep
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 from sera_core.extensions import source_hash
@@ -47,6 +48,7 @@ def test_a_run_with_code_of_ones_own_in_every_place(tmp_path, capfd):
     experiment = tinyrun.experiment(tmp_path, **OWN)
     assert main(["run", str(experiment), "--store", f"elsewhere:/{tmp_path}/store", "--json"]) == 0
     run = json.loads(capfd.readouterr().out)["run"]
+    assert main(["verify", run, "--store", f"elsewhere:/{tmp_path}/store"]) == 0
     records = RunStore(open_store(str(tmp_path / "store")), run)
     manifest = records.rounds()[1]
     steps = [find_record(records.store, ref.step, ref.key) for ref in manifest.used]
@@ -59,6 +61,14 @@ def test_a_run_with_code_of_ones_own_in_every_place(tmp_path, capfd):
         "sample": {"my_method:engine": code},
         "features": {"my_method:vowels": code},
     }
+
+
+def test_a_store_without_upkeep_is_refused_by_its_class(tmp_path):
+    class Bare:
+        url = "bare://here"
+
+    with pytest.raises(InputError, match=r"bare://here: its class Bare has no method upkeep\(\)"):
+        upkeep(Bare())
 
 
 def test_a_rule_decides_by_its_margins_and_the_floor_stays(tmp_path):
