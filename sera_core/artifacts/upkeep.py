@@ -104,7 +104,8 @@ def upkeep(store: Store) -> Upkeep:
     if own is None:
         raise InputError(
             f"store {store.url}: its class {type(store).__name__} has no method upkeep(), which leases, "
-            "verify and gc need (protocol Upkeep in sera_core/artifacts/upkeep.py); add it, or derive from LocalStore"
+            "verify and gc need (protocol Upkeep in sera_core/artifacts/upkeep.py); add it, or derive from "
+            "LocalStore"
         )
     return own()
 
