@@ -1,4 +1,4 @@
-"""A run's HTML report: index.html and a copy of each round's page. No Prefect, no torch."""
+"""A run's HTML report: index.html, each round's page, and all pairs of each round. No Prefect, no torch."""
 
 import json
 import os
@@ -22,7 +22,9 @@ from sera_core.errors import InputError
 from sera_core.method.panel import TOKENS
 from sera_core.reporting import words
 from sera_core.reporting.evidence import Line, rate_line, reliance_rows
+from sera_core.reporting.files import RoundFiles
 from sera_core.reporting.pages import GENERATOR, render
+from sera_core.reporting.pair_browser import PAGE, write_pair_browser
 from sera_core.reporting.plots import Point, Series, lines
 
 DEFAULT_STORE = "./sera-store"
@@ -35,7 +37,7 @@ TEST_RATES = (
 
 
 def write_run_report(store_url: str, run: str, out: Path) -> list[Path]:
-    """Write `out`/index.html and `out`/round-000.html, …. Returns their paths.
+    """Write `out`/index.html, `out`/round-000.html and `out`/round-000/pairs.html, …. Returns their paths.
 
     Raises:
         InputError: no such run, `out` is a file, or an existing file with such a name is not a report.
@@ -43,17 +45,31 @@ def write_run_report(store_url: str, run: str, out: Path) -> list[Path]:
     records = RunStore(open_store(store_url), run)
     if not records.configs():
         raise InputError(f"run {run!r}: not in the store {store_url}; `sera list` names the runs there")
-    pages = {_page(m): _round_page(records, m) for m in records.history().rounds}
+    rounds = records.history().rounds
+    pages = {_page(m): _round_page(records, m) for m in rounds}
     pages = {"index.html": _index(records, store_url).encode(), **pages}
-    refuse_foreign(out, list(pages))
+    browsers = [_pairs_page(m) for m in rounds]
+    refuse_foreign(out, [*pages, *browsers])
     out.mkdir(parents=True, exist_ok=True)
     for name, page in pages.items():
         write_whole(out / name, page)
-    return [out / name for name in pages]
+    for manifest, name in zip(rounds, browsers, strict=True):
+        folder = (out / name).parent
+        folder.mkdir(exist_ok=True)
+        write_pair_browser(RoundFiles(_artifacts(records, manifest)), manifest.round, folder)
+    return [out / name for name in (*pages, *browsers)]
 
 
 def _page(manifest: RoundManifest) -> str:
     return f"round-{manifest.round:03d}.html"
+
+
+def _pairs_page(manifest: RoundManifest) -> str:
+    return f"round-{manifest.round:03d}/{PAGE}"
+
+
+def _artifacts(records: RunStore, manifest: RoundManifest) -> dict[str, Artifact]:
+    return {role: Artifact(records.store, ref) for role, ref in manifest.steps.items() if ref is not None}
 
 
 def _round_page(records: RunStore, manifest: RoundManifest) -> bytes:
@@ -66,6 +82,8 @@ def refuse_foreign(out: Path, names: Sequence[str]) -> None:
     check_place(out / "index.html")
     for name in names:
         path = out / name
+        if path.parent != out:
+            _refuse_foreign_folder(path.parent, path.name)
         if path.is_symlink():
             raise InputError(
                 f"{path}: this is a link; remove it, since the report is not written through links"
@@ -74,6 +92,18 @@ def refuse_foreign(out: Path, names: Sequence[str]) -> None:
             raise InputError(
                 f"{path}: exists and is not a sera-flow report; give --out another folder, or move it away"
             )
+
+
+def _refuse_foreign_folder(folder: Path, page: str) -> None:
+    """Refuse a folder of the report's that is a link or a file, or holds something without the page."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(
+            f"{folder}: this is a link or a file, but the report needs a folder there; remove it"
+        )
+    if folder.exists() and any(folder.iterdir()) and not (folder / page).exists():
+        raise InputError(
+            f"{folder}: this folder has files of another kind; give --out another folder, or move it away"
+        )
 
 
 def _is_report(path: Path) -> bool:
@@ -120,6 +150,7 @@ def _row(manifest: RoundManifest, best: RoundManifest | None) -> dict[str, Any]:
     return {
         "round": manifest.round,
         "page": _page(manifest),
+        "pairs_page": _pairs_page(manifest),
         "best": best is not None and manifest.round == best.round,
         "decision": manifest.decision,
         "reason": manifest.reason,

@@ -89,7 +89,7 @@ def _find(files: RoundFiles, role: str, file: str, pair_id: str) -> Row:
     return files.row(role, file, pair_id, columns)
 
 
-def _said(message: Row) -> str:
+def said(message: Row) -> str:
     """A message as a person reads it, its reasoning first."""
     return "\n\n".join(text for text in (message.get("reasoning_content"), message["content"]) if text)
 
@@ -101,8 +101,8 @@ def _example(kind: str, row: Row, pair: Row, scored: Row) -> dict[str, Any]:
         "kind": kind,
         "pair_id": row["pair_id"],
         "prompt": last_user_turn(pair["prompt"]),
-        "chosen": "\n\n".join(map(_said, pair[sides[0]])),
-        "rejected": "\n\n".join(map(_said, pair[sides[1]])),
+        "chosen": "\n\n".join(map(said, pair[sides[0]])),
+        "rejected": "\n\n".join(map(said, pair[sides[1]])),
         "ensemble_margin": _trained_margin(row),
         "margin": -scored["margin"] if turned else scored["margin"],
         "chosen_tokens": scored[f"{sides[0]}_tokens"],

@@ -109,12 +109,12 @@ def test_a_response_with_a_script_stays_text(records):
 
 
 def test_a_page_asks_for_nothing_outside_itself(records, tmp_path):
-    pages = [path.read_text() for path in write_run_report(records.store.url, records.run, tmp_path)]
-    for text in pages:
+    paths = write_run_report(records.store.url, records.run, tmp_path)
+    for text in (path.read_text() for path in paths if path.parent == tmp_path):
         page = Page(text)
         assert not page.tags.keys() & {"link", "iframe", "object", "embed", "img", "script", "base"}
         links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
-        assert all(re.fullmatch(r"round-\d{3}\.html", link) for link in links)
+        assert all(re.fullmatch(r"round-\d{3}(\.html|/pairs\.html)", link) for link in links)
         assert "url(" not in text
         assert "@import" not in text
 
@@ -219,7 +219,9 @@ def test_the_examples_are_the_largest_kept_the_lowest_dropped_and_a_generated_pa
 
 def test_the_run_page_shows_each_round_its_best_round_and_how_to_get_the_policy(records, tmp_path):
     paths = write_run_report(records.store.url, records.run, tmp_path / "out")
-    assert [path.name for path in paths] == ["index.html", *(f"round-{n:03d}.html" for n in range(2))]
+    names = [path.relative_to(tmp_path / "out").as_posix() for path in paths]
+    rounds = [f"round-{n:03d}" for n in range(2)]
+    assert names == ["index.html", *(f"{r}.html" for r in rounds), *(f"{r}/pairs.html" for r in rounds)]
     page = Page(paths[0].read_text())
     best = records.history().best
     assert f"Round {best.round} is best by" in page.prose()
@@ -257,6 +259,18 @@ def test_a_report_replaces_its_own_pages_and_refuses_any_other_file(records, tmp
     with pytest.raises(InputError, match=r"round-001\.html: exists and is not a sera-flow report"):
         write_run_report(records.store.url, records.run, tmp_path)
     assert (tmp_path / "round-001.html").read_text() == "<html>mine too</html>"
+
+
+def test_a_folder_of_other_files_is_not_written_into(records, tmp_path):
+    (tmp_path / "round-000").mkdir()
+    (tmp_path / "round-000/rows.js").write_text("mine")
+    with pytest.raises(InputError, match="round-000: this folder has files of another kind"):
+        write_run_report(records.store.url, records.run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["round-000"]
+    shutil.rmtree(tmp_path / "round-000")
+    (tmp_path / "round-000").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="round-000: this is a link or a file"):
+        write_run_report(records.store.url, records.run, tmp_path)
 
 
 def test_an_unknown_run_is_refused_and_nothing_is_written(records, tmp_path):

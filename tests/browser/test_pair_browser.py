@@ -1,0 +1,69 @@
+"""The page with all pairs of a round in Chromium, opened from disk as a person does."""
+
+import pytest
+import tinyrun
+from commandline import process
+
+ATTACK = '<script>document.title="pwned"</script><img src=x onerror="document.title=1"></script>\u2028'
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("browsed")
+    rows = tinyrun.pairs(32)
+    for row in rows:
+        row["chosen"][0]["content"] += ATTACK
+        row["prompt"][0]["content"] += ATTACK
+    tinyrun.write_rows(folder / "pairs.jsonl", rows)
+    tinyrun.work(tinyrun.config(folder, limits={"rounds": 2}), folder / "store")
+    process("report", "tiny", "--store", folder / "store", "--out", folder / "report", check=True)
+    return folder / "report"
+
+
+def test_pairs_are_found_sorted_and_read(chromium, report):
+    page = chromium.new_page()
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text))
+    page.goto((report / "index.html").as_uri())
+    page.locator('a[href="round-001/pairs.html"]').first.click()
+    page.locator(".row").first.wait_for()
+    total = int(page.inner_text("#count").split()[0])
+
+    page.select_option("#kept", "0")
+    dropped = page.inner_text("#count").split()[0]
+    assert 0 < int(dropped) < total and set(page.locator(".row > :first-child").all_inner_texts()) == {
+        "dropped"
+    }
+    page.select_option("#kept", "")
+    page.fill("#search", "question 7:")
+    assert page.inner_text("#count").startswith("1 of")
+
+    page.locator(".row").first.click()
+    page.locator("#pair pre").first.wait_for()
+    read = page.inner_text("#pair")
+    assert "Question 7:" in read and '<script>document.title="pwned"</script>' in read
+    assert page.title() == "Pairs of round 1" and not page.locator("#pair img, #pair script").count()
+
+    page.fill("#search", "")
+    page.locator('[data-by="margin"]').click()  # it was by margin, largest first
+    margins = page.locator(".row > :nth-child(4)").all_inner_texts()
+    numbers = [float(margin) for margin in margins if margin != "–"]
+    assert numbers == sorted(numbers) and len(set(numbers)) > 3
+
+    page.reload()  # the address names the pair
+    page.locator("#pair pre").first.wait_for()
+    assert "Question 7:" in page.inner_text("#pair") and not problems
+    page.close()
+
+
+def test_a_report_without_its_texts_says_so(chromium, report):
+    for path in (report / "round-000").glob("texts-*.js"):
+        path.unlink()
+    page = chromium.new_page()
+    page.goto((report / "round-000/pairs.html").as_uri())
+    page.locator(".row").first.click()
+    page.locator("#pair", has_text="is missing: copy the whole report folder").wait_for()
+    page.close()
