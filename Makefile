@@ -17,8 +17,8 @@ demo: .venv/core            ## three rounds with a real model and real preferenc
 quick: .venv/core           ## smoke test: one reviewed round (about a minute)
 	$(BIN)/sera demo --quick
 
-lab: .venv/core             ## the method on planted labels, against DPO and a random selection; writes tests/laboratory/latest.json
-	$(BIN)/sera lab --files flip,noise,corr --json > latest.json && mkdir -p tests/laboratory && mv latest.json tests/laboratory/
+lab: .venv/dev              ## the method on planted labels, against DPO and a random selection; writes tests/laboratory/latest.json
+	$(BIN)/python -m tests.laboratory
 
 up: .venv/core              ## start Prefect's server and UI, a worker and the deployments here, until Ctrl-C
 	$(BIN)/sera up

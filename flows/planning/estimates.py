@@ -235,7 +235,7 @@ def memory_warning(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """
     planned = [row for row in rows if row["memory"] is not None]
     most = max(planned, key=lambda row: row["memory"], default=None)
-    if most is not None and most["memory"] > (free := free_memory()):
+    if most is not None and most["memory"] > (free := free_memory(most["memory"])):
         yield (
             f"step {most['step']} may need {most['memory'] / 2**30:.1f} GiB of memory, but "
             f"{free / 2**30:.1f} GiB are free: lower {MEMORY_SETTINGS[most['step']]}, or use a larger machine"

@@ -27,12 +27,14 @@ def main_memory() -> tuple[float, float]:
     return total, free
 
 
-def free_memory() -> int:
-    """Bytes that steps can get: available main memory, and that of torch's accelerator."""
-    import torch
+def free_memory(needed: int) -> int:
+    """Bytes that steps can get: available main memory and, if that is less than needed, the accelerator's too."""
+    free = int(main_memory()[1])
+    if free < needed:
+        import torch
 
-    accelerator = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-    return int(main_memory()[1]) + accelerator
+        free += torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    return free
 
 
 def used_memory() -> int:
