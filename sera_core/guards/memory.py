@@ -28,7 +28,7 @@ def main_memory() -> tuple[float, float]:
 
 
 def free_memory(needed: int) -> int:
-    """Bytes that steps can get: available main memory and, if that is less than needed, the accelerator's too."""
+    """Bytes that steps can get: main memory and, if that is less than needed, the accelerator's too."""
     free = int(main_memory()[1])
     if free < needed:
         import torch
