@@ -38,12 +38,6 @@ _REVIEWS = "a control requested in the reviews of the SeRA paper"
 
 ARMS: dict[str, Arm] = {
     SERA: Arm({}, "The experiment as it is.", "SeRA, arXiv 2410.09362"),
-    "sera-crossfit": Arm(
-        {"review": {"crossfit": 2}},
-        "Human pairs reviewed by policies that were not trained on them: whether margins are memories. The "
-        "rounds train for equal tokens; its fold policies train for as many again.",
-        "cross-fitting, an option of ours",
-    ),
     "dpo": Arm(
         _ALL_HUMAN,
         "All human pairs in every round and no generated ones: what more training alone does.",
@@ -81,6 +75,12 @@ ARMS: dict[str, Arm] = {
         "Margins of the head alone: what past rounds add to them.",
         _REVIEWS,
         first_round=2,
+    ),
+    "sera-crossfit": Arm(
+        {"review": {"crossfit": 2}},
+        "Human pairs reviewed by policies that were not trained on them: whether margins are memories. The "
+        "rounds train for equal tokens; its fold policies train for as many again.",
+        "cross-fitting, an option of ours",
     ),
 }
 
