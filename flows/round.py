@@ -12,6 +12,7 @@ from typing import Any
 from sera_core import counts, steps
 from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec
 from sera_core.config import AUTO, SeraConfig
+from sera_core.data.folds import Fold
 from sera_core.method.rewards import ensemble_weights
 
 Ref = StepRef | None
@@ -20,6 +21,8 @@ Look = Callable[[Ref], StepRecord | None]
 """Gives a step's record; None if the step is not done (in a plan)."""
 Steps = dict[str, Ref]
 """A round's steps by role."""
+Score = Callable[[Ref, bool], Ref | Sequence[Ref]]
+"""(policy, whether only a noise probe) -> log-probabilities; with cross-fitting one step for each fold."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,16 @@ class Past:
     heads: Sequence[Mapping[str, Ref]] = field(default_factory=tuple)
     promoted: Mapping[int, Ref] = field(default_factory=dict)
     """Evidence about every promoted round, by its number: those that a roll-back left behind too."""
+    rounds: Sequence[int] = field(default_factory=tuple)
+    """Number of each head's round."""
 
     def policies(self) -> list[Ref]:
         """Policies of the heads, newest first."""
         return [head["policy"] for head in reversed(self.heads)]
+
+    def before(self, head: int) -> "Past":
+        """The heads that a head was trained after; `head` counts from the oldest."""
+        return Past(self.heads[:head], rounds=self.rounds[:head])
 
 
 @dataclass(frozen=True)
@@ -78,28 +87,11 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
     share = counts.generated_share(config, round)
     rules = steps.human_rules(config, round)
 
-    def logps(policy: Ref, texts: Ref, file: str) -> Ref:
-        return do(steps.logps(config, policy, sides.model, texts, file, sides.pairs))
+    def logps(policy: Ref, texts: Ref, file: str, probe: bool = False) -> Ref:
+        return do(steps.logps(config, policy, sides.model, texts, file, sides.pairs, probe=probe))
 
-    def scores_under(
-        texts: Ref, file: str, policies: Sequence[Ref]
-    ) -> tuple[list[Ref], list[Ref], Mapping[str, Ref]]:
-        probes = {} if round == 0 else noise_probes(config, sides, reviewers, texts, file, do)
-        return (
-            [logps(p, texts, file) for p in policies],
-            [logps(r, texts, file) for r in reviewers.references],
-            probes,
-        )
-
-    scored = do(
-        steps.review(
-            config,
-            sides.pairs,
-            "train.parquet",
-            reviewers.weights,
-            *scores_under(sides.pairs, "train.parquet", reviewers.policies),
-        )
-    )
+    scores = human_scores(config, sides, past, reviewers, round, do)
+    scored = do(steps.review(config, sides.pairs, "train.parquet", reviewers.weights, scores))
     kept = do(steps.select(config, rules, scored, sides.pairs, "human", round))
     made: Steps = {"scored": scored, "human": kept}
     inputs = {"rendered": sides.pairs, "scored": scored, "human_ledger": kept}
@@ -110,8 +102,13 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
         samples = do(steps.sample(config, head, sides.model, sides.pairs, round, prompts))
         # If sampler and scorer use the same precision, the sampler's log-probabilities are reused.
         unscored = reviewers.policies if config.scores_samples_again else reviewers.policies[1:]
-        scores = scores_under(samples, "responses.parquet", unscored)
-        responses = do(steps.pair(config, samples, sides.pairs, reviewers.weights, *scores, round))
+        scores = scores_under(
+            reviewers,
+            unscored,
+            round,
+            lambda scorer, probe: logps(scorer, samples, "responses.parquet", probe),
+        )
+        responses = do(steps.pair(config, samples, sides.pairs, reviewers.weights, scores, round))
         generated = do(
             steps.select(config, config.select_generated, responses, responses, "generated", round)
         )
@@ -127,21 +124,76 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
     return made
 
 
-def noise_probes(
-    config: SeraConfig, sides: Sides, reviewers: Reviewers, texts: Ref, file: str, do: Do
+def scores_under(
+    reviewers: Reviewers, policies: Sequence[Ref], round: int, score: Score
 ) -> Mapping[str, Ref]:
-    """Score a few responses again in float32, under every reviewer, to measure the margins' noise."""
+    """Log-probabilities under `policies` and every reference: inputs of a step that computes rewards.
 
-    def probe(policy: Ref) -> Ref:
-        return do(steps.logps(config, policy, sides.model, texts, file, sides.pairs, probe=True))
+    After round 0 also those of a few responses again in float32, under every reviewer, to measure the
+    margins' noise.
+    """
+    exact: dict[str, Ref] = {}
+    if round > 0:
+        exact = steps.scores("exact-policy", [score(policy, True) for policy in reviewers.policies])
+        exact |= steps.scores("exact-ref", [score(reference, True) for reference in reviewers.references])
+    named = steps.scores("policy", [score(policy, False) for policy in policies])
+    references = [score(reference, False) for reference in reviewers.references]
+    return exact | named | steps.scores("reference", references)
 
-    named = {f"exact-policy-{n:03d}": probe(policy) for n, policy in enumerate(reviewers.policies)}
-    return named | {f"exact-ref-{n:03d}": probe(ref) for n, ref in enumerate(reviewers.references)}
+
+def human_scores(
+    config: SeraConfig, sides: Sides, past: Past, reviewers: Reviewers, round: int, do: Do
+) -> Mapping[str, Ref]:
+    """The same of the human pairs.
+
+    With cross-fitting a head's policy for each fold scores the fold's pairs instead of the head. The newest
+    head's own scores come along, to measure how much of its margins is memory.
+    """
+    fitted = fold_policies(config, sides, past, do)
+
+    def logps(scorer: Ref, probe: bool = False, fold: Fold | None = None) -> Ref:
+        spec = steps.logps(config, scorer, sides.model, sides.pairs, "train.parquet", probe=probe, fold=fold)
+        return do(spec)
+
+    def score(scorer: Ref, probe: bool) -> Ref | Sequence[Ref]:
+        own = next((policies for head, policies in fitted if head == scorer), None)
+        if own is None:
+            return logps(scorer, probe)
+        return [logps(policy, probe, fold) for policy, fold in zip(own, config.folds, strict=True)]
+
+    scores = scores_under(reviewers, reviewers.policies, round, score)
+    if not fitted:
+        return scores
+    own = {"head_policy": logps(reviewers.policies[0]), "head_mixture": past.heads[-1]["mixture"]}
+    if reviewers.references:
+        own["head_reference"] = logps(reviewers.references[0])
+    return {**scores, **own}
+
+
+def fold_policies(config: SeraConfig, sides: Sides, past: Past, do: Do) -> list[tuple[Ref, list[Ref]]]:
+    """(head, its policy for each fold), oldest first; empty without cross-fitting.
+
+    A fold policy is trained as its head was, without the fold's prompts. Where the head started from the head
+    before it, which was trained on all folds, it starts from that head's policy for the same fold.
+    """
+    found: list[tuple[Ref, list[Ref]]] = []
+    for number, head in enumerate(past.heads if config.folds else ()):
+        before = past.before(number)
+        start, reference = start_policy(config, sides, before), training_reference(config, sides, before)
+        starts = found[-1][1] if found and start == found[-1][0] else [start] * len(config.folds)
+        specs = [
+            steps.train(
+                config, past.rounds[number], own, sides.model, head["mixture"], own == reference, fold
+            )
+            for own, fold in zip(starts, config.folds, strict=True)
+        ]
+        found.append((head["policy"], [do(spec) for spec in specs]))
+    return found
 
 
 def align(config: SeraConfig, sides: Sides, past: Past, round: int, mixture: Ref, do: Do) -> Ref:
     """Train the round's policy on the mixture."""
-    start = past.policies()[0] if past.heads and config.train.start == "previous" else sides.model
+    start = start_policy(config, sides, past)
     same = start == training_reference(config, sides, past)
     return do(steps.train(config, round, start, sides.model, mixture, start_is_reference=same))
 
@@ -241,6 +293,11 @@ def reviewers_of(config: SeraConfig, model: Ref, past: Past) -> Reviewers:
     before = [*past.policies()[1:], model] if past.heads else [model]
     references = [model] * len(policies) if config.review.reference == "initial" else before[: len(policies)]
     return Reviewers(weights, policies, references)
+
+
+def start_policy(config: SeraConfig, sides: Sides, past: Past) -> Ref:
+    """The policy that a round's training starts from: the head, or the start policy of the run."""
+    return past.policies()[0] if past.heads and config.train.start == "previous" else sides.model
 
 
 def training_reference(config: SeraConfig, sides: Sides, past: Past) -> Ref:

@@ -159,13 +159,19 @@ def task_runner(records: RunStore) -> Runner:
     execution = ExecutionConfig.model_validate(records.configs()[-1].config["execution"])
 
     def run_task(spec: StepSpec) -> StepRecord:
-        where = {"run": records.run, "logs": f"sera-logs/{records.run}/round-{spec.fields.get('round')}"}
+        where = {"run": records.run, "logs": f"sera-logs/{records.run}/{_logged_as(spec)}"}
         named = spec.model_copy(update={"where": {**spec.where, **where}})
         return do_step.with_options(name=TITLES[spec.step], task_run_name=TITLES[spec.step])(
             named, store, execution
         )
 
     return run_task
+
+
+def _logged_as(spec: StepSpec) -> str:
+    """Folder of a step's training curves."""
+    fold = f"-fold-{spec.fields['fold']['out']}" if "fold" in spec.fields else ""
+    return f"round-{spec.fields.get('round')}{fold}"
 
 
 # Runs resume from the store's records, so Prefect's result cache is off.

@@ -76,6 +76,12 @@ ARMS: dict[str, Arm] = {
         _REVIEWS,
         first_round=2,
     ),
+    "sera-crossfit": Arm(
+        {"review": {"crossfit": 2}},
+        "Human pairs reviewed by policies that were not trained on them: whether margins are memories. The "
+        "rounds train for equal tokens; its fold policies train for as many again.",
+        "cross-fitting, an option of ours",
+    ),
 }
 
 

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from sera_core.data.folds import Fold
 from sera_core.data.formats import FormatName, Reading
 from sera_core.effects import refuse_ineffective
 from sera_core.extensions import is_own, own_function
@@ -47,6 +48,12 @@ def _number_or_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         return check(value)
     except ValidationError:
         raise ValueError(f'give a whole number above 0, or "{AUTO}"') from None
+
+
+def _no_single_fold(folds: int) -> int:
+    if folds == 1 or folds < 0:
+        raise ValueError("give 0 (off), or 2 or more folds: a single fold leaves no pair to train on")
+    return folds
 
 
 def _checked_url(given: str, info: ValidationInfo) -> str:
@@ -189,6 +196,11 @@ class ReviewConfig(Part):
     length_penalty: Literal["none", "dice"] = "none"
     """dice: subtract alpha × tokens from the reward, with alpha fitted to balance lengths (arXiv
     2406.09760)."""
+    crossfit: Annotated[int, AfterValidator(_no_single_fold)] = 0
+    """Number of folds, 2 or more (0: off): each human pair is reviewed by fold policies that were not trained
+    on it, instead of by the heads. After a round, one policy per fold trains without the fold's prompts for
+    its part of the round's training tokens, so that all folds together cost one more training. Cross-fitting
+    is an option of ours."""
     show_text: bool = True
     """Show prompts and responses on Prefect's cards. false keeps all of their text out of Prefect."""
 
@@ -393,9 +405,9 @@ class ExecutionConfig(Part):
     """Checkpoints kept in the store during training, each three times the size of the trained weights. All
     are deleted when training is done."""
     tracking: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
-    """Where TRL logs training curves, as one tracker run `<run>-round-<n>` per round. tensorboard writes to
-    `./sera-logs/<run>/round-<n>`; the others follow their own settings (WANDB_PROJECT, MLFLOW_TRACKING_URI,
-    TRACKIO_DIR). With none, nothing is sent anywhere."""
+    """Where TRL logs training curves, as one tracker run `<run>-round-<n>` per round (`…-fold-<i>` for a fold
+    policy). tensorboard writes to `./sera-logs/<run>/round-<n>`; the others follow their own settings
+    (WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_DIR). With none, nothing is sent anywhere."""
 
 
 class SeraConfig(Part):
@@ -512,6 +524,11 @@ class SeraConfig(Part):
         """
         return self.model.dtype == "bfloat16" or self.sampling.dtype not in (None, self.model.dtype)
 
+    @property
+    def folds(self) -> list[Fold]:
+        """The folds that human pairs are reviewed in; empty without cross-fitting."""
+        return Fold.every(self.review.crossfit, self.seed)
+
     def token_budget(self, round: int) -> int | None:
         """Training tokens of a round; None: `train.epochs` decides."""
         tokens = self.train.tokens
@@ -542,6 +559,7 @@ class SeraConfig(Part):
 ADDED_LATER = {
     "model": ("template_kwargs",),
     "data": ("format", "columns", "completions", "on_bad_row"),
+    "review": ("crossfit",),
     "train": ("tokens",),
     "decide": ("metric", "feature", "panel"),
 }

@@ -4,6 +4,7 @@ The user expects a setting to do something, so an ineffective one is an error. O
 default are checked. Limits are not considered, because they can be raised later.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,12 @@ def _generates(config: "SeraConfig") -> bool:
 
 def _samples(config: "SeraConfig") -> bool:
     return _generates(config) or config.evaluate.prompts > 0
+
+
+def _selects_by_margin(config: "SeraConfig") -> bool:
+    """Whether the selection of human pairs reads their margins; `random` only with a floor."""
+    part = config.select
+    return part.rule != "none" and not (part.rule == "random" and part.min_margin == -math.inf)
 
 
 def _draws(config: "SeraConfig") -> bool:
@@ -104,6 +111,7 @@ EFFECTS: tuple[Row, ...] = (
         "except with the score simpo, which has no reference",
     ),
     Row("review.ensemble", lambda c: c.review.gamma > 0, "only if review.gamma is above 0"),
+    Row("review.crossfit", _selects_by_margin, "only if select.rule reads the margins of human pairs"),
     *_selection_rows("select"),
     Row("select_generated.rule", _generates, GENERATED),
     *_selection_rows("select_generated"),

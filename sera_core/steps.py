@@ -5,10 +5,12 @@ work sees no other configuration. Raise a step's version when its work changes w
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sera_core.artifacts.manifest import StepRef, StepSpec
 from sera_core.config import SelectConfig, SeraConfig
+from sera_core.data.folds import Fold
 from sera_core.extensions import is_own, sources
 from sera_core.method.selection import UNORDERED_RULES
 
@@ -35,6 +37,10 @@ PARITY_NATS = {"float32": 0.01, "bfloat16": 4.0}
 PROBED_ROWS = {"train.parquet": 6, "responses.parquet": 12}
 """Rows of a file that its noise is measured on: twelve responses either way, for a pair has two."""
 SIDES = ("train", "heldout", "test", "prompts")
+FOLD = "-fold-"
+"""Between an input's name and the number of its fold."""
+FOLD_TOKENS = "tokens/trained_folds"
+"""Metric: tokens that a fold policy trained on; `tokens/trained` counts those of the rounds' policies."""
 
 
 def _spec(step: str, fields: Mapping[str, Any], inputs: Mapping[str, Ref], **where: Any) -> StepSpec:
@@ -88,11 +94,12 @@ def logps(
     rendered: Ref = None,
     side: str = "train",
     probe: bool = False,
+    fold: Fold | None = None,
 ) -> StepSpec:
     """Log-probabilities of every response in one file of `texts` under one policy.
 
     As a `probe` only of a few, each computed by itself in float32: what the noise of the others is measured
-    against.
+    against. With a `fold` only of the pairs in it.
 
     Samples name their prompts by id only: `rendered` holds the prompts' token ids. `side` says whose prompts
     they answer, for a plan's estimate.
@@ -100,6 +107,7 @@ def logps(
     fields: dict[str, Any] = {"file": file, "dtype": config.model.dtype}
     if probe:
         fields |= {"dtype": "float32", "probe": PROBED_ROWS[file]}
+    fields |= _fold_field(fold)
     inputs = {"policy": policy, "model": model, "texts": texts}
     return _spec(
         "logps", fields, inputs | ({"rendered": rendered} if file == "responses.parquet" else {}), side=side
@@ -111,15 +119,19 @@ def review(
     pairs: Ref,
     file: str,
     weights: Sequence[float],
-    policies: Sequence[Ref],
-    references: Sequence[Ref],
-    probes: Mapping[str, Ref],
+    inputs: Mapping[str, Ref],
 ) -> StepSpec:
-    """Rewards and margins of human pairs from stored log-probabilities, newest policy first."""
+    """Rewards and margins of human pairs from stored log-probabilities.
+
+    Args:
+        inputs: `scores` of the kinds policy and reference, and of exact-policy and exact-ref for probes; with
+            folds also `head_policy`, `head_reference` (unless the score has none) and `head_mixture`: the
+            head's own scores and the pairs that it trained on.
+    """
     fields = {**_score_fields(config, weights), "file": file}
     if config.review.length_penalty == "dice":
         fields["rules"] = _rule_fields(config.select)
-    return _spec("review", fields, {"pairs": pairs, **_numbered(policies, references), **probes})
+    return _spec("review", fields, {"pairs": pairs, **inputs})
 
 
 def select(
@@ -170,12 +182,10 @@ def pair(
     samples: Ref,
     rendered: Ref,
     weights: Sequence[float],
-    policies: Sequence[Ref],
-    references: Sequence[Ref],
-    probes: Mapping[str, Ref],
+    inputs: Mapping[str, Ref],
     round: int,
 ) -> StepSpec:
-    """Rewards of the samples, and pairs of each prompt's responses."""
+    """Rewards of the samples, and pairs of each prompt's responses. `inputs`: as of `review`, no folds."""
     fields = {
         **_score_fields(config, weights),
         "rule": config.pairing.rule,
@@ -186,11 +196,7 @@ def pair(
     if config.pairing.rule == "best-random":
         fields["seed"] = config.seed
     fields |= sources("pairing rule", config.pairing.rule)
-    return _spec(
-        "pair",
-        fields,
-        {"samples": samples, "rendered": rendered, **_numbered(policies, references), **probes},
-    )
+    return _spec("pair", fields, {"samples": samples, "rendered": rendered, **inputs})
 
 
 def mix(
@@ -216,9 +222,18 @@ def human_rules(config: SeraConfig, round: int) -> SelectConfig:
 
 
 def train(
-    config: SeraConfig, round: int, start: Ref, model: Ref, mixture: Ref, start_is_reference: bool
+    config: SeraConfig,
+    round: int,
+    start: Ref,
+    model: Ref,
+    mixture: Ref,
+    start_is_reference: bool,
+    fold: Fold | None = None,
 ) -> StepSpec:
-    """One round of direct alignment."""
+    """One round of direct alignment.
+
+    With a `fold` the same without its prompts, for its part of the round's training tokens.
+    """
     excluded = {"learning_rate", "start", "reference", "tokens"}
     budget = config.token_budget(round)
     fields = {
@@ -229,6 +244,7 @@ def train(
         "round": round,
         "start_is_reference": start_is_reference,
         **({} if budget is None else {"token_budget": budget}),
+        **_fold_field(fold),
         **sources("loss", *config.train.losses),
     }
     return _spec("train", fields, {"start": start, "model": model, "mixture": mixture})
@@ -320,6 +336,17 @@ def _rule_fields(rules: SelectConfig) -> dict[str, Any]:
     return fields | sources("selection rule", rules.rule)
 
 
-def _numbered(policies: Sequence[Ref], references: Sequence[Ref]) -> dict[str, Ref]:
-    named = {f"policy-{n:03d}": ref for n, ref in enumerate(policies)}
-    return named | {f"reference-{n:03d}": ref for n, ref in enumerate(references)}
+def scores(kind: str, found: Sequence[Ref | Sequence[Ref]]) -> dict[str, Ref]:
+    """Inputs `<kind>-000`, … of a step, newest first; `<kind>-000-fold-000`, … where there is one a fold."""
+    named: dict[str, Ref] = {}
+    for number, ref in enumerate(found):
+        name = f"{kind}-{number:03d}"
+        if isinstance(ref, Sequence):
+            named |= {f"{name}{FOLD}{fold:03d}": one for fold, one in enumerate(ref)}
+        else:
+            named[name] = ref
+    return named
+
+
+def _fold_field(fold: Fold | None) -> dict[str, Any]:
+    return {} if fold is None else {"fold": asdict(fold)}

@@ -1,6 +1,7 @@
 """Score human pairs with the policy's log-probabilities, and select pairs by margin."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.step import Attempt
 from sera_core.errors import SeraError
 from sera_core.method.noise import noise_floor
+from sera_core.method.rewards import score_responses
 from sera_core.method.selection import select
 from sera_core.reviewers import (
     NOISE,
@@ -24,6 +26,7 @@ from sera_core.reviewers import (
     selection_table,
     sweep_of_pairs,
 )
+from sera_core.steps import FOLD
 
 _SETTINGS = ("fraction", "k", "threshold", "min_margin", "direction")
 
@@ -32,10 +35,8 @@ def review_pairs(attempt: Attempt) -> list[str]:
     """Write scored.parquet: rewards, margins and ensemble margins of every pair, in input order."""
     fields = attempt.fields
     pairs = schema.read_table(attempt.input("pairs").path(fields["file"]), schema.PAIRS)
-    policies = [_logps(attempt, f"policy-{n:03d}", pairs) for n in range(len(fields["weights"]))]
-    references = [
-        _logps(attempt, name, pairs) for name in sorted(attempt.spec.inputs) if name.startswith("reference-")
-    ]
+    policies = [_logps(attempt, name, pairs) for name in _names(attempt, "policy-")]
+    references = [_logps(attempt, name, pairs) for name in _names(attempt, "reference-")]
     tokens = policies[0]["tokens"].to_numpy()
     judged = judge_responses(
         fields["score"],
@@ -53,9 +54,11 @@ def review_pairs(attempt: Attempt) -> list[str]:
         policies[0]["id"].to_pylist(),
         [table["logps"].to_numpy() for table in policies],
         [table["logps"].to_numpy() for table in references],
-        _probes(attempt),
+        _probes(attempt, pairs),
     )
     attempt.metrics[NOISE] = round(noise_floor(noise, 2), 6)
+    if "head_mixture" in attempt.spec.inputs:
+        attempt.metrics |= _memory(attempt, pairs, policies[0], references[0] if references else None)
     scored = scored_table(
         pairs["pair_id"].to_pylist(),
         interleaved(policies[0]),
@@ -117,20 +120,74 @@ def _noise(record: StepRecord) -> float:
     return max([0.0, *(value for name, value in record.metrics.items() if name.startswith(NOISE))])
 
 
-def _probes(attempt: Attempt) -> dict[str, pa.Table]:
+def _probes(attempt: Attempt, pairs: pa.Table) -> dict[str, pa.Table]:
+    expected = _keys(pairs)
+    return {name: _joined(attempt, name, expected) for name in _names(attempt, "exact-")}
+
+
+def _names(attempt: Attempt, beginning: str) -> list[str]:
+    """Inputs that begin so, newest first; those of several folds count once."""
+    return sorted({name.split(FOLD)[0] for name in attempt.spec.inputs if name.startswith(beginning)})
+
+
+def _keys(pairs: pa.Table) -> list[str]:
+    """Keys of the pairs' responses, in order."""
+    return [f"{pair}/{side}" for pair in pairs["pair_id"].to_pylist() for side in ("chosen", "rejected")]
+
+
+def _joined(attempt: Attempt, name: str, keys: Sequence[str]) -> pa.Table:
+    """Log-probabilities from one step, or from one for each fold, put together in the order of `keys`."""
+    names = sorted(n for n in attempt.spec.inputs if n == name or n.startswith(f"{name}{FOLD}"))
+    found = [schema.read_table(attempt.input(n).path("logps.parquet"), schema.LOGPS) for n in names]
+    if len(found) == 1:
+        return found[0]
+    places = {key: place for place, key in enumerate(keys)}
+    table = pa.concat_tables(found)
+    order = np.argsort([places.get(id, len(keys)) for id in table["id"].to_pylist()], kind="stable")
+    return table.take(order.astype(np.int64))
+
+
+def _memory(
+    attempt: Attempt, pairs: pa.Table, policy: pa.Table, reference: pa.Table | None
+) -> dict[str, float | int | None]:
+    """Mean margins, in nats, of the human pairs that the head was trained on: under the head, which may
+    remember them, and under its fold policies, which cannot.
+
+    Args:
+        pairs: the human pairs.
+        policy, reference: the scores that the review uses in the head's place.
+    """
+    mixture = attempt.input("head_mixture").path("mixture.parquet")
+    rows = schema.iter_rows(mixture, ["pair_id", "origin"])
+    trained = {row["pair_id"] for row in rows if row["origin"] == "human"}
+    seen = np.array([pair in trained for pair in pairs["pair_id"].to_pylist()], dtype=bool)
+    own = _logps(attempt, "head_policy", pairs)
+    refers = _logps(attempt, "head_reference", pairs) if reference is not None else None
     return {
-        name: schema.read_table(attempt.input(name).path("logps.parquet"), schema.LOGPS)
-        for name in attempt.spec.inputs
-        if name.startswith("exact-")
+        "review/pairs": int(seen.sum()),
+        "review/head_mean": _mean_margin(attempt, own, refers, seen),
+        "review/crossfit_mean": _mean_margin(attempt, policy, reference, seen),
     }
+
+
+def _mean_margin(
+    attempt: Attempt, policy: pa.Table, reference: pa.Table | None, rows: np.ndarray
+) -> float | None:
+    """Mean margin of some pairs in nats, without a length penalty; None without a finite one."""
+    beta = attempt.fields["beta"]
+    refers = None if reference is None else reference["logps"].to_numpy()
+    tokens = policy["tokens"].to_numpy()
+    rewards = score_responses(attempt.fields["score"], policy["logps"].to_numpy(), refers, tokens, beta)
+    margins = ((rewards[0::2] - rewards[1::2]) / beta)[rows]
+    margins = margins[np.isfinite(margins)]
+    return round(float(margins.mean()), 6) if margins.size else None
 
 
 def _logps(attempt: Attempt, name: str, pairs: pa.Table) -> pa.Table:
     """Log-probabilities under one policy, after a check that they belong to these pairs in this order."""
-    table = schema.read_table(attempt.input(name).path("logps.parquet"), schema.LOGPS)
-    ids = table["id"].to_pylist()
-    expected = [f"{pair}/{side}" for pair in pairs["pair_id"].to_pylist() for side in ("chosen", "rejected")]
-    if ids != expected:
+    expected = _keys(pairs)
+    table = _joined(attempt, name, expected)
+    if table["id"].to_pylist() != expected:
         raise SeraError(
             f"{name}: its log-probabilities belong to other pairs; delete that step and run again"
         )

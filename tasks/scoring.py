@@ -9,6 +9,7 @@ import numpy as np
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
 from sera_core.artifacts.streaming import Lookup, Rows, Writer, strings
+from sera_core.data.folds import fold_of
 from sera_core.errors import SeraError
 from sera_core.method.rewards import quantise
 from sera_core.models.devices import device_of
@@ -31,30 +32,34 @@ def score_texts(attempt: Attempt) -> list[str]:
     """Write logps.parquet: log π(y|x) of every response in a file of pairs or samples, in the file's order.
 
     The key of a pair's response is `<pair_id>/chosen` or `<pair_id>/rejected`, of a sample
-    `<prompt_id>/<sample>`. A probe scores only a few rows, see `_score_probe`.
+    `<prompt_id>/<sample>`. A probe scores only a few rows, see `_score_probe`, and a step of a fold only the
+    pairs in it.
     """
     if "probe" in attempt.fields:
         return _score_probe(attempt)
     texts = _Texts(attempt)
     parts = attempt.parts()
     policy = None
-    for number in range(len(parts), -(-texts.rows // SHARD_ROWS)):
+    for number in range(len(parts), -(-len(texts.rows) // SHARD_ROWS)):
         policy = policy or _load(attempt)
         first = number * SHARD_ROWS
-        shard = texts.read(range(first, min(first + SHARD_ROWS, texts.rows)))
-        done, total = first * texts.per_row, texts.rows * texts.per_row
+        shard = texts.read(texts.rows[first : first + SHARD_ROWS])
+        done, total = first * texts.per_row, len(texts.rows) * texts.per_row
         parts.append(_score_shard(attempt, policy, number, shard, done, total))
     _merge(attempt, parts)
     return ["logps.parquet"]
 
 
 def _score_probe(attempt: Attempt) -> list[str]:
-    """Score a few rows spread over the file with the plain loop, to measure the noise of the others."""
+    """Score a few rows spread over the file with the plain loop, to measure the noise of the others.
+
+    The rows are the same in every fold; a step of a fold scores those of them that are in it, maybe none.
+    """
     from sera_core.models.logprobs import plain_sequence_logps, score_tokens
 
     file = _Texts(attempt)
-    picked = np.unique(np.linspace(0, file.rows - 1, attempt.fields["probe"]).astype(int))
-    texts = file.read(picked.tolist()) if file.rows else []
+    picked = np.unique(np.linspace(0, file.size - 1, attempt.fields["probe"]).astype(int))
+    texts = file.read(np.intersect1d(picked, file.rows).tolist())
     items = [(text.prompt_ids, text.response_ids) for text in texts]
     if items:
         _plan_memory(attempt, items)
@@ -81,7 +86,10 @@ class _Texts:
         else:
             self.per_row, self._prompts = 2, None
             self._file = Rows(path, ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"])
-        self.rows = len(self._file)
+        self.size = len(self._file)
+        fold = fold_of(attempt.fields)
+        self.rows: Sequence[int] = range(self.size) if fold is None else fold.rows(path).tolist()
+        """Numbers of the rows to score: all, or those of a fold."""
 
     def read(self, numbers: Sequence[int]) -> list[Text]:
         """The responses of these rows: two per pair, one per sample."""

@@ -13,15 +13,17 @@ from typing import Any
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.step import Attempt
 from sera_core.config import TrainConfig
+from sera_core.data.folds import fold_of
 from sera_core.errors import InputError, SeraError
 from sera_core.models.architecture import refuse_beyond_index_topk
 from sera_core.models.devices import device_of
 from sera_core.models.memory_estimate import folder_shape, training_memory
 from sera_core.models.policies import load_policy, load_tokenizer, save_policy, weights_digest
+from sera_core.steps import FOLD_TOKENS
 from tasks.engines.library_logs import is_forwarded
 from tasks.engines.start_check import Probe, StartCheck, StartDiffersError
 from tasks.engines.tracking import PROJECT, ended, refuse_missing, report_to, trackers
-from tasks.engines.training_data import Mixture, training_order
+from tasks.engines.training_data import Mixture, fold_order, training_order
 
 LOG = logging.getLogger("sera.train")
 
@@ -71,11 +73,17 @@ class TrainingRun:
         self.attempt, self.train = attempt, TrainConfig.model_validate(fields["train"])
         self.bf16 = fields["dtype"] == "bfloat16"
         self.needs_reference = set(self.train.losses) != {"simpo"}
-        self.mixture = Mixture.read(attempt.input("mixture").path("mixture.parquet"), self.needs_reference)
+        path = attempt.input("mixture").path("mixture.parquet")
+        self.mixture = Mixture.read(path, self.needs_reference)
         seed = (fields["seed"], fields["round"])
-        self.order = training_order(
-            self.mixture.tokens, self.train.batch, self.train.epochs, seed, fields.get("token_budget")
-        )
+        self.fold, self.rows = fold_of(fields), list(range(len(self.mixture.pair_ids)))
+        settings = (self.train.batch, self.train.epochs, seed, fields.get("token_budget"))
+        if self.fold is None:
+            self.order = training_order(self.mixture.tokens, *settings)
+        else:
+            held = set(self.fold.rows(path).tolist())
+            self.rows = [row for row in self.rows if row not in held]
+            self.order = fold_order(self.mixture.tokens, self.rows, self.fold.of, *settings)
         self.seed = derived_seed("train", *seed) % 2**32
         self.start = attempt.input("start").folder("policy")
         self.device = device_of(attempt.execution.device)
@@ -106,7 +114,7 @@ class TrainingRun:
     def refuse_unusable(self) -> None:
         """All checks that do not need a loaded model."""
         if not self.order:
-            raise InputError("the mixture has no pairs; select or sample more")
+            raise InputError(self._no_pairs())
         refuse_missing(self.attempt.execution.tracking)
         if self.train.method == "full" and self.starts_from_adapter:
             raise SeraError(
@@ -114,6 +122,15 @@ class TrainingRun:
             )
         if self.train.method == "lora":
             self._refuse_other_base()
+
+    def _no_pairs(self) -> str:
+        if self.fold is None or not self.mixture.pair_ids:
+            return "the mixture has no pairs; select or sample more"
+        return (
+            f"review.crossfit = {self.fold.of}: all {len(self.mixture.pair_ids)} pairs of round "
+            f"{self.attempt.fields['round']} have prompts of fold {self.fold.out + 1}, so none is left for "
+            "training its policy; select or sample more pairs, or change the seed"
+        )
 
     @property
     def starts_from_adapter(self) -> bool:
@@ -244,12 +261,17 @@ class TrainingRun:
             save_strategy="no",
             report_to=report_to(self.attempt.execution.tracking),
             project=PROJECT,
-            run_name=f"{self.attempt.spec.where.get('run', 'sera')}-round-{self.attempt.fields['round']}",
+            run_name=self._tracked_as(),
             disable_tqdm=True,
             log_level="error",
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # train on one device, even if more are visible
         return arguments
+
+    def _tracked_as(self) -> str:
+        """Name of the tracker's run."""
+        fold = "" if self.fold is None else f"-fold-{self.fold.out}"
+        return f"{self.attempt.spec.where.get('run', 'sera')}-round-{self.attempt.fields['round']}{fold}"
 
     def _schedule(self, optimizer: Any, first: int) -> Any:
         from torch.optim.lr_scheduler import LambdaLR
@@ -349,14 +371,13 @@ class TrainingRun:
         """Set the counts and metrics of the step's record."""
         seen = sum(line["pairs"] for line in self.lines)
         assert seen == len(self.order), f"{seen} pairs were trained on where {len(self.order)} were planned"
-        self.attempt.counts["pairs"] = len(self.mixture.pair_ids)
+        self.attempt.counts["pairs"] = len(self.rows)
+        trained = "tokens/trained" if self.fold is None else FOLD_TOKENS
         self.attempt.metrics |= {
             "train_loss": sum(line["loss"] * line["pairs"] for line in self.lines) / seen,
             **self.step0,
-            **{
-                name: self.lines[-1][name]
-                for name in ("rewards/margins", "rewards/accuracies", "tokens/trained")
-            },
+            **{name: self.lines[-1][name] for name in ("rewards/margins", "rewards/accuracies")},
+            trained: self.lines[-1]["tokens/trained"],
             "steps": len(self.lines),
             "pairs": seen,
             "learning_rate": self.attempt.fields["learning_rate"],

@@ -26,6 +26,7 @@ from sera_core.models.memory_estimate import (
     training_memory,
 )
 from sera_core.models.model_sources import resolve_source
+from sera_core.steps import FOLD_TOKENS
 
 CHARACTERS_A_TOKEN = 4.2
 DENSE = 3.5
@@ -121,6 +122,20 @@ def gigaflops(seconds: float = 1.0) -> float:
     return 2 * 768**3 / best / 1e9
 
 
+def round_of(spec: StepSpec, walked: int | None) -> int | None:
+    """The round whose pairs a step works on: a fold policy is trained on those of an earlier round.
+
+    Args:
+        walked: the round that does the step.
+    """
+    return spec.fields["round"] if spec.step == "train" else walked
+
+
+def _folds(spec: StepSpec) -> int:
+    """Number of the folds that share the work; 1 for a step without."""
+    return spec.fields["fold"]["of"] if "fold" in spec.fields else 1
+
+
 class Estimator:
     """Estimates the cost of a run's steps."""
 
@@ -137,7 +152,7 @@ class Estimator:
 
         Args:
             spec: the step.
-            counts: pairs and prompts of its round; None for a step before the rounds.
+            counts: pairs and prompts of its round (`round_of`); None for a step before the rounds.
         """
         tokens = self._tokens(spec, counts)
         return {
@@ -148,28 +163,32 @@ class Estimator:
         }
 
     def _tokens(self, spec: StepSpec, counts: RoundCounts | None) -> float:
-        size, pair = self.size, self.size.prompt + 2 * self.size.answer
         if spec.step == "logps":
-            return self._scored(spec, counts, pair)
+            return self._scored(spec, counts, self.size.prompt + 2 * self.size.answer)
         if spec.step == "sample":
             prompts = self._sampled(spec.fields["side"], counts)
             return prompts * spec.fields["responses"] * spec.fields["max_tokens"] * SAMPLED_SHARE
         if spec.step == "train":
-            if (budget := spec.fields.get("token_budget")) is not None:
-                return budget
-            if counts is not None:
-                pairs = counts.human + counts.generated
-                return pairs * (2 * size.prompt + 2 * size.answer) * self.config.train.epochs
+            return self._trained_on(spec, counts) / _folds(spec)
         return 0.0
+
+    def _trained_on(self, spec: StepSpec, counts: RoundCounts | None) -> float:
+        """Training tokens of the round."""
+        if (budget := spec.fields.get("token_budget")) is not None:
+            return budget
+        if counts is None:
+            return 0.0
+        pair = 2 * self.size.prompt + 2 * self.size.answer
+        return (counts.human + counts.generated) * pair * self.config.train.epochs
 
     def _scored(self, spec: StepSpec, counts: RoundCounts | None, pair: float) -> float:
         size, file = self.size, spec.fields["file"]
         if "probe" in spec.fields:
             responses = 2 if file == "train.parquet" else 1
-            return spec.fields["probe"] * responses * (size.prompt + size.answer)
+            return spec.fields["probe"] * responses * (size.prompt + size.answer) / _folds(spec)
         pairs = {"train.parquet": size.train, "heldout.parquet": size.heldout, "test.parquet": size.test}
         if file in pairs:
-            return pairs[file] * pair
+            return pairs[file] * pair / _folds(spec)
         side = spec.where["side"] if file == "responses.parquet" else "train"
         prompts = self._sampled(side, counts)
         if file == "pairs.parquet":
@@ -257,4 +276,5 @@ def _measured(store: Store, records: RunStore) -> dict[str, float]:
 
 def _counted(record: StepRecord) -> int:
     names = {"logps": "tokens/scored", "sample": "tokens/sampled", "train": "tokens/trained"}
-    return int(record.metrics.get(names.get(record.step, ""), 0))
+    name = FOLD_TOKENS if record.step == "train" and "fold" in record.fields else names.get(record.step, "")
+    return int(record.metrics.get(name, 0))

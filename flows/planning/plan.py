@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flows import round as sera_round
-from flows.planning.estimates import Estimator, memory_warning, workload
+from flows.planning.estimates import Estimator, memory_warning, round_of, workload
 from flows.planning.forecast import PlannedRound, forecast, warnings_of
 from flows.round import Past, Ref, Steps
 from flows.running.open_run import check_template, load_data, resolved, source_digests
@@ -67,7 +67,8 @@ class Walk:
     def add_costs(self, estimator: Estimator, rounds: Mapping[int, RoundCounts]) -> None:
         """Add the expected cost of every step to do."""
         for row, spec in self.todo:
-            row |= estimator.expected(spec, rounds.get(row["round"]))
+            number = round_of(spec, row["round"])
+            row |= estimator.expected(spec, None if number is None else rounds.get(number))
 
     def _row(self, spec: StepSpec, unknown: list[str], reuse: bool) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -150,6 +151,7 @@ def walk_rounds(
     """Walk every round up to the limit; future rounds count as promoted."""
     sides = sera_round.prepare(config, digests, walk.do)
     heads: list[Mapping[str, Ref]] = []
+    rounds: list[int] = []
     promoted: dict[int, Ref] = {}
     walked: list[PlannedRound] = []
     planned: list[dict[str, Any]] = []
@@ -159,16 +161,18 @@ def walk_rounds(
         walk.round = number
         before = History(history.rounds[:number]) if number <= history.next_round else None
         entries = planned if before is None or not before.rounds else before.entries()
-        past = Past(list(heads), dict(promoted))
+        past = Past(list(heads), dict(promoted), list(rounds))
         made = _round(config, sides, past, number, entries, walk, answer_of)
         walked.append(PlannedRound(number, past, made))
         planned = [*entries, _entry(walk, number, made)]
         if number < history.next_round:
             after = History(history.rounds[: number + 1])
             heads = [manifest.steps for manifest in after.lineage]
+            rounds = [manifest.round for manifest in after.lineage]
             promoted = {m.round: m.steps["evidence"] for m in after.promoted}
         else:
             heads.append(made)
+            rounds.append(number)
             promoted[number] = made["evidence"]
     return walked
 

@@ -122,7 +122,8 @@ def _metrics(records: Mapping[str, StepRecord], new: Sequence[StepRecord]) -> di
     metrics |= records["mixture"].counts  # <origin>/<reason> of every pair and prompt
     for role in ("scored", "responses"):
         if role in records:
-            metrics |= {n: v for n, v in records[role].metrics.items() if n.startswith("margin_noise")}
+            names = ("margin_noise", "review/")
+            metrics |= {n: v for n, v in records[role].metrics.items() if n.startswith(names)}
     if "responses" in records:
         metrics |= {
             name: v for name, v in records["responses"].metrics.items() if name.startswith("responses")

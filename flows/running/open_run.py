@@ -9,7 +9,7 @@ from flows.display.logs import run_log
 from flows.round import Ref
 from flows.running.session import Session
 from sera_core import steps
-from sera_core.artifacts.manifest import StepRecord
+from sera_core.artifacts.manifest import Artifact, StepRecord
 from sera_core.artifacts.probing import check_shared
 from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.run_records import now
@@ -18,6 +18,7 @@ from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import Store, create_json, open_store
 from sera_core.config import SeraConfig
 from sera_core.data.chat_templates import default_template, refuse_unused, template_text
+from sera_core.data.folds import refuse_empty_folds
 from sera_core.data.sources import source_digest
 from sera_core.errors import InputError
 from sera_core.models.model_sources import resolve_source
@@ -104,7 +105,7 @@ def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> S
     """Do the data step, which checks every row.
 
     Raises:
-        InputError: a bad row, an overlap between sides, or an empty side.
+        InputError: a bad row, an overlap between sides, an empty side, or an empty fold.
     """
     from tasks.step_functions import work_of
 
@@ -118,7 +119,23 @@ def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> S
             f"no held-out pair: {dict(record.counts)}; give data.heldout, or a data.heldout_fraction above 0 "
             "(decisions need pairs the policy was not trained on)"
         )
+    check_folds(store, config, record.ref, "of the data")
     return record
+
+
+def check_folds(store: Store, config: SeraConfig, pairs: Ref, left: str) -> None:
+    """Check that every fold of `review.crossfit` has train pairs.
+
+    Args:
+        pairs: the step with the pairs.
+        left: what they are left of, for the message.
+
+    Raises:
+        InputError: fewer prompts than folds, or a fold without pairs.
+    """
+    if config.folds and pairs is not None:
+        path = Artifact(store, pairs).path("train.parquet")
+        refuse_empty_folds(path, len(config.folds), config.seed, left)
 
 
 def request_review(session: Session, round: int, decision: Ref) -> dict[str, Any] | None:

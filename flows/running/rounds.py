@@ -21,7 +21,7 @@ def run_round(session: Session, number: int) -> str:
     """Do a round's steps and commit its manifest. Returns `open`, a stop reason, `waiting` or `budget`.
 
     Raises:
-        InputError: the configured tracker is not installed here.
+        InputError: the configured tracker is not installed here, or a fold has no pairs.
     """
     refuse_missing(session.config.execution.tracking)
     try:
@@ -34,6 +34,7 @@ def run_round(session: Session, number: int) -> str:
 def _run_steps(session: Session, number: int) -> str:
     config, past, history, do = session.config, session.past(), session.history, session.do
     sides = session.prepare()
+    open_run.check_folds(session.store, config, sides.pairs, "within the limits of tokens")
     made = round.self_review(config, sides, past, number, do, session.look)
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
     if session.record_of(made["mixture"]).metric("reason") != "no_pairs":

@@ -84,8 +84,9 @@ class Session:
 
     def past(self) -> Past:
         """The heads so far."""
-        heads = [manifest.steps for manifest in self.history.lineage]
-        return Past(heads, {m.round: m.steps["evidence"] for m in self.history.promoted})
+        lineage = self.history.lineage
+        promoted = {m.round: m.steps["evidence"] for m in self.history.promoted}
+        return Past([m.steps for m in lineage], promoted, [m.round for m in lineage])
 
     def look(self, ref: Ref) -> StepRecord | None:
         """The record of a step of this or an earlier round."""

@@ -5,7 +5,7 @@ data and the model, whose digests are in run-000.json. Files are read from the s
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -19,7 +19,7 @@ from sera_core.artifacts.run_records import BEST, HEAD, RoundManifest, RunRecord
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.upkeep import upkeep
 from sera_core.errors import StoreError
-from sera_core.steps import SIDES
+from sera_core.steps import FOLD, SIDES
 
 ReportProgress = Callable[[int, int, str], None]
 PARALLEL_READS = 4
@@ -171,6 +171,18 @@ class Chain:
             if role in manifest.steps:
                 ref = self.steps[manifest.steps[role].key].inputs[source]
                 self._check(ref.digest in own, path, f"{role}: not from a policy in this run's lineage")
+        if "head_mixture" in (reviewed := self.steps[manifest.steps["scored"].key].inputs):
+            self._check_folds(reviewed, before, path)
+
+    def _check_folds(self, reviewed: Mapping[str, StepRef], before: History, path: str) -> None:
+        """Cross-fitted scores are from a policy of their fold, trained on the mixture of a head."""
+        heads = {head.steps["mixture"].digest for head in before.lineage}
+        for name in (name for name in reviewed if FOLD in name):
+            scores = self.steps[reviewed[name].key]
+            policy = self.steps[scores.inputs["policy"].key]
+            fits = policy.fields.get("fold") == scores.fields.get("fold") is not None
+            fits = fits and policy.inputs["mixture"].digest in heads
+            self._check(fits, path, f"{name}: not scored by a policy of its fold")
 
     def _check_answer(self, manifest: RoundManifest) -> None:
         """A reviewed decision matches the recorded answer."""

@@ -54,7 +54,9 @@ _TEXTS = frozenset(
 _TRUTHS = frozenset({"ask"})
 _COUNTED = ("human/", "generated/", "prompts/", "tokens/")
 """Prefixes of metrics that count pairs, prompts and tokens."""
-_COUNTS = frozenset({"pairs/human", "pairs/generated", "tokens", "flipped", "flipped/dropped"})
+_COUNTS = frozenset(
+    {"pairs/human", "pairs/generated", "review/pairs", "tokens", "flipped", "flipped/dropped"}
+)
 _ROUNDS = frozenset({"best_round", "head_after"})
 """Numbers of rounds; null where there is none."""
 _NUMBERS = frozenset(
@@ -64,6 +66,8 @@ _NUMBERS = frozenset(
         "ks",
         "margin_noise_nats",
         "overlap",
+        "review/crossfit_mean",
+        "review/head_mean",
         "seconds",
         "sign_changes",
         "target_share",

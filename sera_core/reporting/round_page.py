@@ -19,6 +19,7 @@ from sera_core.reporting.files import RoundFiles, Row
 from sera_core.reporting.pages import render
 from sera_core.reporting.plots import Point, Series
 from sera_core.reviewers import NOISE
+from sera_core.steps import FOLD
 
 
 def round_page(number: int, artifacts: Mapping[str, Artifact]) -> str:
@@ -34,6 +35,7 @@ def round_page(number: int, artifacts: Mapping[str, Artifact]) -> str:
         number=number,
         sentence=_sentence(number, files, blocks),
         noise=noise_sentence(artifacts),
+        memory=memory_sentence(artifacts),
         decision=decision,
         decided=words.DECISIONS,
         verdicts=words.VERDICTS,
@@ -97,7 +99,9 @@ def _sentence(number: int, files: RoundFiles, blocks: Sequence[flow.Block]) -> s
         did = f"Round 0 took {pairs} as they came, with no trained policy yet to review them by"
     else:
         selected = sum(row["kept"] for row in files.rows("human", "ledger.parquet", ["kept"]))
-        did = f"Round {number} reviewed {pairs} by the head's own margins and kept {selected:,}"
+        crossfit = "head_mixture" in files.artifacts["scored"].record.inputs
+        margins = "the margins of fold policies" if crossfit else "the head's own margins"
+        did = f"Round {number} reviewed {pairs} by {margins} and kept {selected:,}"
     if len(blocks) == 3:
         answers = files.size("responses", "responses.parquet")
         asked = {row["prompt_id"] for row in files.rows("responses", "responses.parquet", ["prompt_id"])}
@@ -121,7 +125,8 @@ def noise_sentence(artifacts: Mapping[str, Artifact]) -> str | None:
         for role, kind in (("scored", "human"), ("responses", "generated"))
         if role in artifacts
         for name, value in artifacts[role].record.metrics.items()
-        if name.startswith(NOISE) and "exact-policy-000" in artifacts[role].record.inputs
+        if name.startswith(NOISE)
+        and any(given.startswith("exact-policy-000") for given in artifacts[role].record.inputs)
     ]
     if not measured:
         return None
@@ -129,12 +134,26 @@ def noise_sentence(artifacts: Mapping[str, Artifact]) -> str | None:
     return f"Noise of the arithmetic alone stays below a margin of {floors} (in 95 % of pairs)."
 
 
+def memory_sentence(artifacts: Mapping[str, Artifact]) -> str | None:
+    """How far the head's margins are memories, where human pairs were reviewed by fold policies."""
+    metrics = artifacts["scored"].record.metrics if "scored" in artifacts else {}
+    head, fitted = metrics.get("review/head_mean"), metrics.get("review/crossfit_mean")
+    if head is None or fitted is None:
+        return None
+    return (
+        f"The {words.plural(metrics['review/pairs'], 'human pair')} that the head was trained on have a mean "
+        f"margin of {words.number(head)} nats under the head, and {words.number(fitted)} under the fold "
+        "policies, which were not trained on them."
+    )
+
+
 def _judged_by_increment(files: RoundFiles) -> bool:
     """Whether rewards were measured against a past policy: then each is only the last increment."""
     if "scored" not in files:
         return False
     scored = files.artifacts["scored"]
-    reference = scored.record.inputs.get("reference-000")
+    given = scored.record.inputs
+    reference = given.get("reference-000", given.get(f"reference-000{FOLD}000"))
     if reference is None:
         return False
     inputs = Artifact(scored.store, reference).record.inputs

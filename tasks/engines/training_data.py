@@ -83,6 +83,28 @@ class Mixture:
                 )
 
 
+def fold_order(
+    tokens: Sequence[int],
+    outside: Sequence[int],
+    folds: int,
+    batch: int,
+    epochs: int,
+    seed: Sequence[int],
+    budget: int | None = None,
+) -> list[int]:
+    """Rows in training order of a policy trained without one fold, for 1/folds of the round's tokens.
+
+    Args:
+        tokens: training tokens of each row of the whole mixture.
+        outside: rows that are not in the fold, ascending.
+        folds: number of folds.
+        batch, epochs, seed, budget: of the round's own training, as in `training_order`.
+    """
+    spent = sum(tokens[row] for row in training_order(tokens, batch, epochs, seed, budget))
+    part = math.ceil(spent / folds)
+    return [outside[row] for row in training_order([tokens[row] for row in outside], batch, 1, seed, part)]
+
+
 def training_order(
     tokens: Sequence[int], batch: int, epochs: int, seed: Sequence[int], budget: int | None = None
 ) -> list[int]:

@@ -35,8 +35,8 @@ def test_an_arm_differs_from_the_experiment_in_its_own_settings_alone(config, ar
         f"{section}.{name}"
         for section, part in base.items()
         if isinstance(part, dict)
-        for name in part
-        if part[name] != found[section].get(name)
+        for name in part.keys() | found[section].keys()
+        if part.get(name) != found[section].get(name)
     }
     named = {f"{section}.{name}" for section, part in ARMS[arm].settings.items() for name in part}
     robbed = changed - named  # settings of the file that have no effect in the arm

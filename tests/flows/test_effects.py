@@ -21,6 +21,7 @@ CASES = {
     "data.completions": ("random", {"data": {"format": "ultrafeedback"}}, {"data": {"format": "hh"}}),
     "data.on_overlap": ("drop", {"data": {"prompts": SIDE}}, {}),
     "review.reference": ("previous", {}, {"train": {"losses": ["simpo"]}}),
+    "review.crossfit": (2, {"select": {"rule": "random"}}, {"select": {"rule": "none"}}),
     "review.ensemble": ("ema", {}, {"review": {"gamma": 0.0}}),
     "sampling.responses": (5, {}, NO_SHARE),
     "sampling.temperature": (0.5, {}, NO_SHARE),

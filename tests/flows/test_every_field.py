@@ -39,6 +39,7 @@ OTHER = {
     "data.heldout_pairs": 3,
     "data.columns": {"prompt": "question"},
     "review.score": "simpo",
+    "review.crossfit": 2,
     "select.fraction": 0.5,
     "select_generated.fraction": 0.5,
     "sampling.dtype": "bfloat16",

@@ -44,6 +44,7 @@ COMBINATIONS = {
         "train": {"losses": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.5], "method": "lora", "epochs": 2},
         "select": {"rule": "relabel", "min_margin": 0.0},
         "model": {"dtype": "bfloat16"},
+        "review": {"crossfit": 2},
     },
     "plain": {
         "train": {"label_smoothing": 0.1},
