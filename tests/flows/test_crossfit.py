@@ -16,9 +16,11 @@ from flows.planning.plan import plan
 from flows.round import Past, Sides
 from flows.running.open_run import resolved
 from flows.store_tools import verify as verifying
+from flows.store_tools.garbage import UNNEEDED, collect
 from sera_core import steps
 from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import Artifact, StepRef, find_record
+from sera_core.artifacts.store import open_store
 from sera_core.data.folds import Fold, fold_of
 from sera_core.errors import InputError, StoreError
 from sera_core.models.policies import load_policy
@@ -213,6 +215,16 @@ def test_the_plan_before_is_what_is_done_after(fitted):
 def test_an_interrupted_fold_policy_is_resumed_to_the_same_bytes(fitted):
     whole = tinyrun.do_work(str(fitted.folder / "other"), fitted.resumed.spec, fitted.config.execution)
     assert (whole.digest, whole.metrics) == (fitted.resumed.digest, fitted.resumed.metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["store", "other"], ids=["finished", "open"])
+def test_gc_keeps_the_fold_policies_of_a_run_that_is_finished_or_open(fitted, store):
+    """In the open one the first fold policy is done and no manifest names it yet."""
+    found = collect(open_store(str(fitted.folder / store)), delete=False, older_than=0)
+    assert not [item for item in found["items"] if item["why"] == UNNEEDED]
+    steps_done = len(list((fitted.folder / store).glob("steps/*/*/done.json")))
+    assert found["steps_kept"] == steps_done
 
 
 @pytest.mark.slow
