@@ -40,16 +40,16 @@ class Roots:
         for run in list_runs(store):
             for place in steps_of_run(RunStore(store, run)):
                 self._keep(place)
-        for record in [*self.verdicts(), *recorded(store, CALIBRATE_STEP)]:
+        for record in [*self._verdicts(), *recorded(store, CALIBRATE_STEP)]:
             self._keep((record.step, record.key))
-
-    def verdicts(self) -> list[StepRecord]:
-        """Verdicts about answers that are kept."""
-        found = recorded(self.store, JUDGE_STEP)
-        return [record for record in found if all(place in self for place in _places(record.inputs.values()))]
 
     def __contains__(self, place: Place) -> bool:
         return place in self.records
+
+    def _verdicts(self) -> list[StepRecord]:
+        """Verdicts about answers that are kept."""
+        found = recorded(self.store, JUDGE_STEP)
+        return [record for record in found if all(place in self for place in _places(record.inputs.values()))]
 
     def _keep(self, place: Place) -> None:
         """Keep the step and all its ancestors."""

@@ -99,9 +99,9 @@ VERDICTS = pa.schema(
     ]
 )
 """A judge's verdicts, two rows for each comparison. `order`: `given` shows the first answer (of the judged
-round, or the chosen one) as A, `swapped` as B. `better`: A, B or tie, null with a `failure`. `asked`: false where
-both answers are the same text. `pair_id` is null for answers of two rounds, `sample` for pairs. Lengths are in
-words."""
+round, or the chosen one) as A, `swapped` as B. `better`: A, B or tie, null with a `failure`. `asked`: false
+where both answers are the same text. `pair_id` is null for answers of two rounds, `sample` for pairs. Lengths
+are in words."""
 
 
 def table(schema: pa.Schema, columns: Mapping[str, Sequence[Any]]) -> pa.Table:

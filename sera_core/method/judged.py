@@ -100,8 +100,8 @@ def better_than(judged: Judged, other: Judged) -> Rate:
 
 
 def cohens_kappa(
-    first: Int[np.ndarray, " item"],
-    second: Int[np.ndarray, " item"],
+    first: Int[np.ndarray, " first"],
+    second: Int[np.ndarray, " second"],
     *,
     seed: int,
     resamples: int = 2000,
