@@ -69,8 +69,6 @@ def find_judge(name: str, asking: Asking) -> NamedJudge:
             "module:function, its module in SERA_EXTENSIONS"
         )
     compare = JUDGES.named(name.rstrip(":") if kind in (CHAT, REWARD) else name)
-    if compare is None:
-        raise InputError(f"the judge {name!r} needs the model after the colon: {' or '.join(_FORMS)}")
     identity = {"judge": name} | ({"source": source_hash(name, "judge")} if is_own(name) else {})
     return NamedJudge(name, identity, lambda: FunctionJudge(name, compare))
 
