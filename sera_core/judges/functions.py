@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from sera_core.errors import InputError
 from sera_core.guards.shown import one_line
-from sera_core.judges.comparison import Comparison, Verdict, as_text
+from sera_core.judges.comparison import Better, Comparison, Verdict, as_text
 from sera_core.method.features import words
 
 Compare = Callable[[str, str, str], str]
@@ -32,15 +32,15 @@ class FunctionJudge:
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """One verdict for each comparison."""
-        return [Verdict(self._better(item)) for item in comparisons]  # type: ignore[arg-type]
+        return [Verdict(self._better(item)) for item in comparisons]
 
-    def _better(self, item: Comparison) -> str:
+    def _better(self, item: Comparison) -> Better:
         try:
             better = self.compare(as_text(item.prompt), item.first, item.second)
         except Exception as error:  # the user's own code may raise anything
             raise InputError(f"the judge {self.name!r} failed: {one_line(error)}") from error
-        if better not in ("A", "B", "tie"):
-            raise InputError(
-                f'the judge {self.name!r} returned {str(better)!r:.60}; it must return "A", "B" or "tie"'
-            )
-        return better
+        if better in ("A", "B", "tie"):
+            return better
+        raise InputError(
+            f'the judge {self.name!r} returned {str(better)!r:.60}; it must return "A", "B" or "tie"'
+        )

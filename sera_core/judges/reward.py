@@ -78,10 +78,11 @@ class RewardJudge:
 
 
 def _compared(first: float | str, second: float | str) -> Verdict:
-    for score in (first, second):
-        if isinstance(score, str):
-            return Verdict(None, score)
-    return Verdict("tie" if first == second else "A" if first > second else "B")  # type: ignore[operator]
+    if isinstance(first, str):
+        return Verdict(None, first)
+    if isinstance(second, str):
+        return Verdict(None, second)
+    return Verdict("tie" if first == second else "A" if first > second else "B")
 
 
 def _load(folder: Path) -> Any:

@@ -33,8 +33,8 @@ MODEL = "openai:judge-of-tests"
 
 @pytest.fixture
 def pairs(tmp_path):
-    """120 human-labelled pairs that a good judge gets right; the chosen one is longer in half of them."""
-    return tinyrun.write_rows(tmp_path / "labelled.jsonl", labelled(120))
+    """60 human-labelled pairs that a good judge gets right; the chosen one is longer in half of them."""
+    return tinyrun.write_rows(tmp_path / "labelled.jsonl", labelled(60))
 
 
 @pytest.fixture
@@ -105,10 +105,10 @@ def test_a_chat_model_is_asked_in_both_orders_once(sera, present_store, asking):
         assert len(asked) == 2 * found["asked"]
         assert {(b, a) for a, b in asked} == set(asked)
         assert sera(*command).json == found and len(server.questions) == len(asked)
+        assert sera(*command, "--limit", 1).json["prompts"] == 1
     assert found["order_flips"]["value"] == 1.0 and found["win_rate"]["value"] == 0.5
     assert found["disagreed"] == found["asked"]
     assert found["tokens"] == {"answer": 7 * len(asked), "prompt": 100 * len(asked)}
-    assert "--limit" not in found and sera(*command, "--limit", 1).json["prompts"] == 1
 
 
 def test_equal_answers_are_ties_without_asking(tmp_path):
@@ -154,7 +154,7 @@ def test_a_judge_that_agrees_with_people_is_calibrated(sera, tmp_path, pairs, as
         asking(server)
         found = sera("evaluate", "--judge", MODEL, "--calibrate", pairs, *store, "--json").json
         said = sera("evaluate", "first", "--judge", MODEL, "--round", 1, *store).out
-    assert found["status"] == "calibrated" and found["pairs"] == found["answered"] == 120
+    assert found["status"] == "calibrated" and found["pairs"] == found["answered"] == 60
     values = {name: rate["value"] for name, rate in found["measures"].items()}
     assert values == {"agreement": 1.0, "kappa": 1.0, "order_flips": 0.0, "longer_preferred": 0.5}
     beside = {name: rate["value"] for name, rate in found["controls"]["word-count"].items()}
@@ -179,8 +179,8 @@ def test_a_judge_that_sees_the_place_alone_is_found_out(sera, tmp_path, pairs, a
 def test_the_controls_are_never_calibrated(sera, tmp_path, pairs, present_store):
     store = ("--store", present_store)
     for judge in ("word-count", "constant"):
-        found = sera("evaluate", "--judge", judge, "--calibrate", pairs, "--limit", 50, *store, "--json").json
-        assert found["status"] == "uncalibrated" and found["comparisons"] == 50
+        found = sera("evaluate", "--judge", judge, "--calibrate", pairs, "--limit", 40, *store, "--json").json
+        assert found["status"] == "uncalibrated" and found["comparisons"] == 40
     said = sera("evaluate", "first", "--judge", "constant", "--round", 1, *store).out
     assert "judge constant (uncalibrated: agrees with people on 50.0%" in said
     said = sera("evaluate", "--judge", "constant", "--calibrate", pairs, *store).out
@@ -210,7 +210,7 @@ def test_another_template_is_another_judge(sera, tmp_path, pairs, asking, presen
 
 def test_a_few_failures_are_left_out_and_counted(sera, tmp_path, pairs, asking):
     """A quarter of the comparisons never gets a verdict: neither win nor loss nor tie."""
-    broken = {f"answer {n}" for n in range(0, 120, 4)}
+    broken = {f"answer {n}" for n in range(0, 60, 4)}
 
     def mode(question):
         number = " ".join(question.first.split()[2:4])
@@ -231,14 +231,14 @@ def test_a_few_failures_are_left_out_and_counted(sera, tmp_path, pairs, asking):
         )
         found = sera(*command, "--json").json
         said = sera(*command).out
-    assert found["failed"] == {"nonsense": 30} and found["answered"] == 90
+    assert found["failed"] == {"nonsense": 15} and found["answered"] == 45
     assert found["measures"]["agreement"] | {"low": 0, "high": 0} == {
-        "value": 1.0, "low": 0, "high": 0, "n": 90, "groups": None,
+        "value": 1.0, "low": 0, "high": 0, "n": 45, "groups": None,
     }  # fmt: skip
-    assert "30 failed and left out" in said and "nonsense (the answer named" in said
-    assert len(server.questions) == 2 * 90 + 4 * 30
+    assert "15 failed and left out" in said and "nonsense (the answer named" in said
+    assert len(server.questions) == 2 * 45 + 4 * 15
     rows = verdicts(tmp_path / "s", "calibrate")
-    assert Counter((row["better"] is None, row["failure"]) for row in rows)[True, "nonsense"] == 60
+    assert Counter((row["better"] is None, row["failure"]) for row in rows)[True, "nonsense"] == 30
 
 
 @pytest.mark.parametrize(
@@ -256,12 +256,13 @@ def test_a_judge_that_mostly_fails_reports_nothing(sera, tmp_path, pairs, asking
     command = ("evaluate", "--judge", MODEL, "--calibrate", pairs, "--store", store, "--retries", 1)
     with judge_server(mode) as server:
         asking(server)
-        said = sera(*command, "--timeout", 0.2, "--concurrency", 16, code=1)
+        seconds = 0.2 if reason == "timeout" else 30
+        said = sera(*command, "--timeout", seconds, "--concurrency", 8, code=1)
         assert reason in said.err and "no verdict" in said.err and said.out == ""
-        assert len(server.questions) == 2 * 64  # one batch, then it stops
+        assert len(server.questions) <= 2 * 32  # one batch, then it stops
         assert not list(store.glob("steps/calibrate/*/done.json"))
         server.mode = good
-        assert sera(*command, "--json").json["answered"] == 120
+        assert sera(*command, "--json").json["answered"] == 60
 
 
 def test_more_than_half_without_verdict_is_a_failure(sera, tmp_path, pairs, asking):
@@ -274,11 +275,11 @@ def test_more_than_half_without_verdict_is_a_failure(sera, tmp_path, pairs, aski
     with judge_server(mode) as server:
         asking(server)
         said = sera(*command, code=1).err
-        assert "failed more often than it answered" in said and "of 120 comparisons" in said
+        assert "failed more often than it answered" in said and "of 60 comparisons" in said
         asked, answered = len(server.questions), sum("good" in q.first for q in server.questions)
         server.mode = good
-        assert sera(*command, "--json").json["answered"] == 120
-    assert len(server.questions) - asked == 240 - answered
+        assert sera(*command, "--json").json["answered"] == 60
+    assert len(server.questions) - asked == 120 - answered
 
 
 def test_a_server_that_asks_to_wait_is_asked_again(sera, tmp_path, pairs, asking):
@@ -308,14 +309,14 @@ def test_a_killed_evaluation_does_not_ask_again(sera, tmp_path, pairs, asking):
         assert len(stored) == 32 and len(list(store.glob("steps/calibrate/*/part-*.json"))) == 2
         server.mode = good
         first = len(server.questions)
-        assert sera(*command, "--json").json["answered"] == 120
-        assert len(server.questions) - first == 240 - 32
+        assert sera(*command, "--json").json["answered"] == 60
+        assert len(server.questions) - first == 120 - 32
         times = Counter((question.first, question.second) for question in server.questions)
-    assert len(times) == 240 and sum(count > 1 for count in times.values()) <= 16
+    assert len(times) == 120 and sum(count > 1 for count in times.values()) <= 16
 
 
 @pytest.mark.parametrize("status", [401, 500])
-def test_no_secret_is_stored_or_said(tmp_path, pairs, asking, status):
+def test_no_secret_is_stored_or_said(sera, tmp_path, pairs, asking, status):
     """A server that repeats the key in its errors; the key is in no record, message or traceback."""
     store = tmp_path / "s"
     with judge_server(failing(status, times=1 if status == 500 else 99)) as server:
@@ -332,9 +333,8 @@ def test_no_secret_is_stored_or_said(tmp_path, pairs, asking, status):
             3,
             "--debug",
         )
-        done = subprocess.run([*SERA, *map(str, command)], capture_output=True, text=True)
-    assert server.keys == {KEY} and done.returncode == (1 if status == 401 else 0)
-    assert KEY not in done.stdout + done.stderr
+        said = sera(*command, code=1 if status == 401 else 0)
+    assert server.keys == {KEY} and KEY not in said.out + said.err
     files = [file for file in store.rglob("*") if file.is_file()]
     assert not [file for file in files if KEY.encode() in file.read_bytes()] and (files or status == 401)
 
