@@ -5,7 +5,6 @@ Nothing here decides about a round.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from sera_core.data.preferences import Pair
 from sera_core.errors import InputError
 from sera_core.judges.named import NamedJudge
 from sera_core.judges.verdicts import CALIBRATE_STEP, JUDGE_STEP, Item, newest_calibration, told
-from sera_core.method.judged import order_flips, ties, wins, wins_at_equal_length
 from tasks.judging import CALIBRATION, VERDICTS, calibrate, judge_answers
 
 VERSIONS = {JUDGE_STEP: 1, CALIBRATE_STEP: 1}
@@ -51,7 +49,10 @@ def evaluate_rounds(
     """
     judged = _head(records) if round is None else round
     if judged == against:
-        raise InputError(f"--round {judged} and --against {against} are the same round; name two rounds")
+        what = "the head" if round is None else "--round"
+        raise InputError(
+            f"{what} and --against are the same round, {against}; name another with --round or --against"
+        )
     first, second = (_evidence(records, number) for number in (judged, against))
     items, unpaired = _items(records.store, first, second)
     if not items:
@@ -127,20 +128,8 @@ def _done(store: Store, spec: StepSpec, work: Work, tell: Tell) -> StepRecord:
 
 
 def _result(artifact: Artifact) -> dict[str, Any]:
-    table = schema.read_table(artifact.path(VERDICTS), schema.VERDICTS)
-    found = told(table.to_pylist())
-    judged, seen = found.judged, found.seen
-    outcomes = judged.outcomes
-    return {
-        **found.counts,
-        "wins": int((outcomes == 1).sum()),
-        "losses": int((outcomes == 0).sum()),
-        "disagreed": int((seen.given != seen.swapped).sum()),
-        "win_rate": asdict(wins(judged)),
-        "length_controlled": asdict(wins_at_equal_length(judged)),
-        "ties": asdict(ties(judged)),
-        "order_flips": asdict(order_flips(seen)),
-    }
+    found = told(schema.read_table(artifact.path(VERDICTS), schema.VERDICTS).to_pylist())
+    return {**found.counts, **found.figures}
 
 
 # ------------------------------------------------------------------------------------------------------ items

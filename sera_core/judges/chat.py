@@ -143,6 +143,8 @@ class ChatJudge:
             trouble = _Trouble("connection")
         except openai.APIStatusError as error:
             trouble = self._trouble(error.status_code, error.response.headers)
+        except openai.OpenAIError:
+            trouble = _Trouble("server_error")
         except ValueError:
             trouble = _Trouble("nonsense")
         raise trouble

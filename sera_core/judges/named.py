@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,6 +26,8 @@ JUDGES: Registry[Any] = Registry("judge", {WORD_COUNT: word_count, CONSTANT: con
 """Judges by name; openai: and reward: take the model after the colon."""
 OPENAI_URL = "https://api.openai.com/v1"
 KEY, URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
+
+_HOST = re.compile(r"[A-Za-z0-9._:-]+")
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def _address(url: str, given_as: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         host, parts = None, urlsplit("")
-    if parts.scheme not in ("http", "https") or not host:
+    if parts.scheme not in ("http", "https") or host is None or not _HOST.fullmatch(host):
         raise InputError(f"{given_as}: not a URL such as http://127.0.0.1:8000/v1; give the endpoint's")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise InputError(

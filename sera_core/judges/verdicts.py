@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from sera_core.artifacts.manifest import Artifact, StepRecord, find_record
 from sera_core.artifacts.store import Store
 from sera_core.judges.comparison import Comparison, Verdict
 from sera_core.method.features import words
-from sera_core.method.judged import Judged
+from sera_core.method.judged import Judged, order_flips, ties, wins, wins_at_equal_length
 
 JUDGE_STEP, CALIBRATE_STEP = "judge", "calibrate"
 STEPS = (JUDGE_STEP, CALIBRATE_STEP)
@@ -89,6 +89,21 @@ class Told:
     def equal(self) -> int:
         """Comparisons of equal answers."""
         return int((~self.asked).sum())
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Win rate of the first answers and what belongs to it; order flips of what the judge saw."""
+        judged, seen = self.judged, self.seen
+        outcomes = judged.outcomes
+        return {
+            "wins": int((outcomes == 1).sum()),
+            "losses": int((outcomes == 0).sum()),
+            "disagreed": int((seen.given != seen.swapped).sum()),
+            "win_rate": asdict(wins(judged)),
+            "length_controlled": asdict(wins_at_equal_length(judged)),
+            "ties": asdict(ties(judged)),
+            "order_flips": asdict(order_flips(seen)),
+        }
 
     @property
     def counts(self) -> dict[str, Any]:

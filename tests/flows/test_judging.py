@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import objectstores
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -23,7 +24,7 @@ from sera_core.artifacts.store import open_store
 from sera_core.config import ExecutionConfig
 from sera_core.judges import chat
 from sera_core.judges.named import Asking, find_judge
-from sera_core.judges.verdicts import Item, told
+from sera_core.judges.verdicts import Item, newest_calibration, told
 from sera_core.method.features import words
 from tasks.judging import judge_answers
 
@@ -86,6 +87,23 @@ def test_a_round_is_compared_with_another_by_word_count(sera, present_store):
     assert (
         pq.read_schema(next(present_store.glob("steps/judge/*/*/*.parquet"))).names == schema.VERDICTS.names
     )
+
+
+def test_each_answer_in_json_has_these_names(sera, present_store, pairs):
+    store = ("--judge", "constant", "--store", present_store, "--json")
+    counts = {"comparisons", "equal", "asked", "answered", "failed", "tokens"}
+    run = sera("evaluate", "first", "--round", 1, *store).json
+    assert set(run) == counts | {
+        "run", "round", "against", "judge", "prompts", "unpaired", "wins", "losses", "disagreed", "win_rate",
+        "length_controlled", "ties", "order_flips", "calibration", "step",
+    }  # fmt: skip
+    assert set(run["win_rate"]) == {"value", "low", "high", "n", "groups"}
+    found = sera("evaluate", "--calibrate", pairs, *store).json
+    assert set(found) == counts | {
+        "judge", "pairs", "prompts", "status", "calibrated", "measures", "controls", "better_than_word_count",
+        "dropped", "step",
+    }  # fmt: skip
+    assert set(found["measures"]) == {"agreement", "kappa", "order_flips", "longer_preferred"}
 
 
 def test_the_output_says_what_was_measured(sera, present_store):
@@ -174,6 +192,19 @@ def test_a_judge_that_sees_the_place_alone_is_found_out(sera, tmp_path, pairs, a
     values = {name: rate["value"] for name, rate in found["measures"].items()}
     longer = None if place == "tie" else 0.5
     assert values == {"agreement": 0.5, "kappa": 0.0, "order_flips": flips, "longer_preferred": longer}
+
+
+@pytest.mark.s3
+def test_a_calibration_lives_in_object_storage(sera, pairs):
+    with objectstores.moto() as server, server.in_environment():
+        store = ("--store", server.bucket(), "--json")
+        command = ("evaluate", "--judge", "word-count", "--calibrate", pairs, *store)
+        found = sera(*command).json
+        assert sera(*command).json == found and found["status"] == "uncalibrated"
+        identity = find_judge("word-count", Asking()).identity
+        artifact = newest_calibration(open_store(store[1]), identity)
+        assert artifact is not None and artifact.ref.key == found["step"]
+        assert sera("gc", "--older-than", "0", *store).json["steps_kept"] == 1
 
 
 def test_the_controls_are_never_calibrated(sera, tmp_path, pairs, present_store):
@@ -364,7 +395,7 @@ def test_no_secret_is_stored_or_said(sera, tmp_path, pairs, asking, status):
         (["--judge", "constant", "first", "--concurrency", "0"], "--concurrency 0"),
         (["--judge", "constant", "nobody"], "not in the store"),
         (["--judge", "constant", "first", "--round", "9"], "has rounds 0 to 1"),
-        (["--judge", "constant", "first", "--round", "0"], "are the same round"),
+        (["--judge", "constant", "first", "--round", "0"], "are the same round, 0"),
         (["--judge", "constant", "first", "--round", "1"], "no held-out prompt in common"),
     ],
 )
@@ -384,6 +415,8 @@ def test_what_cannot_be_evaluated_is_refused(sera, kept_store, monkeypatch, word
         "http://host/v1#sk-url-secret",
         "ftp://host/sk-url-secret",
         "http://[sk-url-secret",
+        "http://a b/sk-url-secret",
+        "http://host:port/sk-url-secret",
         "sk-url-secret",
     ],
 )
