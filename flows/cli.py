@@ -39,6 +39,7 @@ ADDERS = (
     capability_flags.add_score,
     capability_flags.add_select,
     capability_flags.add_sample,
+    capability_flags.add_evaluate,
     deploy.add_up,
     deploy.add_deploy,
 )

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARIES = {
     "prefect", "torch", "transformers", "trl", "vllm", "datasets", "pandas", "s3fs", "accelerate", "peft",
     "evaluate", "docker", "ray", "tokenizers", "safetensors", "pydantic", "rich", "jinja2", "numpy",
-    "pyarrow", "tensorboard",
+    "pyarrow", "tensorboard", "openai",
 }  # fmt: skip
 
 

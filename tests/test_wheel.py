@@ -24,6 +24,7 @@ def test_the_wheel_alone_runs_the_quick_demo_in_an_empty_folder(tmp_path):
     wheel = next(tmp_path.glob("sera_flow-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.endswith("bundled/data/NOTICE.md") for name in names)  # the licence travels with the data
+    assert any(name.endswith("bundled/judges/pairwise.txt") for name in names)
     assert any(name.endswith(".html.j2") for name in names)
     assert any(name.endswith("templates/deepseek-r1.jinja") for name in names)
     python = tmp_path / "venv" / "bin" / "python"

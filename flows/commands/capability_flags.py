@@ -1,13 +1,14 @@
-"""Flags of the stand-alone commands `sera score`, `sera select` and `sera sample`.
+"""Flags of the stand-alone commands `sera score`, `sera select`, `sera sample` and `sera evaluate`.
 
-Each reads a file and writes a parquet file, without a run or Prefect. Flags, files and rows are checked
-before a model is loaded.
+The first three read a file and write a parquet file, without a run or Prefect. Flags, files and rows are
+checked before a model is loaded.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+from flows.commands.evaluation import evaluate
 from flows.commands.sample import sample
 from flows.commands.score import score
 from flows.commands.select import select
@@ -164,6 +165,51 @@ def add_sample(subparsers: Any, common: argparse.ArgumentParser) -> None:
     _add_model_flags(sub)
     _add_reading_flags(sub)
     sub.set_defaults(command=sample)
+
+
+def add_evaluate(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    """`sera evaluate`."""
+    sub = subparsers.add_parser(
+        "evaluate",
+        parents=[common],
+        help="win rate of one round over another by an independent judge; or calibrate a judge",
+        description="Compare the held-out answers of two rounds by a judge, each pair in both orders; or "
+        "measure a judge on human-labelled pairs. An interrupted one continues. It decides about no round.",
+    )
+    sub.add_argument("run", nargs="?", help="the run (not with --calibrate)")
+    sub.add_argument(
+        "--judge",
+        required=True,
+        help="word-count, constant, openai:<model> (extra `judge`; sends prompts and answers to the "
+        "endpoint), reward:<folder>, or module:function",
+    )
+    sub.add_argument("--round", type=int, metavar="N", help="the judged round (default: the head)")
+    sub.add_argument(
+        "--against", type=int, metavar="M", help="the round it is compared with (default: round 0)"
+    )
+    sub.add_argument(
+        "--calibrate", metavar="PAIRS", help="human-labelled pairs: jsonl, json, csv or parquet; bundled:, …"
+    )
+    sub.add_argument("--limit", type=int, metavar="K", help="use K prompts (or pairs) only, by their ids")
+    sub.add_argument(
+        "--template",
+        metavar="FILE",
+        help="the chat judge's prompt, with {prompt}, {answer_a} and {answer_b} (default: the bundled one)",
+    )
+    sub.add_argument(
+        "--judge-url", metavar="URL", help="OpenAI-compatible endpoint (default: $OPENAI_BASE_URL)"
+    )
+    sub.add_argument(
+        "--concurrency", type=int, default=8, help="requests at the same time (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--retries", type=int, default=5, help="further attempts at a comparison (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--timeout", type=float, default=60.0, help="seconds for one request (default: %(default)s)"
+    )
+    _add_reading_flags(sub)
+    sub.set_defaults(command=evaluate)
 
 
 def _add_model_flags(sub: argparse.ArgumentParser) -> None:

@@ -1,7 +1,8 @@
 """Steps that a store must keep: those that a run uses or an unfinished run would reuse. No Prefect.
 
 Roots are the steps named in the manifests of all runs, the test evidence, and the steps that open rounds
-would use (computed as in `sera plan`). Claimed steps are kept too.
+would use (computed as in `sera plan`). Claimed steps are kept too. A judge's verdicts are kept as long as the
+answers they are about, and calibrations always: asking again may cost money.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from sera_core.artifacts.manifest import StepRecord, StepRef, find_record, parse
 from sera_core.artifacts.records import StrictModel, read_typed
 from sera_core.artifacts.runs import RunStore, list_runs
 from sera_core.artifacts.store import Store
+from sera_core.judges.verdicts import CALIBRATE_STEP, JUDGE_STEP, recorded
 
 COLLECTED = "collected.json"
 """Copy of a step's deleted record, kept until its files are deleted."""
@@ -38,9 +40,16 @@ class Roots:
         for run in list_runs(store):
             for place in steps_of_run(RunStore(store, run)):
                 self._keep(place)
+        for record in [*self._verdicts(), *recorded(store, CALIBRATE_STEP)]:
+            self._keep((record.step, record.key))
 
     def __contains__(self, place: Place) -> bool:
         return place in self.records
+
+    def _verdicts(self) -> list[StepRecord]:
+        """Verdicts about answers that are kept."""
+        found = recorded(self.store, JUDGE_STEP)
+        return [record for record in found if all(place in self for place in _places(record.inputs.values()))]
 
     def _keep(self, place: Place) -> None:
         """Keep the step and all its ancestors."""

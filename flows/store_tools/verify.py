@@ -19,6 +19,7 @@ from sera_core.artifacts.run_records import BEST, HEAD, RoundManifest, RunRecord
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.upkeep import upkeep
 from sera_core.errors import StoreError
+from sera_core.judges.verdicts import JUDGE_STEP, recorded
 from sera_core.steps import FOLD, SIDES
 
 ReportProgress = Callable[[int, int, str], None]
@@ -89,6 +90,13 @@ class Chain:
             self._check_fields(manifest, {ref.key for before in rounds[:number] for ref in before.used})
             self._check_final(manifest)
         self.rounds = len(rounds)
+        self._follow_verdicts()
+
+    def _follow_verdicts(self) -> None:
+        """Check a judge's verdicts about answers of this run."""
+        for record in recorded(self.store, JUDGE_STEP):
+            if all(ref.key in self.steps for ref in record.inputs.values()):
+                self._step(record.ref, _folder(record))
 
     def refuse_unrecorded(self) -> None:
         """Refuse files in step folders that no record names."""

@@ -83,6 +83,25 @@ LEDGER = pa.schema(
         ("reason", pa.string()),
     ]
 )
+VERDICTS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("pair_id", pa.string()),
+        ("sample", pa.int32()),
+        ("order", pa.string()),
+        ("asked", pa.bool_()),
+        ("better", pa.string()),
+        ("failure", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("answer_tokens", pa.int32()),
+        ("first_words", pa.int32()),
+        ("second_words", pa.int32()),
+    ]
+)
+"""A judge's verdicts, two rows for each comparison. `order`: `given` shows the first answer (of the judged
+round, or the chosen one) as A, `swapped` as B. `better`: A, B or tie, null with a `failure`. `asked`: false
+where both answers are the same text. `pair_id` is null for answers of two rounds, `sample` for pairs. Lengths
+are in words."""
 
 
 def table(schema: pa.Schema, columns: Mapping[str, Sequence[Any]]) -> pa.Table:

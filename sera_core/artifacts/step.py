@@ -251,7 +251,7 @@ def code_digest() -> str:
 @cache
 def environment() -> dict[str, Any]:
     """The software and hardware of a step; recorded, but never in a key."""
-    names = ("torch", "transformers", "trl", "peft", "vllm", "prefect", "pyarrow", "numpy")
+    names = ("torch", "transformers", "trl", "peft", "vllm", "prefect", "pyarrow", "numpy", "openai")
     versions = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -90,12 +90,15 @@ def win_rate(
 
 
 def order_swap_agreement(
-    first: Float[np.ndarray, " first"], swapped: Float[np.ndarray, " swapped"], level: float = 0.95
+    first: Float[np.ndarray, " first"],
+    swapped: Float[np.ndarray, " swapped"],
+    level: float = 0.95,
+    groups: Groups | None = None,
 ) -> Rate:
     """Share of comparisons with the same outcome when the judge sees the two answers in the other order.
 
     Both outcomes are for the same policy: a judge that always prefers the first answer gives 1 and 0, an
-    agreement of 0. The interval is Wilson's.
+    agreement of 0. The interval is that of `win_rate`.
 
     Raises:
         ValueError: an outcome that is not 0, 0.5 or 1, or different numbers of comparisons.
@@ -106,7 +109,7 @@ def order_swap_agreement(
         raise ValueError(
             f"{first.size} outcomes cannot agree with {swapped.size}; judge every comparison both ways."
         )
-    return wilson_interval(int((first == swapped).sum()), first.size, level)
+    return win_rate((first == swapped).astype(np.float64), level, groups)
 
 
 def bootstrap_interval(
@@ -230,6 +233,7 @@ def length_controlled_win_rate(
     seed: int,
     resamples: int = 2000,
     level: float = 0.95,
+    groups: Groups | None = None,
 ) -> Rate:
     """Estimated win rate if both answers were equally long, with its percentile bootstrap interval.
 
@@ -241,7 +245,8 @@ def length_controlled_win_rate(
 
     Args:
         outcomes: wins (1), ties (0.5) and losses (0) of the judged policy.
-        length_difference: Δ, its answer's length minus the other's, in tokens.
+        length_difference: Δ, its answer's length minus the other's, in any unit.
+        groups: group (prompt) of each comparison, resampled as a whole; None: each is independent.
 
     Raises:
         ValueError: an outcome that is not 0, 0.5 or 1, different numbers of comparisons, a length that is not
@@ -259,15 +264,17 @@ def length_controlled_win_rate(
     spread = length_difference.std()
     x = np.tanh(length_difference / spread) if spread > 0 else np.zeros(n)
     value = float(_win_at_equal_length(outcomes, x, np.ones((1, n)))[0])
-    if n == 1:
-        return Rate(value, float("nan"), float("nan"), 1)
+    numbers = None if groups is None else _numbered(groups)
+    count = n if numbers is None else int(numbers.max()) + 1
+    if count == 1:
+        return Rate(value, float("nan"), float("nan"), n, None if numbers is None else 1)
     rng, chunk = np.random.default_rng(seed), max(1, _CELLS // (8 * n))
     sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
-    equal = np.full(n, 1 / n)
-    fits = [
-        _win_at_equal_length(outcomes, x, rng.multinomial(n, equal, size=k).astype(np.float64)) for k in sizes
-    ]
-    return Rate(value, *_percentiles(np.concatenate(fits), level), n)
+    equal = np.full(count, 1 / count)
+    draws = (rng.multinomial(count, equal, size=k).astype(np.float64) for k in sizes)
+    weights = (times if numbers is None else times[:, numbers] for times in draws)
+    fits = [_win_at_equal_length(outcomes, x, some) for some in weights]
+    return Rate(value, *_percentiles(np.concatenate(fits), level), n, None if numbers is None else count)
 
 
 def _win_at_equal_length(

@@ -43,6 +43,17 @@ def vowels(prompt: str, response: str) -> float:
     return sum(letter in "aeiou" for letter in response.lower())
 
 
+def fewer_vowels(prompt: str, first: str, second: str) -> str:
+    """Judge: the answer with fewer vowels."""
+    one, other = vowels(prompt, first), vowels(prompt, second)
+    return "tie" if one == other else "A" if one < other else "B"
+
+
+def undecided(*_: str) -> str:
+    """A judge that is none."""
+    return "both"
+
+
 class Wrapped:
     """A store class of its own; what it does not define is done by a local store."""
 

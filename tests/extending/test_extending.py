@@ -169,6 +169,24 @@ def test_a_store_of_another_scheme_needs_its_module(tmp_path, monkeypatch, capfd
     assert "only a local folder or s3://bucket/prefix" in capfd.readouterr().err
 
 
+def test_a_judge_of_ones_own(tmp_path, capfd):
+    rows = [
+        {"prompt": "?", "chosen": "rhythm", "rejected": "aeiou"},
+        {"prompt": "!", "chosen": "area", "rejected": "sky"},
+    ]
+    pairs = tinyrun.write_rows(tmp_path / "pairs.jsonl", rows)
+    command = ["evaluate", "--calibrate", str(pairs), "--store", str(tmp_path / "store"), "--judge"]
+    assert main([*command, "my_method:fewer_vowels", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["measures"]["agreement"]["value"] == 0.5
+    (record,) = (tmp_path / "store").glob("steps/calibrate/*/done.json")
+    code = source_hash("my_method:fewer_vowels", "judge")
+    assert json.loads(record.read_text())["fields"]["judge"] == {
+        "judge": "my_method:fewer_vowels", "source": code,
+    }  # fmt: skip
+    assert main([*command, "my_method:undecided"]) == 2
+    assert "it must return" in capfd.readouterr().err
+
+
 def test_select_alone_takes_a_rule_of_ones_own(tmp_path, capfd):
     scored = tmp_path / "scored.parquet"
     margins = [3.0, 1.0, 2.0, -1.0]

@@ -1,0 +1,1 @@
+"""Independent judges of answers: which of two answers to a prompt is better."""

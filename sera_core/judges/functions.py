@@ -1,0 +1,46 @@
+"""Judges that are a function of a prompt and two answers: the two controls, and one of the user's own."""
+
+from collections.abc import Callable, Sequence
+
+from sera_core.errors import InputError
+from sera_core.guards.shown import one_line
+from sera_core.judges.comparison import Better, Comparison, Verdict, as_text
+from sera_core.method.features import words
+
+Compare = Callable[[str, str, str], str]
+"""compare(prompt, first, second) -> "A", "B" or "tie"."""
+
+
+def word_count(prompt: str, first: str, second: str) -> str:
+    """More words win; equal numbers are a tie. What a judge must beat to be believed."""
+    one, other = words(prompt, first), words(prompt, second)
+    return "tie" if one == other else "A" if one > other else "B"
+
+
+def constant(prompt: str, first: str, second: str) -> str:
+    """The first answer wins, whatever it is: the control for the order-flip rate."""
+    return "A"
+
+
+class FunctionJudge:
+    """A function as a judge."""
+
+    batch = 4096
+
+    def __init__(self, name: str, compare: Compare) -> None:
+        self.name, self.compare = name, compare
+
+    def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        """One verdict for each comparison."""
+        return [Verdict(self._better(item)) for item in comparisons]
+
+    def _better(self, item: Comparison) -> Better:
+        try:
+            better = self.compare(as_text(item.prompt), item.first, item.second)
+        except Exception as error:  # the user's own code may raise anything
+            raise InputError(f"the judge {self.name!r} failed: {one_line(error)}") from error
+        if better in ("A", "B", "tie"):
+            return better
+        raise InputError(
+            f'the judge {self.name!r} returned {str(better)!r:.60}; it must return "A", "B" or "tie"'
+        )

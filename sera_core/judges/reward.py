@@ -1,0 +1,110 @@
+"""A reward model as a judge: the answer with the larger score wins.
+
+torch and transformers are imported only in the functions that need them.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sera_core.artifacts.canonical import files_digest, sha256_file, sha256_json
+from sera_core.data.rendering import Renderer
+from sera_core.errors import InputError
+from sera_core.guards.shown import one_line
+from sera_core.judges.comparison import Comparison, Verdict
+from sera_core.models.devices import device_of
+from sera_core.models.policies import load_tokenizer, policy_files, read_settings, refuse_other_weights
+from sera_core.models.weights import refuse_mismatched_weights, refuse_not_finite
+
+
+def reward_digest(folder: Path) -> str:
+    """Digest of a reward model's files: weights, configuration, tokenizer and template.
+
+    Raises:
+        InputError: no folder with a configuration and safetensors, more than one label, or weights elsewhere.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"reward:{folder}: no folder with a config.json; give a local model folder")
+    settings = read_settings(folder / "config.json")
+    labels = len(settings.get("id2label") or "01")  # transformers' default is two
+    if labels != 1:
+        raise InputError(f"reward:{folder}: has {labels} labels; a reward model has one, its score")
+    if "auto_map" in settings:
+        raise InputError(f"reward:{folder}: needs code from its own repository, which is never run here")
+    names = policy_files(folder)
+    if not any(name.endswith(".safetensors") for name in names):
+        raise InputError(f"reward:{folder}: has no *.safetensors; weights are never read from a pickle")
+    refuse_other_weights(folder)
+    return files_digest({name: sha256_file(folder / name) for name in names})
+
+
+class RewardJudge:
+    """Scores each answer once, by itself, so both orders agree."""
+
+    batch = 256
+
+    def __init__(self, folder: Path, device: str = "auto") -> None:
+        self.folder, self.device = folder, device_of(device)
+        self.renderer = Renderer(folder)
+        load_tokenizer(folder)
+        self.model = _load(folder).to(self.device)
+        self._scores: dict[str, float | str] = {}
+
+    def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        """One verdict for each comparison."""
+        return [
+            _compared(*(self._score(c.prompt, text) for text in (c.first, c.second))) for c in comparisons
+        ]
+
+    def _score(self, prompt: Sequence[Mapping[str, str]], answer: str) -> float | str:
+        """The score of one answer, or a failure."""
+        key = sha256_json([[dict(message) for message in prompt], answer])
+        if key not in self._scores:
+            self._scores[key] = self._computed(prompt, answer)
+        return self._scores[key]
+
+    def _computed(self, prompt: Sequence[Mapping[str, str]], answer: str) -> float | str:
+        import torch
+
+        messages = [dict(message) for message in prompt]
+        ids = [*self.renderer.prompt_ids(messages), *self.renderer.response_ids(messages, answer)]
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and len(ids) > limit:
+            return "too_long"
+        with torch.inference_mode():
+            given = torch.tensor([ids], device=self.device)
+            score = float(self.model(input_ids=given, attention_mask=torch.ones_like(given)).logits[0, 0])
+        return score if score == score and abs(score) != float("inf") else "non_finite"
+
+
+def _compared(first: float | str, second: float | str) -> Verdict:
+    if isinstance(first, str):
+        return Verdict(None, first)
+    if isinstance(second, str):
+        return Verdict(None, second)
+    return Verdict("tie" if first == second else "A" if first > second else "B")
+
+
+def _load(folder: Path) -> Any:
+    """The model in float32 and eval mode.
+
+    Raises:
+        InputError: transformers cannot open it as a classifier, or its weights do not fit.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the libraries raise classes of their own
+        raise InputError(f"reward:{folder}: cannot be opened as a classifier ({one_line(error)})") from error
+    refuse_mismatched_weights(folder, loading)
+    refuse_not_finite(folder, model)
+    return model.eval()
