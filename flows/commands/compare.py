@@ -8,7 +8,7 @@ from typing import Any
 
 from flows.commands.run import add_set, finishing, run_name
 from flows.commands.tables import print_table, print_text
-from flows.compare import check_comparison, run_arms
+from flows.compare import Finish, check_comparison, run_arms
 from flows.display.compare_page import check_page, write_page
 from flows.display.compare_words import COLUMNS, differences, measured_on, rows, run_names, unequal
 from flows.display.compared import Compared, as_json, compared
@@ -50,7 +50,8 @@ def compare_command(args: argparse.Namespace) -> int:
     check_comparison(config, arms, seeds, name)
     if args.out is not None:
         check_page(Path(args.out))
-    found = compare(config, arms, seeds, name, args)
+    with finishing(args) as finish:
+        found = compare(config, arms, seeds, name, args.store, finish)
     page = None if args.out is None else write_page(found, name, Path(args.out))
     if args.json:
         print(json.dumps(as_json(found)))
@@ -60,11 +61,10 @@ def compare_command(args: argparse.Namespace) -> int:
 
 
 def compare(
-    config: SeraConfig, arms: Sequence[str], seeds: Sequence[int], name: str, args: argparse.Namespace
+    config: SeraConfig, arms: Sequence[str], seeds: Sequence[int], name: str, store: str, finish: Finish
 ) -> Compared:
     """Run every arm with every seed as far as it is not done, and read what was measured."""
-    with finishing(args) as finish:
-        return compared(run_arms(config, arms, seeds, name, args.store, finish))
+    return compared(run_arms(config, arms, seeds, name, store, finish))
 
 
 def print_comparison(found: Compared, name: str, seeds: str, page: Path | None) -> None:

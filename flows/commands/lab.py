@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.compare import as_words, compare, print_comparison, refuse_set, seeds_of
-from flows.commands.run import add_set
+from flows.commands.run import add_set, finishing
 from flows.commands.tables import print_text
 from flows.compare import check_comparison
 from flows.display.compare_page import check_page, write_page
@@ -50,14 +50,15 @@ def lab_command(args: argparse.Namespace) -> int:
         _check(file, args, arms, seeds)
     policy = base_policy(args.store)
     found = {}
-    for file in files:
-        config = _config(file, args.set, policy)
-        found[file] = compare(config, arms, seeds, _name(file), args)
-        folder = _folder(args.out, file)
-        page = None if folder is None else write_page(found[file], _name(file), folder)
-        if not args.json:
-            print_text(f"{file}: {FILES[file]}.")
-            print_comparison(found[file], _name(file), args.seeds, page)
+    with finishing(args) as finish:  # one server for all files: Prefect keeps the first one's address
+        for file in files:
+            config = _config(file, args.set, policy)
+            found[file] = compare(config, arms, seeds, _name(file), args.store, finish)
+            folder = _folder(args.out, file)
+            page = None if folder is None else write_page(found[file], _name(file), folder)
+            if not args.json:
+                print_text(f"{file}: {FILES[file]}.")
+                print_comparison(found[file], _name(file), args.seeds, page)
     if args.json:
         print(json.dumps({"arms": {file: as_json(compared)["arms"] for file, compared in found.items()}}))
     return 0

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ import psutil
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_CLOCK_SECONDS = 1.0
+"""The start of a process counts from a boot time in whole seconds."""
 
 
 def main_memory() -> tuple[float, float]:
@@ -37,39 +40,46 @@ def free_memory(needed: int) -> int:
     return free
 
 
-def used_memory() -> int:
-    """Bytes that this process and its children hold in main memory, and torch on the accelerator."""
+def used_memory(since: float | None = None) -> int:
+    """Bytes that this process holds in main memory, and torch on the accelerator.
+
+    Args:
+        since: count the children, too, that were started at this time (Unix seconds) or later. Finding them
+            takes milliseconds, because all processes are read.
+    """
     torch = sys.modules.get("torch")
     used = torch.cuda.memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0
     own = psutil.Process()
-    for process in (own, *own.children(recursive=True)):
+    used += own.memory_info().rss
+    if since is None:
+        return used
+    for child in own.children(recursive=True):
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            used += process.memory_info().rss
+            used += child.memory_info().rss if child.create_time() >= since - _CLOCK_SECONDS else 0
     return used
 
 
 class MemoryWatch:
     """Measures memory while its block runs, and calls `warn` once if it grows by more than planned.
 
+    A block that is shorter than the time between two measurements is measured without its children.
+
     Args:
         warn: called with (bytes by which memory grew, planned bytes).
-        used: bytes of memory held now.
         seconds: time between two measurements.
     """
 
-    def __init__(
-        self, warn: Callable[[int, int], None], used: Callable[[], int] = used_memory, seconds: float = 0.5
-    ) -> None:
+    def __init__(self, warn: Callable[[int, int], None], seconds: float = 0.5) -> None:
         self.planned: int | None = None
         """Bytes by which memory may grow; None: no plan."""
         self.grown = 0
         """Bytes by which memory grew at most so far."""
-        self._warn, self._used, self._seconds = warn, used, seconds
-        self._start, self._ended = 0, threading.Event()
+        self._warn, self._seconds = warn, seconds
+        self._start, self._since, self._ended = 0, 0.0, threading.Event()
         self._thread = threading.Thread(target=self._run, name="sera-memory", daemon=True)
 
     def __enter__(self) -> "MemoryWatch":
-        self._start = self._used()
+        self._start, self._since = used_memory(), time.time()
         self._thread.start()
         return self
 
@@ -83,7 +93,7 @@ class MemoryWatch:
         warned = False
         while True:
             last = self._ended.wait(self._seconds)
-            self.grown = max(self.grown, self._used() - self._start)
+            self.grown = max(self.grown, used_memory(None if last else self._since) - self._start)
             if self.planned is not None and self.grown > self.planned and not warned:
                 warned = True
                 self._warn(self.grown, self.planned)

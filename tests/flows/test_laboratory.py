@@ -96,11 +96,13 @@ def test_the_arms_run_on_the_bundled_pairs(tmp_path, monkeypatch):
         f"lab.base_policy = lambda store: Path({str(tmp_path / 'policy')!r}); sys.exit(main(sys.argv[1:]))"
     )
     few = ["--set", "data.train_pairs=24", "--set", "data.heldout_pairs=24", "--set", "train.batch=8"]
-    command = ["lab", "--seeds", "0", "--arms", "sera,random", "--store", str(tmp_path / "store"), *few]
+    files = ["--files", "flip,noise", "--seeds", "0", "--arms", "sera,random"]
+    command = ["lab", *files, "--store", str(tmp_path / "store"), *few]
     done = run(code, *command, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert "a length-biased annotator" in done.stdout and "random against sera" in done.stdout
     assert (tmp_path / "out" / "flip" / "compare.html").is_file()
     found = json.loads(run(code, *command, "--json").stdout)
+    assert set(found["arms"]) == {"flip", "noise"}
     assert set(found["arms"]["flip"]) == {"sera", "random"}
     assert {"balanced", "reliance", "counter", "aligned", "equal"} <= set(found["arms"]["flip"]["sera"]["0"])

@@ -35,8 +35,11 @@ def test_a_report_is_not_written_through_a_link(kept_store, tmp_path, sera, page
 def test_a_report_is_written_again_over_itself(kept_store, tmp_path, sera):
     for _ in range(2):
         sera(*report(kept_store, tmp_path / "report"))
-    found = sorted(path.name for path in (tmp_path / "report").iterdir())
-    assert found == ["index.html", "round-000.html", "round-001.html"]
+    found = sorted(
+        path.relative_to(tmp_path / "report").as_posix() for path in (tmp_path / "report").rglob("*.*")
+    )
+    pairs = [f"round-00{n}/{file}" for n in range(2) for file in ("pairs.html", "rows.js", "texts-00000.js")]
+    assert found == sorted(["index.html", "round-000.html", "round-001.html", *pairs])
 
 
 def test_a_folder_in_a_pages_place_is_refused(kept_store, tmp_path, sera):

@@ -2,6 +2,10 @@
 
 import json
 import logging
+import subprocess
+import sys
+import time
+from functools import partial
 
 import tinyrun
 from commandline import process
@@ -31,6 +35,29 @@ def test_a_watch_sees_what_its_block_holds():
     assert len(held) and 300 * 2**20 <= watch.grown < 400 * 2**20
     ((grown, planned),) = told
     assert grown >= 300 * 2**20 and planned == 100 * 2**20
+
+
+def test_children_count_from_the_start_of_the_block():
+    """A server that ran before is not the step's; an engine that the step starts is."""
+    code = "held = bytearray(b'x') * (200 * 2**20); print(flush=True); input()"
+    start = partial(
+        subprocess.Popen, [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    grown = []
+    for early in (True, False):
+        before = [start()] if early else []
+        for child in before:
+            child.stdout.readline()
+            time.sleep(1.5)  # start times are known to a second
+        with MemoryWatch(print, seconds=0.01) as watch:
+            inside = [] if early else [start()]
+            for child in inside:
+                child.stdout.readline()
+            time.sleep(0.3)
+        grown.append(watch.grown)
+        for child in before + inside:
+            child.communicate(b"\n")
+    assert grown[0] < 50 * 2**20 and grown[1] >= 200 * 2**20
 
 
 def test_a_shape_is_read_from_the_headers(tmp_path):
