@@ -24,8 +24,13 @@ from sera_core.method.judged import Judged, better_than, label_kappa, longer_pre
 VERDICTS, CALIBRATION = "verdicts.parquet", "calibration.json"
 MAX_FAILED = 0.5
 """Share of the comparisons asked about that may stay without a verdict."""
+MAX_PASSING = 0.05
+"""Share of the comparisons that may stay without a verdict for a reason that passes."""
+PASSING = frozenset({"connection", "timeout", "rate_limited", "server_error"})
+"""Failures that the same question may not have an hour later."""
 SILENT = 16
-"""Failures in one batch, without any verdict, after which a judge is not asked further."""
+"""Failures in one batch, without any verdict, after which a judge is not asked further; lasting ones count
+only before its first verdict."""
 Asked = tuple[Item, str]
 """A comparison in one order."""
 
@@ -67,7 +72,8 @@ def _ask(attempt: Attempt, items: Sequence[Item], named: NamedJudge) -> list[Row
     """A row for every comparison and order, in the items' order.
 
     Raises:
-        SeraError: a batch without any verdict, or more than half of the comparisons without one.
+        SeraError: a batch in which the judge could not be reached, more than half of the comparisons without
+            a verdict, or more than a twentieth for a reason that passes.
     """
     wanted = [(item, order) for item in items for order in ORDERS if not item.is_equal]
     known = _known(attempt)
@@ -84,7 +90,8 @@ def _ask(attempt: Attempt, items: Sequence[Item], named: NamedJudge) -> list[Row
         if answered:
             _store(attempt, answered)
             known |= {key_of(row): row for row in answered}
-        _refuse_silent(named.name, rows, failed, len(wanted) // 2)
+        _refuse_silent(named.name, rows, failed, len(wanted) // 2, bool(known))
+    _refuse_passing(named.name, failed, len(wanted) // 2)
     attempt.use_parts(attempt.parts())
     found = known | failed
     return [
@@ -125,24 +132,40 @@ def _store(attempt: Attempt, rows: Sequence[Row]) -> None:
         number += 1
 
 
-def _refuse_silent(name: str, batch: Sequence[Row], failed: Mapping[Key, Row], comparisons: int) -> None:
+def _refuse_silent(
+    name: str, batch: Sequence[Row], failed: Mapping[Key, Row], comparisons: int, has_answered: bool
+) -> None:
     """Stop when the judge answers nothing at all, or too little to say anything.
+
+    A continued step begins with all that failed before, so a batch without a verdict says nothing if the
+    judge has answered others.
 
     Raises:
         SeraError: with counts by reason. What is answered stays in the store.
     """
     without = {key[:3]: row["failure"] for key, row in failed.items()}
-    silent = len(batch) >= SILENT and all(row["failure"] is not None for row in batch)
-    if not silent and len(without) <= MAX_FAILED * comparisons:
-        return
+    lasting = frozenset() if has_answered else FAILURES.keys()
+    if len(batch) >= SILENT and all(row["failure"] in PASSING | lasting for row in batch):
+        raise _without_result(name, f"answered none of {len(batch)} questions in a row", without, comparisons)
+    if len(without) > MAX_FAILED * comparisons:
+        raise _without_result(name, "failed more often than it answered", without, comparisons)
+
+
+def _refuse_passing(name: str, failed: Mapping[Key, Row], comparisons: int) -> None:
+    """Stop before the step is done while more than a few comparisons failed for a reason that passes.
+
+    Raises:
+        SeraError: with counts by reason. What is answered stays in the store.
+    """
+    without = {key[:3]: row["failure"] for key, row in failed.items() if row["failure"] in PASSING}
+    if len(without) > MAX_PASSING * comparisons:
+        raise _without_result(name, "could not answer all questions for now", without, comparisons)
+
+
+def _without_result(name: str, what: str, without: Mapping[Any, str], comparisons: int) -> SeraError:
     counts = {reason: list(without.values()).count(reason) for reason in sorted(set(without.values()))}
     words = ", ".join(f"{count} {reason} ({FAILURES[reason]})" for reason, count in counts.items())
-    what = (
-        f"answered none of {len(batch)} questions in a row"
-        if silent
-        else "failed more often than it answered"
-    )
-    raise SeraError(
+    return SeraError(
         f"the judge {name} {what}; of {comparisons} comparisons {len(without)} have no verdict: {words}. "
         "Nothing is reported; what was answered is kept, and the same command asks only for the rest"
     )
@@ -166,8 +189,8 @@ def _record(attempt: Attempt, rows: Sequence[Row]) -> None:
 def calibration(rows: Sequence[Row], items: Sequence[Item]) -> dict[str, Any]:
     """How well a judge agrees with people, beside the word count and a constant judge on the same pairs.
 
-    It is calibrated if it agrees more often than the word count: the interval of the paired difference lies
-    above 0.
+    It is calibrated if it agrees more often than the word count and than chance: the interval of the paired
+    difference lies above 0, that of the agreement above 0.5, which the constant judge has.
     """
     found = told(rows)
     answered = {row["pair_id"] for row in rows} - {row["pair_id"] for row in rows if row["failure"]}
@@ -183,7 +206,7 @@ def calibration(rows: Sequence[Row], items: Sequence[Item]) -> dict[str, Any]:
         "measures": _measures(found.judged),
         "controls": {judge: _measures(judged) for judge, judged in controls.items()},
         "better_than_word_count": asdict(gain),
-        "calibrated": bool(gain.low > 0),
+        "calibrated": bool(gain.low > 0 and wins(found.judged).low > 0.5),
     }
 
 

@@ -129,7 +129,8 @@ class TrainingRun:
         return (
             f"review.crossfit = {self.fold.of}: all {len(self.mixture.pair_ids)} pairs of round "
             f"{self.attempt.fields['round']} have prompts of fold {self.fold.out + 1}, so none is left for "
-            "training its policy; select or sample more pairs, or change the seed"
+            "training its policy, and these settings are fixed in a run: start a new run that keeps more "
+            "pairs, has another seed, or review.crossfit = 0"
         )
 
     @property

@@ -108,8 +108,8 @@ def _calibrated(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"    {title:<22} {with_interval(measures[name])}"
     yield f"  agreement less word-count's: {with_interval(found['better_than_word_count'])}"
     yield {
-        CALIBRATED: "It agrees with people more often than the word count does.",
-        UNCALIBRATED: "It is not shown to agree with people more often than the word count does.",
+        CALIBRATED: "It agrees with people more often than the word count and than chance.",
+        UNCALIBRATED: "It is not shown to agree with people more often than the word count and than chance.",
     }[found["status"]]
     yield from _counted(found)
     if found["dropped"]:

@@ -194,7 +194,7 @@ def _forecast(found: dict[str, Any]) -> str:
 
 
 def _at_most(memory: int | None) -> str:
-    return "" if memory is None else f", at most {gibibytes(memory)} of memory"
+    return "" if memory is None else f", about {gibibytes(memory)} of memory"
 
 
 def _minutes(seconds: float) -> str:

@@ -30,7 +30,7 @@ from sera_core.steps import FOLD_TOKENS
 
 CHARACTERS_A_TOKEN = 4.2
 DENSE = 3.5
-"""Characters a token of dense text, for the longest pairs."""
+"""Bytes (UTF-8) a token of dense text, for the longest pairs: Chinese and Japanese have three a character."""
 COST = {"logps": 1.0, "sample": 2.5, "train": 3.0}
 """Cost per token relative to one forward pass, measured on two CPU cores.
 
@@ -43,8 +43,11 @@ SAMPLED_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes: pairs by side, prompts to sample, mean tokens of a prompt and of an answer, tokens of prompt,
-    chosen and rejected of the longest pairs, and the model's shape if it is on this machine."""
+    """Sizes: pairs by side, prompts to sample, mean tokens of a prompt and of an answer.
+
+    Also tokens of the longest prompt, tokens of prompt, chosen and rejected of the longest pairs, and the
+    model's shape if it is on this machine.
+    """
 
     train: int
     heldout: int
@@ -52,6 +55,7 @@ class Workload:
     prompts: int
     prompt: float
     answer: float
+    longest_prompt: int
     longest: list[tuple[int, int, int]]
     shape: ModelShape | None
 
@@ -77,7 +81,7 @@ def workload(config: SeraConfig, data: StepRecord, store: Store) -> Workload:
         prompts,
         _tokens(prompt),
         _tokens(answer),
-        _longest_pairs(table, config),
+        *_longest(table, config),
         shape_of_source(config),
     )
 
@@ -86,18 +90,31 @@ def _tokens(characters: Sequence[float]) -> float:
     return float(np.mean(characters)) / CHARACTERS_A_TOKEN + 10 if characters else 0.0
 
 
-def _longest_pairs(table: Sequence[dict[str, Any]], config: SeraConfig) -> list[tuple[int, int, int]]:
-    """Tokens of prompt, chosen and rejected of the longest micro-batch, without pairs over a limit."""
+def _longest(table: Sequence[dict[str, Any]], config: SeraConfig) -> tuple[int, list[tuple[int, int, int]]]:
+    """Tokens of the longest prompt, and of prompt, chosen and rejected of the longest micro-batch.
+
+    Without pairs that are over a limit, if those are dropped.
+    """
     part = config.data
     limits = (part.max_prompt_tokens, part.max_response_tokens, part.max_response_tokens)
     found = []
     for row in table:
-        characters = [_length_of(row[name]) for name in ("prompt", "chosen", "rejected")]
-        over = any(c / CHARACTERS_A_TOKEN > limit for c, limit in zip(characters, limits, strict=True))
+        sides = [row[name] for name in ("prompt", "chosen", "rejected")]
+        over = any(
+            _length_of(side) / CHARACTERS_A_TOKEN > limit for side, limit in zip(sides, limits, strict=True)
+        )
         if not over or part.on_long == "cut":
-            prompt, chosen, rejected = map(min, (int(c / DENSE) + 10 for c in characters), limits)
+            prompt, chosen, rejected = map(min, (int(_bytes_of(side) / DENSE) + 10 for side in sides), limits)
             found.append((prompt, chosen, rejected))
-    return sorted(found or [limits], key=sum, reverse=True)[: config.execution.micro_batch]
+    found = found or [limits]
+    pairs = sorted(found, key=sum, reverse=True)[: config.execution.micro_batch]
+    return max(prompt for prompt, _, _ in found), pairs
+
+
+def _bytes_of(messages: Sequence[dict[str, Any]]) -> int:
+    """Bytes in UTF-8."""
+    texts = [text for m in messages for text in (m["content"], m.get("reasoning_content")) if text]
+    return sum(len(text.encode("utf-8", errors="replace")) for text in texts)
 
 
 def shape_of_source(config: SeraConfig) -> ModelShape | None:
@@ -230,7 +247,7 @@ class Estimator:
         size, execution, fields = self.size, self.config.execution, spec.fields
         if (shape := size.shape) is None:
             return None
-        prompt, sampled = max(prompt for prompt, _, _ in size.longest), self.config.sampling.max_tokens
+        prompt, sampled = size.longest_prompt, self.config.sampling.max_tokens
         if spec.step == "logps":
             answers = max(sampled, self.config.evaluate.max_tokens)
             row = max(prompt + answers, *(pair[0] + max(pair[1:]) for pair in size.longest))
@@ -246,15 +263,16 @@ class Estimator:
         return None
 
 
-def memory_warning(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A warning if the step that needs the most memory needs more than this machine has free.
+def memory_warning(rows: Sequence[dict[str, Any]], device: str) -> Iterator[str]:
+    """A warning if the step that needs the most memory needs more than is free where it computes.
 
     Args:
         rows: the steps to do, with their expected cost.
+        device: `execution.device`.
     """
     planned = [row for row in rows if row["memory"] is not None]
     most = max(planned, key=lambda row: row["memory"], default=None)
-    if most is not None and most["memory"] > (free := free_memory(most["memory"])):
+    if most is not None and most["memory"] > (free := free_memory(device)):
         yield (
             f"step {most['step']} may need {most['memory'] / 2**30:.1f} GiB of memory, but "
             f"{free / 2**30:.1f} GiB are free: lower {MEMORY_SETTINGS[most['step']]}, or use a larger machine"

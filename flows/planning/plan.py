@@ -118,7 +118,7 @@ def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
         "formats": data.metrics["formats"],
         "steps": walk.rows,
         "rounds": [asdict(found) for found in rounds],
-        "warnings": [*warnings_of(config, rounds), *memory_warning(todo)],
+        "warnings": [*warnings_of(config, rounds), *memory_warning(todo, config.execution.device)],
         "reuse": len(walk.rows) - len(todo),
         "run_now": sum(row["status"] == "run" for row in todo),
         "depends": sum(row["status"] == "depends" for row in todo),

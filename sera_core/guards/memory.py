@@ -13,6 +13,8 @@ import psutil
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+"""Where the system shows an accelerator: without one, torch need not be imported."""
 _CLOCK_SECONDS = 1.0
 """The start of a process counts from a boot time in whole seconds."""
 
@@ -30,14 +32,18 @@ def main_memory() -> tuple[float, float]:
     return total, free
 
 
-def free_memory(needed: int) -> int:
-    """Bytes that steps can get: main memory and, if that is less than needed, the accelerator's too."""
-    free = int(main_memory()[1])
-    if free < needed:
+def free_memory(device: str) -> int:
+    """Bytes that a step can get where it computes: of the accelerator if there is one, else of main memory.
+
+    Args:
+        device: `execution.device`.
+    """
+    if device != "cpu" and any(driver.exists() for driver in _DRIVERS):
         import torch
 
-        free += torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-    return free
+        if torch.cuda.is_available():
+            return torch.cuda.mem_get_info()[0]
+    return int(main_memory()[1])
 
 
 def used_memory(since: float | None = None) -> int:
@@ -47,8 +53,9 @@ def used_memory(since: float | None = None) -> int:
         since: count the children, too, that were started at this time (Unix seconds) or later. Finding them
             takes milliseconds, because all processes are read.
     """
-    torch = sys.modules.get("torch")
-    used = torch.cuda.memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0
+    cuda = sys.modules.get("torch.cuda")
+    started = getattr(cuda, "is_initialized", None)  # None also while another thread imports torch
+    used = cuda.memory_reserved() if cuda is not None and started is not None and started() else 0
     own = psutil.Process()
     used += own.memory_info().rss
     if since is None:

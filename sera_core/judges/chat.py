@@ -145,7 +145,7 @@ class ChatJudge:
             trouble = self._trouble(error.status_code, error.response.headers)
         except openai.OpenAIError:
             trouble = _Trouble("server_error")
-        except ValueError:
+        except (ValueError, RecursionError):
             trouble = _Trouble("nonsense")
         raise trouble
 

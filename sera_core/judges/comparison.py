@@ -15,6 +15,7 @@ FAILURES = {
     "nonsense": "the answer named neither A, B nor a tie",
     "too_long": "the conversation is longer than the reward model's context",
     "non_finite": "a score was not finite",
+    "template": "the reward model's chat template refused the conversation",
 }
 """Why a comparison has no verdict."""
 

@@ -27,7 +27,7 @@ RESPONSE_FORMAT = {
 }
 """The answer's form, for servers with structured outputs."""
 _PLACE = re.compile("|".join(map(re.escape, PLACEHOLDERS)))
-_OBJECT = re.compile(r"\{[^{}]*\}")
+_DECODER = json.JSONDecoder()
 _WORDS: dict[str, Better] = {"a": "A", "b": "B", "tie": "tie"}
 
 
@@ -71,15 +71,18 @@ def verdict_in(text: str) -> Better | None:
 
     Text around the object, such as reasoning or a code fence, is ignored.
     """
-    for found in reversed(_OBJECT.findall(text)):
-        value = _parsed(found)
+    found, start = None, text.find("{")
+    while start >= 0:
+        value, end = _object_at(text, start)
         if isinstance(value, dict) and "better" in value:
-            return _WORDS.get(str(value["better"]).strip().lower())
-    return None
+            found = value["better"]
+        start = text.find("{", end)
+    return None if found is None else _WORDS.get(str(found).strip().lower())
 
 
-def _parsed(text: str) -> Any:
+def _object_at(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins here and where it ends; None and the next place if there is none."""
     try:
-        return json.loads(text)
-    except ValueError:
-        return None
+        return _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None, start + 1

@@ -66,8 +66,13 @@ class RewardJudge:
     def _computed(self, prompt: Sequence[Mapping[str, str]], answer: str) -> float | str:
         import torch
 
+        if not answer.strip():
+            return float("-inf")  # a blank answer loses; the model would score the prompt alone
         messages = [dict(message) for message in prompt]
-        ids = [*self.renderer.prompt_ids(messages), *self.renderer.response_ids(messages, answer)]
+        try:
+            ids = [*self.renderer.prompt_ids(messages), *self.renderer.response_ids(messages, answer)]
+        except InputError:
+            return "template"
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and len(ids) > limit:
             return "too_long"

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from sera_core.artifacts.manifest import Artifact, StepRecord, find_record
 from sera_core.artifacts.store import Store
+from sera_core.errors import StoreError
 from sera_core.judges.comparison import Comparison, Verdict
 from sera_core.method.features import words
 from sera_core.method.judged import Judged, order_flips, ties, wins, wins_at_equal_length
@@ -164,6 +166,10 @@ def recorded(store: Store, step: str) -> list[StepRecord]:
 
 
 def newest_calibration(store: Store, identity: Mapping[str, Any]) -> Artifact | None:
-    """The newest calibration of a judge; None if there is none."""
-    found = [r for r in recorded(store, CALIBRATE_STEP) if r.fields.get("judge") == dict(identity)]
-    return Artifact(store, found[-1].ref) if found else None
+    """The newest calibration of a judge; None if there is none. Damaged records are passed over."""
+    found = []
+    for key in store.names(f"steps/{CALIBRATE_STEP}"):
+        with suppress(StoreError):  # perhaps another judge's; verify and gc name it
+            found.append(find_record(store, CALIBRATE_STEP, key))
+    same = [record for record in found if record is not None and record.fields.get("judge") == dict(identity)]
+    return Artifact(store, max(same, key=lambda record: record.started).ref) if same else None

@@ -25,7 +25,7 @@ PAGE = "pairs.html"
 SHARD_PAIRS = 500
 """Pairs whose texts are in one file."""
 PROMPT_CHARACTERS = 80
-"""Characters of the prompt that the list shows and searches."""
+"""Characters of the prompt's last user turn that the list shows and searches."""
 NO_TEXT = -1
 """Shard of a pair that was dropped before its text entered the round's files."""
 _COLUMNS = ("pair_id", "origin", "stage", "reason", "kept", "ensemble_margin")
@@ -42,9 +42,13 @@ def write_pair_browser(files: RoundFiles, number: int, folder: Path) -> None:
         number: the round.
         folder: an existing folder; texts of an earlier report there are removed.
     """
-    ledger = {
-        row["pair_id"]: row for row in files.rows("mixture", "ledger.parquet", _COLUMNS) if row["pair_id"]
-    }
+    ledger: dict[str, Row] = {}
+    for row in files.rows("mixture", "ledger.parquet", _COLUMNS):
+        if row["pair_id"]:
+            ledger.setdefault(row["pair_id"], row)  # a later row of the id is a repeated row of the data
+    write_whole(
+        folder / PAGE, _page(number, len(ledger)).encode()
+    )  # first: it marks the folder as a report's
     tokens = dict(_tokens(files))
     rows: list[list[Any]] = []
     shard: list[list[str]] = []
@@ -63,7 +67,6 @@ def write_pair_browser(files: RoundFiles, number: int, folder: Path) -> None:
     rows += [_row(row, tokens, "", NO_TEXT) for row in ledger.values()]
     columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(10)]
     _write_script(folder / "rows.js", "seraRows", [columns, SHARD_PAIRS, words.REASONS])
-    write_whole(folder / PAGE, _page(number, len(rows)).encode())
 
 
 def _page(number: int, count: int) -> str:

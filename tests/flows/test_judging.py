@@ -23,7 +23,9 @@ from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import open_store
 from sera_core.config import ExecutionConfig
 from sera_core.judges import chat
+from sera_core.judges.comparison import Comparison
 from sera_core.judges.named import Asking, find_judge
+from sera_core.judges.reward import RewardJudge
 from sera_core.judges.verdicts import Item, newest_calibration, told
 from sera_core.method.features import words
 from tasks.judging import judge_answers
@@ -216,6 +218,56 @@ def test_the_controls_are_never_calibrated(sera, tmp_path, pairs, present_store)
     assert "judge constant (uncalibrated: agrees with people on 50.0%" in said
     said = sera("evaluate", "--judge", "constant", "--calibrate", pairs, *store).out
     assert "Cohen's kappa" in said and "word-count" in said and "not shown to agree" in said
+
+
+def test_a_judge_no_better_than_chance_is_not_calibrated(sera, tmp_path):
+    """People prefer the shorter answer: the word count is always wrong, and a coin is better than that."""
+    rows = [
+        {"prompt": f"question {n}", "chosen": f"short {n}", "rejected": f"a much longer answer {n}"}
+        for n in range(40)
+    ]
+    pairs = tinyrun.write_rows(tmp_path / "short.jsonl", rows)
+    store = ("--store", tmp_path / "s")
+    found = sera("evaluate", "--judge", "constant", "--calibrate", pairs, *store, "--json").json
+    assert found["better_than_word_count"]["low"] > 0 and found["status"] == "uncalibrated"
+
+
+def test_a_continued_evaluation_may_begin_with_what_failed_before(sera, tmp_path, asking):
+    """Forty questions that the server refuses for good; then it fails altogether, and is back."""
+    pairs = tinyrun.write_rows(tmp_path / "many.jsonl", labelled(200))
+    refused = {f"answer {n}" for n in range(20)}
+
+    def mode(question):
+        number = " ".join(question.first.split()[2:4])
+        return Reply("No idea.") if number in refused else good(question)
+
+    down = failing(500)
+    command = ("evaluate", "--judge", MODEL, "--calibrate", pairs, "--store", tmp_path / "s", "--retries", 0)
+    with judge_server(mode) as server:
+        asking(server)
+        server.mode = lambda q: mode(q) if len(server.questions) < 300 else down(q)
+        assert "server_error" in sera(*command, code=1).err
+        server.mode = mode
+        found = sera(*command, "--json").json
+    assert found["failed"] == {"nonsense": 20} and found["answered"] == 180
+
+
+def test_failures_that_pass_do_not_become_final(sera, tmp_path, pairs, asking):
+    """A tenth of the questions meets a rate limit: no result, and the next command asks for them."""
+    limited = failing(429, retry_after="0")
+
+    def mode(question):
+        number = " ".join(question.first.split()[2:4])
+        return limited(question) if number in {f"answer {n}" for n in range(6)} else good(question)
+
+    command = ("evaluate", "--judge", MODEL, "--calibrate", pairs, "--store", tmp_path / "s", "--retries", 0)
+    with judge_server(mode) as server:
+        asking(server)
+        said = sera(*command, code=1).err
+        assert "could not answer all questions for now; of 60 comparisons 6 have no verdict" in said
+        asked, server.mode = len(server.questions), good
+        assert sera(*command, "--json").json["answered"] == 60
+    assert len(server.questions) - asked == 12
 
 
 def test_another_template_is_another_judge(sera, tmp_path, pairs, asking, present_store):
@@ -491,6 +543,31 @@ def test_a_reward_model_prefers_the_larger_score(sera, tmp_path, reward_model):
     assert found["measures"]["agreement"]["value"] == pytest.approx(np.mean(right))
     assert found["measures"]["order_flips"]["value"] == 0.0
     assert str(tmp_path) not in "".join(file.read_text() for file in store.glob("steps/*/*/done.json"))
+
+
+def test_a_blank_answer_loses_and_a_refused_conversation_is_a_failure(sera, tmp_path, reward_model):
+    rows = labelled(8)
+    rows[2]["prompt"] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    for side in ("chosen", "rejected"):
+        rows[2][side] = [{"role": "assistant", "content": rows[2][side]}]
+    template = (reward_model / "chat_template.jinja").read_text()
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (reward_model / "chat_template.jinja").write_text(refuse + template)
+    pairs = tinyrun.write_rows(tmp_path / "p.jsonl", rows)
+    command = (
+        "evaluate",
+        "--judge",
+        f"reward:{reward_model}",
+        "--calibrate",
+        pairs,
+        "--store",
+        tmp_path / "s",
+    )
+    found = sera(*command, "--json").json
+    assert found["failed"] == {"template": 1} and found["answered"] == 7
+    turns = [{"role": "user", "content": "Why?"}]
+    comparisons = [Comparison(turns, first, second) for first, second in (("So.", ""), (" ", "So."))]
+    assert [verdict.better for verdict in RewardJudge(reward_model).judge(comparisons)] == ["A", "B"]
 
 
 def test_a_reward_model_with_more_labels_or_a_pickle_is_refused(sera, tmp_path, reward_model, pairs):

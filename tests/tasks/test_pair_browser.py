@@ -42,6 +42,8 @@ def browser(folder):
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browsed")
+    rows = tinyrun.pairs(32)
+    tinyrun.write_rows(folder / "pairs.jsonl", [*rows, *rows[:6]])  # six repeated rows
     return tinyrun.work(tinyrun.config(folder, data={"train_pairs": 20}), folder / "store")
 
 
@@ -58,11 +60,14 @@ def report(records, tmp_path_factory):
 def test_every_pair_of_the_ledger_is_listed_once_with_its_own_texts(records, report, number):
     steps = records.rounds()[number].steps
     rows, texts = browser(report / f"round-{number:03d}")
-    ledger = {
-        row["pair_id"]: row
-        for row in schema.iter_rows(Artifact(records.store, steps["mixture"]).path("ledger.parquet"))
-        if row["pair_id"]
+    found = list(schema.iter_rows(Artifact(records.store, steps["mixture"]).path("ledger.parquet")))
+    repeated = {row["pair_id"] for row in found if row["reason"] == "duplicate"}
+    ledger = {row["pair_id"]: row for row in reversed(found) if row["pair_id"]}  # the first row of an id
+    trained = {
+        row["pair_id"]
+        for row in schema.iter_rows(Artifact(records.store, steps["mixture"]).path("mixture.parquet"))
     }
+    assert repeated & trained and trained == {row["id"] for row in rows if row["kept"]}
     assert sorted(row["id"] for row in rows) == sorted(ledger)
     assert {row["reason"] for row in rows} >= {"kept", "over_limit"}
     pairs = list(schema.iter_rows(Artifact(records.store, steps["pairs"]).path("train.parquet")))
@@ -106,6 +111,20 @@ def test_a_relabelled_pair_is_shown_as_it_was_trained_on(tmp_path):
     (row,), texts = browser(tmp_path)
     assert (row["margin"], row["chosen"], row["rejected"], row["prompt"]) == (1.5, 5, 3, "Why\\x1b?")
     assert texts["one"] == ["system: Be brief.\n\nuser: Why\\x1b?", "rejected", "chosen"]
+
+
+def test_a_report_that_was_interrupted_is_written_again(records, tmp_path):
+    (tmp_path / "round-000").mkdir()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pair_browser, "_write_script", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_run_report(records.store.url, records.run, tmp_path)
+    write_run_report(records.store.url, records.run, tmp_path)
+    assert (tmp_path / "round-000/rows.js").exists()
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_smaller_report_leaves_no_texts_of_a_larger_one(records, report, tmp_path):
