@@ -13,6 +13,7 @@ from sera_core.data.folds import fold_of
 from sera_core.errors import SeraError
 from sera_core.method.rewards import quantise
 from sera_core.models.devices import device_of
+from sera_core.models.memory_estimate import ModelShape, folder_shape, scoring_memory
 from sera_core.models.policies import shared_policy
 
 SHARD_ROWS = 128
@@ -39,11 +40,12 @@ def score_texts(attempt: Attempt) -> list[str]:
         return _score_probe(attempt)
     texts = _Texts(attempt)
     parts = attempt.parts()
-    policy = None
+    policy = shape = None
     for number in range(len(parts), -(-len(texts.rows) // SHARD_ROWS)):
-        policy = policy or _load(attempt)
+        policy, shape = policy or _load(attempt), shape or _shape(attempt)
         first = number * SHARD_ROWS
         shard = texts.read(texts.rows[first : first + SHARD_ROWS])
+        _plan_memory(attempt, shape, shard)
         done, total = first * texts.per_row, len(texts.rows) * texts.per_row
         parts.append(_score_shard(attempt, policy, number, shard, done, total))
     _merge(attempt, parts)
@@ -61,8 +63,8 @@ def _score_probe(attempt: Attempt) -> list[str]:
     picked = np.unique(np.linspace(0, file.size - 1, attempt.fields["probe"]).astype(int))
     texts = file.read(np.intersect1d(picked, file.rows).tolist())
     items = [(text.prompt_ids, text.response_ids) for text in texts]
-    if items:
-        _plan_memory(attempt, items)
+    if texts:
+        _plan_memory(attempt, _shape(attempt), texts)
     columns = {
         "id": [text.id for text in texts],
         "logps": quantise(plain_sequence_logps(_load(attempt), items)) if items else [],
@@ -140,12 +142,13 @@ def _load(attempt: Attempt) -> Any:
     return shared_policy(folder, attempt.fields["dtype"], device, base)
 
 
-def _plan_memory(attempt: Attempt, items: Sequence[tuple[list[int], list[int]]]) -> None:
-    """Plan the memory of the next batches; it may only grow."""
-    from sera_core.models.memory_estimate import folder_shape, scoring_memory
+def _shape(attempt: Attempt) -> ModelShape:
+    return folder_shape(attempt.input("model").folder("policy"))
 
-    shape = folder_shape(attempt.input("model").folder("policy"))
-    longest = max(len(prompt) + len(response) for prompt, response in items)
+
+def _plan_memory(attempt: Attempt, shape: ModelShape, texts: Sequence[Text]) -> None:
+    """Plan the memory of the next batches; it may only grow."""
+    longest = max(len(text.prompt_ids) + len(text.response_ids) for text in texts)
     tokens = longest if "probe" in attempt.fields else max(attempt.execution.tokens_per_batch, longest)
     needed = scoring_memory(shape, attempt.fields["dtype"], tokens, longest)
     attempt.memory.planned = max(attempt.memory.planned or 0, needed)
@@ -157,7 +160,6 @@ def _score_shard(
     from sera_core.models.logprobs import score_tokens, sequence_logps
 
     items = [(text.prompt_ids, text.response_ids) for text in shard]
-    _plan_memory(attempt, items)
     values = sequence_logps(
         policy,
         items,
