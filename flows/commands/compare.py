@@ -12,6 +12,7 @@ from flows.compare import Finish, check_comparison, run_arms
 from flows.display.compare_page import check_page, write_page
 from flows.display.compare_words import COLUMNS, differences, measured_on, rows, run_names, unequal
 from flows.display.compared import Compared, as_json, compared
+from flows.display.compared_alarm import alarm_words
 from flows.experiments import load_experiment
 from sera_core.arms import ARMS
 from sera_core.config import SeraConfig
@@ -70,7 +71,7 @@ def compare(
 def print_comparison(found: Compared, name: str, seeds: str, page: Path | None) -> None:
     """Print the table, the differences and where the page is."""
     print_table(f"arms of {name}, means over seeds {seeds}", COLUMNS, rows(found))
-    for line in (measured_on(found), *differences(found), *unequal(found)):
+    for line in (measured_on(found), *differences(found), *alarm_words(found.alarms), *unequal(found)):
         print_text(line)
     runs = run_names(found)
     print_text(f"Runs: {', '.join(runs)}. `sera show {runs[0]}` shows one.")

@@ -5,6 +5,7 @@ from typing import Any
 
 from flows.display import compare_words
 from flows.display.compared import Compared
+from flows.display.compared_alarm import alarm_words
 from flows.display.run_report import refuse_foreign
 from sera_core.arms import ARMS
 from sera_core.artifacts.folders import write_whole
@@ -54,6 +55,7 @@ def page_of(found: Compared, name: str) -> str:
         rows=[[_cell(value) for value in row] for row in compare_words.rows(found)],
         note=compare_words.measured_on(found),
         differences=compare_words.differences(found),
+        alarms=list(alarm_words(found.alarms)),
         unequal=list(compare_words.unequal(found)),
         plot=paths(_series(found), "reliance", "balanced accuracy"),
         feature=words.feature(found.feature),

@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from flows.compare import Runs, tokens_of, trained_rounds
+from flows.display.compared_alarm import Alarms, alarms_of
 from sera_core.artifacts import schema
+from sera_core.artifacts.canonical import finite
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
@@ -55,6 +57,8 @@ class Compared:
     arms: dict[str, dict[int, Measured]]
     """Arm -> seed -> run; the first arm first."""
     differences: dict[str, Difference]
+    alarms: Alarms
+    """Of the arms that drop human pairs, against the arm `random`; empty without it."""
 
     @property
     def first(self) -> str:
@@ -84,7 +88,7 @@ def compared(runs: Runs) -> Compared:
         arm: {seed: _measured(records, pairs.ids) for seed, records in by_seed.items()}
         for arm, by_seed in runs.items()
     }
-    found = Compared(settings.decide.feature, pairs, arms, {})
+    found = Compared(settings.decide.feature, pairs, arms, {}, alarms_of(runs, SEED))
     for arm in list(arms)[1:]:
         found.differences[arm] = difference_from_first(
             found.last(arm),
@@ -139,7 +143,10 @@ def as_json(found: Compared) -> dict[str, Any]:
         "pairs": len(found.pairs.ids),
         "prompts": len(np.unique(found.pairs.groups)),
         "arms": {
-            arm: {str(seed): _one(run, found.pairs) for seed, run in by_seed.items()}
+            arm: {
+                str(seed): {**_one(run, found.pairs), "alarm": _alarm_json(found, arm, seed)}
+                for seed, run in by_seed.items()
+            }
             for arm, by_seed in found.arms.items()
         },
         "means": {arm: means(found, arm) for arm in found.arms},
@@ -161,6 +168,18 @@ def _one(run: Measured, pairs: Pairs) -> dict[str, Any]:
         **_spent(run),
         **values_of(run.correct[-1][None], pairs.difference),
     }
+
+
+def _alarm_json(found: Compared, arm: str, seed: int) -> dict[str, Any] | None:
+    """None for an arm that drops no pairs, for `random` itself and in a comparison without it."""
+    one = found.alarms.get(arm, {}).get(seed)
+    if one is None:
+        return None
+    told = {"round": one.round, "kept": one.kept, "kept_random": one.kept_random}
+    if one.alarm is None:
+        return {**told, "state": "not_comparable"}
+    features = {name: finite(asdict(alarm)) for name, alarm in one.alarm.alarms.items()}
+    return {**told, "state": one.alarm.state, "raised": list(one.alarm.raised), "features": features}
 
 
 def _spent(run: Measured) -> dict[str, int]:

@@ -11,11 +11,15 @@ from flows.compare import arm_config, check_comparison, run_arms, trained_rounds
 from flows.display.compare_page import COLOURS, page_of
 from flows.display.compare_words import difference as difference_words
 from flows.display.compared import compared
+from flows.display.compared_alarm import ArmAlarm, alarm_words
 from sera_core.arms import ARMS
 from sera_core.errors import InputError, SeraError
+from sera_core.method.alarm import RANDOM, PanelAlarm
 from sera_core.method.comparison import Difference
+from sera_core.method.diagnostics import Alarm
 from sera_core.method.estimates import Estimate
 from sera_core.method.selection import SELECTION_RULES
+from sera_core.method.win_rates import NO_RATE
 
 EVERY = list(ARMS)
 
@@ -224,6 +228,21 @@ def test_the_table_is_of_the_last_rounds_and_the_differences_are_paired(done):
 
 @pytest.mark.slow
 @pytest.mark.flow
+def test_the_alarm_of_an_arm_that_drops_pairs_compares_it_with_the_random_arm(done):
+    *_, found = done
+    for seed in map(str, SEEDS_HERE):
+        sera, dpo, random = (found["arms"][arm][seed] for arm in ARMS_HERE)
+        assert dpo["alarm"] is None and random["alarm"] is None
+        alarm = sera["alarm"]
+        assert alarm["round"] == 1 and 0 < alarm["kept"] == alarm["kept_random"]
+        assert alarm["state"] in ("amplified", "not_amplified", "not_enough_evidence")
+        of_tokens = alarm["features"]["tokens"]
+        assert of_tokens["counter_change"]["value"] == pytest.approx(sera["counter"] - random["counter"])
+        assert of_tokens["aligned_change"]["value"] == pytest.approx(sera["aligned"] - random["aligned"])
+
+
+@pytest.mark.slow
+@pytest.mark.flow
 def test_again_it_does_nothing_and_needs_no_prefect(done, sera):
     folder, experiment, store, found = done
     before = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
@@ -233,6 +252,32 @@ def test_again_it_does_nothing_and_needs_no_prefect(done, sera):
     table = sera(*command(experiment, folder)[:-1], "--out", folder / "page").out
     assert "sera" in (folder / "page" / "compare.html").read_text() and "compare.html" in table
     assert "random against sera: balanced accuracy" in table and "tiny-random-1" in table
+
+
+def alarm_of(raised=(), few=()):
+    one = Alarm(False, NO_RATE, NO_RATE, NO_RATE, RANDOM, "counter_side_holds")
+    panel = dict.fromkeys(("tokens", "sentences", "bold"), one)
+    return ArmAlarm(1, 10, 10, PanelAlarm(panel, RANDOM, tuple(raised), tuple(few), ""))
+
+
+@pytest.mark.parametrize(
+    ("alarms", "said"),
+    [
+        (
+            [alarm_of(["tokens"]), alarm_of(["tokens", "bold"])],
+            "amplified tokens (in 2 of 2 seeds), bold (in 1",
+        ),
+        ([alarm_of(), alarm_of()], "none of 3 features amplified in 2 seeds."),
+        ([alarm_of(few=["bold"])], "none of 2 features amplified in 1 seed; too few pairs to tell: bold."),
+        (
+            [ArmAlarm(1, 10, 14, None)],
+            "not computed, its selection kept 10 human pairs and that of random 14",
+        ),
+    ],
+)
+def test_the_alarm_says_what_it_found_and_where_it_could_not_tell(alarms, said):
+    (line,) = alarm_words({"sera": dict(enumerate(alarms))})
+    assert line.startswith("sera, alarm") and said in line
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import places
 import pytest
 import servers
 import tinyrun
@@ -110,6 +111,21 @@ class Running:
         }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def lost_machine(tmp_path_factory, undisturbed) -> Iterator[tuple["Running", str]]:
+    """A run whose worker and flow were killed, and a healthy busy flow run, on a Prefect of their own.
+
+    Noticing takes minutes of waiting, so it starts before the other tests and is checked after them.
+    """
+    folder = tmp_path_factory.mktemp("lost")
+    with places.place(folder / "prefect") as place:
+        run = Running(place, folder, "lost").trigger()
+        run.wait_until_round_1()
+        run.disturb(place.hands.kill)
+        with servers.worker(place.environment, name="other-hands"):
+            yield run, hold_the_interpreter(place, HOLD_SECONDS)
+
+
 def until(condition: Callable[[], bool], seconds: float, pause: float = 0.02) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -190,6 +206,7 @@ def test_cancel_ends_every_process_and_a_new_trigger_goes_on(own_place, tmp_path
     servers.wait_for_state(own_place.environment, run.flow_run, ("CANCELLED",), 60)
     until(lambda: slots(own_place, "sera-run-cancelled") == 0, 120, 0.5)
     assert len(sera_core.open_run(str(run.store), run.run)) < ROUNDS  # it was not done yet
+    run.execution = {}  # changes no result, and is faster than a process for each step
     run.trigger().ended()
     check(table, run.row("cancelled, triggered again", undisturbed))
 
@@ -222,23 +239,6 @@ def test_a_slot_that_a_killed_step_held_frees_itself(own_place, tmp_path, table,
     assert row["seconds"] < 120
 
 
-def test_a_lost_machine_is_noticed_and_a_busy_healthy_one_is_not(own_place, tmp_path, table, undisturbed):
-    """Worker and flow are gone, nobody reports it: the missing heartbeat does. Meanwhile a healthy run holds
-    its interpreter for minutes, so that it sends no heartbeat either, and is left alone.
-    """
-    other = servers.worker(own_place.environment, name="other-hands")
-    run = Running(own_place, tmp_path, "lost").trigger()
-    run.wait_until_round_1()
-    run.disturb(own_place.hands.kill)
-    with other:
-        healthy = hold_the_interpreter(own_place, HOLD_SECONDS)
-        run.ended()
-        found = servers.wait_for_state(own_place.environment, healthy, seconds=HOLD_SECONDS + 120)
-        assert found["state"]["type"] == "COMPLETED" and found["run_count"] == 1, found["state"]
-    own_place.hands.start()
-    check(table, run.row("machine lost (worker and flow)", undisturbed))
-
-
 def test_a_lost_database_loses_no_run(own_place, tmp_path, table, undisturbed):
     run = Running(own_place, tmp_path, "forgotten").trigger()
     run.wait_until_round_1()
@@ -258,3 +258,14 @@ def test_a_lost_database_loses_no_run(own_place, tmp_path, table, undisturbed):
         check(table, run.row("database lost, triggered again", undisturbed))
         own_place.hands.stop()
         own_place.server.stop()
+
+
+def test_a_lost_machine_is_noticed_and_a_busy_healthy_one_is_not(lost_machine, table, undisturbed):
+    """Worker and flow are gone, nobody reports it: the missing heartbeat does. Meanwhile a healthy run holds
+    its interpreter for minutes, so that it sends no heartbeat either, and is left alone.
+    """
+    run, healthy = lost_machine
+    run.ended()
+    found = servers.wait_for_state(run.place.environment, healthy, seconds=HOLD_SECONDS + 120)
+    assert found["state"]["type"] == "COMPLETED" and found["run_count"] == 1, found["state"]
+    check(table, run.row("machine lost (worker and flow)", undisturbed))

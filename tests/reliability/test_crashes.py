@@ -1,4 +1,4 @@
-"""The crash matrix: all points in a folder, every third on moto, fifth on Ceph; `make faults`: all on all."""
+"""The crash matrix: all points in a folder, every sixth on moto, tenth on Ceph; `make faults`: all on all."""
 
 import objectstores
 import pytest
@@ -13,8 +13,8 @@ LEAST_POINTS = 150
     ("store", "every"),
     [
         pytest.param("local", 1, marks=pytest.mark.slow),
-        pytest.param("moto", 3, marks=pytest.mark.s3),
-        pytest.param("radosgw", 5, marks=pytest.mark.s3),
+        pytest.param("moto", 6, marks=pytest.mark.s3),
+        pytest.param("radosgw", 10, marks=pytest.mark.s3),
     ],
 )
 def test_a_run_killed_at_any_commit_point_resumes_to_the_same_policy(store, every):
