@@ -8,14 +8,13 @@ from typing import Any
 
 from flows.commands.run import add_set, finishing, run_name
 from flows.commands.tables import print_table, print_text
-from flows.compare import Finish, check_comparison, run_arms
+from flows.compare import check_comparison, run_arms
 from flows.display.compare_page import check_page, write_page
 from flows.display.compare_words import COLUMNS, differences, measured_on, rows, run_names, unequal
 from flows.display.compared import Compared, as_json, compared
 from flows.display.compared_alarm import alarm_words
 from flows.experiments import load_experiment
 from sera_core.arms import ARMS
-from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 
 ARM_NAMES, SEEDS = "sera,dpo,random", "0,1,2"
@@ -52,20 +51,13 @@ def compare_command(args: argparse.Namespace) -> int:
     if args.out is not None:
         check_page(Path(args.out))
     with finishing(args) as finish:
-        found = compare(config, arms, seeds, name, args.store, finish)
+        found = compared(run_arms(config, arms, seeds, name, args.store, finish))
     page = None if args.out is None else write_page(found, name, Path(args.out))
     if args.json:
         print(json.dumps(as_json(found)))
     else:
         print_comparison(found, name, args.seeds, page)
     return 0
-
-
-def compare(
-    config: SeraConfig, arms: Sequence[str], seeds: Sequence[int], name: str, store: str, finish: Finish
-) -> Compared:
-    """Run every arm with every seed as far as it is not done, and read what was measured."""
-    return compared(run_arms(config, arms, seeds, name, store, finish))
 
 
 def print_comparison(found: Compared, name: str, seeds: str, page: Path | None) -> None:

@@ -5,14 +5,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flows.commands.compare import as_words, compare, print_comparison, refuse_set, seeds_of
+from flows.commands.compare import as_words, print_comparison, refuse_set, seeds_of
 from flows.commands.run import add_set, finishing
 from flows.commands.tables import print_text
-from flows.compare import check_comparison
+from flows.compare import check_comparison, run_arms
 from flows.display.compare_page import check_page, write_page
-from flows.display.compared import as_json
+from flows.display.compared import Compared, as_json, compared
 from flows.experiments import load_experiment
 from flows.laboratory import FILES, base_policy, train_file
+from flows.length_only import Preferred, in_words, longer_preferred
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 
@@ -49,19 +50,32 @@ def lab_command(args: argparse.Namespace) -> int:
     for file in files:
         _check(file, args, arms, seeds)
     policy = base_policy(args.store)
-    found = {}
+    found: dict[str, Compared] = {}
+    longer: dict[str, Preferred] = {}
     with finishing(args) as finish:  # one server for all files: Prefect keeps the first one's address
         for file in files:
             config = _config(file, args.set, policy)
-            found[file] = compare(config, arms, seeds, _name(file), args.store, finish)
+            runs = run_arms(config, arms, seeds, _name(file), args.store, finish)
+            found[file], longer[file] = compared(runs), longer_preferred(runs)
             folder = _folder(args.out, file)
             page = None if folder is None else write_page(found[file], _name(file), folder)
             if not args.json:
                 print_text(f"{file}: {FILES[file]}.")
                 print_comparison(found[file], _name(file), args.seeds, page)
+                print_text(in_words(longer[file]))
     if args.json:
-        print(json.dumps({"arms": {file: as_json(compared)["arms"] for file, compared in found.items()}}))
+        print(json.dumps({"arms": {file: _arms(found[file], longer[file]) for file in files}}))
     return 0
+
+
+def _arms(found: Compared, longer: Preferred) -> dict[str, Any]:
+    """Each run as in `sera compare --json`, with the pairs that differ in length only."""
+    arms = as_json(found)["arms"]
+    for arm, by_seed in longer.items():
+        for seed, shares in by_seed.items():
+            shown = {"length_only": shares[max(shares)], "length_only_round_0": shares[min(shares)]}
+            arms[arm][str(seed)] |= shown
+    return arms
 
 
 def _check(file: str, args: argparse.Namespace, arms: list[str], seeds: list[int]) -> None:

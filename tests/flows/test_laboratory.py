@@ -4,11 +4,15 @@ import json
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 import tiny
 
 from flows import laboratory
 from flows.cli import main
+from sera_core.artifacts.manifest import Artifact
+from sera_core.artifacts.runs import RunStore
+from sera_core.artifacts.store import open_store
 from sera_core.data.sources import read_rows
 from sera_core.models.policies import load_policy
 
@@ -102,7 +106,27 @@ def test_the_arms_run_on_the_bundled_pairs(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "a length-biased annotator" in done.stdout and "random against sera" in done.stdout
     assert (tmp_path / "out" / "flip" / "compare.html").is_file()
+    assert "Longer answer preferred" in done.stdout
     found = json.loads(run(code, *command, "--json").stdout)
     assert set(found["arms"]) == {"flip", "noise"}
     assert set(found["arms"]["flip"]) == {"sera", "random"}
     assert {"balanced", "reliance", "counter", "aligned", "equal"} <= set(found["arms"]["flip"]["sera"]["0"])
+    check_length_only(tmp_path / "store", found["arms"]["flip"]["sera"]["0"])
+
+
+def check_length_only(url, found):
+    """The shares are those of `sera score` on the same pairs."""
+    records = RunStore(store := open_store(str(url)), "lab-flip-sera-0")
+    start = url.parent / "policy"
+    for manifest, name in zip(records.rounds(), ("length_only_round_0", "length_only"), strict=True):
+        policy, out = (
+            Artifact(store, manifest.steps["policy"]).folder("policy"),
+            url.parent / f"{name}.parquet",
+        )
+        command = ["score", "--pairs", "bundled:review_length_only.jsonl.gz", "--out", str(out)]
+        command += ["--policy", str(policy), "--reference", str(start)]
+        done = run("import sys; from flows.cli import main; sys.exit(main(sys.argv[1:]))", *command)
+        assert done.returncode == 0, done.stderr
+        margins = pq.read_table(out)["margin"].to_numpy()
+        assert len(margins) == 250
+        assert found[name] == pytest.approx(float(((margins > 0) + (margins == 0) / 2).mean()))

@@ -1,0 +1,75 @@
+"""The laboratory's pairs that differ in length only: does a policy prefer the longer answer?
+
+Their answers have the same polarity, so neither is better. They are scored as a run's test side, by the same
+steps, which the store keeps; no decision sees them.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from flows.compare import Runs, trained_rounds
+from flows.display.progress import reporter
+from flows.experiments import merged, parse_config
+from flows.round import prepare, test_evidence
+from flows.running.open_run import source_digests
+from sera_core.artifacts import schema
+from sera_core.artifacts.manifest import Artifact, StepRef, StepSpec, find_record
+from sera_core.artifacts.run_records import RoundManifest
+from sera_core.artifacts.runs import RunStore
+from sera_core.config import SeraConfig
+from sera_core.method.diagnostics import correctness_of_all
+
+SOURCE = "bundled:review_length_only.jsonl.gz"
+"""The longer answer stands as `chosen`."""
+Preferred = dict[str, dict[int, dict[int, float]]]
+"""Arm -> seed -> round -> share of the pairs in which the policy prefers the longer answer; a tie is ½, and
+0.5 means that it does not use length."""
+
+
+def longer_preferred(runs: Runs) -> Preferred:
+    """The share for the first and last round of each run; scores what is not in the store yet."""
+    return {
+        arm: {seed: _first_and_last(records) for seed, records in by_seed.items()}
+        for arm, by_seed in runs.items()
+    }
+
+
+def means(found: Mapping[int, Mapping[int, float]]) -> tuple[float, float]:
+    """Means over an arm's seeds: after round 0, after the last round."""
+    first, last = zip(*((shares[min(shares)], shares[max(shares)]) for shares in found.values()), strict=True)
+    return float(np.mean(first)), float(np.mean(last))
+
+
+def in_words(found: Preferred) -> str:
+    """The line below the laboratory's table."""
+    by_arm = {arm: means(by_seed) for arm, by_seed in found.items()}
+    told = [f"round 0 {next(iter(by_arm.values()))[0]:.3f}"]
+    told += [f"{arm} {last:.3f}" for arm, (_, last) in by_arm.items()]
+    return (
+        f"Longer answer preferred where the answers differ in length only (0.5: length is not used): "
+        f"{', '.join(told)}."
+    )
+
+
+def _first_and_last(records: RunStore) -> dict[int, float]:
+    settings = records.configs()[-1].settings
+    config = parse_config(merged(settings.model_dump(), {"data": {"test": [{"path": SOURCE}]}}), SOURCE)
+    rounds = trained_rounds(records)
+    return {manifest.round: _share(records, config, manifest) for manifest in (rounds[0], rounds[-1])}
+
+
+def _share(records: RunStore, config: SeraConfig, manifest: RoundManifest) -> float:
+    def do(spec: StepSpec) -> StepRef:
+        if (found := find_record(records.store, spec.step, spec.key)) is not None:
+            return found.ref
+        from tasks.step_functions import do_work
+
+        with reporter(f"length-only pairs, {records.run}, round {manifest.round}: {spec.step}") as progress:
+            return do_work(records.store.url, spec, config.execution, progress).ref
+
+    sides = prepare(config, source_digests(config), do)
+    evidence = test_evidence(config, sides, manifest.steps["policy"], do)
+    assert evidence is not None
+    table = schema.read_table(Artifact(records.store, evidence).path("test.parquet"), schema.SCORED)
+    return float(correctness_of_all(table["margin"].to_numpy()).mean())
