@@ -1,4 +1,4 @@
-"""A run's HTML report: index.html, each round's page, and all pairs of each round. No Prefect, no torch."""
+"""A run as HTML: index.html, pages of each round and of its pairs, the answers. No Prefect, no torch."""
 
 import json
 import os
@@ -21,6 +21,8 @@ from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 from sera_core.method.panel import TOKENS
 from sera_core.reporting import words
+from sera_core.reporting.answers_page import PAGE as ANSWERS
+from sera_core.reporting.answers_page import answers_page
 from sera_core.reporting.evidence import Line, rate_line, reliance_rows
 from sera_core.reporting.files import RoundFiles
 from sera_core.reporting.pages import GENERATOR, render
@@ -37,7 +39,9 @@ TEST_RATES = (
 
 
 def write_run_report(store_url: str, run: str, out: Path) -> list[Path]:
-    """Write `out`/index.html, `out`/round-000.html and `out`/round-000/pairs.html, …. Returns their paths.
+    """Write `out`/index.html, `out`/answers.html, `out`/round-000.html, `out`/round-000/pairs.html, ….
+
+    Returns their paths.
 
     Raises:
         InputError: no such run, `out` is a file, or an existing file with such a name is not a report.
@@ -46,8 +50,14 @@ def write_run_report(store_url: str, run: str, out: Path) -> list[Path]:
     if not records.configs():
         raise InputError(f"run {run!r}: not in the store {store_url}; `sera list` names the runs there")
     rounds = records.history().rounds
-    pages = {_page(m): _round_page(records, m) for m in rounds}
-    pages = {"index.html": _index(records, store_url).encode(), **pages}
+    evidence = {
+        m.round: Artifact(records.store, m.steps["evidence"]) for m in rounds if "evidence" in m.steps
+    }
+    answers = answers_page(run, evidence)
+    pages = {"index.html": _index(records, store_url, answers is not None).encode()}
+    if answers is not None:
+        pages[ANSWERS] = answers.encode()
+    pages |= {_page(m): _round_page(records, m) for m in rounds}
     browsers = [_pairs_page(m) for m in rounds]
     refuse_foreign(out, [*pages, *browsers])
     out.mkdir(parents=True, exist_ok=True)
@@ -113,7 +123,7 @@ def _is_report(path: Path) -> bool:
         return f'content="{GENERATOR}"' in stream.read(2000).decode(errors="replace")
 
 
-def _index(records: RunStore, store_url: str) -> str:
+def _index(records: RunStore, store_url: str, sampled: bool) -> str:
     configs, history = records.configs(), records.history()
     config = configs[-1].settings
     stop_reason, best, test = records.stop_reason(), history.best, test_record(records)
@@ -129,6 +139,7 @@ def _index(records: RunStore, store_url: str) -> str:
         best_words=_best_words(history),
         overlap_words=_overlap_words(history),
         rounds=rounds,
+        answers=ANSWERS if sampled else None,
         increment=config.review.reference == "previous",
         plots=trends(history.rounds) + _lengths(history.rounds),
         lesson=_margin_note(history),

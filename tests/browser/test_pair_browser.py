@@ -67,3 +67,21 @@ def test_a_report_without_its_texts_says_so(chromium, report):
     page.locator(".row").first.click()
     page.locator("#pair", has_text="is missing: copy the whole report folder").wait_for()
     page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_answers_are_read_round_beside_round_in_the_reader_s_colours(chromium, report, scheme):
+    page = chromium.new_page(color_scheme=scheme)
+    page.goto((report / "index.html").as_uri())
+    page.locator('a[href="answers.html"]').click()
+    first = page.locator("details").first
+    assert first.locator("section h3").all_inner_texts() == ["Round 0", "Round 1"]
+    assert first.locator("section pre").first.is_visible() and not page.locator("script, img").count()
+    paper, ink = (
+        page.evaluate(f"getComputedStyle(document.body)['{name}']") for name in ("background", "color")
+    )
+    light = [
+        sum(map(int, colour.split("(")[1].split(")")[0].split(",")[:3])) > 382 for colour in (paper, ink)
+    ]
+    assert light == ([True, False] if scheme == "light" else [False, True])
+    page.close()

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import open_store
 from sera_core.config import ExecutionConfig
 from sera_core.errors import InputError
+from sera_core.guards.shown import shown
+from sera_core.reporting import answers_page
 from sera_core.reporting.examples import example_pairs
 from tasks.reporting import report_round
 
@@ -114,7 +117,9 @@ def test_a_page_asks_for_nothing_outside_itself(records, tmp_path):
         page = Page(text)
         assert not page.tags.keys() & {"link", "iframe", "object", "embed", "img", "script", "base"}
         links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
-        assert all(re.fullmatch(r"round-\d{3}(\.html|/pairs\.html)", link) for link in links)
+        assert all(
+            re.fullmatch(r"(index|answers)\.html|round-\d{3}(\.html|/pairs\.html)", link) for link in links
+        )
         assert "url(" not in text
         assert "@import" not in text
 
@@ -221,18 +226,55 @@ def test_the_run_page_shows_each_round_its_best_round_and_how_to_get_the_policy(
     paths = write_run_report(records.store.url, records.run, tmp_path / "out")
     names = [path.relative_to(tmp_path / "out").as_posix() for path in paths]
     rounds = [f"round-{n:03d}" for n in range(2)]
-    assert names == ["index.html", *(f"{r}.html" for r in rounds), *(f"{r}/pairs.html" for r in rounds)]
+    assert names == [
+        "index.html",
+        "answers.html",
+        *(f"{r}.html" for r in rounds),
+        *(f"{r}/pairs.html" for r in rounds),
+    ]
     page = Page(paths[0].read_text())
     best = records.history().best
     assert f"Round {best.round} is best by" in page.prose()
     assert f"sera export {records.run} --to policy --store" in page.prose()
     for manifest in records.rounds():
         assert manifest.reason in page.prose()
-        assert paths[1 + manifest.round].read_text() == html(records, manifest.round)
+        assert paths[2 + manifest.round].read_text() == html(records, manifest.round)
     for head in records.history().lineage:
         assert head.artifacts["policy"]["sha256"] in page.text
     assert "it reached limits.rounds" in page.prose()
     assert "recompute none" in page.prose()
+
+
+def test_every_answer_stands_under_its_prompt_beside_those_of_the_other_rounds(records, tmp_path):
+    text = write_run_report(records.store.url, records.run, tmp_path)[1].read_text()
+    blocks = text.split("<details")[1:]
+    by_round = [sampled(records, number) for number in range(2)]
+    prompts = list(dict.fromkeys(row["prompt_id"] for row in by_round[0]))
+    assert len(blocks) == len(prompts) and f"{len(prompts)} of {len(prompts)} sampled prompts are" in text
+    for block, prompt in zip(blocks, sorted(prompts), strict=True):
+        columns = block.split("<section>")[1:]
+        for number, (column, rows) in enumerate(zip(columns, by_round, strict=True)):
+            wanted = [shown(row["response"]) for row in rows if row["prompt_id"] == prompt]
+            told = re.findall(r'<pre class="text">(.*?)</pre>', column, re.DOTALL)
+            assert f"Round {number}" in column and [unescape(answer) for answer in told] == wanted
+    heldout = schema.iter_rows(artifacts(records, 0)["pairs"].path("heldout.parquet"))
+    for row in heldout:
+        if row["prompt_id"] in prompts:
+            place = sorted(prompts).index(row["prompt_id"])
+            assert escape(shown(row["prompt"][-1]["content"])) in blocks[place]
+
+
+def sampled(records, number):
+    evidence = artifacts(records, number)["evidence"]
+    samples = Artifact(records.store, evidence.record.inputs["samples"])
+    rows = list(schema.iter_rows(samples.path("responses.parquet")))
+    return sorted(rows, key=lambda row: (row["prompt_id"], row["sample"]))
+
+
+def test_answers_beyond_the_largest_page_are_counted(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers_page, "MOST_CHARACTERS", 1)
+    text = write_run_report(records.store.url, records.run, tmp_path)[1].read_text()
+    assert "<details" not in text and re.search(r"0 of \d+ sampled prompts are", text)
 
 
 def test_the_run_page_gives_the_test_side_once(records, tmp_path):
