@@ -38,7 +38,11 @@ def arms(files: str) -> dict[str, Any]:
     """The comparisons, run or from the store."""
     command = [sys.executable, "-P", "-m", "flows.cli", "lab", "--files", files, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout)["arms"]
+    found = json.loads(done.stdout)["arms"]
+    for run in (run for by_arm in found.values() for by_seed in by_arm.values() for run in by_seed.values()):
+        if run["alarm"] is not None:
+            del run["alarm"]["features"]  # its state and the features it was raised for say enough here
+    return found
 
 
 def verdicts(copies: int, size: Any) -> dict[str, Any]:
