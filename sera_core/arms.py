@@ -59,6 +59,11 @@ ARMS: dict[str, Arm] = {
         "As many pairs as the selection keeps, those with the smallest margins: its opposite.",
         "a control of ours",
     ),
+    "middle": Arm(
+        _selection("middle"),
+        "As many pairs, those with margins around the median: whether large ones are the right ones.",
+        "arXiv 2510.13212, by the margin alone",
+    ),
     "relabel": Arm(
         _selection("relabel"),
         "No pair is dropped; one with a negative margin is swapped: whether dropping pairs matters.",

@@ -35,7 +35,9 @@ def _or_own(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 OR_OWN = (WrapValidator(_or_own), PlainSerializer(str, return_type=str))
 """Makes a choice of built-in names one of `module:function` too (`sera_core.extensions`)."""
 Dtype = Literal["float32", "bfloat16"]
-Loss = Annotated[Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sppo_hard", "simpo"], *OR_OWN]
+Loss = Annotated[
+    Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sppo_hard", "simpo", "sft"], *OR_OWN
+]
 Reference = Literal["initial", "previous"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -209,12 +211,13 @@ class SelectConfig(Part):
     """Which human pairs to keep."""
 
     rule: Annotated[
-        Literal["top-fraction", "top-k", "threshold", "random", "bottom", "relabel", "none"], *OR_OWN
+        Literal["top-fraction", "top-k", "threshold", "middle", "random", "bottom", "relabel", "none"],
+        *OR_OWN,
     ] = "top-fraction"
-    """Selection rule. top-fraction is SeRA's; random, bottom, relabel and none are controls.
-    `module:function` is a rule of your own."""
+    """Selection rule. top-fraction is SeRA's; middle keeps the pairs around the median margin (arXiv
+    2510.13212); random, bottom, relabel and none are controls. `module:function` is a rule of your own."""
     fraction: Fraction = 0.7
-    """Fraction of all valid pairs that top-fraction keeps; random and bottom keep as many. A
+    """Fraction of all valid pairs that top-fraction and middle keep; random and bottom keep as many. A
     rule of your own is called with it."""
     k: Positive = 1000
     """Number of pairs that top-k keeps."""
@@ -284,7 +287,8 @@ class TrainConfig(Part):
 
     losses: tuple[Loss, ...] = Field(default=("sigmoid",), min_length=1)
     """sigmoid is DPO, hinge is SLiC-HF, sigmoid_norm is length-normalised DPO, sppo_hard is SPPO with hard
-    labels. Several losses are summed. `module:function` is your own."""
+    labels. sft is the negative log-likelihood of the chosen answer per token (RPO), added to another loss if
+    the likelihood of chosen answers falls. Several losses are summed. `module:function` is your own."""
     loss_weights: tuple[float, ...] = ()
     """Weight of each loss; empty: 1 each."""
     beta: Annotated[float, Field(gt=0)] = 0.1
@@ -460,6 +464,11 @@ class SeraConfig(Part):
             raise ValueError(
                 f"train.loss_weights has {len(train.loss_weights)} values for {len(train.losses)} losses; "
                 "give one each"
+            )
+        if set(train.losses) == {"sft"}:
+            raise ValueError(
+                'train.losses = ["sft"] compares no answers, so there is nothing to review by; name another '
+                'loss beside it, as in ["sigmoid", "sft"]'
             )
         if len(set(train.losses)) != len(train.losses):
             raise ValueError("train.losses names a loss twice; give it once, with a larger weight")

@@ -331,7 +331,7 @@ def _rule_fields(rules: SelectConfig) -> dict[str, Any]:
     sized_by = {"top-k": ("k",), "threshold": ("threshold",), "relabel": (), "none": ()}
     names = sized_by.get(rules.rule, ("fraction",))
     if rules.rule not in ("relabel", "none"):
-        names += ("min_margin", "direction")
+        names += ("min_margin",) if rules.rule == "middle" else ("min_margin", "direction")
     fields = {"rule": rules.rule, **{name: getattr(rules, name) for name in names}}
     return fields | sources("selection rule", rules.rule)
 

@@ -16,7 +16,7 @@ from sera_core.reporting.plots import Point, Series, paths
 PAGE = "compare.html"
 COLOURS = (
     "#1f5fa8", "#c05a12", "#2e7d4f", "#8e44ad", "#a87b00", "#c62839", "#17838f", "#7f5539", "#d0589a",
-    "#5c6b73",
+    "#5c6b73", "#3f6d12",
 )  # fmt: skip
 """One for each arm, in the order they are named."""
 

@@ -16,7 +16,7 @@ from sera_core.extensions import Registry, is_own
 
 UNORDERED_RULES = ("relabel", "none")
 """Rules without an order of preference: a subset of their pairs must be drawn at random."""
-SIZED_BY_FRACTION = ("top-fraction", "random", "bottom")
+SIZED_BY_FRACTION = ("top-fraction", "middle", "random", "bottom")
 """Rules that keep a fraction of all pairs."""
 DIRECTIONS = ("large", "small")
 
@@ -26,8 +26,8 @@ class Selection:
     """The outcome of each pair, in input order.
 
     reason is `kept`, or why not: `non_finite` (the margin is not a number), `not_preferred` (not above the
-    floor), `below_cut` (above the floor, beyond the rule's cut), `not_drawn` (control `random`), `above_cut`
-    (control `bottom`).
+    floor), `below_cut` (above the floor, beyond the rule's cut), `not_middle` (above the floor, rule
+    `middle`), `not_drawn` (control `random`), `above_cut` (control `bottom`).
     """
 
     kept: Bool[np.ndarray, " pair"]
@@ -90,16 +90,20 @@ def select(
     | `top-fraction` | the preferred `fraction` of all finite pairs (half a pair counts as one)          |
     | `top-k`        | the `k` preferred pairs                                                           |
     | `threshold`    | margin >= `threshold` (direction `small`: <=)                                     |
+    | `middle`       | the `fraction` of all finite pairs whose margins are nearest to the median in rank |
     | `random`       | control: a seeded draw, as many as `top-fraction` achieved, floor included        |
     | `bottom`       | control: the least preferred, as many as `top-fraction` achieved                  |
     | `relabel`      | all; a pair with a negative margin is swapped,      an exact 0 stays as it is     |
     | `none`         | all                                                                               |
     | `module:name`  | those for which the user's own rule says True (see `sera_core.extensions`)        |
 
-    The first three and `module:name` also require margin > `min_margin` (strictly) and give other pairs
+    The first four and `module:name` also require margin > `min_margin` (strictly) and give other pairs
     the reason `not_preferred`, even if the cut would drop them too. The fraction is of all finite pairs,
     so the floor can only make the selection smaller. The controls ignore the floor when they choose
     pairs. Keeping only clearly preferred pairs is SeRA's (arXiv 2410.09362); all values here are ours.
+    `middle` drops what the policy prefers most and least clearly (middle percentiles of the margin: arXiv
+    2510.13212, read second-hand; the paper's second measure, the loss difference, is not used). `threshold`
+    is the rule of RS-DPO (arXiv 2402.10038), σ(margin/τ) ≥ η, at `threshold` = τ ln(η / (1 − η)).
     Published evidence disagrees on the direction (large: arXiv 2502.14560; small: 2406.17312,
     2508.04149).
 
@@ -165,6 +169,15 @@ def _threshold(pairs: Pairs) -> Chosen:
     return _by_preference(pairs, lambda _: pairs.preference >= pairs.cut)
 
 
+def _middle(pairs: Pairs) -> Chosen:
+    place = _rank(pairs.finite, pairs.names, pairs.margins)
+    finite = int(pairs.finite.sum())
+    distance = np.abs(place - (finite + 1) / 2)
+    rank = _rank(pairs.finite, pairs.names, -pairs.margins, distance, ~pairs.above_floor)
+    dropped = np.where(pairs.above_floor, "not_middle", "not_preferred")
+    return pairs.above_floor & (rank <= round_half_up(pairs.fraction * finite)), rank, dropped
+
+
 def _random(pairs: Pairs) -> Chosen:
     rank = _random_rank(pairs.finite, pairs.names, pairs.seed)
     return pairs.finite & (rank <= pairs.achieved), rank, "not_drawn"
@@ -185,6 +198,7 @@ SELECTION: Registry[Callable[[Pairs], Chosen]] = Registry(
         "top-fraction": _top_fraction,
         "top-k": _top_k,
         "threshold": _threshold,
+        "middle": _middle,
         "random": _random,
         "bottom": _bottom,
         "relabel": _all,

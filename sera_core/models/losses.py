@@ -155,6 +155,17 @@ def sppo_hard_loss(
     return (s_w - 1 / (2 * beta)) ** 2 + (s_l + 1 / (2 * beta)) ** 2
 
 
+def sft_loss(
+    policy_chosen_logps: Float[Tensor, " pair"], chosen_tokens: Int[Tensor, " pair"]
+) -> Float[Tensor, " pair"]:
+    """−log π_θ(y_w|x) / |y_w|          the likelihood term of RPO, arXiv 2404.19733, eq. 1.
+
+    A mean over pairs, not over the tokens of a batch as TRL's `sft`, so that it does not depend on how a
+    batch is divided.
+    """
+    return -policy_chosen_logps / chosen_tokens
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "sigmoid": dpo_loss,
     "ipo": ipo_loss,
@@ -164,5 +175,6 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "sppo_hard": sppo_hard_loss,
     "simpo": simpo_loss,
     "cdpo": cdpo_loss,
+    "sft": sft_loss,
 }
 """By TRL's `loss_type`; `simpo` and `cdpo`, which TRL's DPOTrainer lacks, by their usual names."""

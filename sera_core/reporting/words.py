@@ -83,6 +83,7 @@ REASONS = {
     "non_finite": "its margin is not a number",
     "not_preferred": "the policy does not prefer the chosen answer clearly",
     "below_cut": "preferred, but beyond the cut",
+    "not_middle": "preferred, but its margin is not in the middle",
     "above_cut": "control: not among the least preferred",
     "not_drawn": "not in the random draw",
     "over_share": "no room in the mix at the asked share",

@@ -25,7 +25,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from sera_core.config import TrainConfig
 from sera_core.errors import InputError
 from sera_core.extensions import is_own, own_function
-from sera_core.models.losses import cdpo_loss, simpo_loss
+from sera_core.models.losses import cdpo_loss, sft_loss, simpo_loss
 from tasks.engines.pair_forward import PairCollator, add_pair_forward
 
 
@@ -191,8 +191,8 @@ def _weighted(train: TrainConfig) -> list[tuple[str, float]]:
 
 
 def _is_ours(name: str, train: TrainConfig) -> bool:
-    """A loss TRL does not compute: a user's own, SimPO (TRL 1.16 has none here), sigmoid with smoothing."""
-    return is_own(name) or name == "simpo" or (name == "sigmoid" and train.label_smoothing > 0)
+    """A loss TRL does not compute: a user's own, SimPO, sigmoid with smoothing, sft as a mean over pairs."""
+    return is_own(name) or name in ("simpo", "sft") or (name == "sigmoid" and train.label_smoothing > 0)
 
 
 def _own_losses(train: TrainConfig) -> list[tuple[float, Callable[..., Tensor]]]:
@@ -204,7 +204,10 @@ def _own_losses(train: TrainConfig) -> list[tuple[float, Callable[..., Tensor]]]
     def cdpo(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, *_: Tensor) -> Tensor:  # noqa: E741
         return cdpo_loss(w, l, ref_w, ref_l, train.beta, train.label_smoothing)
 
-    ours = {"simpo": simpo, "sigmoid": cdpo}
+    def sft(w: Tensor, _: Tensor, __: Tensor, ___: Tensor, w_tokens: Tensor, *____: Tensor) -> Tensor:
+        return sft_loss(w, w_tokens)
+
+    ours = {"simpo": simpo, "sigmoid": cdpo, "sft": sft}
     return [
         (weight, _users(name, train.beta) if is_own(name) else ours[name])
         for name, weight in _weighted(train)

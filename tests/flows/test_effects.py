@@ -58,7 +58,7 @@ CASES = {
         ("k", 9, "top-k", "top-fraction"),
         ("threshold", 1.0, "threshold", "none"),
         ("min_margin", 1.0, "random", "relabel"),
-        ("direction", "small", "bottom", "random"),
+        ("direction", "small", "bottom", "middle"),
     )
 }
 """By field: a value, settings it has an effect with, settings that rob it of that."""

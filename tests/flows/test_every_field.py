@@ -220,7 +220,7 @@ TOGETHER = [
     {"review": {"reference": "previous"}},
     {"review": {"length_penalty": "dice"}},
     *({section: {"rule": rule}} for section in ("select", "select_generated")
-      for rule in ("top-k", "threshold", "random", "bottom", "relabel", "none")),
+      for rule in ("top-k", "threshold", "middle", "random", "bottom", "relabel", "none")),
     {"sampling": {"dtype": "bfloat16"}},
     {"model": {"dtype": "bfloat16"}},
     {"sampling": {"prompts": "auto"}},
@@ -232,6 +232,7 @@ TOGETHER = [
     {"mix": {"shares": [1.0]}},
     {"mix": {"on_short": "fill"}},
     {"train": {"losses": ["ipo"]}},
+    {"train": {"losses": ["sigmoid", "sft"]}},
     {"train": {"losses": ["robust"], "label_smoothing": 0.2}},
     {"train": {"losses": ["sppo_hard"]}},
     {"train": {"losses": ["simpo"]}},

@@ -20,6 +20,7 @@ COMBINATIONS = {
     "hinge": {
         "train": {"losses": ["hinge"], "start": "reference"},
         "select": {"rule": "threshold", "threshold": 0.5},
+        "select_generated": {"rule": "middle", "fraction": 0.8},
         "pairing": {"rule": "best-mu-2sigma"},
         "review": {"ensemble": "ema", "gamma": 0.5},
     },
@@ -41,7 +42,12 @@ COMBINATIONS = {
         "review": {"length_penalty": "dice"},
     },
     "sum": {
-        "train": {"losses": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.5], "method": "lora", "epochs": 2},
+        "train": {
+            "losses": ["sigmoid", "ipo", "sft"],
+            "loss_weights": [1.0, 0.5, 0.1],
+            "method": "lora",
+            "epochs": 2,
+        },
         "select": {"rule": "relabel", "min_margin": 0.0},
         "model": {"dtype": "bfloat16"},
         "review": {"crossfit": 2},

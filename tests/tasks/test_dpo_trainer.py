@@ -234,6 +234,22 @@ def test_simpo_may_be_summed_with_a_loss_of_trl(folder: Any, tmp_path: Any, rows
     assert_same_gradients(gradients, {name: sigmoid[name] + 0.5 * simpo[name] for name in sigmoid})
 
 
+def test_sft_adds_the_likelihood_of_the_chosen_answer_per_token(
+    folder: Any, tmp_path: Any, rows: Any
+) -> None:
+    train = TrainConfig(losses=("sigmoid", "sft"), loss_weights=(1.0, 0.5), beta=BETA)
+    loss, gradients, _ = ours(folder, tmp_path, rows, train)
+    pairs = by_pair(rows, folder)
+    terms = [
+        minus_log_sigmoid(BETA * margin(pair)) - 0.5 * pair["chosen"] / pair["chosen_tokens"]
+        for pair in pairs
+    ]
+    assert loss == pytest.approx(sum(terms) / len(pairs), rel=1e-5)
+    divided, other, _ = ours(folder, tmp_path, rows, train, micro_batch=4)  # 4 + 2 pairs of unequal length
+    assert divided == pytest.approx(loss, rel=1e-6)
+    assert_same_gradients(gradients, other)
+
+
 def test_label_smoothing_makes_the_sigmoid_loss_conservative(folder: Any, tmp_path: Any, rows: Any) -> None:
     """−(1−ε) log σ(βD) − ε log σ(−βD); TRL 1.16 would ignore ε here."""
     train = TrainConfig(losses=("sigmoid",), beta=BETA, label_smoothing=0.3)

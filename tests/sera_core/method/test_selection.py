@@ -56,6 +56,16 @@ def test_top_k_keeps_k_and_ties_go_by_id():
     assert pick([1, 2, 1, 2], rule="top-k", k=3).kept.tolist() == [True, True, False, True]
 
 
+def test_the_middle_is_what_is_nearest_to_the_median_in_rank():
+    """Finite, ascending: −9, 1, 2, 3, 50; three of five around 2, and −9 would not be above the floor."""
+    got = pick([50, 1, np.nan, 3, -9, 2], rule="middle", fraction=0.6)
+    assert got.kept.tolist() == [False, True, False, True, False, True]
+    assert got.rank.tolist() == [4, 3, 0, 2, 5, 1]  # the larger margin first where two are as near
+    assert got.reason.tolist() == ["not_middle", "kept", "non_finite", "kept", "not_preferred", "kept"]
+    low = pick([50, 1, 3, -9, 2], rule="middle", fraction=1.0, direction="small")
+    assert low.reason.tolist() == ["kept", "kept", "kept", "not_preferred", "kept"]
+
+
 def test_the_threshold_itself_is_kept():
     assert pick([1, 2, 3], rule="threshold", threshold=2).reason.tolist() == ["below_cut", "kept", "kept"]
     small = pick([1, 2, 3], rule="threshold", threshold=2, direction="small")
@@ -179,4 +189,6 @@ def test_the_pairs_expected_are_those_kept_where_the_floor_drops_none(rule):
     margins = [float(n) for n in range(1, 10)]
     got = pick(margins, rule=rule, fraction=0.5, k=4, threshold=0.5)
     assert got.kept.sum() == expected_kept(rule, 9, 0.5, 4)
-    assert expected_kept(rule, 3, 0.5, 4) == (2 if rule in ("top-fraction", "random", "bottom") else 3)
+    assert expected_kept(rule, 3, 0.5, 4) == (
+        2 if rule in ("top-fraction", "middle", "random", "bottom") else 3
+    )

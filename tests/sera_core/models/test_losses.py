@@ -50,6 +50,8 @@ def log_sigmoid(x):
         (losses.simpo_loss(*LOGPS[:2], *TOKENS, beta=2.0, target_margin=0.5), -log_sigmoid(-4)),
         # (4 − 1)² + (2 + 1)² = 18
         (losses.sppo_hard_loss(*LOGPS, beta=0.5), 18.0),
+        # 8/2
+        (losses.sft_loss(LOGPS[0], TOKENS[0]), 4.0),
     ],
 )
 def test_each_loss_has_the_value_of_its_formula(got, expected):
