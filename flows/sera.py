@@ -65,7 +65,7 @@ def sera(
     if is_finished(records):
         reason = records.state()
         return Completed(message=f"nothing new: run {name} has stopped ({reason})", data=reason)
-    check_restarts(records)
+    check_restarts(f"run {name!r}", records.history().next_round)
     cards.publish_missing(records)
     state = run_until_stopped(records, store)
     return Completed(message=f"run {name}: {state}", data=state)
@@ -77,16 +77,19 @@ def is_finished(records: RunStore) -> bool:
     return state == "budget" or (state not in ("open", "waiting") and not test_side_is_open(records))
 
 
-def check_restarts(records: RunStore) -> None:
+def check_restarts(what: str, rounds: int) -> None:
     """Stop a crash loop: a flow run may restart RESTARTS times per finished round.
+
+    Args:
+        what: what the flow run works on.
+        rounds: rounds that are finished.
 
     Raises:
         SeraError: this flow run was started too often.
     """
-    rounds = records.history().next_round
     if in_deployed_run() and flow_run.run_count > RESTARTS * (rounds + 1):
         raise SeraError(
-            f"run {records.run!r}: this flow run was started {flow_run.run_count} times and finished "
+            f"{what}: this flow run was started {flow_run.run_count} times and finished "
             f"{rounds} rounds; see its log for the cause. Fix it and trigger the run again: it "
             "resumes where it stopped"
         )

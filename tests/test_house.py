@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 import flows
 import sera_core
 import tasks
@@ -55,3 +57,15 @@ def test_a_stray_tasks_folder_does_not_shadow_ours(tmp_path):
     sera = Path(sys.executable).with_name("sera")
     done = subprocess.run([sera, "list", "--json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_deployment_that_does_a_run_s_work_is_restarted_after_a_crash():
+    """The automations name flows; one that they do not name would stay crashed."""
+    deployments, automations = (
+        yaml.safe_load((ROOT / "deployments" / file).read_text())[key]
+        for file, key in (("prefect.yaml", "deployments"), ("automations.yaml", "automations"))
+    )
+    working = {entry["name"] for entry in deployments} - {"sera-gc"}  # on a schedule, and quick
+    related = [entry["trigger"].get("match_related", {}) for entry in automations]
+    named = [set(one["prefect.resource.name"]) for one in related if "prefect.resource.name" in one]
+    assert len(named) == 4 and all(names == working for names in named)

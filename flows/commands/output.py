@@ -68,13 +68,6 @@ def write_output(table: pa.Table, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def count_lines(counts: Mapping[str, int]) -> list[str]:
-    """Counts as aligned lines, largest first."""
-    width = max(map(len, counts), default=0)
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [f"  {name:<{width}}  {count:>9,}" for name, count in ordered]
-
-
 def check_positive(args: argparse.Namespace, *names: str) -> None:
     """Refuse flags that are not above 0."""
     for name in names:

@@ -28,7 +28,6 @@ from flows.commands.capability_inputs import (
 from flows.commands.output import (
     check_output,
     check_positive,
-    count_lines,
     print_note,
     print_result,
     quiet_stdout,
@@ -39,6 +38,7 @@ from flows.display.progress import reporter
 from sera_core.config import SamplingConfig
 from sera_core.data.preferences import Drop, Prompt
 from sera_core.errors import InputError
+from sera_core.reporting import words
 from tasks.engines.choose import check_engine, open_sampler
 from tasks.engines.sampler import Settings, position_limit
 
@@ -152,7 +152,7 @@ def _print_sample(
     }
     lines = [
         f"{args.out}: {table.num_rows:,} responses to {prompts:,} prompts, {sum(dropped.values()):,} dropped",
-        *count_lines(dropped),
+        *words.count_lines(dropped),
         f"{value['mean_tokens']:.1f} tokens on average, {cut:,} cut at {args.max_tokens} tokens",
         f"{tokens.sum():,} tokens in {seconds:.1f} s ({value['tokens_per_second']:,.0f} tokens/s)",
     ]

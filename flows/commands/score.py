@@ -31,7 +31,6 @@ from flows.commands.capability_inputs import (
 from flows.commands.output import (
     check_output,
     check_positive,
-    count_lines,
     print_result,
     quiet_stdout,
     rate,
@@ -43,6 +42,7 @@ from sera_core.errors import InputError
 from sera_core.method.diagnostics import reward_accuracy
 from sera_core.method.rewards import quantise
 from sera_core.models.model_sources import Source
+from sera_core.reporting import words
 from sera_core.reviewers import judge_responses, rounding, scored_table
 from tasks.engines.sampler import position_limit
 
@@ -165,7 +165,7 @@ def _print_score(
     }
     lines = [
         f"{args.out}: {scored.num_rows:,} pairs scored ({args.score}), {sum(dropped.values()):,} dropped",
-        *count_lines(dropped),
+        *words.count_lines(dropped),
         f"chosen preferred in {value['accuracy']:.1%}, mean margin {value['mean_margin']:.3f} nats",
         f"{tokens:,} tokens in {seconds:.1f} s ({value['tokens_per_second']:,.0f} tokens/s)",
     ]

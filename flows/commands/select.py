@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.commands.output import check_output, count_lines, print_result, write_output
+from flows.commands.output import check_output, print_result, write_output
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.errors import InputError
 from sera_core.method.selection import select as select_pairs
+from sera_core.reporting import words
 from sera_core.reviewers import selection_table
 
 
@@ -48,7 +49,7 @@ def select(args: argparse.Namespace) -> int:
         "out": str(args.out),
     }
     head = f"{args.out}: {value['kept']:,} of {value['pairs']:,} pairs kept ({args.rule})"
-    print_result(args, value, [head, *count_lines(value["by_reason"])])
+    print_result(args, value, [head, *words.count_lines(value["by_reason"])])
     return 0
 
 

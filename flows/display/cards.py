@@ -2,17 +2,22 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
 
+from flows.display import compare_words
+from flows.display.compared import Compared
+from flows.display.compared_alarm import alarm_words
 from flows.display.markdown import escape, table, verbatim
 from flows.display.round_card import command, round_card, stop_words, with_interval
 from flows.display.run_view import PLANNED_COLUMNS, gibibytes, planned_cells, verdict_words
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
+from sera_core.reporting import words
 
 
 def key_of(run: str, what: str) -> str:
@@ -51,6 +56,24 @@ def publish_plan(run: str, found: dict[str, Any]) -> None:
     )
 
 
+def publish_comparison(name: str, found: Compared, store_url: str) -> None:
+    """Publish the table of a comparison."""
+    create_markdown_artifact(
+        comparison_card(name, found),
+        key=key_of(name, "comparison"),
+        description=escape(f"comparison {name}, in {store_url}"),
+    )
+
+
+def publish_evaluation(records: RunStore, judge: str, lines: Sequence[str]) -> None:
+    """Publish what a judge said of two rounds."""
+    create_markdown_artifact(
+        f"# {escape(f'judge {judge} on run {records.run}')}\n\n{verbatim(lines)}\n",
+        key=key_of(records.run, f"judge-{judge}"),
+        description=_description(records),
+    )
+
+
 def publish_missing(records: RunStore) -> None:
     """Publish cards of finished rounds that are missing on this server.
 
@@ -75,6 +98,24 @@ def _description(records: RunStore, manifest: RoundManifest | None = None) -> st
     """Names the store, since runs of the same name in different stores share keys."""
     which = f"run {records.run}" + ("" if manifest is None else f", round {manifest.round}")
     return escape(f"{which}, in {records.store.url}")
+
+
+def comparison_card(name: str, found: Compared) -> str:
+    """The arms of a comparison: a row each, their differences, and what must be known to read them."""
+    rows = [[escape(_cell(value)) for value in row] for row in compare_words.rows(found)]
+    lines = [*compare_words.differences(found), *alarm_words(found.alarms), *compare_words.unequal(found)]
+    parts = [
+        f"# comparison {escape(name)}",
+        table(list(compare_words.COLUMNS), rows),
+        escape(compare_words.measured_on(found)),
+        "\n".join(f"- {escape(line)}" for line in lines),
+        f"Runs: {escape(', '.join(compare_words.run_names(found)))}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return words.count(value) if isinstance(value, int) else words.number(value)
 
 
 # ------------------------------------------------------------------------------------------------- the index

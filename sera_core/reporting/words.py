@@ -156,3 +156,10 @@ def too_few(rate: Rate | None) -> bool:
 def above_zero(rate: Rate | None) -> bool:
     """Whether the whole interval lies above 0."""
     return rate is not None and rate.get("low") is not None and rate["low"] > 0
+
+
+def count_lines(counts: Mapping[str, int]) -> list[str]:
+    """Counts as aligned lines, largest first."""
+    width = max(map(len, counts), default=0)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [f"  {name:<{width}}  {count:>9,}" for name, count in ordered]

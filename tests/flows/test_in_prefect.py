@@ -147,6 +147,61 @@ def test_an_unknown_setting_and_a_wrong_value_are_refused_by_name(place, tmp_pat
         trigger(place, config={**form, "select": {"fraction": 2}}, run="bad", store=str(tmp_path / "s"))
 
 
+def test_a_comparison_is_triggered_shown_and_resumed_and_its_run_is_judged(place, tmp_path):
+    store = tmp_path / "store"
+    form = tinyrun.form(tmp_path, limits={"rounds": 2})
+    parameters = {"config": form, "name": "arms", "arms": ["sera", "dpo"], "seeds": [0], "store": str(store)}
+    told = ended(place, trigger(place, "sera-compare/sera-compare", **parameters))
+    assert told["name"] == "arms" and "2 arms, 1 seed" in told["state"]["message"]
+    card = artifacts(place, "arms")["arms-comparison"]["data"]
+    assert "dpo against sera: balanced accuracy" in card.replace("\\", "") and "| dpo |" in card
+    assert {"arms-sera-0-index", "arms-dpo-0-round-1"} <= set(artifacts(place, "arms"))
+    before = {path: path.stat().st_mtime_ns for path in store.glob("steps/*/*/done.json")}
+    ended(place, trigger(place, "sera-compare/sera-compare", **parameters))
+    assert {path: path.stat().st_mtime_ns for path in store.glob("steps/*/*/done.json")} == before
+
+    ask = {"run": "arms-sera-0", "judge": "word-count", "round": 1, "store": str(store)}
+    told = ended(place, trigger(place, "sera-evaluate/sera-evaluate", **ask))
+    assert (
+        "round 1 against round 0 of arms-sera-0, judge word-count (not calibrated" in told["state"]["message"]
+    )
+    assert "win rate" in artifacts(place, "arms")["arms-sera-0-judge-word-count"]["data"]
+    shown = servers.sera(
+        place.environment,
+        "evaluate",
+        "arms-sera-0",
+        "--judge",
+        "word-count",
+        "--round",
+        "1",
+        "--store",
+        str(store),
+    )
+    verdicts = artifacts(place, "arms")["arms-sera-0-judge-word-count"]["data"]
+    assert shown.splitlines()[1] in verdicts  # the same verdicts, from the store
+
+
+@pytest.mark.parametrize(
+    ("deployment", "parameters", "message"),
+    [
+        ("sera-compare", {"arms": ["sera", "dpoo"]}, "did you mean dpo"),
+        ("sera-compare", {"seeds": []}, "at least one seed"),
+        ("sera-evaluate", {"run": "nowhere", "judge": "word-count"}, "not in the store"),
+        ("sera-evaluate", {"run": "nowhere", "judge": "word-count", "limit": 0}, "must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_compared_or_judged_fails_with_its_reason(
+    place, tmp_path, deployment, parameters, message
+):
+    if deployment == "sera-compare":
+        parameters = {"config": tinyrun.form(tmp_path, limits={"rounds": 2}), **parameters}
+    store = tmp_path / "store"
+    flow_run = trigger(place, f"{deployment}/{deployment}", store=str(store), **parameters)
+    found = servers.wait_for_state(place.environment, flow_run, seconds=200)
+    assert found["state"]["type"] == "FAILED" and message in found["state"]["message"]
+    assert not (store / "runs").exists()
+
+
 def test_the_collecting_deployment_lists_what_may_go_and_takes_nothing_unasked(place, tmp_path):
     store = tmp_path / "store"
     tinyrun.work(tinyrun.config(tmp_path, limits={"rounds": 1}), store, "kept")
