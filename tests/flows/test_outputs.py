@@ -39,7 +39,7 @@ def test_a_report_is_written_again_over_itself(kept_store, tmp_path, sera):
         path.relative_to(tmp_path / "report").as_posix() for path in (tmp_path / "report").rglob("*.*")
     )
     pairs = [f"round-00{n}/{file}" for n in range(2) for file in ("pairs.html", "rows.js", "texts-00000.js")]
-    assert found == sorted(["index.html", "round-000.html", "round-001.html", *pairs])
+    assert found == sorted(["index.html", "answers.html", "round-000.html", "round-001.html", *pairs])
 
 
 def test_a_folder_in_a_pages_place_is_refused(kept_store, tmp_path, sera):
