@@ -54,7 +54,8 @@ def in_words(found: Preferred) -> str:
 
 def _first_and_last(records: RunStore) -> dict[int, float]:
     settings = records.configs()[-1].settings
-    config = parse_config(merged(settings.model_dump(), {"data": {"test": [{"path": SOURCE}]}}), SOURCE)
+    test = {"data": {"test": [{"path": SOURCE}], "test_fraction": 0.0}}
+    config = parse_config(merged(settings.model_dump(), test), SOURCE)
     rounds = trained_rounds(records)
     return {manifest.round: _share(records, config, manifest) for manifest in (rounds[0], rounds[-1])}
 

@@ -115,7 +115,7 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
         made |= {"samples": samples, "responses": responses, "generated": generated}
         inputs |= {"samples": samples, "responses": responses, "generated_ledger": generated}
     reference = training_reference(config, sides, past)
-    if steps.needs_reference(config):
+    if config.train.needs_reference:
         inputs["human_reference"] = logps(reference, sides.pairs, "train.parquet")
         source = generated_reference(reviewers, reference)
         if share > 0 and source == "logps":

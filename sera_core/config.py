@@ -322,6 +322,16 @@ class TrainConfig(Part):
     reference: Reference = "initial"
     """Reference model of the loss."""
 
+    @property
+    def ranking_losses(self) -> tuple[str, ...]:
+        """The losses that compare two answers: all but `sft`. They decide the implicit reward."""
+        return tuple(name for name in self.losses if name != "sft")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss reads the reference's log-probabilities."""
+        return set(self.ranking_losses) != {"simpo"}
+
 
 class EvaluateConfig(Part):
     """What is measured after each round."""
@@ -465,7 +475,7 @@ class SeraConfig(Part):
                 f"train.loss_weights has {len(train.loss_weights)} values for {len(train.losses)} losses; "
                 "give one each"
             )
-        if set(train.losses) == {"sft"}:
+        if not train.ranking_losses:
             raise ValueError(
                 'train.losses = ["sft"] compares no answers, so there is nothing to review by; name another '
                 'loss beside it, as in ["sigmoid", "sft"]'
@@ -485,7 +495,7 @@ class SeraConfig(Part):
             raise ValueError("the loss robust needs train.label_smoothing above 0 (with 0 it is DPO)")
         if (
             "simpo" in train.losses
-            and len(train.losses) > 1
+            and len(train.ranking_losses) > 1
             and score == "simpo"
             and self.review.score == "auto"
         ):
@@ -522,7 +532,7 @@ class SeraConfig(Part):
         if self.review.score != "auto":
             return self.review.score
         by_loss = {"simpo": "simpo", "sigmoid_norm": "avg-implicit"}
-        return by_loss.get(self.train.losses[0], "implicit")
+        return by_loss.get(next(iter(self.train.ranking_losses), ""), "implicit")
 
     @property
     def scores_samples_again(self) -> bool:

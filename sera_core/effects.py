@@ -151,8 +151,8 @@ EFFECTS: tuple[Row, ...] = (
     Row("train.lora_alpha", lambda c: c.train.method == "lora", 'only with train.method = "lora"'),
     Row(
         "train.reference",
-        lambda c: set(c.train.losses) != {"simpo"},
-        "except with the loss simpo alone, which has no reference",
+        lambda c: c.train.needs_reference,
+        "except with the loss simpo (alone, or with sft), which has no reference",
     ),
     Row("evaluate.responses", lambda c: c.evaluate.prompts > 0, "only if evaluate.prompts is above 0"),
     Row("evaluate.max_tokens", lambda c: c.evaluate.prompts > 0, "only if evaluate.prompts is above 0"),

@@ -288,11 +288,6 @@ def report(round: int, inputs: Mapping[str, Ref]) -> StepSpec:
     return _spec("report", {"round": round}, inputs)
 
 
-def needs_reference(config: SeraConfig) -> bool:
-    """Whether the loss compares with a reference (SimPO alone does not)."""
-    return set(config.train.losses) != {"simpo"}
-
-
 def _score_fields(config: SeraConfig, weights: Sequence[float]) -> dict[str, Any]:
     return {
         "score": config.score,

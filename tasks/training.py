@@ -72,9 +72,8 @@ class TrainingRun:
         fields = attempt.fields
         self.attempt, self.train = attempt, TrainConfig.model_validate(fields["train"])
         self.bf16 = fields["dtype"] == "bfloat16"
-        self.needs_reference = set(self.train.losses) != {"simpo"}
         path = attempt.input("mixture").path("mixture.parquet")
-        self.mixture = Mixture.read(path, self.needs_reference)
+        self.mixture = Mixture.read(path, self.train.needs_reference)
         seed = (fields["seed"], fields["round"])
         self.fold, self.rows = fold_of(fields), list(range(len(self.mixture.pair_ids)))
         settings = (self.train.batch, self.train.epochs, seed, fields.get("token_budget"))
@@ -96,7 +95,7 @@ class TrainingRun:
     @property
     def must_start_at_zero(self) -> bool:
         """Whether every margin of the first batch must be zero up to noise."""
-        return self.needs_reference and self.attempt.fields["start_is_reference"]
+        return self.train.needs_reference and self.attempt.fields["start_is_reference"]
 
     @property
     def steps(self) -> int:

@@ -139,7 +139,7 @@ class ReviewedDPOTrainer(DPOTrainer):
         tensors = (chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)
         for weight, own in self.own_losses:
             loss = loss + weight * own(*tensors).mean()
-        if self.train_config.losses == ("simpo",):
+        if not self.train_config.needs_reference:
             scores = chosen.detach() / chosen_tokens, rejected.detach() / rejected_tokens
         else:
             scores = chosen.detach() - ref_chosen, rejected.detach() - ref_rejected

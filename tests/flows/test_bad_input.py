@@ -68,6 +68,15 @@ def test_losses_that_do_not_go_together_are_refused(refused, losses, message):
 
 
 @pytest.mark.parametrize(
+    ("loss", "score"), [("sigmoid", "implicit"), ("sigmoid_norm", "avg-implicit"), ("simpo", "simpo")]
+)
+def test_sft_does_not_change_the_implicit_reward_wherever_it_is_named(folder, loss, score):
+    for losses in ([loss], [loss, "sft"], ["sft", loss]):
+        config = tinyrun.config(folder, train={"losses": losses})
+        assert config.score == score and config.train.needs_reference == (loss != "simpo")
+
+
+@pytest.mark.parametrize(
     ("panel", "message"),
     [
         (

@@ -233,6 +233,7 @@ TOGETHER = [
     {"mix": {"on_short": "fill"}},
     {"train": {"losses": ["ipo"]}},
     {"train": {"losses": ["sigmoid", "sft"]}},
+    {"train": {"losses": ["sft", "simpo"]}},
     {"train": {"losses": ["robust"], "label_smoothing": 0.2}},
     {"train": {"losses": ["sppo_hard"]}},
     {"train": {"losses": ["simpo"]}},

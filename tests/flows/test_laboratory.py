@@ -99,7 +99,16 @@ def test_the_arms_run_on_the_bundled_pairs(tmp_path, monkeypatch):
     code += (
         f"lab.base_policy = lambda store: Path({str(tmp_path / 'policy')!r}); sys.exit(main(sys.argv[1:]))"
     )
-    few = ["--set", "data.train_pairs=24", "--set", "data.heldout_pairs=24", "--set", "train.batch=8"]
+    few = [
+        "--set",
+        "data.test_fraction=0.1",
+        "--set",
+        "data.train_pairs=24",
+        "--set",
+        "data.heldout_pairs=24",
+        "--set",
+        "train.batch=8",
+    ]
     files = ["--files", "flip,noise", "--seeds", "0", "--arms", "sera,random"]
     command = ["lab", *files, "--store", str(tmp_path / "store"), *few]
     done = run(code, *command, "--out", str(tmp_path / "out"))

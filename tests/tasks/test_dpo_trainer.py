@@ -250,6 +250,17 @@ def test_sft_adds_the_likelihood_of_the_chosen_answer_per_token(
     assert_same_gradients(gradients, other)
 
 
+def test_sft_beside_simpo_needs_no_reference_either(folder: Any, tmp_path: Any, rows: Any) -> None:
+    train = TrainConfig(losses=("sft", "simpo"), loss_weights=(0.5, 1.0), beta=BETA, target_margin=0.4)
+    blank = [{**row, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for row in rows]
+    loss, _, trainer = ours(folder, tmp_path, blank, train)
+    pairs = by_pair(rows, folder)
+    terms = [simpo_by_hand(pair, 0.4) - 0.5 * pair["chosen"] / pair["chosen_tokens"] for pair in pairs]
+    assert not train.needs_reference and loss == pytest.approx(sum(terms) / len(pairs), rel=1e-5)
+    rewards = [BETA * pair["chosen"] / pair["chosen_tokens"] for pair in pairs]
+    assert trainer.pair_metrics()["rewards/chosen"] == pytest.approx(sum(rewards) / len(pairs), rel=1e-5)
+
+
 def test_label_smoothing_makes_the_sigmoid_loss_conservative(folder: Any, tmp_path: Any, rows: Any) -> None:
     """−(1−ε) log σ(βD) − ε log σ(−βD); TRL 1.16 would ignore ε here."""
     train = TrainConfig(losses=("sigmoid",), beta=BETA, label_smoothing=0.3)
