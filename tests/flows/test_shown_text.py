@@ -81,7 +81,7 @@ def test_no_page_and_no_card_holds_one(folder, records, said):
     cards = [page.read_text(encoding="utf-8") for page in pages]
     cards += [round_card(records, manifest, show_text=True) for manifest in records.rounds()]
     cards += [index_card(records), plan_card("a\x1bb", {**PLAN, "note": ACTING})]
-    assert len(cards) == 9
+    assert len(cards) == 10
     for card in cards:
         assert not hidden_in(card)
     assert any(r"\x1b]0;owned\x07" in card for card in cards)
