@@ -1,6 +1,6 @@
 """What a decision compares: the held-out pairs under this round's policy and under every promoted one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
 from sera_core.artifacts import schema
+from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.step import Attempt
 from sera_core.data.differences import Differences, read_differences
 from sera_core.errors import StoreError
@@ -87,16 +88,20 @@ def compared_rounds(attempt: Attempt) -> ComparedRounds:
     )
 
 
-def train_pairs(attempt: Attempt) -> TrainPairs:
-    """Read the human pairs that this round selected from."""
-    scored = _scored(attempt, "scored")
+def train_pairs(input: Callable[[str], Artifact]) -> TrainPairs:
+    """Read the human pairs that a round selected from.
+
+    Args:
+        input: gives the step of each role: `scored`, `human`, `features`, `rendered`.
+    """
+    scored = _scored(input, "scored")
     ids: list[str] = scored["pair_id"].to_pylist()
-    kept = set(_kept(attempt, "human"))
+    kept = set(_kept(input, "human"))
     return TrainPairs(
         scored["ensemble_margin"].to_numpy(),
         np.array([id in kept for id in ids], dtype=bool),
-        read_differences(attempt.input("features").path("train.parquet"), ids),
-        prompt_groups(attempt.input("rendered").path("train.parquet"), ids),
+        read_differences(input("features").path("train.parquet"), ids),
+        prompt_groups(input("rendered").path("train.parquet"), ids),
     )
 
 
@@ -104,10 +109,12 @@ def changes_since_head(attempt: Attempt) -> dict[str, float | None]:
     """Overlap of the human pairs kept with the last head's, and how the margins moved since then."""
     if "head_scored" not in attempt.spec.inputs:
         return {"overlap": None, "ks": None, "sign_changes": None}
-    now, before = (_scored(attempt, name)["ensemble_margin"].to_numpy() for name in ("scored", "head_scored"))
+    now, before = (
+        _scored(attempt.input, name)["ensemble_margin"].to_numpy() for name in ("scored", "head_scored")
+    )
     now, before = now[np.isfinite(now)], before[np.isfinite(before)]
     return {
-        "overlap": jaccard(_kept(attempt, "human"), _kept(attempt, "head_human")),
+        "overlap": jaccard(_kept(attempt.input, "human"), _kept(attempt.input, "head_human")),
         "ks": ks_distance(now, before) if len(now) and len(before) else None,
         "sign_changes": sign_changes(before, now) if len(now) == len(before) else None,
     }
@@ -127,10 +134,10 @@ def _heldout(attempt: Attempt, name: str) -> pa.Table:
     return schema.read_table(attempt.input(name).path("heldout.parquet"), schema.SCORED)
 
 
-def _scored(attempt: Attempt, name: str) -> pa.Table:
-    return schema.read_table(attempt.input(name).path("scored.parquet"), schema.SCORED)
+def _scored(input: Callable[[str], Artifact], name: str) -> pa.Table:
+    return schema.read_table(input(name).path("scored.parquet"), schema.SCORED)
 
 
-def _kept(attempt: Attempt, name: str) -> list[str]:
-    rows = schema.iter_rows(attempt.input(name).path("ledger.parquet"), ["pair_id", "kept"])
+def _kept(input: Callable[[str], Artifact], name: str) -> list[str]:
+    rows = schema.iter_rows(input(name).path("ledger.parquet"), ["pair_id", "kept"])
     return [row["pair_id"] for row in rows if row["kept"]]

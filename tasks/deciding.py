@@ -60,7 +60,7 @@ def decide_on_round(attempt: Attempt) -> list[str]:
     """Write decision.json: the decision with its reason, the verdict and its evidence, and the alarm."""
     state = run_state([(entry["decision"], entry["head"]) for entry in attempt.fields["history"]])
     compared, changes = compared_rounds(attempt), changes_since_head(attempt)
-    train = train_pairs(attempt) if state.lineage else None
+    train = train_pairs(attempt.input) if state.lineage else None
     alarm = None if train is None else _alarm(attempt, compared, state, train)
     result = _result(attempt, compared, state, changes, alarm)
     content = _content(attempt, result, compared, changes, alarm) | {"selection": _selection(attempt, train)}

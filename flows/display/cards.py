@@ -17,7 +17,6 @@ from flows.display.round_card import command, round_card, stop_words, with_inter
 from flows.display.run_view import PLANNED_COLUMNS, gibibytes, planned_cells, verdict_words
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
-from sera_core.reporting import words
 
 
 def key_of(run: str, what: str) -> str:
@@ -102,7 +101,7 @@ def _description(records: RunStore, manifest: RoundManifest | None = None) -> st
 
 def comparison_card(name: str, found: Compared) -> str:
     """The arms of a comparison: a row each, their differences, and what must be known to read them."""
-    rows = [[escape(_cell(value)) for value in row] for row in compare_words.rows(found)]
+    rows = [[escape(compare_words.cell(value)) for value in row] for row in compare_words.rows(found)]
     lines = [*compare_words.differences(found), *alarm_words(found.alarms), *compare_words.unequal(found)]
     parts = [
         f"# comparison {escape(name)}",
@@ -112,10 +111,6 @@ def comparison_card(name: str, found: Compared) -> str:
         f"Runs: {escape(', '.join(compare_words.run_names(found)))}",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _cell(value: Any) -> str:
-    return words.count(value) if isinstance(value, int) else words.number(value)
 
 
 # ------------------------------------------------------------------------------------------------- the index

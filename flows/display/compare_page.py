@@ -1,7 +1,6 @@
 """A comparison of arms as one HTML page. No Prefect, no torch."""
 
 from pathlib import Path
-from typing import Any
 
 from flows.display import compare_words
 from flows.display.compared import Compared
@@ -52,7 +51,7 @@ def page_of(found: Compared, name: str) -> str:
         lead=f"{words.plural(len(found.arms), 'arm')} of one experiment, each trained for the tokens of "
         f"{found.first}, round by round; means over {words.plural(len(seeds), 'seed')}.",
         columns=compare_words.COLUMNS,
-        rows=[[_cell(value) for value in row] for row in compare_words.rows(found)],
+        rows=[[compare_words.cell(value) for value in row] for row in compare_words.rows(found)],
         note=compare_words.measured_on(found),
         differences=compare_words.differences(found),
         alarms=list(alarm_words(found.alarms)),
@@ -63,10 +62,6 @@ def page_of(found: Compared, name: str) -> str:
         runs=", ".join(compare_words.run_names(found)),
         colours=COLOURS[: len(found.arms)],
     )
-
-
-def _cell(value: Any) -> str:
-    return words.count(value) if isinstance(value, int) else words.number(value)
 
 
 def _series(found: Compared) -> list[Series]:

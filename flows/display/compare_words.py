@@ -23,6 +23,11 @@ def rows(found: Compared) -> list[list[Any]]:
     return told
 
 
+def cell(value: Any) -> str:
+    """A value of a row as text."""
+    return words.count(value) if isinstance(value, int) else words.number(value)
+
+
 def measured_on(found: Compared) -> str:
     """What the values are of."""
     feature = words.feature(found.feature)

@@ -7,17 +7,17 @@ of the pairs differs. In a single run there is no such arm, and the alarm compar
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from flows.compare import Runs, trained_rounds
 from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
-from sera_core.data.differences import Differences, read_differences
+from sera_core.compared_rounds import train_pairs
+from sera_core.data.differences import read_differences
 from sera_core.method.alarm import PanelAlarm, panel_alarm
 from sera_core.method.diagnostics import correctness_of_all
 from sera_core.reporting import words
@@ -50,33 +50,17 @@ class _Round:
     records: RunStore
     manifest: RoundManifest
 
-    def artifact(self, role: str) -> Artifact:
-        return Artifact(self.records.store, self.manifest.steps[role])
-
-    def beside(self, name: str, file: str) -> Path:
-        """A file of an input of the round's evidence: `features` or `rendered`."""
-        evidence = self.artifact("evidence").record
-        return Artifact(self.records.store, evidence.inputs[name]).path(file)
+    def input(self, role: str) -> Artifact:
+        """A step of the round, or an input of its evidence: `features`, `rendered`."""
+        steps = self.manifest.steps
+        if role not in steps:
+            steps = Artifact(self.records.store, steps["evidence"]).record.inputs
+        return Artifact(self.records.store, steps[role])
 
     def correct(self) -> tuple[list[str], Float[np.ndarray, " heldout"]]:
         """Held-out pairs, and how this round's policy ranks them."""
-        table = schema.read_table(self.artifact("evidence").path("heldout.parquet"), schema.SCORED)
+        table = schema.read_table(self.input("evidence").path("heldout.parquet"), schema.SCORED)
         return table["pair_id"].to_pylist(), correctness_of_all(table["margin"].to_numpy())
-
-    def selected(self) -> tuple[list[str], Bool[np.ndarray, " pair"]]:
-        """Human pairs that the round selected from, and which it kept."""
-        scored = schema.read_table(self.artifact("scored").path("scored.parquet"), schema.SCORED)
-        ids: list[str] = scored["pair_id"].to_pylist()
-        rows = schema.iter_rows(self.artifact("human").path("ledger.parquet"), ["pair_id", "kept"])
-        kept = {row["pair_id"] for row in rows if row["kept"]}
-        return ids, np.array([id in kept for id in ids], dtype=bool)
-
-    def measured(self, file: str, ids: list[str]) -> tuple[Differences, Int[np.ndarray, " pair"]]:
-        """Differences of the panel's features, and the number of each pair's prompt."""
-        return (
-            read_differences(self.beside("features", file), ids),
-            prompt_groups(self.beside("rendered", file), ids),
-        )
 
 
 def alarms_of(runs: Runs, seed: int) -> Alarms:
@@ -105,26 +89,24 @@ def _same_round(arm: RunStore, random: RunStore) -> tuple[_Round, _Round] | None
 
 
 def _alarm(arm: _Round, random: _Round, seed: int) -> ArmAlarm | None:
-    train_ids, kept = arm.selected()
-    if kept.all():
+    train = train_pairs(arm.input)
+    if train.kept.all():
         return None
-    kept_random = int(random.selected()[1].sum())
-    sizes = (arm.manifest.round, int(kept.sum()), kept_random)
-    if abs(int(kept.sum()) - kept_random) > SAME_SIZE * kept_random:
+    kept, kept_random = (int(one.kept.sum()) for one in (train, train_pairs(random.input)))
+    sizes = (arm.manifest.round, kept, kept_random)
+    if abs(kept - kept_random) > SAME_SIZE * kept_random:
         return ArmAlarm(*sizes, None)
     ids, now = arm.correct()
-    heldout, heldout_groups = arm.measured("heldout.parquet", ids)
-    train, train_groups = arm.measured("train.parquet", train_ids)
     correct_random = random.correct()[1]
     alarm = panel_alarm(
-        heldout=heldout,
-        train=train,
+        heldout=read_differences(arm.input("features").path("heldout.parquet"), ids),
+        train=train.differences,
         correct_now=now,
         correct_head=correct_random,
         correct_random=correct_random,
-        kept=kept,
-        heldout_groups=heldout_groups,
-        train_groups=train_groups,
+        kept=train.kept,
+        heldout_groups=prompt_groups(arm.input("rendered").path("heldout.parquet"), ids),
+        train_groups=train.groups,
         seed=seed,
     )
     return ArmAlarm(*sizes, alarm)

@@ -10,8 +10,8 @@ from sera_core.reporting.examples import last_user_turn
 from sera_core.reporting.pages import render
 
 PAGE = "answers.html"
-MOST_CHARACTERS = 3_000_000
-"""Of the answers on the page, so that it stays below 5 MB; the prompts after that are counted, not shown."""
+MOST_BYTES = 3_000_000
+"""Of prompts and answers, so that the page stays below 5 MB; prompts after that are counted, not shown."""
 _COLUMNS = ["prompt_id", "sample", "response", "tokens", "finish_reason"]
 
 
@@ -37,12 +37,13 @@ def answers_page(run: str, evidence: Mapping[int, Artifact]) -> str | None:
         return None
     answers = {number: _answers(one) for number, one in sampled.items()}
     ids = list(dict.fromkeys(id for by_prompt in answers.values() for id in by_prompt))
-    shown, characters = [], 0
+    shown, size = [], 0
     prompts = _prompts(next(iter(sampled.values())))
     for id in ids:
         by_round = [answers[number].get(id, []) for number in sampled]
-        characters += sum(len(answer.text) for column in by_round for answer in column)
-        if characters > MOST_CHARACTERS:
+        texts = [prompts[id], *(answer.text for column in by_round for answer in column)]
+        size += sum(len(text.encode()) for text in texts)
+        if size > MOST_BYTES:
             break
         shown.append({"id": id, "prompt": prompts[id], "answers": by_round})
     return render("answers.html.j2", run=run, rounds=list(sampled), shown=shown, prompts=len(ids))

@@ -272,7 +272,7 @@ def sampled(records, number):
 
 
 def test_answers_beyond_the_largest_page_are_counted(records, tmp_path, monkeypatch):
-    monkeypatch.setattr(answers_page, "MOST_CHARACTERS", 1)
+    monkeypatch.setattr(answers_page, "MOST_BYTES", 1)
     text = write_run_report(records.store.url, records.run, tmp_path)[1].read_text()
     assert "<details" not in text and re.search(r"0 of \d+ sampled prompts are", text)
 
