@@ -253,6 +253,7 @@ TOGETHER = [
 
 SPELLED_OUT = [
     ("review.score", {"train": {"losses": ["simpo"]}}),
+    ("review.score", {"train": {"losses": ["sft", "simpo"]}}),
     ("sampling.dtype", {"model": {"dtype": "bfloat16"}}),
 ]
 """Their second value is what the default means there: said twice, not in vain."""
