@@ -1,6 +1,6 @@
 """`sera-evaluate`: `sera evaluate RUN` as a Prefect flow. Triggering it again asks only what is missing."""
 
-from typing import Any
+from typing import Any, Literal
 
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
@@ -24,6 +24,7 @@ def sera_evaluate(
     round: int | None = None,
     against: int = 0,
     limit: int | None = None,
+    mode: Literal["pairwise", "single"] = "pairwise",
     concurrency: int = 8,
     store: str | None = None,
 ) -> State[dict[str, Any]]:
@@ -38,6 +39,7 @@ def sera_evaluate(
         round: Round that is judged. Empty: the head.
         against: Round whose answers it is compared with.
         limit: Compare the answers to this many prompts. Empty: all.
+        mode: Whether a chat model compares two answers or rates each by itself.
         concurrency: Requests at once.
         store: Folder or s3://bucket/prefix with the run. Empty: the worker's SERA_STORE.
     """
@@ -45,7 +47,7 @@ def sera_evaluate(
         if value is not None and value < 1:
             raise InputError(f"{name} = {value}: must be 1 or more")
     records = run_records(open_store(store or default_store()), run)
-    named = find_judge(judge, Asking(concurrency=concurrency))
+    named = find_judge(judge, Asking(concurrency=concurrency, single=mode == "single"))
     found = evaluate_rounds(records, round, against, named, limit, run_log())
     lines = list(compared_lines(found))
     for line in lines:

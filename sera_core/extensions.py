@@ -1,8 +1,8 @@
 """Extension points: what a setting can name, and `module:function` for code of the user's own.
 
-Selection rules, pairing rules, evidence features, sampling engines and judges are each a `Registry`: built-in
-entries by name, or a function of the user's own; losses are named likewise, and stores by the scheme of their
-URL. A selection rule of one's own, in ten lines:
+Selection rules, pairing rules, evidence features, sampling engines, judges and raters are each a `Registry`:
+built-in entries by name, or a function of the user's own; losses are named likewise, and stores by the scheme
+of their URL. A selection rule of one's own, in ten lines:
 
     # my_rules.py, on the Python path of whoever does the work
     import numpy as np
@@ -45,6 +45,7 @@ SIGNATURES = {
     "sampling engine": "engine(policy, *, base, dtype, device, batch, max_length) -> a Sampler",
     "feature": "feature(prompt, response) -> a number",
     "judge": 'judge(prompt, first, second) -> "A", "B" or "tie"',
+    "rater": "rater(prompt, response) -> a number, larger is better",
 }
 """How a function of the user's own is called, by kind."""
 

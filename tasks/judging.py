@@ -1,11 +1,7 @@
-"""Ask a judge about pairs of answers, and measure a judge against human labels.
-
-Verdicts are stored after each batch, so an interrupted step continues without asking for them again. Failures
-are not stored before the step is done: the next attempt asks about them again.
-"""
+"""Ask a judge about pairs of answers, and measure a judge against human labels."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,23 +10,14 @@ import numpy as np
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import finite
 from sera_core.artifacts.step import Attempt, Work
-from sera_core.errors import SeraError
-from sera_core.judges.comparison import FAILURES, Judge, Verdict
+from sera_core.judges.comparison import Judge, Verdict
 from sera_core.judges.functions import FunctionJudge, constant, word_count
 from sera_core.judges.named import CONSTANT, WORD_COUNT, NamedJudge
-from sera_core.judges.verdicts import ORDERS, Item, Key, Row, key_of, told
+from sera_core.judges.verdicts import ORDERS, Item, Row, key_of, told
 from sera_core.method.judged import Judged, better_than, label_kappa, longer_preferred, order_flips, wins
+from tasks.asking import Answers, Inquiry, Key, ask
 
 VERDICTS, CALIBRATION = "verdicts.parquet", "calibration.json"
-MAX_FAILED = 0.5
-"""Share of the comparisons asked about that may stay without a verdict."""
-MAX_PASSING = 0.05
-"""Share of the comparisons that may stay without a verdict for a reason that passes."""
-PASSING = frozenset({"connection", "timeout", "rate_limited", "server_error"})
-"""Failures that the same question may not have an hour later."""
-SILENT = 16
-"""Failures in one batch, without any verdict, after which a judge is not asked further; lasting ones count
-only before its first verdict."""
 Asked = tuple[Item, str]
 """A comparison in one order."""
 
@@ -69,31 +56,25 @@ def calibrate(items: Sequence[Item], named: NamedJudge) -> Work:
 
 
 def _ask(attempt: Attempt, items: Sequence[Item], named: NamedJudge) -> list[Row]:
-    """A row for every comparison and order, in the items' order.
+    """A row for every comparison and order, in the items' order; equal answers are ties without asking."""
+    wanted: dict[Key, Asked] = {
+        _key(item, order): (item, order) for item in items for order in ORDERS if not item.is_equal
+    }
+    inquiry: Inquiry[Asked] = Inquiry(
+        f"the judge {named.name}",
+        schema.VERDICTS,
+        key_of,
+        lambda key: key[:3],
+        "comparisons",
+        "verdict",
+        len(wanted) // 2,
+    )
 
-    Raises:
-        SeraError: a batch in which the judge could not be reached, more than half of the comparisons without
-            a verdict, or more than a twentieth for a reason that passes.
-    """
-    wanted = [(item, order) for item in items for order in ORDERS if not item.is_equal]
-    known = _known(attempt)
-    left = [(item, order) for item, order in wanted if _key(item, order) not in known]
-    failed: dict[Key, Row] = {}
-    judge = named.open() if left else None
-    size = max(1, len(left)) if judge is None else judge.batch
-    for start in range(0, len(left), size):
-        attempt.progress(len(wanted) - len(left) + start, len(wanted), "verdicts")
-        assert judge is not None
-        rows = _batch(judge, left[start : start + size])
-        answered = [row for row in rows if row["failure"] is None]
-        failed |= {key_of(row): row for row in rows if row["failure"] is not None}
-        if answered:
-            _store(attempt, answered)
-            known |= {key_of(row): row for row in answered}
-        _refuse_silent(named.name, rows, failed, len(wanted) // 2, bool(known))
-    _refuse_passing(named.name, failed, len(wanted) // 2)
-    attempt.use_parts(attempt.parts())
-    found = known | failed
+    def open() -> tuple[Answers[Asked], int]:
+        judge = named.open()
+        return lambda batch: _batch(judge, batch), judge.batch
+
+    found = ask(attempt, inquiry, wanted, open)
     return [
         item.row(order, Verdict("tie")) if item.is_equal else found[_key(item, order)]
         for item in items
@@ -108,67 +89,6 @@ def _key(item: Item, order: str) -> Key:
 def _batch(judge: Judge, batch: Sequence[Asked]) -> list[Row]:
     verdicts = judge.judge([item.comparison(order) for item, order in batch])
     return [item.row(order, verdict) for (item, order), verdict in zip(batch, verdicts, strict=True)]
-
-
-def _known(attempt: Attempt) -> dict[Key, Row]:
-    """Verdicts stored by any attempt at this step."""
-    found: dict[Key, Row] = {}
-    for part in attempt.parts():
-        path = attempt.part_path(part, next(iter(part["files"])))
-        for row in schema.read_table(path, schema.VERDICTS).to_pylist():
-            found.setdefault(key_of(row), row)
-    return found
-
-
-def _store(attempt: Attempt, rows: Sequence[Row]) -> None:
-    """Commit rows as the next part; if another process takes its number, as the one after."""
-    number = len(attempt.parts())
-    while True:
-        relative = f"part-{number:05d}.parquet"
-        schema.write_table(schema.from_rows(schema.VERDICTS, rows), attempt.write(relative))
-        part = attempt.commit_part(number, [relative], {"verdicts": len(rows)})
-        if part["files"].get(relative, {}).get("attempt") == attempt.id:
-            return
-        number += 1
-
-
-def _refuse_silent(
-    name: str, batch: Sequence[Row], failed: Mapping[Key, Row], comparisons: int, has_answered: bool
-) -> None:
-    """Stop when the judge answers nothing at all, or too little to say anything.
-
-    A continued step begins with all that failed before, so a batch without a verdict says nothing if the
-    judge has answered others.
-
-    Raises:
-        SeraError: with counts by reason. What is answered stays in the store.
-    """
-    without = {key[:3]: row["failure"] for key, row in failed.items()}
-    lasting = frozenset() if has_answered else FAILURES.keys()
-    if len(batch) >= SILENT and all(row["failure"] in PASSING | lasting for row in batch):
-        raise _without_result(name, f"answered none of {len(batch)} questions in a row", without, comparisons)
-    if len(without) > MAX_FAILED * comparisons:
-        raise _without_result(name, "failed more often than it answered", without, comparisons)
-
-
-def _refuse_passing(name: str, failed: Mapping[Key, Row], comparisons: int) -> None:
-    """Stop before the step is done while more than a few comparisons failed for a reason that passes.
-
-    Raises:
-        SeraError: with counts by reason. What is answered stays in the store.
-    """
-    without = {key[:3]: row["failure"] for key, row in failed.items() if row["failure"] in PASSING}
-    if len(without) > MAX_PASSING * comparisons:
-        raise _without_result(name, "could not answer all questions for now", without, comparisons)
-
-
-def _without_result(name: str, what: str, without: Mapping[Any, str], comparisons: int) -> SeraError:
-    counts = {reason: list(without.values()).count(reason) for reason in sorted(set(without.values()))}
-    words = ", ".join(f"{count} {reason} ({FAILURES[reason]})" for reason, count in counts.items())
-    return SeraError(
-        f"the judge {name} {what}; of {comparisons} comparisons {len(without)} have no verdict: {words}. "
-        "Nothing is reported; what was answered is kept, and the same command asks only for the rest"
-    )
 
 
 def _record(attempt: Attempt, rows: Sequence[Row]) -> None:

@@ -17,11 +17,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 _ANSWERS = re.compile(r"<answer_a>\n(.*)\n</answer_a>.*<answer_b>\n(.*)\n</answer_b>", re.DOTALL)
+_ANSWER = re.compile(r"<answer>\n(.*)\n</answer>()", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A request: its body, the answers in it, and how often the same text was asked before."""
+    """A request: its body, the answers in it (a single one: `second` is empty), and how often the same text
+    was asked before."""
 
     body: dict[str, Any]
     first: str
@@ -51,6 +53,11 @@ def good(question: Question) -> Reply:
     """The answer with the word `good` is better: the labels of `labelled` below."""
     first, second = ("good" in text for text in (question.first, question.second))
     return verdict("tie" if first == second else "A" if first else "B")
+
+
+def good_rating(question: Question) -> Reply:
+    """The same by ratings of single answers."""
+    return Reply(json.dumps({"rating": 8 if "good" in question.first else 3}))
 
 
 def always(better: str) -> Mode:
@@ -91,7 +98,7 @@ class Server:
     def answer(self, body: dict[str, Any], key: str) -> Reply:
         """Record a question and answer it."""
         text = body["messages"][0]["content"]
-        found = _ANSWERS.search(text)
+        found = _ANSWERS.search(text) or _ANSWER.search(text)
         with self._lock:
             before = sum(q.body["messages"][0]["content"] == text for q in self.questions)
             question = Question(body, *(found.groups() if found else ("", "")), before)

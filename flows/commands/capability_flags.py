@@ -194,7 +194,15 @@ def add_evaluate(subparsers: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--template",
         metavar="FILE",
-        help="the chat judge's prompt, with {prompt}, {answer_a} and {answer_b} (default: the bundled one)",
+        help="the chat judge's prompt, with {prompt}, {answer_a} and {answer_b}, or with --mode single with "
+        "{prompt} and {answer} (default: the bundled one)",
+    )
+    sub.add_argument(
+        "--mode",
+        choices=["pairwise", "single"],
+        default="pairwise",
+        help="whether a chat model compares two answers, in both orders, or rates each by itself from 1 to "
+        "10 (default: %(default)s)",
     )
     sub.add_argument(
         "--judge-url", metavar="URL", help="OpenAI-compatible endpoint (default: $OPENAI_BASE_URL)"

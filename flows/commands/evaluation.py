@@ -17,7 +17,8 @@ def evaluate(args: argparse.Namespace) -> int:
     """Compare two rounds, or calibrate a judge."""
     _check(args)
     template = None if args.template is None else Path(args.template)
-    asking = Asking(args.judge_url, template, args.concurrency, args.retries, args.timeout)
+    single = args.mode == "single"
+    asking = Asking(args.judge_url, template, args.concurrency, args.retries, args.timeout, single)
     named = find_judge(args.judge, asking)
     return _calibrate(args, named) if args.calibrate is not None else _compare(args, named)
 

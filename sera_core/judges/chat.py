@@ -1,4 +1,4 @@
-"""A chat model behind an OpenAI-compatible endpoint as a judge (the extra `judge`).
+"""A chat model behind an OpenAI-compatible endpoint, as a judge or a rater (the extra `judge`).
 
 The key is in the client alone: no record, message or log has it, and what a server says in an error is never
 repeated, because some servers repeat the key.
@@ -15,20 +15,14 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from sera_core.errors import SeraError
-from sera_core.judges.comparison import Comparison, Verdict
-from sera_core.judges.prompts import RESPONSE_FORMAT, filled, verdict_in
+from sera_core.judges.comparison import Comparison, Verdict, as_text
+from sera_core.judges.prompts import PAIRWISE, SINGLE, Form, compared_text, rated_text
+from sera_core.judges.rating import Question, Rating
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds before the first retry, doubled each time, up to the longest."""
 LONGEST_ASKED_WAIT = 120.0
 """Seconds of a server's Retry-After that are waited at most."""
-FORMS: tuple[dict[str, Any], ...] = (
-    {"response_format": RESPONSE_FORMAT, "temperature": 0.0},
-    {"response_format": {"type": "json_object"}, "temperature": 0.0},
-    {"temperature": 0.0},
-    {},
-)
-"""Ways to ask, in order: a server that rejects one is asked in the next."""
 REJECTED = (400, 422)
 HOPELESS = {
     401: "it does not accept the key; set OPENAI_API_KEY",
@@ -63,37 +57,54 @@ class _Trouble(Exception):
         self.failure, self.again, self.wait = failure, again, wait
 
 
-class ChatJudge:
-    """Asks a chat model for each comparison, several at once, with retries."""
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one question, or why it said nothing usable; tokens are those of all attempts."""
 
-    def __init__(self, model: str, template: str, endpoint: Endpoint) -> None:
+    value: Any
+    failure: str | None
+    prompt_tokens: int | None
+    answer_tokens: int | None
+
+
+class ChatModel:
+    """Asks a chat model one form of question, several at once, with retries."""
+
+    def __init__(self, model: str, form: Form, endpoint: Endpoint) -> None:
         from openai import OpenAI
 
-        self.model, self.template, self.endpoint = model, template, endpoint
+        self.model, self.form, self.endpoint = model, form, endpoint
         self.batch = max(16, 4 * endpoint.concurrency)
         self._client = OpenAI(
             base_url=endpoint.url, api_key=endpoint.key, max_retries=0, timeout=endpoint.timeout
         )
-        self._form = 0
+        self._ways: tuple[dict[str, Any], ...] = (
+            {"response_format": form.response_format, "temperature": 0.0},
+            {"response_format": {"type": "json_object"}, "temperature": 0.0},
+            {"temperature": 0.0},
+            {},
+        )
+        """Ways to ask, in order: a server that rejects one is asked in the next."""
+        self._way = 0
         self._stopped = threading.Event()
 
-    def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """One verdict for each comparison.
+    def answers(self, texts: Sequence[str]) -> list[Answer]:
+        """One answer for each question.
 
         Raises:
             SeraError: the server accepts no request: a wrong key, model or address.
         """
         pool = ThreadPoolExecutor(self.endpoint.concurrency)
         try:
-            return list(pool.map(self._verdict, comparisons))
+            return list(pool.map(self._answer, texts))
         finally:  # also after Ctrl-C: no further request is sent
             self._stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             self._stopped = threading.Event()
 
-    def _verdict(self, comparison: Comparison) -> Verdict:
-        """Ask until there is a verdict or no attempt is left."""
-        text, stopped, spent = filled(self.template, comparison), self._stopped, _Spent()
+    def _answer(self, text: str) -> Answer:
+        """Ask until there is a usable answer or no attempt is left."""
+        stopped, spent = self._stopped, _Spent()
         failure = "nonsense"
         for attempt in range(self.endpoint.retries + 1):
             try:
@@ -106,25 +117,25 @@ class ChatJudge:
                     break
                 continue
             failure = "nonsense"
-            if (better := verdict_in(content)) is not None:
-                return Verdict(better, None, spent.prompt, spent.answer)
-        return Verdict(None, failure, spent.prompt, spent.answer)
+            if (value := self.form.read(content)) is not None:
+                return Answer(value, None, spent.prompt, spent.answer)
+        return Answer(None, failure, spent.prompt, spent.answer)
 
     def _content(self, text: str, spent: "_Spent") -> str:
-        """What the model answers; the form of asking that worked is kept for later requests."""
-        for form in range(self._form, len(FORMS)):
+        """What the model answers; the way of asking that worked is kept for later requests."""
+        for way in range(self._way, len(self._ways)):
             try:
-                body = self._ask(text, FORMS[form])
+                body = self._ask(text, self._ways[way])
             except _Trouble as trouble:
-                if trouble.failure == "refused" and form + 1 < len(FORMS):
+                if trouble.failure == "refused" and way + 1 < len(self._ways):
                     continue
                 raise
-            self._form = form
+            self._way = way
             spent.add(body)
             return _text_of(body)
         raise _Trouble("refused", again=False)
 
-    def _ask(self, text: str, form: Mapping[str, Any]) -> Any:
+    def _ask(self, text: str, way: Mapping[str, Any]) -> Any:
         """One request; the JSON of the server's answer.
 
         Raises:
@@ -136,7 +147,7 @@ class ChatJudge:
         messages = [{"role": "user", "content": text}]
         create: Any = self._client.chat.completions.with_raw_response.create
         try:
-            return json.loads(create(model=self.model, messages=messages, **form).text)
+            return json.loads(create(model=self.model, messages=messages, **way).text)
         except openai.APITimeoutError:
             trouble = _Trouble("timeout")
         except openai.APIConnectionError:
@@ -157,6 +168,42 @@ class ChatJudge:
         if status in WAITS or status >= 500:
             return _Trouble(WAITS.get(status, "server_error"), wait=asked_wait(headers.get("retry-after")))
         return _Trouble("refused" if status in REJECTED else "server_error", again=False)
+
+
+class ChatJudge:
+    """Asks which of two answers is better."""
+
+    def __init__(self, model: str, template: str, endpoint: Endpoint) -> None:
+        self.template, self._chat = template, ChatModel(model, PAIRWISE, endpoint)
+        self.batch = self._chat.batch
+
+    def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        """One verdict for each comparison.
+
+        Raises:
+            SeraError: the server accepts no request: a wrong key, model or address.
+        """
+        found = self._chat.answers([compared_text(self.template, one) for one in comparisons])
+        return [Verdict(a.value, a.failure, a.prompt_tokens, a.answer_tokens) for a in found]
+
+
+class ChatRater:
+    """Asks for a rating of a single answer."""
+
+    def __init__(self, model: str, template: str, endpoint: Endpoint) -> None:
+        self.template, self._chat = template, ChatModel(model, SINGLE, endpoint)
+        self.batch = self._chat.batch
+
+    def rate(self, questions: Sequence[Question]) -> list[Rating]:
+        """One rating, 1 to 10, for each answer.
+
+        Raises:
+            SeraError: the server accepts no request: a wrong key, model or address.
+        """
+        texts = [rated_text(self.template, as_text(one.prompt), one.answer) for one in questions]
+        return [
+            Rating(a.value, a.failure, a.prompt_tokens, a.answer_tokens) for a in self._chat.answers(texts)
+        ]
 
 
 class _Spent:

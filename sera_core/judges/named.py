@@ -1,4 +1,4 @@
-"""Find a judge by its name, and check all that can be checked before it is asked."""
+"""Find a judge or a rater by its name, and check all that can be checked before it is asked."""
 
 import difflib
 import hashlib
@@ -13,17 +13,21 @@ from urllib.parse import urlsplit
 
 from sera_core.errors import InputError
 from sera_core.extensions import Registry, is_own, source_hash
-from sera_core.judges.chat import ChatJudge, Endpoint
+from sera_core.judges.chat import ChatJudge, ChatRater, Endpoint
 from sera_core.judges.comparison import Judge
-from sera_core.judges.functions import FunctionJudge, constant, word_count
-from sera_core.judges.prompts import read_template
-from sera_core.judges.reward import RewardJudge, reward_digest
+from sera_core.judges.functions import FunctionJudge, FunctionRater, constant, word_count
+from sera_core.judges.prompts import PAIRWISE, SINGLE, Form, read_template
+from sera_core.judges.rating import RatedJudge, Rater
+from sera_core.judges.reward import RewardRater, reward_digest
+from sera_core.method.features import words
 
 CHAT, REWARD = "openai", "reward"
 WORD_COUNT, CONSTANT = "word-count", "constant"
 _FORMS = {f"{CHAT}:<model>": None, f"{REWARD}:<folder>": None}
 JUDGES: Registry[Any] = Registry("judge", {WORD_COUNT: word_count, CONSTANT: constant, **_FORMS})
 """Judges by name; openai: and reward: take the model after the colon."""
+RATERS: Registry[Any] = Registry("rater", {WORD_COUNT: words, **_FORMS})
+"""Raters by name, likewise."""
 OPENAI_URL = "https://api.openai.com/v1"
 KEY, URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 
@@ -32,13 +36,15 @@ _HOST = re.compile(r"[A-Za-z0-9._:-]+")
 
 @dataclass(frozen=True)
 class Asking:
-    """How a judge is asked; only the template and the address change what it answers."""
+    """How a judge is asked; only the template, the form and the address change what it answers."""
 
     url: str | None = None
     template: Path | None = None
     concurrency: int = 8
     retries: int = 5
     timeout: float = 60.0
+    single: bool = False
+    """Whether a chat model rates each answer by itself, instead of comparing two."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,17 @@ class NamedJudge:
     open: Callable[[], Judge]
 
 
+@dataclass(frozen=True)
+class NamedRater:
+    """A rater that can be opened."""
+
+    name: str
+    identity: dict[str, Any]
+    """What decides its ratings; in the key of its steps. No path and no secret."""
+    open: Callable[[str], Rater]
+    """Takes the device, `execution.device`."""
+
+
 def find_judge(name: str, asking: Asking) -> NamedJudge:
     """The judge of this name, without loading or asking it.
 
@@ -58,22 +75,59 @@ def find_judge(name: str, asking: Asking) -> NamedJudge:
         InputError: unknown (the nearest name is given), not allowed, without key, extra or model folder, a
             template that cannot be used, or an address with credentials.
     """
-    kind, colon, rest = name.partition(":")
+    kind, _, rest = name.partition(":")
     if kind != CHAT and (asking.template is not None or asking.url is not None):
         flag = "--template" if asking.template is not None else "--judge-url"
         raise InputError(f"{flag}: only {CHAT}:<model> takes it, not the judge {name!r}; leave it out")
+    if asking.single and kind != CHAT:
+        raise InputError(
+            f"--mode single: only {CHAT}:<model> can be asked in two ways, not {name!r}; leave it out"
+        )
+    if kind == CHAT and rest and not asking.single:
+        identity, template, endpoint = _chat("judge", rest, asking, PAIRWISE)
+        return NamedJudge(name, identity, lambda: ChatJudge(rest, template, endpoint))
+    if kind in (CHAT, REWARD) and rest:
+        rater = find_rater(name, asking, "judge")
+        mode = {"mode": "single"} if asking.single else {}
+        return NamedJudge(name, rater.identity | mode, lambda: RatedJudge(rater.open("auto")))
+    compare, identity = _function(JUDGES, name)
+    return NamedJudge(name, identity, lambda: FunctionJudge(name, compare))
+
+
+def find_rater(name: str, asking: Asking, what: str = "rater") -> NamedRater:
+    """The rater of this name, without loading or asking it.
+
+    Args:
+        name: `reward:<folder>`, `openai:<model>`, `word-count` or `module:function`.
+        asking: how a chat model is asked.
+        what: what messages and the identity call it: a rater, or a judge that compares its ratings.
+
+    Raises:
+        InputError: as `find_judge`.
+    """
+    kind, _, rest = name.partition(":")
     if kind == CHAT and rest:
-        return _chat(rest, asking)
+        identity, template, endpoint = _chat(what, rest, asking, SINGLE)
+        return NamedRater(name, identity, lambda _: ChatRater(rest, template, endpoint))
     if kind == REWARD and rest:
-        return _reward(Path(rest))
+        folder = Path(rest)
+        identity = {what: REWARD, "model": reward_digest(folder)}
+        return NamedRater(name, identity, lambda device: RewardRater(folder, device))
+    function, identity = _function(RATERS, name)
+    return NamedRater(name, identity, lambda _: FunctionRater(name, function))
+
+
+def _function(registry: Registry[Any], name: str) -> tuple[Any, dict[str, Any]]:
+    """The built-in or own function of this name, and its identity."""
+    kind, colon, rest = name.partition(":")
+    what = registry.kind
     if colon and kind not in (CHAT, REWARD) and not _allowed(kind) and (near := _near(kind)):
         raise InputError(
-            f"the judge {name!r} is unknown; did you mean {near}:{rest}? A function of your own is named as "
+            f"the {what} {name!r} is unknown; did you mean {near}:{rest}? A function of your own is named as "
             "module:function, its module in SERA_EXTENSIONS"
         )
-    compare = JUDGES.named(name.rstrip(":") if kind in (CHAT, REWARD) else name)
-    identity = {"judge": name} | ({"source": source_hash(name, "judge")} if is_own(name) else {})
-    return NamedJudge(name, identity, lambda: FunctionJudge(name, compare))
+    function = registry.named(name.rstrip(":") if kind in (CHAT, REWARD) else name)
+    return function, {what: name} | ({"source": source_hash(name, what)} if is_own(name) else {})
 
 
 def _near(kind: str) -> str | None:
@@ -84,26 +138,26 @@ def _allowed(module: str) -> bool:
     return module in {name.strip() for name in os.environ.get("SERA_EXTENSIONS", "").split(",")}
 
 
-def _chat(model: str, asking: Asking) -> NamedJudge:
+def _chat(what: str, model: str, asking: Asking, form: Form) -> tuple[dict[str, Any], str, Endpoint]:
+    """A chat model's identity, template and endpoint."""
     name = f"{CHAT}:{model}"
     if find_spec("openai") is None:
-        raise InputError(f"the judge {name!r} needs the extra `judge`: pip install 'sera-flow[judge]'")
+        raise InputError(f"the {what} {name!r} needs the extra `judge`: pip install 'sera-flow[judge]'")
     url = _address(asking.url or os.environ.get(URL) or OPENAI_URL, "--judge-url" if asking.url else URL)
     if not (key := os.environ.get(KEY, "").strip()):
         raise InputError(
-            f"the judge {name!r} needs a key in {KEY}; for a server without keys any word will do, such as "
+            f"the {what} {name!r} needs a key in {KEY}; for a server without keys any word will do, such as "
             f"{KEY}=none"
         )
     if not key.isascii() or not key.isprintable():
         raise InputError(f"{KEY}: holds characters that no key has; set it again")
-    template = read_template(asking.template)
+    template = read_template(asking.template, form)
     identity = {
-        "judge": name,
+        what: name,
         "endpoint": url,
         "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
     }
-    endpoint = Endpoint(url, key, asking.concurrency, asking.retries, asking.timeout)
-    return NamedJudge(name, identity, lambda: ChatJudge(model, template, endpoint))
+    return identity, template, Endpoint(url, key, asking.concurrency, asking.retries, asking.timeout)
 
 
 def _address(url: str, given_as: str) -> str:
@@ -125,8 +179,3 @@ def _address(url: str, given_as: str) -> str:
             f"plain address, and the key in {KEY}"
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
-
-
-def _reward(folder: Path) -> NamedJudge:
-    digest = reward_digest(folder)
-    return NamedJudge(f"{REWARD}:{folder}", {"judge": REWARD, "model": digest}, lambda: RewardJudge(folder))

@@ -1,17 +1,18 @@
-"""A reward model as a judge: the answer with the larger score wins.
+"""A reward model as a rater: a classifier with one label, its score.
 
 torch and transformers are imported only in the functions that need them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from sera_core.artifacts.canonical import files_digest, sha256_file, sha256_json
+from sera_core.artifacts.canonical import files_digest, sha256_file
 from sera_core.data.rendering import Renderer
 from sera_core.errors import InputError
 from sera_core.guards.shown import one_line
-from sera_core.judges.comparison import Comparison, Verdict
+from sera_core.judges.rating import Question, Rating
 from sera_core.models.devices import device_of
 from sera_core.models.policies import load_tokenizer, policy_files, read_settings, refuse_other_weights
 from sera_core.models.weights import refuse_mismatched_weights, refuse_not_finite
@@ -38,8 +39,8 @@ def reward_digest(folder: Path) -> str:
     return files_digest({name: sha256_file(folder / name) for name in names})
 
 
-class RewardJudge:
-    """Scores each answer once, by itself, so both orders agree."""
+class RewardRater:
+    """Scores each answer by itself; larger is better, in the model's own unit."""
 
     batch = 256
 
@@ -48,46 +49,29 @@ class RewardJudge:
         self.renderer = Renderer(folder)
         load_tokenizer(folder)
         self.model = _load(folder).to(self.device)
-        self._scores: dict[str, float | str] = {}
 
-    def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """One verdict for each comparison."""
-        return [
-            _compared(*(self._score(c.prompt, text) for text in (c.first, c.second))) for c in comparisons
-        ]
+    def rate(self, questions: Sequence[Question]) -> list[Rating]:
+        """One rating for each answer."""
+        return [self._rating(question) for question in questions]
 
-    def _score(self, prompt: Sequence[Mapping[str, str]], answer: str) -> float | str:
-        """The score of one answer, or a failure."""
-        key = sha256_json([[dict(message) for message in prompt], answer])
-        if key not in self._scores:
-            self._scores[key] = self._computed(prompt, answer)
-        return self._scores[key]
-
-    def _computed(self, prompt: Sequence[Mapping[str, str]], answer: str) -> float | str:
+    def _rating(self, question: Question) -> Rating:
         import torch
 
-        if not answer.strip():
-            return float("-inf")  # a blank answer loses; the model would score the prompt alone
-        messages = [dict(message) for message in prompt]
+        if not question.answer.strip():
+            return Rating(float("-inf"))  # the model would score the prompt alone
+        messages = [dict(message) for message in question.prompt]
         try:
-            ids = [*self.renderer.prompt_ids(messages), *self.renderer.response_ids(messages, answer)]
+            prompt_ids = self.renderer.prompt_ids(messages)
+            ids = [*prompt_ids, *self.renderer.response_ids(messages, question.answer)]
         except InputError:
-            return "template"
+            return Rating(None, "template")
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and len(ids) > limit:
-            return "too_long"
+            return Rating(None, "too_long")
         with torch.inference_mode():
             given = torch.tensor([ids], device=self.device)
             score = float(self.model(input_ids=given, attention_mask=torch.ones_like(given)).logits[0, 0])
-        return score if score == score and abs(score) != float("inf") else "non_finite"
-
-
-def _compared(first: float | str, second: float | str) -> Verdict:
-    if isinstance(first, str):
-        return Verdict(None, first)
-    if isinstance(second, str):
-        return Verdict(None, second)
-    return Verdict("tie" if first == second else "A" if first > second else "B")
+        return Rating(score) if isfinite(score) else Rating(None, "non_finite")
 
 
 def _load(folder: Path) -> Any:

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import tinyrun
 from commandline import SERA
-from judgeserver import Reply, always, failing, good, judge_server, labelled, slow
+from judgeserver import Reply, always, failing, good, good_rating, judge_server, labelled, slow
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import Artifact, StepSpec
@@ -25,7 +25,8 @@ from sera_core.config import ExecutionConfig
 from sera_core.judges import chat
 from sera_core.judges.comparison import Comparison
 from sera_core.judges.named import Asking, find_judge
-from sera_core.judges.reward import RewardJudge
+from sera_core.judges.rating import RatedJudge
+from sera_core.judges.reward import RewardRater
 from sera_core.judges.verdicts import Item, newest_calibration, told
 from sera_core.method.features import words
 from tasks.judging import judge_answers
@@ -182,6 +183,27 @@ def test_a_judge_that_agrees_with_people_is_calibrated(sera, tmp_path, pairs, as
     assert found["controls"]["constant"]["order_flips"]["value"] == 1.0
     assert found["better_than_word_count"]["low"] > 0
     assert "(calibrated: agrees with people on 100.0% of labelled pairs)" in said
+
+
+def test_a_judge_of_single_answers_is_asked_once_for_each(sera, tmp_path, pairs, asking):
+    """Ratings cannot depend on the order; the other mode is another judge."""
+    command = ("evaluate", "--judge", MODEL, "--calibrate", pairs, "--store", tmp_path / "s", "--json")
+    with judge_server(good_rating) as server:
+        asking(server)
+        single = sera(*command, "--mode", "single").json
+        distinct = {question.first for question in server.questions}
+        assert len(server.questions) == len({q.body["messages"][0]["content"] for q in server.questions})
+        assert all("<answer>" in q.body["messages"][0]["content"] for q in server.questions) and distinct
+        assert single["tokens"] == {
+            "answer": 7 * len(server.questions),
+            "prompt": 100 * len(server.questions),
+        }
+    assert single["status"] == "calibrated" and single["measures"]["order_flips"]["value"] == 0
+    with judge_server(good) as server:
+        asking(server)
+        assert sera(*command).json["status"] == "calibrated" and server.questions
+    refused = sera("evaluate", "--judge", "word-count", *command[3:], "--mode", "single", code=2)
+    assert "can be asked in two ways" in refused.err
 
 
 @pytest.mark.parametrize(("place", "flips"), [("A", 1.0), ("B", 1.0), ("tie", 0.0)])
@@ -567,7 +589,10 @@ def test_a_blank_answer_loses_and_a_refused_conversation_is_a_failure(sera, tmp_
     assert found["failed"] == {"template": 1} and found["answered"] == 7
     turns = [{"role": "user", "content": "Why?"}]
     comparisons = [Comparison(turns, first, second) for first, second in (("So.", ""), (" ", "So."))]
-    assert [verdict.better for verdict in RewardJudge(reward_model).judge(comparisons)] == ["A", "B"]
+    assert [verdict.better for verdict in RatedJudge(RewardRater(reward_model)).judge(comparisons)] == [
+        "A",
+        "B",
+    ]
 
 
 def test_a_reward_model_with_more_labels_or_a_pickle_is_refused(sera, tmp_path, reward_model, pairs):
