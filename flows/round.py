@@ -34,6 +34,8 @@ class Sides:
     model: Ref
     pairs: Ref
     features: Ref
+    rater: Mapping[str, Any] | None = None
+    """What identifies the rater that orders responses (`pairing.by`); None: the implicit reward does."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def prepare(config: SeraConfig, sources: Mapping[str, Any], do: Do) -> Sides:
     data = do(steps.data(config, sources["data"]))
     model = do(steps.model(config, sources["model"]))
     pairs = do(steps.render(config, data, model))
-    return Sides(data, model, pairs, do(steps.features(config, pairs)))
+    return Sides(data, model, pairs, do(steps.features(config, pairs)), sources.get("rater"))
 
 
 def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do, look: Look) -> Steps:
@@ -108,6 +110,9 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
             round,
             lambda scorer, probe: logps(scorer, samples, "responses.parquet", probe),
         )
+        if sides.rater is not None:
+            made["ratings"] = do(steps.rate(config, samples, sides.pairs, sides.rater))
+            scores = {**scores, "ratings": made["ratings"]}
         responses = do(steps.pair(config, samples, sides.pairs, reviewers.weights, scores, round))
         generated = do(
             steps.select(config, config.select_generated, responses, responses, "generated", round)

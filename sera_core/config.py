@@ -25,6 +25,7 @@ from sera_core.data.formats import FormatName, Reading
 from sera_core.effects import refuse_ineffective
 from sera_core.extensions import is_own, own_function
 from sera_core.guards.urls import refuse_secrets, without_secrets
+from sera_core.judges.names import IMPLICIT, is_model, refuse_unknown_rater
 from sera_core.method.panel import NAMES, TOKENS, refuse_unknown
 
 
@@ -66,6 +67,13 @@ def _checked_url(given: str, info: ValidationInfo) -> str:
 def _known_feature(name: str, info: ValidationInfo) -> str:
     if not (info.context or {}).get("stored"):
         refuse_unknown(name)
+    return name
+
+
+def _known_rater(name: str, info: ValidationInfo) -> str:
+    if (info.context or {}).get("stored"):
+        return without_secrets(name)
+    refuse_unknown_rater(refuse_secrets(name))
     return name
 
 
@@ -261,6 +269,11 @@ class PairingConfig(Part):
     rule: Annotated[Literal["best-worst", "best-random", "best-mu-2sigma", "all"], *OR_OWN] = "best-worst"
     """Pairing rule. best-worst is SeRA's; best-mu-2sigma is from arXiv 2502.16825. `module:function` is your
     own."""
+    by: Annotated[str, AfterValidator(_known_rater)] = IMPLICIT
+    """What orders a prompt's responses. implicit: the ensemble reward (SeRA). reward:<folder>: a reward
+    model, a local classifier with one label. openai:<model>: ratings from 1 to 10 by a chat model at the
+    worker's OPENAI_BASE_URL. word-count: a control. `module:function` is a rater of your own. Whatever orders
+    them, [select_generated] reviews the pairs by their implicit margin."""
     allow_cut: bool = False
     """Allow pairs with a response that was cut by the length limit."""
 
@@ -511,6 +524,7 @@ class SeraConfig(Part):
         named = {
             "selection rule": (self.select.rule, self.select_generated.rule),
             "pairing rule": (self.pairing.rule,),
+            "rater": () if is_model(self.pairing.by) else (self.pairing.by,),
             "loss": self.train.losses,
             "sampling engine": (self.sampling.engine,),
             "feature": self.decide.panel,
@@ -581,5 +595,6 @@ ADDED_LATER = {
     "review": ("crossfit",),
     "train": ("tokens",),
     "decide": ("metric", "feature", "panel"),
+    "pairing": ("by",),
 }
 """Settings, by section, that runs of the first version do not have."""

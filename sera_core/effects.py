@@ -127,6 +127,7 @@ EFFECTS: tuple[Row, ...] = (
         f"{SAMPLED}, in the model's own dtype (sampling.dtype = model.dtype)",
     ),
     Row("pairing.rule", _generates, GENERATED),
+    Row("pairing.by", _generates, GENERATED),
     Row("pairing.allow_cut", _generates, GENERATED),
     Row(
         "mix.ramp_start",

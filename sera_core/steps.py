@@ -24,6 +24,7 @@ VERSIONS = {
     "review": 2,
     "select": 2,
     "sample": 2,
+    "rate": 1,
     "pair": 2,
     "mix": 2,
     "train": 2,
@@ -177,6 +178,12 @@ def sample_heldout(config: SeraConfig, policy: Ref, model: Ref, rendered: Ref, r
     return _spec("sample", fields, {"policy": policy, "model": model, "rendered": rendered})
 
 
+def rate(config: SeraConfig, samples: Ref, rendered: Ref, rater: Mapping[str, Any]) -> StepSpec:
+    """Ratings of the samples by whatever `pairing.by` names. `rater`: what decides its ratings."""
+    fields = {"rater": dict(rater), "allow_cut": config.pairing.allow_cut}
+    return _spec("rate", fields, {"samples": samples, "rendered": rendered}, rater=config.pairing.by)
+
+
 def pair(
     config: SeraConfig,
     samples: Ref,
@@ -185,7 +192,10 @@ def pair(
     inputs: Mapping[str, Ref],
     round: int,
 ) -> StepSpec:
-    """Rewards of the samples, and pairs of each prompt's responses. `inputs`: as of `review`, no folds."""
+    """Rewards of the samples, and pairs of each prompt's responses.
+
+    `inputs`: as of `review`, no folds; with `ratings`, those order the responses instead of the rewards.
+    """
     fields = {
         **_score_fields(config, weights),
         "rule": config.pairing.rule,

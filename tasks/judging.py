@@ -12,7 +12,8 @@ from sera_core.artifacts.canonical import finite
 from sera_core.artifacts.step import Attempt, Work
 from sera_core.judges.comparison import Judge, Verdict
 from sera_core.judges.functions import FunctionJudge, constant, word_count
-from sera_core.judges.named import CONSTANT, WORD_COUNT, NamedJudge
+from sera_core.judges.named import NamedJudge
+from sera_core.judges.names import CONSTANT, WORD_COUNT
 from sera_core.judges.verdicts import ORDERS, Item, Row, key_of, told
 from sera_core.method.judged import Judged, better_than, label_kappa, longer_preferred, order_flips, wins
 from tasks.asking import Answers, Inquiry, Key, ask

@@ -1,4 +1,7 @@
-"""Make pairs from the policy's responses: by default the best with the worst by implicit reward."""
+"""Make pairs from the policy's responses: by default the best with the worst by implicit reward.
+
+A rater may order them instead; the margins of the pairs are implicit ones all the same.
+"""
 
 import hashlib
 import json
@@ -81,9 +84,10 @@ def pair_samples(attempt: Attempt) -> list[str]:
     policies, references = _inputs(attempt, samples)
     judged = _judge(attempt, samples, policies, references)
     _write_responses(attempt, samples, policies, references, judged)
-    valid = _valid(attempt, samples, judged)
+    order = judged.ensemble if "ratings" not in attempt.spec.inputs else _ratings(attempt, samples)
+    valid = _valid(attempt, samples, judged, order)
     pairing = pair_responses(
-        np.where(valid, judged.ensemble, 0.0),
+        np.where(valid, order, 0.0),
         samples.index,
         samples.sample,
         samples.distinct,
@@ -182,9 +186,25 @@ def _lists(values: list[np.ndarray], rows: slice, count: int) -> list[list[float
     return np.stack([value[rows] for value in values], axis=1).tolist() if values else [[]] * count
 
 
-def _valid(attempt: Attempt, samples: _Samples, judged: Judgement) -> np.ndarray:
-    """Whether a response may be paired: has text, is not cut (unless allowed), and has a finite reward."""
+def _ratings(attempt: Attempt, samples: _Samples) -> np.ndarray:
+    """The rater's rating of each response; nan without one.
+
+    Raises:
+        SeraError: the ratings are of other responses.
+    """
+    path = attempt.input("ratings").path("ratings.parquet")
+    ids, sample = strings(path, schema.RATINGS, "prompt_id"), numbers(path, schema.RATINGS, "sample")
+    if not np.array_equal(ids, samples.prompts[samples.index]) or not np.array_equal(sample, samples.sample):
+        raise SeraError(f"{path}: has ratings of other responses; delete that step and run again")
+    return numbers(path, schema.RATINGS, "rating").astype(np.float64)
+
+
+def _valid(attempt: Attempt, samples: _Samples, judged: Judgement, order: np.ndarray) -> np.ndarray:
+    """Whether a response may be paired: has text, is not cut (unless allowed), and has a finite reward (and a
+    rating, where a rater orders)."""
     finite = np.isfinite(judged.ensemble)
+    if order is not judged.ensemble:
+        attempt.metrics["responses/not_rated"] = int((~np.isfinite(order)).sum())
     attempt.metrics |= {
         "responses": len(samples),
         "responses/empty": int(samples.empty.sum()),
@@ -192,7 +212,7 @@ def _valid(attempt: Attempt, samples: _Samples, judged: Judgement) -> np.ndarray
         "responses/non_finite": int((~finite).sum()),
         "responses/mean_tokens": float(np.mean(samples.tokens)) if len(samples) else None,
     }
-    return finite & samples.usable
+    return finite & samples.usable & np.isfinite(order)
 
 
 def _seeds(attempt: Attempt, prompts: np.ndarray) -> dict[int, int] | None:
@@ -306,6 +326,9 @@ def _write_scored(
         rounding(attempt.fields["score"]),
     )
     schema.write_table(scored, attempt.write("scored.parquet"))
+    if "ratings" in attempt.spec.inputs and len(scored):
+        agrees = float(np.mean(scored["ensemble_margin"].to_numpy() > 0))
+        attempt.metrics["pairs/implicit_agrees"] = round(agrees, 6)
 
 
 def _write_ledger(attempt: Attempt, prompts: np.ndarray, reasons: np.ndarray) -> None:

@@ -20,6 +20,7 @@ WORK = {
     "review": "tasks.reviewing:review_pairs",
     "select": "tasks.reviewing:select_pairs",
     "sample": "tasks.sampling:sample_responses",
+    "rate": "tasks.rating:rate_samples",
     "pair": "tasks.pairing:pair_samples",
     "mix": "tasks.mixing:mix_pairs",
     "train": "tasks.training:train_policy",
@@ -30,8 +31,8 @@ WORK = {
 }
 """Imported on first use, because trl and torch take seconds."""
 
-DEVICE_STEPS = frozenset({"logps", "sample", "train"})
-"""Steps that load a policy onto the device."""
+DEVICE_STEPS = frozenset({"logps", "sample", "rate", "train"})
+"""Steps that may load a model onto the device."""
 CHILD_STEPS = DEVICE_STEPS | {"evaluate", "test"}
 """Steps that may run in a child process group."""
 CLAIMED_STEPS = DEVICE_STEPS

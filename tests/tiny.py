@@ -118,3 +118,18 @@ def tokenizer_json() -> str:
     )
     tokenizer.train_from_iterator(SENTENCES, trainer=trainer)
     return tokenizer.to_str(pretty=True)
+
+
+def tiny_reward_model(folder: Path) -> Path:
+    """A random Llama with one score, on the tiny tokenizer."""
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    from sera_core.models.policies import load_policy
+
+    tiny_policy(folder, layers=1, hidden=32)
+    config = load_policy(folder).config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return folder

@@ -21,6 +21,8 @@ from sera_core.data.chat_templates import default_template, refuse_unused, templ
 from sera_core.data.folds import refuse_empty_folds
 from sera_core.data.sources import source_digest
 from sera_core.errors import InputError
+from sera_core.judges.named import Asking, find_rater
+from sera_core.judges.names import IMPLICIT
 from sera_core.models.model_sources import resolve_source
 from sera_core.models.model_sources import source_digest as model_digest
 from sera_core.models.policies import read_settings
@@ -30,16 +32,20 @@ Digests = dict[str, Any]
 
 
 def source_digests(config: SeraConfig) -> Digests:
-    """Content digests of the model and of every data source, by side.
+    """Content digests of the model and of every data source, by side; and the rater's identity, if any.
 
     Raises:
-        InputError: a source is missing or cannot be read.
+        InputError: a source is missing or cannot be read, or the rater cannot be used.
     """
     data = {
         side: [source_digest(source.path, source.split) for source in getattr(config.data, side)]
         for side in steps.SIDES
     }
-    return {"data": data, "model": model_digest(resolve_source(config.model.source, config.model.revision))}
+    model = model_digest(resolve_source(config.model.source, config.model.revision))
+    rater = (
+        {} if config.pairing.by == IMPLICIT else {"rater": find_rater(config.pairing.by, Asking()).identity}
+    )
+    return {"data": data, "model": model, **rater}
 
 
 def resolved(config: SeraConfig, digests: Digests) -> dict[str, Any]:
@@ -47,6 +53,8 @@ def resolved(config: SeraConfig, digests: Digests) -> dict[str, Any]:
     fields = config.result_fields()
     fields["model"].pop("source")
     fields["model"].pop("revision")
+    if "rater" in digests:
+        fields["pairing"].pop("by")
     for side in steps.SIDES:
         for source in fields["data"][side]:
             source.pop("path")

@@ -31,6 +31,7 @@ STEP_OF = {
     "scored": "review",
     "human": "select",
     "samples": "sample",
+    "ratings": "rate",
     "responses": "pair",
     "generated": "select",
     "mixture": "mix",

@@ -83,6 +83,18 @@ LEDGER = pa.schema(
         ("reason", pa.string()),
     ]
 )
+RATINGS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("rating", NATS),
+        ("failure", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("answer_tokens", pa.int32()),
+    ]
+)
+"""A rater's ratings of responses, in the responses' order and the rater's own unit; null where it was not
+asked (no text, or cut) or failed."""
 VERDICTS = pa.schema(
     [
         ("prompt_id", pa.string()),

@@ -16,13 +16,12 @@ from sera_core.extensions import Registry, is_own, source_hash
 from sera_core.judges.chat import ChatJudge, ChatRater, Endpoint
 from sera_core.judges.comparison import Judge
 from sera_core.judges.functions import FunctionJudge, FunctionRater, constant, word_count
+from sera_core.judges.names import CHAT, CONSTANT, REWARD, WORD_COUNT
 from sera_core.judges.prompts import PAIRWISE, SINGLE, Form, read_template
 from sera_core.judges.rating import RatedJudge, Rater
 from sera_core.judges.reward import RewardRater, reward_digest
 from sera_core.method.features import words
 
-CHAT, REWARD = "openai", "reward"
-WORD_COUNT, CONSTANT = "word-count", "constant"
 _FORMS = {f"{CHAT}:<model>": None, f"{REWARD}:<folder>": None}
 JUDGES: Registry[Any] = Registry("judge", {WORD_COUNT: word_count, CONSTANT: constant, **_FORMS})
 """Judges by name; openai: and reward: take the model after the colon."""

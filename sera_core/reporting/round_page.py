@@ -107,7 +107,7 @@ def _sentence(number: int, files: RoundFiles, blocks: Sequence[flow.Block]) -> s
         asked = {row["prompt_id"] for row in files.rows("responses", "responses.parquet", ["prompt_id"])}
         did += (
             f", made {words.plural(blocks[2].given, 'pair')} from {words.plural(answers, 'answer')} "
-            f"of the head to {words.plural(len(asked), 'prompt')}"
+            f"of the head to {words.plural(len(asked), 'prompt')}{_ordered_by(files)}"
         )
     total = files.size("mixture", "mixture.parquet")
     if "policy" not in files:
@@ -116,6 +116,16 @@ def _sentence(number: int, files: RoundFiles, blocks: Sequence[flow.Block]) -> s
         return f"{did}, and trained the policy on {total:,}."
     mix = f"{human.kept:,} human and {blocks[2].kept:,} generated pairs"
     return f"{did}, and trained the policy on {mix} ({words.percent(blocks[2].kept / total)} generated)."
+
+
+def _ordered_by(files: RoundFiles) -> str:
+    """Who ordered the answers, where it was not the implicit reward, and how often that agrees."""
+    if "ratings" not in files.artifacts:
+        return ""
+    rater = files.artifacts["ratings"].record.fields["rater"]["rater"]
+    agrees = files.artifacts["responses"].record.metrics.get("pairs/implicit_agrees")
+    also = "" if agrees is None else f", with which the implicit reward agrees in {words.percent(agrees)}"
+    return f" (ordered by the rater {rater}{also})"
 
 
 def noise_sentence(artifacts: Mapping[str, Artifact]) -> str | None:

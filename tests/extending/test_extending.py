@@ -27,7 +27,7 @@ from tasks.engines.dpo_trainer import _own_losses
 HERE = Path(__file__).parent
 OWN = {
     "select": {"rule": "my_method:middle", "fraction": 0.5},
-    "pairing": {"rule": "my_method:neighbours"},
+    "pairing": {"rule": "my_method:neighbours", "by": "my_method:vowels"},
     "train": {"losses": ["my_method:dpo_by_hand"]},
     "sampling": {"engine": "my_method:engine"},
     "decide": {"panel": ["tokens", "my_method:vowels"], "feature": "my_method:vowels"},

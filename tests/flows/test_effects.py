@@ -32,6 +32,7 @@ CASES = {
     "sampling.dtype": ("bfloat16", NO_SHARE, {**NO_SHARE, "evaluate": {"prompts": 0}}),
     "sampling.max_parity_nats": (0.5, {}, {"sampling": {"dtype": "bfloat16"}}),
     "pairing.rule": ("all", {}, NO_SHARE),
+    "pairing.by": ("word-count", {}, NO_SHARE),
     "pairing.allow_cut": (True, {}, NO_SHARE),
     "mix.ramp_start": (0.1, {"mix": {"shares": []}}, {"mix": {"shares": [], "ramp_rounds": 1}}),
     "mix.ramp_end": (0.9, {"mix": {"shares": []}}, {}),

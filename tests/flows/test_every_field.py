@@ -45,6 +45,7 @@ OTHER = {
     "sampling.dtype": "bfloat16",
     "sampling.prompts": 5,
     "sampling.max_parity_nats": 0.5,
+    "pairing.by": "word-count",
     "mix.shares": (0.4,),
     "mix.size": 9,
     "train.losses": ("ipo",),
@@ -99,7 +100,7 @@ DIGESTS: dict[str, dict] = {}
 
 def digests_of(config: SeraConfig) -> dict:
     """Digests of the sources; hashed once, since nothing rewrites them."""
-    named = f"{config.model.source} {config.data.model_dump_json()}"
+    named = f"{config.model.source} {config.pairing.by} {config.data.model_dump_json()}"
     if named not in DIGESTS:
         DIGESTS[named] = source_digests(config)
     return DIGESTS[named]
@@ -225,6 +226,7 @@ TOGETHER = [
     {"model": {"dtype": "bfloat16"}},
     {"sampling": {"prompts": "auto"}},
     {"pairing": {"rule": "best-random"}},
+    {"pairing": {"by": "word-count"}},
     {"mix": {"shares": []}},
     {"mix": {"shares": [], "ramp_rounds": 1}},
     {"mix": {"shares": [0.0]}},

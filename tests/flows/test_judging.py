@@ -519,18 +519,7 @@ def test_a_template_without_a_placeholder_is_refused(sera, kept_store, asking, t
 
 @pytest.fixture
 def reward_model(tmp_path):
-    """A random Llama with one score, on the tiny tokenizer."""
-    import torch
-    from transformers import LlamaForSequenceClassification
-
-    from sera_core.models.policies import load_policy
-
-    folder = tiny.tiny_policy(tmp_path / "reward", layers=1, hidden=32)
-    config = load_policy(folder).config
-    config.num_labels = 1
-    torch.manual_seed(0)
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    return tiny.tiny_reward_model(tmp_path / "reward")
 
 
 def test_a_reward_model_prefers_the_larger_score(sera, tmp_path, reward_model):

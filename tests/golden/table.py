@@ -1,9 +1,9 @@
 """What every step writes on a small fixed input, by version: `steps.json`, renewed by `make golden`.
 
-A run of two reviewed rounds in which a policy's log-probabilities and samples are drawn from hashes, so
-that the figures are the same on every processor; training is real, and compared to a part in a thousand. A
-step that writes something else from the same inputs under the same version is what the table is there to
-find: a store would hold old and new results under one key.
+A run of two reviewed rounds, and one whose responses a rater orders, in which a policy's log-probabilities
+and samples are drawn from hashes, so that the figures are the same on every processor; training is real, and
+compared to a part in a thousand. A step that writes something else from the same inputs under one version
+is what the table is there to find: a store would hold old and new results under one key.
 """
 
 import hashlib
@@ -169,18 +169,19 @@ def entries(folder: Path) -> dict[str, dict[str, str]]:
     side = tinyrun.write_rows(folder / "test.jsonl", [pair | {"id": 1} for pair in tinyrun.pairs(8, seed=5)])
     rows = tinyrun.pairs(32)
     tinyrun.write_rows(folder / "pairs.jsonl", [*rows, rows[3], rows[4] | {"rejected": rows[4]["chosen"]}])
-    config = tinyrun.config(
-        folder,
-        data={"test": [{"path": str(side)}], "on_overlap": "keep"},
-        decide={"min_pairs": 4, "on_alarm": "record"},
-    )
+    data = {"test": [{"path": str(side)}], "on_overlap": "keep"}
+    config = tinyrun.config(folder, data=data, decide={"min_pairs": 4, "on_alarm": "record"})
+    rated = tinyrun.config(folder, data=data, pairing={"by": "word-count"}, limits={"rounds": 2})
     with numbers_from_hashes():
         records = tinyrun.work(config, folder / "store")
+        other = tinyrun.work(rated, folder / "store", "rated").rounds()[1]
     found = Entries(records.store)
     for manifest in records.rounds():
         for ref in manifest.steps.values():
             if ref is not None:
                 found.add(ref)
+    for role in ("ratings", "responses"):
+        found.add(other.steps[role])
     tested = [held for round in records.rounds() if (held := records.test_evidence(round.round)) is not None]
     found.add(StepRef.model_validate(tested[0]["step"]))
     return found.found

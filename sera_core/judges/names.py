@@ -1,0 +1,38 @@
+"""Names of judges and raters, for the configuration: importing them loads nothing."""
+
+import difflib
+
+from sera_core.errors import InputError
+from sera_core.extensions import is_own
+
+CHAT, REWARD = "openai", "reward"
+"""Kinds that take a model after the colon."""
+WORD_COUNT, CONSTANT = "word-count", "constant"
+IMPLICIT = "implicit"
+"""`pairing.by`: the implicit reward of the policies, no rater."""
+BY = (IMPLICIT, WORD_COUNT, f"{REWARD}:<folder>", f"{CHAT}:<model>")
+
+
+def is_model(name: str) -> bool:
+    """Whether a name means a model: `reward:<folder>` or `openai:<model>`."""
+    kind, _, rest = name.partition(":")
+    return kind in (CHAT, REWARD) and bool(rest)
+
+
+def refuse_unknown_rater(name: str) -> None:
+    """Refuse a name that no rater can have.
+
+    Raises:
+        InputError: gives the nearest name.
+    """
+    if name in (IMPLICIT, WORD_COUNT) or is_model(name):
+        return
+    kind = name.partition(":")[0]
+    near = difflib.get_close_matches(kind, (IMPLICIT, WORD_COUNT, REWARD, CHAT), n=1, cutoff=0.6)
+    if is_own(name) and kind not in (CHAT, REWARD) and not near:
+        return
+    hint = f"did you mean {next(one for one in BY if one.startswith(near[0]))}? " if near else ""
+    raise InputError(
+        f"the rater {name!r} is unknown; {hint}choose one of {', '.join(BY)}, or module:function for one of "
+        "your own"
+    )

@@ -1,0 +1,157 @@
+"""`pairing.by`: a reward model, a chat model or a function orders the responses; margins stay implicit."""
+
+import json
+import tomllib
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import tiny
+import tinyrun
+from judgeserver import Reply, failing, judge_server
+
+from sera_core.artifacts import schema
+from sera_core.artifacts.manifest import Artifact
+from sera_core.config import SeraConfig
+from sera_core.errors import InputError, SeraError
+from sera_core.judges import chat
+from sera_core.judges.rating import Question
+from sera_core.judges.reward import RewardRater
+from sera_core.method.features import words
+
+ALL_PAIRS = {"select_generated": {"rule": "none"}, "limits": {"rounds": 2}}
+
+
+@pytest.fixture
+def asking(monkeypatch):
+    """Environment of an OpenAI-compatible rater."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(chat, "FIRST_WAIT", 0.01)
+    return lambda server: monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+
+
+def rated(records) -> tuple[Artifact, Artifact, dict[tuple[str, int], dict]]:
+    """Round 1: its ratings, its pairs, and its samples by prompt and number."""
+    steps = records.rounds()[1].steps
+    made = {role: Artifact(records.store, steps[role]) for role in ("ratings", "responses", "samples")}
+    path = made["samples"].path("responses.parquet")
+    samples = {(row["prompt_id"], row["sample"]): row for row in schema.iter_rows(path)}
+    return made["ratings"], made["responses"], samples
+
+
+def best_and_worst(samples, value) -> dict[str, tuple[float, float]]:
+    """Largest and smallest value of each prompt's responses that have text; without prompts that tie."""
+    found = defaultdict(list)
+    for (prompt, _), row in samples.items():
+        if row["response"].strip():
+            found[prompt].append(value(row["response"]))
+    return {prompt: (max(v), min(v)) for prompt, v in found.items() if max(v) > min(v)}
+
+
+def paired(responses: Artifact, value) -> dict[str, tuple[float, float]]:
+    """The values of the chosen and the rejected response of each pair."""
+    rows = schema.iter_rows(responses.path("pairs.parquet"))
+    return {
+        row["prompt_id"]: tuple(value(row[side][0]["content"]) for side in ("chosen", "rejected"))
+        for row in rows
+    }
+
+
+def test_a_rater_orders_the_responses_and_the_margins_stay_implicit(tmp_path):
+    """The word count is a second way to compute who is best; margins come from log-probabilities alone."""
+    config = tinyrun.config(tmp_path, pairing={"by": "word-count"}, **ALL_PAIRS)
+    records = tinyrun.work(config, tmp_path / "store")
+    ratings, responses, samples = rated(records)
+
+    def count(text):
+        return words("", text)
+
+    assert paired(responses, count) == best_and_worst(samples, count) != {}
+    table = schema.read_table(ratings.path("ratings.parquet"), schema.RATINGS).to_pylist()
+    assert [(row["prompt_id"], row["sample"]) for row in table] == list(samples)
+    scored = schema.read_table(responses.path("scored.parquet"), schema.SCORED)
+    policy, reference = (
+        scored[f"{who}_chosen_logps"].to_numpy() - scored[f"{who}_rejected_logps"].to_numpy()
+        for who in ("policy", "ref")
+    )
+    np.testing.assert_allclose(scored["margin"].to_numpy(), policy - reference, atol=2e-6)
+    share = float(np.mean(scored["ensemble_margin"].to_numpy() > 0))
+    assert responses.record.metrics["pairs/implicit_agrees"] == pytest.approx(share)
+    assert ratings.record.counts["rated"] + ratings.record.counts["not_asked"] == len(samples)
+
+
+def test_a_reward_model_orders_the_responses(tmp_path):
+    folder = tiny.tiny_reward_model(tmp_path / "reward")
+    config = tinyrun.config(tmp_path, pairing={"by": f"reward:{folder}"}, **ALL_PAIRS)
+    records = tinyrun.work(config, tmp_path / "store")
+    ratings, responses, samples = rated(records)
+    rater = RewardRater(folder, "cpu")
+    path = Artifact(records.store, records.rounds()[1].steps["pairs"]).path("prompts.parquet")
+    prompts = {row["prompt_id"]: row["prompt"] for row in schema.iter_rows(path)}
+    for row in schema.iter_rows(ratings.path("ratings.parquet")):
+        text = samples[row["prompt_id"], row["sample"]]["response"]
+        if text.strip():
+            (again,) = rater.rate([Question(prompts[row["prompt_id"]], text)])
+            assert again.value == row["rating"]
+    assert ratings.record.fields["rater"]["rater"] == "reward" and responses.record.counts["pairs"] > 0
+    assert str(tmp_path) not in json.dumps(ratings.record.fields)
+    settings = json.loads((folder / "config.json").read_text()) | {"pad_token_id": 1}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="rater"):
+        tinyrun.work(config, tmp_path / "store")
+
+
+def test_a_chat_model_orders_the_responses_and_is_asked_once_for_each(tmp_path, asking):
+    """A continued step asks only for what failed; a text is rated once for each prompt."""
+    config = tinyrun.config(tmp_path, pairing={"by": "openai:m"}, **ALL_PAIRS)
+
+    def by_length(question):
+        return Reply(json.dumps({"rating": 1 + min(9, len(question.first) % 10)}))
+
+    with judge_server(failing(503, times=10**6)) as server:
+        asking(server)
+        with pytest.raises(SeraError, match="the rater openai:m answered none of"):
+            tinyrun.work(config.model_copy(), tmp_path / "store")
+        before = len(server.questions)
+        server.mode = by_length
+        records = tinyrun.work(config, tmp_path / "store")
+        texts = [q.body["messages"][0]["content"] for q in server.questions[before:]]
+    ratings, responses, samples = rated(records)
+    assert len(texts) == len(set(texts))
+    value = {row["response"]: 1 + min(9, len(row["response"]) % 10) for row in samples.values()}
+    assert paired(responses, value.__getitem__) == best_and_worst(samples, value.__getitem__)
+    assert ratings.record.metrics["rater/prompt_tokens"] == 100 * len(texts)
+    assert records.rounds()[1].metrics["tokens"] < 10**6  # a rater's tokens are not the run's
+
+
+@pytest.mark.parametrize(
+    ("by", "said"),
+    [
+        ("implict", "did you mean implicit?"),
+        ("rewards:folder", "did you mean reward:<folder>?"),
+        ("reward:", "did you mean reward:<folder>?"),
+        ("openai", "did you mean openai:<model>?"),
+        ("judge", "choose one of implicit, word-count"),
+        ("no_module:f", "SERA_EXTENSIONS=no_module"),
+        ("reward:https://user:secret@host/x", "credentials"),
+    ],
+)
+def test_a_rater_that_cannot_be_is_refused(tmp_path, by, said):
+    settings = tinyrun.settings(tmp_path, pairing={"by": by})
+    with pytest.raises(ValueError, match=said.replace("?", r"\?")) as refused:
+        SeraConfig.model_validate(settings)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_rater_that_is_not_there_is_refused_before_the_work(tmp_path, sera, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for by, said in (
+        (f"reward:{tmp_path}/none", "no folder with a config.json"),
+        ("openai:m", "needs a key"),
+    ):
+        experiment = tinyrun.experiment(tmp_path, pairing={"by": by})
+        found = sera("run", experiment, "--store", tmp_path / "store", code=2)
+        assert said in found.err
+    assert tomllib.loads(experiment.read_text())["pairing"]["by"] == "openai:m"
+    assert not list((tmp_path / "store").glob("steps/*")) if (tmp_path / "store").exists() else True
