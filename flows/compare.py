@@ -16,6 +16,7 @@ from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError, SeraError
+from sera_core.judges.names import IMPLICIT
 
 Finish = Callable[[SeraConfig, str], bool]
 """Does all rounds of a run by its name; whether there was anything to do."""
@@ -34,6 +35,11 @@ def check_comparison(config: SeraConfig, arms: Sequence[str], seeds: Sequence[in
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"--seeds {','.join(map(str, seeds))}: give at least one seed, each once")
     for arm in arms:
+        if ARMS[arm].needs_rater and config.pairing.by == IMPLICIT:
+            raise InputError(
+                f"the arm {arm} is about a rater, but the experiment has none; set pairing.by (a reward "
+                "model, a chat model or a function of your own)"
+            )
         if config.limits.rounds <= (first := ARMS[arm].first_round):
             raise InputError(
                 f"limits.rounds = {config.limits.rounds}: the arm {arm} differs from round {first} on; set "

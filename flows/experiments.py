@@ -175,6 +175,9 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
             given = section[side]
             sources = given if isinstance(given, list) else [given]
             section[side] = [_source(source, folder) for source in sources]
+    by = (data.get("pairing") or {}).get("by") if isinstance(data.get("pairing"), dict) else None
+    if isinstance(by, str) and by.startswith("reward:") and (folder / by.removeprefix("reward:")).is_dir():
+        data["pairing"]["by"] = f"reward:{(folder / by.removeprefix('reward:')).resolve()}"
     model = data.get("model")
     if isinstance(model, str):
         data["model"] = model = {"source": model}

@@ -1,7 +1,7 @@
 """The arms of `sera compare`: an experiment with a few other settings, in the same loop.
 
-An arm changes what a round trains on, never how it is trained or measured. Round 0 has nothing to review by,
-so it is the same in all of them.
+An arm changes what a round trains on and how its rewards are computed, never how a round is measured. Round 0
+has nothing to review by, so it is the same in all of them (but for `dpo-single`).
 """
 
 import difflib
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sera_core.errors import InputError
+from sera_core.judges.names import IMPLICIT
 
 SERA = "sera"
 """The experiment as it is."""
@@ -27,10 +28,17 @@ class Arm:
     """The first round in which it differs."""
     one_round: bool = False
     """Whether the tokens of all rounds are spent in one round."""
+    needs_rater: bool = False
+    """Whether the experiment must name a rater (`pairing.by`)."""
 
 
 def _selection(rule: str) -> dict[str, dict[str, Any]]:
     return {"select": {"rule": rule}, "select_generated": {"rule": rule}}
+
+
+def _generated_only(share: float) -> dict[str, dict[str, Any]]:
+    """No selection, and a fixed share of pairs of the policy's own responses."""
+    return {"select": {"rule": "none"}, "select_generated": {"rule": "none"}, "mix": {"shares": [share]}}
 
 
 _ALL_HUMAN = {"select": {"rule": "none"}, "mix": {"shares": [0.0]}}
@@ -48,6 +56,52 @@ ARMS: dict[str, Arm] = {
         "All human pairs in one round that trains as long as all rounds together: what rounds do.",
         "DPO, arXiv 2305.18290",
         one_round=True,
+    ),
+    "iterative-dpo": Arm(
+        _generated_only(1.0),
+        "All pairs that the rater orders and no human ones after round 0: the usual iteration.",
+        "iterative DPO with a reward model, as in arXiv 2312.11456",
+        needs_rater=True,
+    ),
+    "implicit": Arm(
+        {"pairing": {"by": IMPLICIT}},
+        "Responses ordered by the implicit reward: what the rater adds.",
+        _REVIEWS,
+        needs_rater=True,
+    ),
+    "dice": Arm(
+        {
+            **_generated_only(0.5),
+            "pairing": {"by": IMPLICIT},
+            "review": {"gamma": 0.0, "length_penalty": "dice"},
+        },
+        "The closest peer: implicit rewards with a length penalty, half of each round human pairs, no "
+        "selection.",
+        "DICE, arXiv 2406.09760",
+    ),
+    "spa": Arm(
+        {
+            **_generated_only(1.0),
+            "pairing": {"by": IMPLICIT},
+            "sampling": {"responses": 2},
+            "review": {"gamma": 0.0, "reference": "initial"},
+            "train": {"reference": "previous"},
+        },
+        "Two responses a prompt, ordered by the implicit reward, trained against the previous policy. SPA's "
+        "smoothing of the least confident pairs is left out.",
+        "SPA, arXiv 2406.04412, read second-hand",
+    ),
+    "curry": Arm(
+        {**_ALL_HUMAN, "mix": {"shares": [0.0], "order": "easy-first"}},
+        "As dpo, but the pairs with the largest margins first: whether their order matters.",
+        "Curry-DPO, arXiv 2403.07230, which orders by ratings",
+    ),
+    "bees": Arm(
+        {"review": {"gamma": 0.5, "ensemble": "last-two"}},
+        "Margins of the last two heads fused with equal weights.",
+        "BeeS, arXiv 2502.14560, with p = σ(margin): its fusion Πp/(Πp + Π(1−p)) orders pairs by the sum of "
+        "margins",
+        first_round=2,
     ),
     "random": Arm(
         _selection("random"),

@@ -293,6 +293,9 @@ class MixConfig(Part):
     """Number of pairs to train on; empty: the number of human pairs kept."""
     on_short: Literal["keep-share", "fill"] = "keep-share"
     """When one kind has too few pairs: keep the share and train on fewer, or fill up with the other kind."""
+    order: Literal["shuffled", "easy-first", "hard-first"] = "shuffled"
+    """Order of the pairs in the first pass over the mixture. easy-first: the largest ensemble margin first
+    (Curry-DPO, which orders by ratings). Later passes and round 0, which has no margins, are shuffled."""
 
 
 class TrainConfig(Part):
@@ -596,5 +599,6 @@ ADDED_LATER = {
     "train": ("tokens",),
     "decide": ("metric", "feature", "panel"),
     "pairing": ("by",),
+    "mix": ("order",),
 }
 """Settings, by section, that runs of the first version do not have."""

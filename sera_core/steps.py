@@ -12,6 +12,7 @@ from sera_core.artifacts.manifest import StepRef, StepSpec
 from sera_core.config import SelectConfig, SeraConfig
 from sera_core.data.folds import Fold
 from sera_core.extensions import is_own, sources
+from sera_core.method.mixing import SHUFFLED
 from sera_core.method.selection import UNORDERED_RULES
 
 Ref = StepRef | None
@@ -222,6 +223,7 @@ def mix(
         "size": None if round == 0 else config.mix.size,
         "on_short": config.mix.on_short,
         "by_rank": [origin for origin, rules in sides.items() if rules.rule not in UNORDERED_RULES],
+        **({} if round == 0 or config.mix.order == SHUFFLED else {"order": config.mix.order}),
     }
     return _spec("mix", fields, inputs)
 

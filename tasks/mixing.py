@@ -16,7 +16,7 @@ from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.step import Attempt
 from sera_core.artifacts.streaming import Lookup, Scatter, Writer, numbers, row_groups, strings, texts
 from sera_core.errors import SeraError
-from sera_core.method.mixing import mix, training_order
+from sera_core.method.mixing import SHUFFLED, mix, training_order
 
 
 def mix_pairs(attempt: Attempt) -> list[str]:
@@ -62,7 +62,7 @@ class _Side:
         self._ledger: Path | None = None
         self._kept = np.empty(0, dtype=np.int64)
         self.ids, self._turned = np.empty(0, dtype="U16"), np.empty(0, dtype=bool)
-        ranks = np.empty(0, dtype=np.int64)
+        ranks, self.margins = np.empty(0, dtype=np.int64), np.empty(0)
         if f"{origin}_ledger" in attempt.spec.inputs:
             path = self._ledger = attempt.input(f"{origin}_ledger").path("ledger.parquet")
             kept = numbers(path, schema.LEDGER, "kept").astype(bool)
@@ -70,6 +70,8 @@ class _Side:
             self.ids = strings(path, schema.LEDGER, "pair_id")[kept]
             self._turned = (strings(path, schema.LEDGER, "reason") == "relabelled")[kept]
             ranks = numbers(path, schema.LEDGER, "rank")[kept].astype(np.int64)
+            margins = numbers(path, schema.LEDGER, "ensemble_margin")[kept].astype(np.float64)
+            self.margins = np.where(self._turned, -margins, margins)  # as the pair is trained on
         # A rule without an order: all places are equal, so the mix takes a seeded draw.
         self.places = ranks if origin in attempt.fields["by_rank"] else np.zeros_like(ranks)
         self._over = np.empty(0, dtype=np.int64)
@@ -203,7 +205,10 @@ def _keys(prompts: Any, samples: Any) -> np.ndarray:
 
 def _write_mixture(attempt: Attempt, taken: dict[_Side, np.ndarray], total: int) -> None:
     ids = np.concatenate([side.ids[chosen] for side, chosen in taken.items()])
-    order = training_order(ids, derived_seed(attempt.fields["seed"], attempt.fields["round"], "order"))
+    fields = attempt.fields
+    margins = np.concatenate([side.margins[chosen] for side, chosen in taken.items()])
+    seed = derived_seed(fields["seed"], fields["round"], "order")
+    order = training_order(ids, seed, margins, fields.get("order", SHUFFLED))
     places = np.empty(total, dtype=np.int64)
     places[order] = np.arange(total)
     held = schema.as_held(schema.MIXTURE, *(side.schema for side, chosen in taken.items() if chosen.size))

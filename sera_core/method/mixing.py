@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from sera_core.method.selection import round_half_up
 
 ON_SHORT = ("keep-share", "fill")
+SHUFFLED = "shuffled"
+ORDERS = (SHUFFLED, "easy-first", "hard-first")
+"""Orders of the pairs in training."""
 SPARE_PROMPTS = 1.25
 """Prompts to sample beyond the expected need, as a factor; ours.
 
@@ -188,19 +191,39 @@ def drops_most(kept: int, mixed: int) -> bool:
     return mixed < kept // 2
 
 
-def training_order(ids: Sequence[str] | np.ndarray, seed: int) -> Int[np.ndarray, " pair"]:
+def training_order(
+    ids: Sequence[str] | np.ndarray,
+    seed: int,
+    margins: Float[np.ndarray, " pair"] | None = None,
+    order: str = SHUFFLED,
+) -> Int[np.ndarray, " pair"]:
     """Indices of the pairs in training order: seeded, and independent of the input order.
 
-    Pairs are sorted by sha256 of seed and id, so adding or removing a pair keeps the order of the others.
+    Pairs are sorted by sha256 of seed and id, so adding or removing a pair keeps the order of the others. A
+    curriculum sorts them by margin first: `easy-first` the largest first, as Curry-DPO (arXiv 2403.07230) by
+    the difference of ratings; `hard-first` the reverse, a control of ours.
+
+    Args:
+        ids: the pairs' ids.
+        seed: seed of the hashes.
+        margins: ensemble margin of each pair as it is trained on, in nats; only for a curriculum.
+        order: one of `ORDERS`.
 
     Raises:
-        ValueError: ids repeat.
+        ValueError: ids repeat, an unknown order, or a curriculum without finite margins.
     """
+    if order not in ORDERS:
+        raise ValueError(f"The order {order!r} is unknown; choose one of {', '.join(ORDERS)}.")
     if np.unique(np.asarray(ids)).size != len(ids):
         raise ValueError(
             "Some ids repeat, so their order would depend on the input order; drop duplicate pairs first."
         )
-    return np.argsort(_hashes("order", ids, seed), kind="stable").astype(np.int64)
+    hashes = _hashes("order", ids, seed)
+    if order == SHUFFLED:
+        return np.argsort(hashes, kind="stable").astype(np.int64)
+    if margins is None or not np.isfinite(margins).all():
+        raise ValueError(f"The order {order!r} needs a finite margin of every pair.")
+    return np.lexsort((hashes, -margins if order == "easy-first" else margins)).astype(np.int64)
 
 
 def _bounds(h: int, s: float, size: int | None) -> list[float | int]:

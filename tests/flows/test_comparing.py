@@ -3,6 +3,8 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tinyrun
 from commandline import process
@@ -13,11 +15,14 @@ from flows.display.compare_words import difference as difference_words
 from flows.display.compared import compared
 from flows.display.compared_alarm import ArmAlarm, alarm_words
 from sera_core.arms import ARMS
+from sera_core.artifacts.manifest import Artifact
+from sera_core.artifacts.store import open_store
 from sera_core.errors import InputError, SeraError
 from sera_core.method.alarm import RANDOM, PanelAlarm
 from sera_core.method.comparison import Difference
 from sera_core.method.diagnostics import Alarm
 from sera_core.method.estimates import Estimate
+from sera_core.method.rewards import ensemble_reward, ensemble_weights
 from sera_core.method.selection import SELECTION_RULES
 from sera_core.method.win_rates import NO_RATE
 
@@ -26,7 +31,10 @@ EVERY = list(ARMS)
 
 @pytest.fixture
 def config(tmp_path):
-    return tinyrun.config(tmp_path, train={"epochs": 2}, select={"fraction": 0.5})
+    """An experiment that every arm differs from."""
+    return tinyrun.config(
+        tmp_path, train={"epochs": 2}, select={"fraction": 0.5}, pairing={"by": "word-count"}
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the table
@@ -42,10 +50,15 @@ def test_an_arm_differs_from_the_experiment_in_its_own_settings_alone(config, ar
         for name in part.keys() | found[section].keys()
         if part.get(name) != found[section].get(name)
     }
-    named = {f"{section}.{name}" for section, part in ARMS[arm].settings.items() for name in part}
+    named = {
+        f"{section}.{name}"
+        for section, part in ARMS[arm].settings.items()
+        for name, value in part.items()
+        if getattr(getattr(config, section), name) != value
+    }
     robbed = changed - named  # settings of the file that have no effect in the arm
     assert named <= changed
-    assert all(name.split(".")[0] in ("select", "sampling", "pairing") for name in robbed)
+    assert all(name.split(".")[0] in ("select", "sampling", "pairing", "review") for name in robbed)
     assert found["seed"] == 3 and arm_config(config, arm, 3).limits == config.limits
 
 
@@ -57,6 +70,15 @@ def test_each_arm_says_what_it_shows_and_where_it_is_from():
     assert all(arm.shows.endswith(".") and arm.source for arm in ARMS.values())
     rules = [arm.settings["select"]["rule"] for arm in ARMS.values() if "select" in arm.settings]
     assert set(rules) <= set(SELECTION_RULES)
+
+
+def test_the_fusion_of_bees_orders_pairs_by_the_sum_of_their_margins():
+    """Πp/(Πp + Π(1−p)) with p = σ(margin), by its own formula against the margins that the arm selects by."""
+    now, past = np.random.default_rng(0).normal(0, 2, (2, 200))
+    p, q = (1 / (1 + np.exp(-margins)) for margins in (now, past))
+    fused = p * q / (p * q + (1 - p) * (1 - q))
+    weights = ensemble_weights("last-two", ARMS["bees"].settings["review"]["gamma"], 2)
+    np.testing.assert_array_equal(np.argsort(fused), np.argsort(ensemble_reward([now, past], weights)))
 
 
 def test_a_control_selects_generated_pairs_as_it_selects_human_ones(config):
@@ -96,6 +118,8 @@ def test_an_experiment_with_a_budget_of_its_own_keeps_it_in_round_0(tmp_path):
         (["sera", "dpo"], {"mix": {"shares": [0.0]}, "select": {"rule": "none"}}, "dpo has the same"),
         (["sera", "gamma-0"], {"review": {"gamma": 0.0}}, "gamma-0 has the same settings as sera"),
         (["sera", "gamma-0"], {"limits": {"rounds": 2}}, "gamma-0 differs from round 2 on"),
+        (["sera", "iterative-dpo"], {}, "the arm iterative-dpo is about a rater"),
+        (["sera", "bees"], {"review": {"gamma": 0.5}}, "bees has the same settings as sera"),
         (["sera", "dpo"], {"limits": {"rounds": 1}}, "set limits.rounds to 2 or more"),
         (["sera", "dpo"], {"limits": {"tokens": 10}}, "limits.tokens and limits.hours"),
         (["sera", "dpo"], {"limits": {"hours": 1.0}}, "limits.tokens and limits.hours"),
@@ -309,3 +333,45 @@ def test_one_round_of_all_tokens_shares_nothing_but_the_measure(tmp_path):
     assert "Arms of &lt;b&gt;tiny" in page and "dpo-single against sera" in page
     assert page.count("<circle") == 3 and ARMS["dpo-single"].shows in page  # two rounds and one
     assert asdict(found.differences["dpo-single"])["balanced"]["pairs"] > 0
+
+
+@pytest.mark.slow
+def test_the_peers_run_as_arms_for_equal_tokens(tmp_path):
+    """Each does what its paper says it does, as far as the arm says so; read from the artifacts."""
+    store = tmp_path / "store"
+
+    def finish(config, run):
+        return bool(tinyrun.work(config, store, run).rounds())
+
+    config = tinyrun.config(tmp_path, pairing={"by": "word-count"}, mix={"shares": [0.5]})
+    names = ["sera", "iterative-dpo", "implicit", "dice", "spa", "curry", "bees"]
+    found = compared(run_arms(config, names, [0], "tiny", str(store), finish))
+    last = {arm: by_seed[0].rounds[-1] for arm, by_seed in found.arms.items()}
+    assert {round.round for round in last.values()} == {2}
+    first = last["sera"].metrics["tokens/trained"]
+    assert all(round.metrics["tokens/trained"] >= first for round in last.values())
+    opened = open_store(str(store))
+    made = {arm: {role: Artifact(opened, ref) for role, ref in last[arm].steps.items()} for arm in names}
+    assert {arm for arm in names if "ratings" in made[arm]} == {"sera", "iterative-dpo", "bees"}
+    origins = {arm: set(column(made[arm]["mixture"], "mixture.parquet", "origin")) for arm in names}
+    assert origins["iterative-dpo"] == origins["spa"] == {"generated"} and origins["curry"] == {"human"}
+    assert origins["dice"] == origins["bees"] == {"human", "generated"}
+    assert made["dice"]["responses"].record.metrics["length_penalty/alpha"] is not None
+    spa = made["spa"]
+    assert set(column(spa["samples"], "responses.parquet", "sample")) == {0, 1}
+    assert spa["policy"].record.fields["start_is_reference"]  # trained against the previous policy
+    assert made["bees"]["scored"].record.fields["weights"] == [0.5, 0.5]
+    margins = dict(
+        zip(
+            column(made["curry"]["scored"], "scored.parquet", "pair_id"),
+            column(made["curry"]["scored"], "scored.parquet", "ensemble_margin"),
+            strict=True,
+        )
+    )
+    in_order = [margins[pair] for pair in column(made["curry"]["mixture"], "mixture.parquet", "pair_id")]
+    assert in_order == sorted(in_order, reverse=True) and len(set(in_order)) > 5
+
+
+def column(artifact: Artifact, file: str, name: str) -> list:
+    """A column of a step's file."""
+    return pq.read_table(artifact.path(file), columns=[name])[name].to_pylist()

@@ -165,6 +165,20 @@ def test_the_training_order_is_a_permutation_that_does_not_see_the_input_order(i
     assert [without[i] for i in training_order(without, seed)] == [ids[i] for i in order if i != 0]
 
 
+@pytest.mark.parametrize(("order", "sign"), [("easy-first", -1), ("hard-first", 1)])
+def test_a_curriculum_goes_by_margin_and_equal_ones_by_the_seed(order, sign):
+    ids, margins = [str(i) for i in range(30)], np.arange(30) % 3 / 2
+    found = training_order(ids, 0, margins, order)
+    assert (np.diff(sign * margins[found]) >= 0).all() and sorted(found) == list(range(30))
+    hashed = training_order(ids, 0)
+    for value in np.unique(margins):
+        same = [i for i in found if margins[i] == value]
+        assert same == [i for i in hashed if margins[i] == value]
+    for wrong, held in (("hardest", margins), (order, None), (order, np.full(30, np.nan))):
+        with pytest.raises(ValueError, match="order"):
+            training_order(ids, 0, held, wrong)
+
+
 def test_another_seed_trains_in_another_order():
     ids = [str(i) for i in range(30)]
     assert training_order(ids, 0).tolist() != training_order(ids, 1).tolist()
