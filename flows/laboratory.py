@@ -18,13 +18,24 @@ FILES = {
     "corr": "all labels are right, but the better answer is longer in 70 % of the pairs of unequal length",
 }
 """Bundled train files `review_<name>.jsonl.gz`, and what is planted in each."""
+FLIPPED = {f"flipped-{percent}": percent / 100 for percent in (10, 20, 30, 40)}
+"""The file corr with this fraction of its labels flipped at random: does the selection find them?"""
+FILES |= {
+    name: f"corr, with {fraction:.0%} of its labels flipped at random" for name, fraction in FLIPPED.items()
+}
 VERSION = 1
 """Of the step `base`; raise it when the training changes."""
 
 
 def train_file(name: str) -> str:
     """The source of one of FILES."""
-    return f"bundled:review_{name}.jsonl.gz"
+    return f"bundled:review_{'corr' if name in FLIPPED else name}.jsonl.gz"
+
+
+def settings_of(name: str) -> list[str]:
+    """The settings of one of FILES, as for `--set`."""
+    flipped = [f"data.flip_fraction={FLIPPED[name]}"] if name in FLIPPED else []
+    return [f"data.train={train_file(name)}", *flipped]
 
 
 def base_policy(store_url: str, recipe: dict[str, Any] | None = None) -> Path:

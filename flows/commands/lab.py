@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from flows.compare import check_comparison, run_arms
 from flows.display.compare_page import check_page, write_page
 from flows.display.compared import Compared, as_json, compared
 from flows.experiments import load_experiment
-from flows.laboratory import FILES, base_policy, train_file
+from flows.flipped_labels import Found, flipped_found, flips_in_words
+from flows.laboratory import FILES, base_policy, settings_of
 from flows.length_only import Preferred, in_words, longer_preferred
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
@@ -22,6 +24,7 @@ EXPERIMENT = "bundled:lab"
 ELSEWHERE = {
     "seed": "the seeds are given with --seeds",
     "data.train": "the train files are given with --files; `sera compare` takes your own",
+    "data.flip_fraction": "--files has files with flipped labels",
     "model.source": "the laboratory trains its start policy; `sera compare bundled:lab` takes another one",
 }
 """Settings that the laboratory sets itself."""
@@ -52,29 +55,37 @@ def lab_command(args: argparse.Namespace) -> int:
     policy = base_policy(args.store)
     found: dict[str, Compared] = {}
     longer: dict[str, Preferred] = {}
+    flipped: dict[str, Found] = {}
     with finishing(args) as finish:  # one server for all files: Prefect keeps the first one's address
         for file in files:
             config = _config(file, args.set, policy)
             runs = run_arms(config, arms, seeds, _name(file), args.store, finish)
             found[file], longer[file] = compared(runs), longer_preferred(runs)
+            flipped[file] = flipped_found(runs)
             folder = _folder(args.out, file)
             page = None if folder is None else write_page(found[file], _name(file), folder)
             if not args.json:
                 print_text(f"{file}: {FILES[file]}.")
                 print_comparison(found[file], _name(file), args.seeds, page)
                 print_text(in_words(longer[file]))
+                for line in flips_in_words(flipped[file]):
+                    print_text(line)
     if args.json:
-        print(json.dumps({"arms": {file: _arms(found[file], longer[file]) for file in files}}))
+        arms_of = {file: _arms(found[file], longer[file], flipped[file]) for file in files}
+        print(json.dumps({"arms": arms_of}))
     return 0
 
 
-def _arms(found: Compared, longer: Preferred) -> dict[str, Any]:
-    """Each run as in `sera compare --json`, with the pairs that differ in length only."""
+def _arms(found: Compared, longer: Preferred, flipped: Found) -> dict[str, Any]:
+    """Each run as in `sera compare --json`, with the pairs that differ in length only, and flipped labels."""
     arms = as_json(found)["arms"]
     for arm, by_seed in longer.items():
         for seed, shares in by_seed.items():
             shown = {"length_only": shares[max(shares)], "length_only_round_0": shares[min(shares)]}
             arms[arm][str(seed)] |= shown
+    for arm, by_seed in flipped.items():
+        for seed, counted in by_seed.items():
+            arms[arm][str(seed)]["flipped"] = asdict(counted)
     return arms
 
 
@@ -88,7 +99,7 @@ def _check(file: str, args: argparse.Namespace, arms: list[str], seeds: list[int
 
 def _config(file: str, sets: list[str], policy: Path | None = None) -> SeraConfig:
     source = [] if policy is None else [f"model.source={policy}"]
-    return load_experiment(EXPERIMENT, [f"data.train={train_file(file)}", *source, *sets])
+    return load_experiment(EXPERIMENT, [*settings_of(file), *source, *sets])
 
 
 def _name(file: str) -> str:

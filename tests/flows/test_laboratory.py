@@ -109,7 +109,7 @@ def test_the_arms_run_on_the_bundled_pairs(tmp_path, monkeypatch):
         "--set",
         "train.batch=8",
     ]
-    files = ["--files", "flip,noise", "--seeds", "0", "--arms", "sera,random"]
+    files = ["--files", "flip,flipped-40", "--seeds", "0", "--arms", "sera,random"]
     command = ["lab", *files, "--store", str(tmp_path / "store"), *few]
     done = run(code, *command, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
@@ -117,7 +117,19 @@ def test_the_arms_run_on_the_bundled_pairs(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "flip" / "compare.html").is_file()
     assert "Longer answer preferred" in done.stdout
     found = json.loads(run(code, *command, "--json").stdout)
-    assert set(found["arms"]) == {"flip", "noise"}
+    assert set(found["arms"]) == {"flip", "flipped-40"}
+    assert "flipped" not in found["arms"]["flip"]["sera"]["0"]
+    flips = found["arms"]["flipped-40"]["sera"]["0"]["flipped"]
+    records = RunStore(open_store(str(tmp_path / "store")), "lab-flipped-40-sera-0")
+    steps = {role: Artifact(records.store, ref) for role, ref in records.rounds()[1].steps.items()}
+    turned = set(json.loads(steps["pairs"].path("flipped.json").read_text()))
+    ledger = pq.read_table(steps["mixture"].path("ledger.parquet")).to_pylist()
+    judged = [row for row in ledger if row["origin"] == "human" and row["stage"] in ("select", "mix")]
+    dropped = [row["pair_id"] for row in judged if not row["kept"]]
+    assert flips["flipped"] == len(turned) == 10 and flips["dropped_in_all"] == len(dropped)
+    assert flips["dropped"] == len(turned & set(dropped))
+    assert flips["dropped_by_chance"] == pytest.approx(len(dropped) * len(turned) / len(judged), abs=1e-3)
+    assert "sera, flipped labels:" in done.stdout and "flip, flipped" not in done.stdout
     assert set(found["arms"]["flip"]) == {"sera", "random"}
     assert {"balanced", "reliance", "counter", "aligned", "equal"} <= set(found["arms"]["flip"]["sera"]["0"])
     check_length_only(tmp_path / "store", found["arms"]["flip"]["sera"]["0"])
