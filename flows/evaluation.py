@@ -5,6 +5,7 @@ Nothing here decides about a round.
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sera_core.config import ExecutionConfig
 from sera_core.data.preferences import Pair
 from sera_core.errors import InputError
 from sera_core.judges.named import NamedJudge
-from sera_core.judges.verdicts import CALIBRATE_STEP, JUDGE_STEP, Item, newest_calibration, told
+from sera_core.judges.verdicts import CALIBRATE_STEP, JUDGE_STEP, Item, Told, newest_calibration, told
 from tasks.judging import CALIBRATION, VERDICTS, calibrate, judge_answers
 
 VERSIONS = {JUDGE_STEP: 1, CALIBRATE_STEP: 1}
@@ -53,15 +54,58 @@ def evaluate_rounds(
         raise InputError(
             f"{what} and --against are the same round, {against}; name another with --round or --against"
         )
-    first, second = (_evidence(records, number) for number in (judged, against))
-    items, unpaired = _items(records.store, first, second)
+    first, second = (evidence_of(records, number) for number in (judged, against))
+    answers = judged_answers(records.store, first, second, named, limit, tell)
+    return {
+        "run": records.run,
+        "round": judged,
+        "against": against,
+        "judge": named.name,
+        "prompts": len({item.prompt_id for item in answers.items}),
+        "unpaired": answers.unpaired,
+        **answers.told.counts,
+        **answers.told.figures,
+        "calibration": calibration_of(records.store, named),
+        "step": answers.step,
+    }
+
+
+@dataclass(frozen=True)
+class JudgedAnswers:
+    """The answers of two rounds to the same held-out prompts, and what a judge says of them."""
+
+    items: list[Item]
+    unpaired: int
+    """Answers without a counterpart."""
+    told: Told
+    step: str
+    """Key of the step."""
+
+
+def judged_answers(
+    store: Store, first: StepRecord, second: StepRecord, named: NamedJudge, limit: int | None, tell: Tell
+) -> JudgedAnswers:
+    """Ask a judge about two rounds, of one run or of two; verdicts in the store are not asked for again.
+
+    Args:
+        store: the store.
+        first, second: the rounds' evidence (`evidence_of`).
+        named: the judge.
+        limit: compare the answers to this many prompts; None: all.
+        tell: called with what this process waits for.
+
+    Raises:
+        InputError: the rounds have no held-out prompt in common.
+        SeraError: the judge failed more often than it answered.
+    """
+    items, unpaired = _items(store, first, second)
     if not items:
         raise InputError(
-            f"rounds {judged} and {against} of {records.run!r} have answered no held-out prompt in common; "
-            "older versions of sera-flow drew other prompts in each round"
+            "the two rounds have answered no held-out prompt in common; older versions of sera-flow drew "
+            "other prompts in each round"
         )
-    prompts = sorted({item.prompt_id for item in items})[:limit]
-    chosen = [item for item in items if item.prompt_id in set(prompts)]
+    prompts = set(sorted({item.prompt_id for item in items})[:limit])
+    chosen = [item for item in items if item.prompt_id in prompts]
     inputs = {
         "samples": first.inputs["samples"],
         "against": second.inputs["samples"],
@@ -69,18 +113,9 @@ def evaluate_rounds(
     }
     fields = {"judge": named.identity, "limit": limit}
     spec = StepSpec(step=JUDGE_STEP, version=VERSIONS[JUDGE_STEP], fields=fields, inputs=dict(inputs))
-    record = _done(records.store, spec, judge_answers(chosen, named), tell)
-    return {
-        "run": records.run,
-        "round": judged,
-        "against": against,
-        "judge": named.name,
-        "prompts": len(prompts),
-        "unpaired": unpaired,
-        **_result(Artifact(records.store, record.ref)),
-        "calibration": calibration_of(records.store, named),
-        "step": record.key,
-    }
+    record = _done(store, spec, judge_answers(chosen, named), tell)
+    rows = schema.read_table(Artifact(store, record.ref).path(VERDICTS), schema.VERDICTS).to_pylist()
+    return JudgedAnswers(chosen, unpaired, told(rows), record.key)
 
 
 def calibrate_judge(
@@ -127,11 +162,6 @@ def _done(store: Store, spec: StepSpec, work: Work, tell: Tell) -> StepRecord:
         return record or make_step(store, spec, work, ExecutionConfig(), progress)
 
 
-def _result(artifact: Artifact) -> dict[str, Any]:
-    found = told(schema.read_table(artifact.path(VERDICTS), schema.VERDICTS).to_pylist())
-    return {**found.counts, **found.figures}
-
-
 # ------------------------------------------------------------------------------------------------------ items
 
 
@@ -142,7 +172,7 @@ def _head(records: RunStore) -> int:
     return head.round
 
 
-def _evidence(records: RunStore, number: int) -> StepRecord:
+def evidence_of(records: RunStore, number: int) -> StepRecord:
     """The evidence of a round whose policy answered held-out prompts."""
     rounds = records.rounds()
     if not 0 <= number < len(rounds):

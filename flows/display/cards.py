@@ -12,9 +12,17 @@ from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCol
 from flows.display import compare_words
 from flows.display.compared import Compared
 from flows.display.compared_alarm import alarm_words
+from flows.display.judged_arms import (
+    PAIR_COLUMNS,
+    STRENGTH_COLUMNS,
+    judge_lines,
+    pair_rows,
+    strength_rows,
+)
 from flows.display.markdown import escape, table, verbatim
 from flows.display.round_card import command, round_card, stop_words, with_interval
 from flows.display.run_view import PLANNED_COLUMNS, gibibytes, planned_cells, verdict_words
+from flows.judged_arms import JudgedArms
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
 
@@ -55,10 +63,10 @@ def publish_plan(run: str, found: dict[str, Any]) -> None:
     )
 
 
-def publish_comparison(name: str, found: Compared, store_url: str) -> None:
-    """Publish the table of a comparison."""
+def publish_comparison(name: str, found: Compared, store_url: str, judged: JudgedArms | None = None) -> None:
+    """Publish the tables of a comparison."""
     create_markdown_artifact(
-        comparison_card(name, found),
+        comparison_card(name, found, judged),
         key=key_of(name, "comparison"),
         description=escape(f"comparison {name}, in {store_url}"),
     )
@@ -99,8 +107,9 @@ def _description(records: RunStore, manifest: RoundManifest | None = None) -> st
     return escape(f"{which}, in {records.store.url}")
 
 
-def comparison_card(name: str, found: Compared) -> str:
-    """The arms of a comparison: a row each, their differences, and what must be known to read them."""
+def comparison_card(name: str, found: Compared, judged: JudgedArms | None = None) -> str:
+    """The arms of a comparison: a row each, their differences, what must be known to read them, and what a
+    judge says."""
     rows = [[escape(compare_words.cell(value)) for value in row] for row in compare_words.rows(found)]
     lines = [*compare_words.differences(found), *alarm_words(found.alarms), *compare_words.unequal(found)]
     parts = [
@@ -108,9 +117,22 @@ def comparison_card(name: str, found: Compared) -> str:
         table(list(compare_words.COLUMNS), rows),
         escape(compare_words.measured_on(found)),
         "\n".join(f"- {escape(line)}" for line in lines),
+        *([] if judged is None else _judged(judged)),
         f"Runs: {escape(', '.join(compare_words.run_names(found)))}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _judged(found: JudgedArms) -> list[str]:
+    tables = ((PAIR_COLUMNS, pair_rows(found)), (STRENGTH_COLUMNS, strength_rows(found)))
+    return [
+        "## By a judge",
+        *(
+            table(list(columns), [[escape(str(cell)) for cell in row] for row in rows])
+            for columns, rows in tables
+        ),
+        *(escape(line) for line in judge_lines(found)),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- the index

@@ -1,11 +1,20 @@
 """A comparison of arms as one HTML page. No Prefect, no torch."""
 
 from pathlib import Path
+from typing import Any
 
 from flows.display import compare_words
 from flows.display.compared import Compared
 from flows.display.compared_alarm import alarm_words
+from flows.display.judged_arms import (
+    PAIR_COLUMNS,
+    STRENGTH_COLUMNS,
+    judge_lines,
+    pair_rows,
+    strength_rows,
+)
 from flows.display.run_report import refuse_foreign
+from flows.judged_arms import JudgedArms
 from sera_core.arms import ARMS
 from sera_core.artifacts.folders import write_whole
 from sera_core.reporting import words
@@ -29,7 +38,7 @@ def check_page(out: Path) -> None:
     refuse_foreign(out, [PAGE])
 
 
-def write_page(found: Compared, name: str, out: Path) -> Path:
+def write_page(found: Compared, name: str, out: Path, judged: JudgedArms | None = None) -> Path:
     """Write `out`/compare.html; returns its path.
 
     Raises:
@@ -37,12 +46,12 @@ def write_page(found: Compared, name: str, out: Path) -> Path:
     """
     check_page(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / PAGE, page_of(found, name).encode())
+    write_whole(out / PAGE, page_of(found, name, judged).encode())
     return out / PAGE
 
 
-def page_of(found: Compared, name: str) -> str:
-    """The page: a row and a path for each arm, and its difference from the first."""
+def page_of(found: Compared, name: str, judged: JudgedArms | None = None) -> str:
+    """The page: a row and a path for each arm, its difference from the first, and what a judge says."""
     seeds = list(found.arms[found.first])
     return render(
         "compare.html.j2",
@@ -55,6 +64,7 @@ def page_of(found: Compared, name: str) -> str:
         note=compare_words.measured_on(found),
         differences=compare_words.differences(found),
         alarms=list(alarm_words(found.alarms)),
+        judged=None if judged is None else _judged(judged),
         unequal=list(compare_words.unequal(found)),
         plot=paths(_series(found), "reliance", "balanced accuracy"),
         feature=words.feature(found.feature),
@@ -62,6 +72,13 @@ def page_of(found: Compared, name: str) -> str:
         runs=", ".join(compare_words.run_names(found)),
         colours=COLOURS[: len(found.arms)],
     )
+
+
+def _judged(found: JudgedArms) -> dict[str, Any]:
+    return {
+        "lines": list(judge_lines(found)),
+        "tables": [(PAIR_COLUMNS, pair_rows(found)), (STRENGTH_COLUMNS, strength_rows(found))],
+    }
 
 
 def _series(found: Compared) -> list[Series]:

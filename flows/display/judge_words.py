@@ -20,7 +20,7 @@ def compared_lines(found: Mapping[str, Any]) -> Iterator[str]:
     """The lines of `sera evaluate RUN`."""
     yield (
         f"round {found['round']} against round {found['against']} of {found['run']}, judge {found['judge']} "
-        f"({_standing(found['calibration'])}), held-out answers to {found['prompts']:,} prompts"
+        f"({standing(found['calibration'])}), held-out answers to {found['prompts']:,} prompts"
     )
     yield f"  win rate                    {with_interval(found['win_rate'])}; 0.5 is a draw"
     yield f"  win rate at equal length    {with_interval(found['length_controlled'])}"
@@ -50,7 +50,7 @@ def _tokens(tokens: Mapping[str, int] | None) -> str:
     return "; tokens: " + ", ".join(f"{count:,} {name}" for name, count in sorted(tokens.items()))
 
 
-def _standing(calibration: Mapping[str, Any]) -> str:
+def standing(calibration: Mapping[str, Any]) -> str:
     """How far the judge can be believed."""
     if calibration["status"] == NOT_CALIBRATED:
         return NOT_CALIBRATED

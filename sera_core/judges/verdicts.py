@@ -72,6 +72,8 @@ class Told:
     """The verdicts of a table: comparisons answered in both orders, and counts of the others."""
 
     judged: Judged
+    keys: list[tuple[Any, ...]]
+    """What each of them is about: prompt, pair and sample."""
     asked: np.ndarray
     """Whether the judge was asked about each of them; equal answers are ties without asking."""
     comparisons: int
@@ -140,6 +142,7 @@ def told(rows: Iterable[Mapping[str, Any]]) -> Told:
             whole.append([both[order] for order in ORDERS])
     return Told(
         _judged(whole),
+        [key_of(given)[:3] for given, _ in whole],
         np.array([given["asked"] for given, _ in whole], dtype=bool),
         len(by_item),
         dict(sorted(failed.items())),

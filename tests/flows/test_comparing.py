@@ -16,12 +16,14 @@ from flows.display.compared import compared
 from flows.display.compared_alarm import ArmAlarm, alarm_words
 from sera_core.arms import ARMS
 from sera_core.artifacts.manifest import Artifact
+from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.errors import InputError, SeraError
 from sera_core.method.alarm import RANDOM, PanelAlarm
 from sera_core.method.comparison import Difference
 from sera_core.method.diagnostics import Alarm
 from sera_core.method.estimates import Estimate
+from sera_core.method.features import words
 from sera_core.method.rewards import ensemble_reward, ensemble_weights
 from sera_core.method.selection import SELECTION_RULES
 from sera_core.method.win_rates import NO_RATE
@@ -302,6 +304,46 @@ def alarm_of(raised=(), few=()):
 def test_the_alarm_says_what_it_found_and_where_it_could_not_tell(alarms, said):
     (line,) = alarm_words({"sera": dict(enumerate(alarms))})
     assert line.startswith("sera, alarm") and said in line
+
+
+@pytest.mark.slow
+def test_a_judge_compares_all_arms_once_and_the_page_shows_it(done, sera):
+    """By the word count, so that every verdict can be computed again from the answers."""
+    folder, experiment, store, _ = done
+    judge = ("--judge", "word-count", "--out", folder / "page")
+    said = sera(*command(experiment, folder)[:-1], *judge)
+    assert "answers by the judge" in said.out and "word-count (not calibrated)" in said.out
+    found = sera(*command(experiment, folder), *judge[:2]).json["judged"]
+    assert found["strengths"]["sera"]["value"] == 0.5 and set(found["strengths"]) == set(ARMS_HERE)
+    pairs = {(pair["first"], pair["second"]): pair for pair in found["pairs"]}
+    assert set(pairs) == {("sera", "dpo"), ("sera", "random"), ("dpo", "random")}
+    for (one, other), pair in pairs.items():
+        signs = []
+        for seed in SEEDS_HERE:
+            here, there = (last_answers(store, f"tiny-{arm}-{seed}") for arm in (one, other))
+            assert here.keys() == there.keys()
+            signs += [np.sign(words("", here[key]) - words("", there[key])) for key in here]
+        assert pair["win_rate"]["value"] == pytest.approx(float(np.mean(signs)) / 2 + 0.5)
+        assert pair["win_rate"]["n"] == len(signs) and pair["order_flips"]["value"] in (0, None)
+    steps = set(store.glob("steps/judge/*/done.json"))
+    assert len(steps) == 3 * len(SEEDS_HERE)
+    page = (folder / "page" / "compare.html").read_text()
+    assert "By a judge" in page and "<td>dpo</td><td>random</td>" in page
+    sera("gc", "--store", store, "--delete", "--older-than", "0s")
+    assert set(store.glob("steps/judge/*/done.json")) == steps
+    refused = sera(*command(experiment, folder), "--limit", "3", code=2)
+    assert "name one with --judge" in refused.err
+    unsampled = ("--set", "evaluate.prompts=0", *judge[:2], "--name", "none")
+    assert "set it above 0" in sera(*command(experiment, folder), *unsampled, code=2).err
+
+
+def last_answers(store, run):
+    """Held-out answers of a run's last round, by prompt and sample."""
+    records = RunStore(open_store(str(store)), run)
+    evidence = Artifact(records.store, records.rounds()[-1].steps["evidence"])
+    path = Artifact(records.store, evidence.record.inputs["samples"]).path("responses.parquet")
+    rows = pq.read_table(path, columns=["prompt_id", "sample", "response"]).to_pylist()
+    return {(row["prompt_id"], row["sample"]): row["response"] for row in rows}
 
 
 @pytest.mark.slow

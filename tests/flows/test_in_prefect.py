@@ -151,10 +151,12 @@ def test_a_comparison_is_triggered_shown_and_resumed_and_its_run_is_judged(place
     store = tmp_path / "store"
     form = tinyrun.form(tmp_path, limits={"rounds": 2})
     parameters = {"config": form, "name": "arms", "arms": ["sera", "dpo"], "seeds": [0], "store": str(store)}
+    parameters |= {"judge": "word-count"}
     told = ended(place, trigger(place, "sera-compare/sera-compare", **parameters))
     assert told["name"] == "arms" and "2 arms, 1 seed" in told["state"]["message"]
     card = artifacts(place, "arms")["arms-comparison"]["data"]
     assert "dpo against sera: balanced accuracy" in card.replace("\\", "") and "| dpo |" in card
+    assert "## By a judge" in card and "| sera | dpo |" in card
     assert {"arms-sera-0-index", "arms-dpo-0-round-1"} <= set(artifacts(place, "arms"))
     before = {path: path.stat().st_mtime_ns for path in store.glob("steps/*/*/done.json")}
     ended(place, trigger(place, "sera-compare/sera-compare", **parameters))
