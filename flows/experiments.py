@@ -17,6 +17,7 @@ from sera_core.data.sources import bundled_file
 from sera_core.effects import ineffective_settings
 from sera_core.errors import InputError
 from sera_core.guards.urls import secret_in, without_secrets
+from sera_core.judges.names import FILE, REWARD
 
 SIDES = ("train", "heldout", "test", "prompts")
 
@@ -175,9 +176,11 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
             given = section[side]
             sources = given if isinstance(given, list) else [given]
             section[side] = [_source(source, folder) for source in sources]
-    by = (data.get("pairing") or {}).get("by") if isinstance(data.get("pairing"), dict) else None
-    if isinstance(by, str) and by.startswith("reward:") and (folder / by.removeprefix("reward:")).is_dir():
-        data["pairing"]["by"] = f"reward:{(folder / by.removeprefix('reward:')).resolve()}"
+    pairing = data.get("pairing")
+    if isinstance(pairing, dict) and isinstance(pairing.get("by"), str):
+        kind, _, path = pairing["by"].partition(":")
+        if kind in (REWARD, FILE) and path and (folder / path).exists():
+            pairing["by"] = f"{kind}:{(folder / path).resolve()}"
     model = data.get("model")
     if isinstance(model, str):
         data["model"] = model = {"source": model}

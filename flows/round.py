@@ -100,10 +100,15 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
     source = "none"
     if share > 0:
         head = reviewers.policies[0]
-        prompts = prompts_to_sample(config, sides, past, round, kept, look)
-        samples = do(steps.sample(config, head, sides.model, sides.pairs, round, prompts))
-        # If sampler and scorer use the same precision, the sampler's log-probabilities are reused.
-        unscored = reviewers.policies if config.scores_samples_again else reviewers.policies[1:]
+        if config.candidates is not None and sides.rater is not None:
+            samples = ratings = do(steps.candidates(config, sides.pairs, sides.model, sides.rater))
+            unscored = reviewers.policies
+        else:
+            prompts = prompts_to_sample(config, sides, past, round, kept, look)
+            samples = do(steps.sample(config, head, sides.model, sides.pairs, round, prompts))
+            ratings = None
+            # If sampler and scorer use the same precision, the sampler's log-probabilities are reused.
+            unscored = reviewers.policies if config.scores_samples_again else reviewers.policies[1:]
         scores = scores_under(
             reviewers,
             unscored,
@@ -111,8 +116,8 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
             lambda scorer, probe: logps(scorer, samples, "responses.parquet", probe),
         )
         if sides.rater is not None:
-            made["ratings"] = do(steps.rate(config, samples, sides.pairs, sides.rater))
-            scores = {**scores, "ratings": made["ratings"]}
+            ratings = made["ratings"] = ratings or do(steps.rate(config, samples, sides.pairs, sides.rater))
+            scores = {**scores, "ratings": ratings}
         responses = do(steps.pair(config, samples, sides.pairs, reviewers.weights, scores, round))
         generated = do(
             steps.select(config, config.select_generated, responses, responses, "generated", round)

@@ -194,6 +194,7 @@ TITLES = {
     "review": "review pairs",
     "select": "select pairs",
     "sample": "sample responses",
+    "candidates": "read rated candidates",
     "rate": "rate responses",
     "pair": "pair responses",
     "mix": "mix pairs",

@@ -25,7 +25,7 @@ from sera_core.data.formats import FormatName, Reading
 from sera_core.effects import refuse_ineffective
 from sera_core.extensions import is_own, own_function
 from sera_core.guards.urls import refuse_secrets, without_secrets
-from sera_core.judges.names import IMPLICIT, is_model, refuse_unknown_rater
+from sera_core.judges.names import IMPLICIT, candidates_file, is_model, refuse_unknown_rater
 from sera_core.method.panel import NAMES, TOKENS, refuse_unknown
 
 
@@ -272,8 +272,10 @@ class PairingConfig(Part):
     by: Annotated[str, AfterValidator(_known_rater)] = IMPLICIT
     """What orders a prompt's responses. implicit: the ensemble reward (SeRA). reward:<folder>: a reward
     model, a local classifier with one label. openai:<model>: ratings from 1 to 10 by a chat model at the
-    worker's OPENAI_BASE_URL. word-count: a control. `module:function` is a rater of your own. Whatever orders
-    them, [select_generated] reviews the pairs by their implicit margin."""
+    worker's OPENAI_BASE_URL. file:<path>: candidates with ratings by people or another system, instead of
+    samples (columns response, rating, prompt or prompt_id, and rater if you like). word-count: a control.
+    `module:function` is a rater of your own. Whatever orders them, [select_generated] reviews the pairs by
+    their implicit margin."""
     allow_cut: bool = False
     """Allow pairs with a response that was cut by the length limit."""
 
@@ -527,7 +529,7 @@ class SeraConfig(Part):
         named = {
             "selection rule": (self.select.rule, self.select_generated.rule),
             "pairing rule": (self.pairing.rule,),
-            "rater": () if is_model(self.pairing.by) else (self.pairing.by,),
+            "rater": () if self.candidates or is_model(self.pairing.by) else (self.pairing.by,),
             "loss": self.train.losses,
             "sampling engine": (self.sampling.engine,),
             "feature": self.decide.panel,
@@ -550,6 +552,11 @@ class SeraConfig(Part):
             return self.review.score
         by_loss = {"simpo": "simpo", "sigmoid_norm": "avg-implicit"}
         return by_loss.get(next(iter(self.train.ranking_losses), ""), "implicit")
+
+    @property
+    def candidates(self) -> str | None:
+        """File with rated candidates that take the place of samples; None: the policy is sampled."""
+        return candidates_file(self.pairing.by)
 
     @property
     def scores_samples_again(self) -> bool:

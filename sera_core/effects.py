@@ -30,8 +30,13 @@ def _generates(config: "SeraConfig") -> bool:
     return any(share > 0 for share in mix.shares or (mix.ramp_start, mix.ramp_end))
 
 
+def _samples_train(config: "SeraConfig") -> bool:
+    """Whether train prompts are sampled: not where candidates come from a file."""
+    return _generates(config) and config.candidates is None
+
+
 def _samples(config: "SeraConfig") -> bool:
-    return _generates(config) or config.evaluate.prompts > 0
+    return _samples_train(config) or config.evaluate.prompts > 0
 
 
 def _selects_by_margin(config: "SeraConfig") -> bool:
@@ -116,7 +121,7 @@ EFFECTS: tuple[Row, ...] = (
     Row("select_generated.rule", _generates, GENERATED),
     *_selection_rows("select_generated"),
     *(
-        Row(f"sampling.{name}", _generates, GENERATED)
+        Row(f"sampling.{name}", _samples_train, f"{GENERATED}, and not from a file (`pairing.by`)")
         for name in ("responses", "temperature", "top_p", "max_tokens", "prompts")
     ),
     Row("sampling.engine", _samples, SAMPLED),
@@ -128,7 +133,7 @@ EFFECTS: tuple[Row, ...] = (
     ),
     Row("pairing.rule", _generates, GENERATED),
     Row("pairing.by", _generates, GENERATED),
-    Row("pairing.allow_cut", _generates, GENERATED),
+    Row("pairing.allow_cut", _samples_train, f"{GENERATED}, and not from a file (`pairing.by`)"),
     Row(
         "mix.ramp_start",
         lambda c: not c.mix.shares and c.mix.ramp_rounds > 1,

@@ -25,6 +25,7 @@ VERSIONS = {
     "review": 2,
     "select": 2,
     "sample": 2,
+    "candidates": 1,
     "rate": 1,
     "pair": 2,
     "mix": 2,
@@ -177,6 +178,12 @@ def sample_heldout(config: SeraConfig, policy: Ref, model: Ref, rendered: Ref, r
         "side": "heldout",
     }
     return _spec("sample", fields, {"policy": policy, "model": model, "rendered": rendered})
+
+
+def candidates(config: SeraConfig, rendered: Ref, model: Ref, rater: Mapping[str, Any]) -> StepSpec:
+    """Rated responses from a file, in place of samples. `rater`: the file's digest."""
+    fields = {"rater": dict(rater), "max_response_tokens": config.data.max_response_tokens}
+    return _spec("candidates", fields, {"rendered": rendered, "model": model}, file=config.candidates)
 
 
 def rate(config: SeraConfig, samples: Ref, rendered: Ref, rater: Mapping[str, Any]) -> StepSpec:

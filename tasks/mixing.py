@@ -252,7 +252,8 @@ def _ledger(attempt: Attempt, human: _Side, generated: _Side) -> Iterator[pa.Tab
         yield _with(table, "round", [attempt.fields["round"]] * table.num_rows)
     for name, file in (("samples", "dropped.parquet"), ("responses", "ledger.parquet")):
         if name in attempt.spec.inputs:
-            yield from row_groups(attempt.input(name).path(file), schema.LEDGER)
+            for table in row_groups(attempt.input(name).path(file), schema.LEDGER):
+                yield _with(table, "round", [attempt.fields["round"]] * table.num_rows)  # a file's have none
 
 
 def _with(table: pa.Table, name: str, values: list[Any]) -> pa.Table:

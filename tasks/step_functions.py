@@ -20,6 +20,7 @@ WORK = {
     "review": "tasks.reviewing:review_pairs",
     "select": "tasks.reviewing:select_pairs",
     "sample": "tasks.sampling:sample_responses",
+    "candidates": "tasks.candidates:load_candidates",
     "rate": "tasks.rating:rate_samples",
     "pair": "tasks.pairing:pair_samples",
     "mix": "tasks.mixing:mix_pairs",

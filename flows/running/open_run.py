@@ -17,12 +17,13 @@ from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import Store, create_json, open_store
 from sera_core.config import SeraConfig
+from sera_core.data.candidates import read_candidates
 from sera_core.data.chat_templates import default_template, refuse_unused, template_text
 from sera_core.data.folds import refuse_empty_folds
 from sera_core.data.sources import source_digest
 from sera_core.errors import InputError
 from sera_core.judges.named import Asking, find_rater
-from sera_core.judges.names import IMPLICIT
+from sera_core.judges.names import FILE, IMPLICIT
 from sera_core.models.model_sources import resolve_source
 from sera_core.models.model_sources import source_digest as model_digest
 from sera_core.models.policies import read_settings
@@ -42,10 +43,22 @@ def source_digests(config: SeraConfig) -> Digests:
         for side in steps.SIDES
     }
     model = model_digest(resolve_source(config.model.source, config.model.revision))
-    rater = (
-        {} if config.pairing.by == IMPLICIT else {"rater": find_rater(config.pairing.by, Asking()).identity}
-    )
-    return {"data": data, "model": model, **rater}
+    rater = rater_of(config)
+    return {"data": data, "model": model, **({} if rater is None else {"rater": rater})}
+
+
+def rater_of(config: SeraConfig) -> dict[str, Any] | None:
+    """What identifies whatever orders the responses; None for the implicit reward.
+
+    Raises:
+        InputError: a rater that cannot be used, or a malformed row of candidates.
+    """
+    if config.pairing.by == IMPLICIT:
+        return None
+    if config.candidates is None:
+        return find_rater(config.pairing.by, Asking()).identity
+    read_candidates(config.candidates)
+    return {"rater": FILE, "sha256": source_digest(config.candidates)}
 
 
 def resolved(config: SeraConfig, digests: Digests) -> dict[str, Any]:

@@ -41,6 +41,8 @@ STEP_OF = {
     "report": "report",
 }
 """Step name of each role."""
+CANDIDATES = "candidates"
+"""The step that gives samples and ratings where they come from a file."""
 ACCURACY = "heldout/rewards/accuracies"
 BEST, HEAD = "best_round", "head_after"
 """Metrics of a decision: the best promoted round and the head after it, by number."""
@@ -156,6 +158,8 @@ class RoundManifest(StrictModel):
         if self.stop_reason not in (None, *STOP_REASONS):
             raise ValueError(f"stop_reason: {self.stop_reason!r:.60} is unknown")
         for role, ref in self.steps.items():
+            if role in ("samples", "ratings") and ref.step == CANDIDATES:
+                continue
             if ref.step != STEP_OF.get(role, ref.step):
                 raise ValueError(f"steps.{role}: is a step {ref.step!r:.60}, not {STEP_OF[role]!r}")
         made = {(ref.step, ref.key) for ref in self.steps.values()}

@@ -91,10 +91,11 @@ RATINGS = pa.schema(
         ("failure", pa.string()),
         ("prompt_tokens", pa.int32()),
         ("answer_tokens", pa.int32()),
+        ("rater", pa.string()),
     ]
 )
 """A rater's ratings of responses, in the responses' order and the rater's own unit; null where it was not
-asked (no text, or cut) or failed."""
+asked (no text, or cut) or failed. `rater`: who gave a rating that was read from a file."""
 VERDICTS = pa.schema(
     [
         ("prompt_id", pa.string()),

@@ -10,7 +10,9 @@ CHAT, REWARD = "openai", "reward"
 WORD_COUNT, CONSTANT = "word-count", "constant"
 IMPLICIT = "implicit"
 """`pairing.by`: the implicit reward of the policies, no rater."""
-BY = (IMPLICIT, WORD_COUNT, f"{REWARD}:<folder>", f"{CHAT}:<model>")
+FILE = "file"
+"""`pairing.by`: rated candidates in a file instead of samples."""
+BY = (IMPLICIT, WORD_COUNT, f"{REWARD}:<folder>", f"{CHAT}:<model>", f"{FILE}:<path>")
 
 
 def is_model(name: str) -> bool:
@@ -19,17 +21,23 @@ def is_model(name: str) -> bool:
     return kind in (CHAT, REWARD) and bool(rest)
 
 
+def candidates_file(name: str) -> str | None:
+    """The path in `file:<path>`; None for other names."""
+    kind, _, rest = name.partition(":")
+    return rest if kind == FILE and rest else None
+
+
 def refuse_unknown_rater(name: str) -> None:
     """Refuse a name that no rater can have.
 
     Raises:
         InputError: gives the nearest name.
     """
-    if name in (IMPLICIT, WORD_COUNT) or is_model(name):
+    if name in (IMPLICIT, WORD_COUNT) or is_model(name) or candidates_file(name):
         return
     kind = name.partition(":")[0]
-    near = difflib.get_close_matches(kind, (IMPLICIT, WORD_COUNT, REWARD, CHAT), n=1, cutoff=0.6)
-    if is_own(name) and kind not in (CHAT, REWARD) and not near:
+    near = difflib.get_close_matches(kind, (IMPLICIT, WORD_COUNT, REWARD, CHAT, FILE), n=1, cutoff=0.6)
+    if is_own(name) and kind not in (CHAT, REWARD, FILE) and not near:
         return
     hint = f"did you mean {next(one for one in BY if one.startswith(near[0]))}? " if near else ""
     raise InputError(

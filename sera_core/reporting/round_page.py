@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sera_core.artifacts.manifest import Artifact
+from sera_core.artifacts.run_records import CANDIDATES
 from sera_core.method.diagnostics import MIN_PAIRS_A_SIDE
 from sera_core.reporting import evidence as evidences
 from sera_core.reporting import flow, length, plots, words
@@ -107,7 +108,7 @@ def _sentence(number: int, files: RoundFiles, blocks: Sequence[flow.Block]) -> s
         asked = {row["prompt_id"] for row in files.rows("responses", "responses.parquet", ["prompt_id"])}
         did += (
             f", made {words.plural(blocks[2].given, 'pair')} from {words.plural(answers, 'answer')} "
-            f"of the head to {words.plural(len(asked), 'prompt')}{_ordered_by(files)}"
+            f"{_given_by(files)} to {words.plural(len(asked), 'prompt')}{_ordered_by(files)}"
         )
     total = files.size("mixture", "mixture.parquet")
     if "policy" not in files:
@@ -116,6 +117,12 @@ def _sentence(number: int, files: RoundFiles, blocks: Sequence[flow.Block]) -> s
         return f"{did}, and trained the policy on {total:,}."
     mix = f"{human.kept:,} human and {blocks[2].kept:,} generated pairs"
     return f"{did}, and trained the policy on {mix} ({words.percent(blocks[2].kept / total)} generated)."
+
+
+def _given_by(files: RoundFiles) -> str:
+    """Whose answers they are."""
+    given = files.artifacts["responses"].record.inputs["samples"]
+    return "of a file" if given is not None and given.step == CANDIDATES else "of the head"
 
 
 def _ordered_by(files: RoundFiles) -> str:

@@ -86,6 +86,7 @@ REASONS = {
     "not_middle": "preferred, but its margin is not in the middle",
     "above_cut": "control: not among the least preferred",
     "not_drawn": "not in the random draw",
+    "no_candidate": "no rated candidate in the file",
     "over_share": "no room in the mix at the asked share",
     "no_valid_response": "every answer empty, cut by the limit, or without a finite reward",
     "one_distinct_response": "fewer than two different answers",

@@ -179,10 +179,17 @@ def changed(folder: Path, field: str, together: dict | None = None) -> tuple[dic
 
 def settings_of(folder: Path, sections: dict) -> dict:
     filled = {
-        name: {key: side_of(folder, key) if value == "side" else value for key, value in section.items()}
+        name: {key: filled_in(folder, key, value) for key, value in section.items()}
         for name, section in sections.items()
     }
     return tinyrun.settings(folder, **filled)
+
+
+def filled_in(folder: Path, key: str, value: object) -> object:
+    if value == "candidates":
+        rows = [{"prompt": "Why?", "response": text, "rating": n} for n, text in enumerate(("so", "no"))]
+        return f"file:{tinyrun.write_rows(folder / 'rated.jsonl', rows)}"
+    return side_of(folder, key) if value == "side" else value
 
 
 def side_of(folder: Path, name: str) -> list[dict]:
@@ -227,6 +234,7 @@ TOGETHER = [
     {"sampling": {"prompts": "auto"}},
     {"pairing": {"rule": "best-random"}},
     {"pairing": {"by": "word-count"}},
+    {"pairing": {"by": "candidates"}},
     {"mix": {"shares": []}},
     {"mix": {"shares": [], "ramp_rounds": 1}},
     {"mix": {"shares": [0.0]}},

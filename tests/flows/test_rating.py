@@ -5,6 +5,7 @@ import tomllib
 from collections import defaultdict
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import tinyrun
@@ -12,6 +13,8 @@ from judgeserver import Reply, failing, judge_server
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import Artifact
+from sera_core.artifacts.runs import RunStore
+from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError, SeraError
 from sera_core.judges import chat
@@ -125,6 +128,102 @@ def test_a_chat_model_orders_the_responses_and_is_asked_once_for_each(tmp_path, 
     assert records.rounds()[1].metrics["tokens"] < 10**6  # a rater's tokens are not the run's
 
 
+def rated_rows(path):
+    """Three answers to each train and held-out prompt, as people might rate them; two rated one twice."""
+    rows = [
+        {"prompt": pair["prompt"], "response": f"{text} {n}", "rating": rating, "rater": who}
+        for n, pair in enumerate(tinyrun.pairs(32))
+        for text, rating, who in (("poor", 1, "ada"), ("fine", 4.5, "bob"), ("good", 5, "ada"))
+    ]
+    rows.append(rows[0] | {"rating": 9, "rater": "eve"})  # the mean, 5, ties with the best
+    rows.append({"prompt": "Never asked?", "response": "So.", "rating": 3})
+    return tinyrun.write_rows(path, rows)
+
+
+def test_rated_candidates_of_a_file_take_the_place_of_samples(tmp_path):
+    file = rated_rows(tmp_path / "rated.jsonl")
+    config = tinyrun.config(tmp_path, pairing={"by": f"file:{file}"}, **ALL_PAIRS)
+    records = tinyrun.work(config, tmp_path / "store")
+    ratings, responses, samples = rated(records)
+    assert ratings.record.step == "candidates" and ratings.record.fields["rater"]["rater"] == "file"
+    pairs = list(schema.iter_rows(responses.path("pairs.parquet")))
+    assert len(pairs) == ratings.record.counts["prompts"] == 24  # the train side
+    first = tinyrun.pairs(1)[0]["prompt"][0]["content"]
+    for row in pairs:
+        chosen, rejected = (row[side][0]["content"].split()[0] for side in ("chosen", "rejected"))
+        of_first = row["prompt"][0]["content"] == first
+        assert (chosen, rejected) == (("poor", "fine") if of_first else ("good", "poor"))
+    table = {
+        (row["prompt_id"], row["sample"]): row for row in schema.iter_rows(ratings.path("ratings.parquet"))
+    }
+    assert table.keys() == samples.keys()
+    twice = [row["rater"] for row in table.values() if row["rater"] == "ada, eve"]
+    assert len(twice) <= 1 and ratings.record.counts["other_prompts"] == 9  # eight held out, one unknown
+    scored = schema.read_table(responses.path("scored.parquet"), schema.SCORED)
+    assert np.isfinite(scored["policy_chosen_logps"].to_numpy()).all()
+    again = tinyrun.work(config, tmp_path / "store", "again")
+    assert again.rounds()[1].steps["samples"] == records.rounds()[1].steps["samples"]
+
+
+def test_candidates_of_sera_sample_are_read_by_their_prompt_ids(tmp_path, sera):
+    """`sera sample` writes them, a column `rating` joins, and a run trains on them."""
+    prompts = tinyrun.write_rows(
+        tmp_path / "prompts.jsonl", [{"prompt": p["prompt"]} for p in tinyrun.pairs(32)]
+    )
+    tinyrun.settings(tmp_path)
+    out = tmp_path / "candidates.parquet"
+    sera(
+        "sample",
+        "--policy",
+        tmp_path / "policy",
+        "--prompts",
+        prompts,
+        "--n",
+        3,
+        "--max-tokens",
+        8,
+        "--out",
+        out,
+    )
+    table = pd.read_parquet(out)
+    table["rating"] = table["response"].str.len().astype(float)
+    table.to_parquet(out)
+    experiment = tinyrun.experiment(tmp_path, pairing={"by": "file:candidates.parquet"}, **ALL_PAIRS)
+    name = sera("run", experiment, "--store", tmp_path / "store", "--json").json["run"]
+    records = RunStore(open_store(str(tmp_path / "store")), name)
+    _, responses, samples = rated(records)
+    assert paired(responses, len) == best_and_worst(samples, len)
+    sera("report", name, "--store", tmp_path / "store", "--out", tmp_path / "report")
+    pages = [page.read_text() for page in (tmp_path / "report").glob("*.html")]
+    assert any("of a file to" in page and "ordered by the rater file" in page for page in pages)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "Why?", "response": "So.", "rating": "high"}, "line 1: rating is 'high'"),
+        ({"prompt": "Why?", "response": "So.", "rating": True}, "line 1: rating is True"),
+        ({"prompt": "Why?", "response": " ", "rating": 1}, "line 1: response has no text"),
+        ({"response": "So.", "rating": 1}, "line 1"),
+        ({"prompt": "Why?", "response": "So.", "rating": 1, "rater": 3}, "rater is no text"),
+        ({"prompt": "Why?", "response": "So.", "rating": None}, "no row has a rating"),
+    ],
+)
+def test_a_malformed_file_of_candidates_is_refused_before_any_work(tmp_path, sera, row, said):
+    file = tinyrun.write_rows(tmp_path / "rated.jsonl", [row])
+    experiment = tinyrun.experiment(tmp_path, pairing={"by": f"file:{file}"})
+    found = sera("run", experiment, "--store", tmp_path / "store", code=2)
+    assert said in found.err and not (tmp_path / "store" / "runs").exists()
+
+
+def test_candidates_to_other_prompts_are_refused(tmp_path):
+    rows = [{"prompt": "Why?", "response": text, "rating": n} for n, text in enumerate("ab")]
+    file = tinyrun.write_rows(tmp_path / "rated.jsonl", rows)
+    config = tinyrun.config(tmp_path, pairing={"by": f"file:{file}"}, **ALL_PAIRS)
+    with pytest.raises(InputError, match="none of its 1 prompts is a train prompt"):
+        tinyrun.work(config, tmp_path / "store")
+
+
 @pytest.mark.parametrize(
     ("by", "said"),
     [
@@ -132,6 +231,7 @@ def test_a_chat_model_orders_the_responses_and_is_asked_once_for_each(tmp_path, 
         ("rewards:folder", "did you mean reward:<folder>?"),
         ("reward:", "did you mean reward:<folder>?"),
         ("openai", "did you mean openai:<model>?"),
+        ("file:", "did you mean file:<path>?"),
         ("judge", "choose one of implicit, word-count"),
         ("no_module:f", "SERA_EXTENSIONS=no_module"),
         ("reward:https://user:secret@host/x", "credentials"),

@@ -172,9 +172,14 @@ def entries(folder: Path) -> dict[str, dict[str, str]]:
     data = {"test": [{"path": str(side)}], "on_overlap": "keep"}
     config = tinyrun.config(folder, data=data, decide={"min_pairs": 4, "on_alarm": "record"})
     rated = tinyrun.config(folder, data=data, pairing={"by": "word-count"}, limits={"rounds": 2})
+    answers = [{**row, "response": f"{word} it is", "rating": n, "chosen": None, "rejected": None}
+               for row in rows for n, word in enumerate(("no", "yes"))]  # fmt: skip
+    file = tinyrun.write_rows(folder / "rated.jsonl", answers)
+    from_file = tinyrun.config(folder, data=data, pairing={"by": f"file:{file}"}, limits={"rounds": 2})
     with numbers_from_hashes():
         records = tinyrun.work(config, folder / "store")
         other = tinyrun.work(rated, folder / "store", "rated").rounds()[1]
+        given = tinyrun.work(from_file, folder / "store", "given").rounds()[1]
     found = Entries(records.store)
     for manifest in records.rounds():
         for ref in manifest.steps.values():
@@ -182,6 +187,7 @@ def entries(folder: Path) -> dict[str, dict[str, str]]:
                 found.add(ref)
     for role in ("ratings", "responses"):
         found.add(other.steps[role])
+        found.add(given.steps[role])
     tested = [held for round in records.rounds() if (held := records.test_evidence(round.round)) is not None]
     found.add(StepRef.model_validate(tested[0]["step"]))
     return found.found
