@@ -22,7 +22,8 @@ def sera_evaluate(
     run: str,
     judge: str,
     round: int | None = None,
-    against: int = 0,
+    against: int | None = 0,
+    prompts: str | None = None,
     limit: int | None = None,
     mode: Literal["pairwise", "single"] = "pairwise",
     concurrency: int = 8,
@@ -37,7 +38,8 @@ def sera_evaluate(
         run: Name of the run.
         judge: word-count, constant, openai:MODEL, reward:FOLDER (on the worker) or module:function.
         round: Round that is judged. Empty: the head.
-        against: Round whose answers it is compared with.
+        against: Round whose answers it is compared with. Empty: the start policy (only with prompts).
+        prompts: File with prompts that both policies answer now. Empty: the run's held-out answers.
         limit: Compare the answers to this many prompts. Empty: all.
         mode: Whether a chat model compares two answers or rates each by itself.
         concurrency: Requests at once.
@@ -48,7 +50,7 @@ def sera_evaluate(
             raise InputError(f"{name} = {value}: must be 1 or more")
     records = run_records(open_store(store or default_store()), run)
     named = find_judge(judge, Asking(concurrency=concurrency, single=mode == "single"))
-    found = evaluate_rounds(records, round, against, named, limit, run_log())
+    found = evaluate_rounds(records, round, against, named, limit, run_log(), prompts)
     lines = list(compared_lines(found))
     for line in lines:
         get_run_logger().info("%s", shown(line))

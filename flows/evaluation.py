@@ -10,21 +10,33 @@ from pathlib import Path
 from typing import Any
 
 from flows.display.progress import reporter
+from flows.running.aside import doing_aside
+from sera_core import steps
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import sha256_json
 from sera_core.artifacts.lease import claim
-from sera_core.artifacts.manifest import Artifact, StepRecord, StepSpec, find_record
+from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef, StepSpec, find_record
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.step import Work, make_step
 from sera_core.artifacts.store import Store, open_store
 from sera_core.config import ExecutionConfig
 from sera_core.data.preferences import Pair
+from sera_core.data.sources import source_digest
 from sera_core.errors import InputError
 from sera_core.judges.named import NamedJudge
-from sera_core.judges.verdicts import CALIBRATE_STEP, JUDGE_STEP, Item, Told, newest_calibration, told
+from sera_core.judges.verdicts import (
+    CALIBRATE_STEP,
+    JUDGE_STEP,
+    PROMPT_SET_STEP,
+    Item,
+    Told,
+    newest_calibration,
+    told,
+)
 from tasks.judging import CALIBRATION, VERDICTS, calibrate, judge_answers
+from tasks.prompt_set import load_prompt_set
 
-VERSIONS = {JUDGE_STEP: 1, CALIBRATE_STEP: 1}
+VERSIONS = {JUDGE_STEP: 1, CALIBRATE_STEP: 1, PROMPT_SET_STEP: 1}
 """Raise one when its work changes what it writes."""
 Tell = Callable[[str], None]
 NOT_CALIBRATED, UNCALIBRATED, CALIBRATED = "not calibrated", "uncalibrated", "calibrated"
@@ -32,34 +44,51 @@ NOT_CALIBRATED, UNCALIBRATED, CALIBRATED = "not calibrated", "uncalibrated", "ca
 
 
 def evaluate_rounds(
-    records: RunStore, round: int | None, against: int, named: NamedJudge, limit: int | None, tell: Tell
+    records: RunStore,
+    round: int | None,
+    against: int | None,
+    named: NamedJudge,
+    limit: int | None,
+    tell: Tell,
+    prompts: str | None = None,
 ) -> dict[str, Any]:
-    """The value of `sera evaluate RUN --json`: how often a round's held-out answers are preferred.
+    """The value of `sera evaluate RUN --json`: how often a round's answers are preferred.
 
     Args:
         records: the run.
         round: the judged round; None: the head.
-        against: the round whose answers it is compared with.
+        against: the round whose answers it is compared with; None: the start policy, only with `prompts`.
         named: the judge.
         limit: compare the answers to this many prompts; None: all.
         tell: called with what this process waits for.
+        prompts: file with prompts that both policies answer now; None: the held-out answers of the run.
 
     Raises:
         InputError: no such round, or the rounds have no held-out prompt in common.
         SeraError: the judge failed more often than it answered.
     """
     judged = _head(records) if round is None else round
+    if against is None and prompts is None:
+        raise InputError(
+            "--against start: the start policy answered no held-out prompts; give prompts to answer with "
+            "--prompts"
+        )
     if judged == against:
         what = "the head" if round is None else "--round"
         raise InputError(
             f"{what} and --against are the same round, {against}; name another with --round or --against"
         )
-    first, second = (evidence_of(records, number) for number in (judged, against))
+    if prompts is None:
+        assert against is not None
+        first, second = (answers_of(evidence_of(records, number)) for number in (judged, against))
+    else:
+        first, second = set_answers(records, prompts, [judged, against])
     answers = judged_answers(records.store, first, second, named, limit, tell)
     return {
         "run": records.run,
         "round": judged,
-        "against": against,
+        "against": "start" if against is None else against,
+        "answers": "held-out" if prompts is None else Path(prompts).name,
         "judge": named.name,
         "prompts": len({item.prompt_id for item in answers.items}),
         "unpaired": answers.unpaired,
@@ -83,13 +112,13 @@ class JudgedAnswers:
 
 
 def judged_answers(
-    store: Store, first: StepRecord, second: StepRecord, named: NamedJudge, limit: int | None, tell: Tell
+    store: Store, first: "Answers", second: "Answers", named: NamedJudge, limit: int | None, tell: Tell
 ) -> JudgedAnswers:
     """Ask a judge about two rounds, of one run or of two; verdicts in the store are not asked for again.
 
     Args:
         store: the store.
-        first, second: the rounds' evidence (`evidence_of`).
+        first, second: their answers, to the same prompts.
         named: the judge.
         limit: compare the answers to this many prompts; None: all.
         tell: called with what this process waits for.
@@ -106,11 +135,7 @@ def judged_answers(
         )
     prompts = set(sorted({item.prompt_id for item in items})[:limit])
     chosen = [item for item in items if item.prompt_id in prompts]
-    inputs = {
-        "samples": first.inputs["samples"],
-        "against": second.inputs["samples"],
-        "rendered": first.inputs["rendered"],
-    }
+    inputs = {"samples": first.samples, "against": second.samples, "rendered": first.prompts}
     fields = {"judge": named.identity, "limit": limit}
     spec = StepSpec(step=JUDGE_STEP, version=VERSIONS[JUDGE_STEP], fields=fields, inputs=dict(inputs))
     record = _done(store, spec, judge_answers(chosen, named), tell)
@@ -188,17 +213,67 @@ def evidence_of(records: RunStore, number: int) -> StepRecord:
     return record
 
 
-def _items(store: Store, first: StepRecord, second: StepRecord) -> tuple[list[Item], int]:
+@dataclass(frozen=True)
+class Answers:
+    """One round's answers: its samples, and the step and file with their prompts."""
+
+    samples: StepRef
+    prompts: StepRef
+    file: str
+
+
+def answers_of(evidence: StepRecord) -> Answers:
+    """The held-out answers behind a round's evidence."""
+    return Answers(evidence.inputs["samples"], evidence.inputs["rendered"], "heldout.parquet")
+
+
+def set_answers(records: RunStore, prompts: str, rounds: Sequence[int | None]) -> list[Answers]:
+    """Answers of rounds' policies to a file of prompts, sampled now or from the store.
+
+    Args:
+        records: the run; its sampling settings are used.
+        prompts: the file.
+        rounds: numbers of rounds; None: the start policy.
+
+    Raises:
+        InputError: no such round or policy, a malformed file, or prompts that the run trains on.
+    """
+    config, made = records.configs()[-1].settings, records.rounds()
+    for number in rounds:
+        if number is not None and (not 0 <= number < len(made) or "policy" not in made[number].steps):
+            raise InputError(f"round {number}: run {records.run!r} has no policy of that round")
+    first = made[0].steps
+    do = doing_aside(records.store, config.execution, f"answers to {Path(prompts).name}")
+    fields: dict[str, Any] = {
+        "digest": source_digest(prompts),
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+    }
+    if config.model.template_kwargs:
+        fields["template_kwargs"] = config.model.template_kwargs
+    inputs: dict[str, StepRef | None] = {"model": first["model"], "rendered": first["pairs"]}
+    spec = StepSpec(step=PROMPT_SET_STEP, version=VERSIONS[PROMPT_SET_STEP], fields=fields, inputs=inputs,
+                    where={"file": prompts})  # fmt: skip
+    if (record := find_record(records.store, spec.step, spec.key)) is None:
+        record = make_step(records.store, spec, load_prompt_set, ExecutionConfig())
+    found = []
+    for number in rounds:
+        policy = first["model"] if number is None else made[number].steps["policy"]
+        samples = do(steps.sample_prompt_set(config, policy, first["model"], record.ref))
+        found.append(Answers(samples, record.ref, "prompts.parquet"))
+    return found
+
+
+def _items(store: Store, first: Answers, second: Answers) -> tuple[list[Item], int]:
     """Answers of two rounds to the same prompt and sample number, and how many have no counterpart."""
-    one, other = (_responses(store, record) for record in (first, second))
+    one, other = (_responses(store, answers.samples) for answers in (first, second))
     both = sorted(one.keys() & other.keys())
-    prompts = _prompts(Artifact(store, first.inputs["rendered"]).path("heldout.parquet"))
+    prompts = _prompts(Artifact(store, first.prompts).path(first.file))
     items = [Item(prompt, prompts[prompt], one[prompt, n], other[prompt, n], n) for prompt, n in both]
     return items, len(one) + len(other) - 2 * len(both)
 
 
-def _responses(store: Store, record: StepRecord) -> dict[tuple[str, int], str]:
-    path = Artifact(store, record.inputs["samples"]).path("responses.parquet")
+def _responses(store: Store, samples: StepRef) -> dict[tuple[str, int], str]:
+    path = Artifact(store, samples).path("responses.parquet")
     rows = schema.iter_rows(path, ["prompt_id", "sample", "response"])
     return {(row["prompt_id"], row["sample"]): row["response"] for row in rows}
 

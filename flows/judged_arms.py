@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from flows.compare import Runs, trained_rounds
-from flows.evaluation import JudgedAnswers, Tell, calibration_of, evidence_of, judged_answers
+from flows.evaluation import (
+    JudgedAnswers,
+    Tell,
+    answers_of,
+    calibration_of,
+    evidence_of,
+    judged_answers,
+)
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 from sera_core.judges.named import NamedJudge
@@ -85,7 +92,8 @@ def judge_arms(runs: Runs, named: NamedJudge, limit: int | None, tell: Tell) -> 
         answers = []
         for seed, records in runs[arms[one]].items():
             both = [evidence_of(r, trained_rounds(r)[-1].round) for r in (records, runs[arms[other]][seed])]
-            answers.append(judged_answers(store, both[0], both[1], named, limit, tell))
+            one_side, other_side = map(answers_of, both)
+            answers.append(judged_answers(store, one_side, other_side, named, limit, tell))
         asked += [_Asked(one, other, found) for found in answers]
         pairs.append(_pair(arms[one], arms[other], answers))
     plain, styled = _strengths(len(arms), asked)

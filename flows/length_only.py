@@ -9,12 +9,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from flows.compare import Runs, trained_rounds
-from flows.display.progress import reporter
 from flows.experiments import merged, parse_config
 from flows.round import prepare, test_evidence
+from flows.running.aside import doing_aside
 from flows.running.open_run import source_digests
 from sera_core.artifacts import schema
-from sera_core.artifacts.manifest import Artifact, StepRef, StepSpec, find_record
+from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
 from sera_core.config import SeraConfig
@@ -61,14 +61,8 @@ def _first_and_last(records: RunStore) -> dict[int, float]:
 
 
 def _share(records: RunStore, config: SeraConfig, manifest: RoundManifest) -> float:
-    def do(spec: StepSpec) -> StepRef:
-        if (found := find_record(records.store, spec.step, spec.key)) is not None:
-            return found.ref
-        from tasks.step_functions import do_work
-
-        with reporter(f"length-only pairs, {records.run}, round {manifest.round}: {spec.step}") as progress:
-            return do_work(records.store.url, spec, config.execution, progress).ref
-
+    what = f"length-only pairs, {records.run}, round {manifest.round}"
+    do = doing_aside(records.store, config.execution, what)
     sides = prepare(config, source_digests(config), do)
     evidence = test_evidence(config, sides, manifest.steps["policy"], do)
     assert evidence is not None

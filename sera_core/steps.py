@@ -166,6 +166,22 @@ def sample(
     return _spec("sample", fields, {"policy": policy, "model": model, "rendered": rendered})
 
 
+def sample_prompt_set(config: SeraConfig, policy: Ref, model: Ref, prompts: Ref) -> StepSpec:
+    """One answer to each prompt of a set, by the run's sampling settings, for a judge.
+
+    Every policy answers under the same seeds (those of round 0), so that two can be compared by prompt.
+    """
+    fields = _sampling_fields(config, 0) | {
+        "responses": 1,
+        "temperature": config.sampling.temperature,
+        "top_p": config.sampling.top_p,
+        "max_tokens": config.evaluate.max_tokens,
+        "prompts": None,
+        "side": "train",
+    }
+    return _spec("sample", fields, {"policy": policy, "model": model, "rendered": prompts})
+
+
 def sample_heldout(config: SeraConfig, policy: Ref, model: Ref, rendered: Ref, round: int) -> StepSpec:
     """Answers to held-out prompts, at temperature 1 so that KL estimates are those of the policy itself."""
     part = config.evaluate

@@ -185,7 +185,13 @@ def add_evaluate(subparsers: Any, common: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--round", type=int, metavar="N", help="the judged round (default: the head)")
     sub.add_argument(
-        "--against", type=int, metavar="M", help="the round it is compared with (default: round 0)"
+        "--against", metavar="M", help="the round it is compared with, or start with --prompts (default: 0)"
+    )
+    sub.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="compare answers to these prompts, which both policies are sampled on (default: the answers to "
+        "held-out prompts that the run has)",
     )
     sub.add_argument(
         "--calibrate", metavar="PAIRS", help="human-labelled pairs: jsonl, json, csv or parquet; bundled:, …"

@@ -26,8 +26,11 @@ def evaluate(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if (args.run is None) == (args.calibrate is None):
         raise InputError("name a run to evaluate, or pairs with --calibrate; one of the two")
-    if args.calibrate is not None and (args.round is not None or args.against is not None):
-        raise InputError("--round and --against choose rounds of a run; leave them out with --calibrate")
+    chosen = (args.round, args.against, args.prompts)
+    if args.calibrate is not None and any(value is not None for value in chosen):
+        raise InputError(
+            "--round, --against and --prompts are about a run's answers; leave them out with --calibrate"
+        )
     check_positive(args, "concurrency", *(["limit"] if args.limit is not None else []))
     if args.retries < 0:
         raise InputError(f"--retries {args.retries}: must be 0 or more")
@@ -38,9 +41,21 @@ def _check(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace, named: NamedJudge) -> int:
     records = run_records(open_store(args.store), args.run)
     with quiet_stdout():
-        found = evaluate_rounds(records, args.round, args.against or 0, named, args.limit, print_note)
+        found = evaluate_rounds(
+            records, args.round, _against(args.against), named, args.limit, print_note, args.prompts
+        )
     print_result(args, found, compared_lines(found))
     return 0
+
+
+def _against(given: str | None) -> int | None:
+    """Number of the other round; None for the start policy."""
+    if given == "start":
+        return None
+    try:
+        return int(given or 0)
+    except ValueError:
+        raise InputError(f"--against {given!r}: give the number of a round, or start") from None
 
 
 def _calibrate(args: argparse.Namespace, named: NamedJudge) -> int:

@@ -19,8 +19,8 @@ MEASURE_WORDS = {
 def compared_lines(found: Mapping[str, Any]) -> Iterator[str]:
     """The lines of `sera evaluate RUN`."""
     yield (
-        f"round {found['round']} against round {found['against']} of {found['run']}, judge {found['judge']} "
-        f"({standing(found['calibration'])}), held-out answers to {found['prompts']:,} prompts"
+        f"round {found['round']} against {_other(found)} of {found['run']}, judge {found['judge']} "
+        f"({standing(found['calibration'])}), {_answers(found)}"
     )
     yield f"  win rate                    {with_interval(found['win_rate'])}; 0.5 is a draw"
     yield f"  win rate at equal length    {with_interval(found['length_controlled'])}"
@@ -31,6 +31,17 @@ def compared_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{found['equal']:,} comparisons are of equal answers: ties, without asking"
     if found["unpaired"]:
         yield f"{found['unpaired']:,} answers have no counterpart in the other round and are left out"
+
+
+def _other(found: Mapping[str, Any]) -> str:
+    return "the start policy" if found["against"] == "start" else f"round {found['against']}"
+
+
+def _answers(found: Mapping[str, Any]) -> str:
+    prompts = words.plural(found["prompts"], "prompt")
+    if found["answers"] == "held-out":
+        return f"held-out answers to {prompts}"
+    return f"answers to {prompts} of {found['answers']}"
 
 
 def _counted(found: Mapping[str, Any]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 Roots are the steps named in the manifests of all runs, the test evidence, and the steps that open rounds
 would use (computed as in `sera plan`). Claimed steps are kept too. A judge's verdicts are kept as long as the
-answers they are about, and calibrations always: asking again may cost money.
+answers they are about, or the policies that gave them, and calibrations always: asking again may cost money.
 """
 
 from collections.abc import Iterable, Iterator
@@ -47,9 +47,16 @@ class Roots:
         return place in self.records
 
     def _verdicts(self) -> list[StepRecord]:
-        """Verdicts about answers that are kept."""
-        found = recorded(self.store, JUDGE_STEP)
-        return [record for record in found if all(place in self for place in _places(record.inputs.values()))]
+        """Verdicts about answers that are kept, and about answers of kept policies to a set of prompts."""
+        return [record for record in recorded(self.store, JUDGE_STEP) if self._is_about_kept(record)]
+
+    def _is_about_kept(self, record: StepRecord) -> bool:
+        if all(place in self for place in _places(record.inputs.values())):
+            return True
+        samples = (
+            find_record(self.store, *_places([record.inputs[name]])[0]) for name in ("samples", "against")
+        )
+        return all(one is not None and _places([one.inputs["policy"]])[0] in self for one in samples)
 
     def _keep(self, place: Place) -> None:
         """Keep the step and all its ancestors."""

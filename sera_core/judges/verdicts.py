@@ -15,7 +15,7 @@ from sera_core.judges.comparison import Comparison, Verdict
 from sera_core.method.features import words
 from sera_core.method.judged import Judged, order_flips, ties, wins, wins_at_equal_length
 
-JUDGE_STEP, CALIBRATE_STEP = "judge", "calibrate"
+JUDGE_STEP, CALIBRATE_STEP, PROMPT_SET_STEP = "judge", "calibrate", "prompts"
 STEPS = (JUDGE_STEP, CALIBRATE_STEP)
 ORDERS = ("given", "swapped")
 """Whether the first answer is shown first (A) or second (B)."""

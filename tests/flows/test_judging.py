@@ -27,7 +27,7 @@ from sera_core.judges.comparison import Comparison
 from sera_core.judges.named import Asking, find_judge
 from sera_core.judges.rating import RatedJudge
 from sera_core.judges.reward import RewardRater
-from sera_core.judges.verdicts import Item, newest_calibration, told
+from sera_core.judges.verdicts import Item, newest_calibration, recorded, told
 from sera_core.method.features import words
 from tasks.judging import judge_answers
 
@@ -97,8 +97,8 @@ def test_each_answer_in_json_has_these_names(sera, present_store, pairs):
     counts = {"comparisons", "equal", "asked", "answered", "failed", "tokens"}
     run = sera("evaluate", "first", "--round", 1, *store).json
     assert set(run) == counts | {
-        "run", "round", "against", "judge", "prompts", "unpaired", "wins", "losses", "disagreed", "win_rate",
-        "length_controlled", "ties", "order_flips", "calibration", "step",
+        "run", "round", "against", "answers", "judge", "prompts", "unpaired", "wins", "losses", "disagreed",
+        "win_rate", "length_controlled", "ties", "order_flips", "calibration", "step",
     }  # fmt: skip
     assert set(run["win_rate"]) == {"value", "low", "high", "n", "groups"}
     found = sera("evaluate", "--calibrate", pairs, *store).json
@@ -130,6 +130,55 @@ def test_a_chat_model_is_asked_in_both_orders_once(sera, present_store, asking):
     assert found["order_flips"]["value"] == 1.0 and found["win_rate"]["value"] == 0.5
     assert found["disagreed"] == found["asked"]
     assert found["tokens"] == {"answer": 7 * len(asked), "prompt": 100 * len(asked)}
+
+
+def test_answers_to_a_file_of_prompts_are_sampled_once_and_judged(sera, present_store, tmp_path):
+    """The head against the start policy, which no round has sampled; by the word count, computed again."""
+    questions = [{"prompt": f"What about {word}?"} for word in ("tea", "rain", "maps", "tea")]
+    prompts = tinyrun.write_rows(tmp_path / "set.jsonl", questions)
+    command = ("evaluate", "first", "--judge", "word-count", "--prompts", prompts, "--store", present_store)
+    found = sera(*command, "--against", "start", "--json").json
+    assert (found["prompts"], found["comparisons"], found["unpaired"]) == (3, 3, 0)
+    assert (found["against"], found["answers"]) == ("start", "set.jsonl")
+    store = open_store(str(present_store))
+    (judged,) = recorded(store, "judge")
+    texts = []
+    for name in ("samples", "against"):
+        path = Artifact(store, judged.inputs[name]).path("responses.parquet")
+        texts.append([row["response"] for row in schema.iter_rows(path)])
+    signs = [np.sign(words("", one) - words("", other)) for one, other in zip(*texts, strict=True)]
+    assert found["win_rate"]["value"] == pytest.approx(float(np.mean(signs)) / 2 + 0.5)
+    policies = [
+        Artifact(store, judged.inputs[name]).record.inputs["policy"] for name in ("samples", "against")
+    ]
+    rounds = RunStore(store, "first").rounds()
+    assert policies == [rounds[found["round"]].steps["policy"], rounds[0].steps["model"]]
+    before = {path: path.stat().st_mtime_ns for path in present_store.glob("steps/*/*/done.json")}
+    said = sera(*command, "--against", "start").out
+    assert "against the start policy of first" in said and "answers to 3 prompts of set.jsonl" in said
+    sera("gc", "--store", present_store, "--delete", "--older-than", "0s")
+    assert {path: path.stat().st_mtime_ns for path in present_store.glob("steps/*/*/done.json")} == before
+    sera("verify", "first", "--store", present_store)
+
+
+def test_prompts_that_cannot_be_judged_on_are_refused(sera, present_store, tmp_path):
+    command = ("evaluate", "first", "--judge", "word-count", "--store", present_store)
+    trained = RunStore(open_store(str(present_store)), "first").rounds()[0].steps["pairs"]
+    rows = list(schema.iter_rows(Artifact(open_store(str(present_store)), trained).path("train.parquet")))
+    shared = tinyrun.write_rows(
+        tmp_path / "shared.jsonl", [{"prompt": rows[0]["prompt"]}, {"prompt": "New?"}]
+    )
+    before = {path: path.stat().st_mtime_ns for path in present_store.glob("steps/*/*/done.json")}
+    for flags, said in (
+        (("--prompts", shared), "1 of its 2 prompts are train prompts"),
+        (("--prompts", tmp_path / "none.jsonl"), "none.jsonl"),
+        (("--prompts", tinyrun.write_rows(tmp_path / "bad.jsonl", [{"prompt": ""}])), "bad.jsonl line 1"),
+        (("--against", "start"), "--against start: the start policy answered no held-out prompts"),
+        (("--against", "first"), "give the number of a round, or start"),
+        (("--prompts", shared, "--round", "9"), "has no policy of that round"),
+    ):
+        assert said in sera(*command, *flags, code=2).err
+    assert {path: path.stat().st_mtime_ns for path in present_store.glob("steps/*/*/done.json")} == before
 
 
 def test_equal_answers_are_ties_without_asking(tmp_path):
