@@ -77,7 +77,7 @@ def prepare(config: SeraConfig, sources: Mapping[str, Any], do: Do) -> Sides:
     data = do(steps.data(config, sources["data"]))
     model = do(steps.model(config, sources["model"]))
     pairs = do(steps.render(config, data, model))
-    return Sides(data, model, pairs, do(steps.features(config, pairs)), sources.get("rater"))
+    return Sides(data, model, pairs, do(steps.features(config, pairs, data)), sources.get("rater"))
 
 
 def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do, look: Look) -> Steps:

@@ -26,7 +26,7 @@ from sera_core.effects import refuse_ineffective
 from sera_core.extensions import is_own, own_function
 from sera_core.guards.urls import refuse_secrets, without_secrets
 from sera_core.judges.names import IMPLICIT, candidates_file, is_model, refuse_unknown_rater
-from sera_core.method.panel import NAMES, TOKENS, refuse_unknown
+from sera_core.method.panel import NAMES, TOKENS, column_of, refuse_unknown
 
 
 def _or_own(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
@@ -384,8 +384,9 @@ class DecideConfig(Part):
     min_pairs: Positive = 30
     """Smallest number of held-out pairs behind the metric for a verdict; pairs of one prompt count once."""
     panel: tuple[FeatureName, ...] = Field(default=NAMES, min_length=1)
-    """Features that the evidence and the alarm measure: built-in ones by name, and `module:function` of your
-    own, which takes (prompt, response) and returns a number (its module must be named in SERA_EXTENSIONS)."""
+    """Features that the evidence and the alarm measure: built-in ones by name; `column:<name>`, the data's
+    columns `<name>_chosen` and `<name>_rejected` (numbers); and `module:function` of your own, which takes
+    (prompt, response) and returns a number (its module must be named in SERA_EXTENSIONS)."""
     on_alarm: Literal["record", "hold"] = "record"
     """What the amplification alarm does: only record it, or hold the round."""
     review: Literal["never", "always", "alarm"] = "never"
@@ -532,7 +533,7 @@ class SeraConfig(Part):
             "rater": () if self.candidates or is_model(self.pairing.by) else (self.pairing.by,),
             "loss": self.train.losses,
             "sampling engine": (self.sampling.engine,),
-            "feature": self.decide.panel,
+            "feature": tuple(name for name in self.decide.panel if column_of(name) is None),
         }
         return {name: kind for kind, names in named.items() for name in names if is_own(name)}
 

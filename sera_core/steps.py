@@ -13,6 +13,7 @@ from sera_core.config import SelectConfig, SeraConfig
 from sera_core.data.folds import Fold
 from sera_core.extensions import is_own, sources
 from sera_core.method.mixing import SHUFFLED
+from sera_core.method.panel import column_of, columns_of
 from sera_core.method.selection import UNORDERED_RULES
 
 Ref = StepRef | None
@@ -53,7 +54,7 @@ def _spec(step: str, fields: Mapping[str, Any], inputs: Mapping[str, Ref], **whe
 def data(config: SeraConfig, digests: Mapping[str, Sequence[str]]) -> StepSpec:
     """Read, check and split the preference pairs. `digests`: content digest of each source, by side."""
     part = config.data.model_dump(mode="json")
-    fields = {
+    fields: dict[str, Any] = {
         side: [
             {"digest": digest, "split": source["split"], "weight": source["weight"]}
             for source, digest in zip(part[side], digests[side], strict=True)
@@ -63,8 +64,11 @@ def data(config: SeraConfig, digests: Mapping[str, Sequence[str]]) -> StepSpec:
     names = ("heldout_fraction", "test_fraction", "train_pairs", "heldout_pairs", "split_seed")
     names += ("on_equal", "on_diverge", "on_overlap", "on_bad_row", "flip_fraction")
     names += ("format", "columns", "completions")
+    fields |= {name: part[name] for name in names}
+    if columns := columns_of(config.decide.panel):
+        fields["values"] = columns
     paths = {side: [source["path"] for source in part[side]] for side in SIDES}
-    return _spec("data", {**fields, **{name: part[name] for name in names}}, {}, sources=paths)
+    return _spec("data", fields, {}, sources=paths)
 
 
 def model(config: SeraConfig, digest: str) -> StepSpec:
@@ -82,10 +86,12 @@ def render(config: SeraConfig, data: Ref, model: Ref) -> StepSpec:
     return _spec("render", fields, {"data": data, "model": model})
 
 
-def features(config: SeraConfig, rendered: Ref) -> StepSpec:
-    """Measure the panel's features on every pair."""
+def features(config: SeraConfig, rendered: Ref, data: Ref) -> StepSpec:
+    """Measure the panel's features on every pair. Only columns of the user's are read from the data."""
     panel = config.decide.panel
-    return _spec("features", {"panel": list(panel), **sources("feature", *panel)}, {"rendered": rendered})
+    code = sources("feature", *(name for name in panel if column_of(name) is None))
+    columns = {"data": data} if columns_of(panel) else {}
+    return _spec("features", {"panel": list(panel), **code}, {"rendered": rendered, **columns})
 
 
 def logps(

@@ -14,9 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
+from sera_core.data.differences import COLUMNS
 from sera_core.data.formats import Reading
 from sera_core.data.loading import (
     Read,
@@ -38,6 +40,7 @@ from sera_core.data.preferences import (
 from sera_core.data.sources import read_source
 from sera_core.data.splitting import flip_labels, groups_of, remove_overlap, share, split_groups, subset
 from sera_core.errors import InputError
+from sera_core.method.panel import COLUMN, column_difference
 
 if TYPE_CHECKING:
     from sera_core.data.rendering import Renderer
@@ -78,6 +81,7 @@ def load_pairs(attempt: Attempt) -> list[str]:
     attempt.metrics["both_labels"] = len(under_both_labels(sides["train"])) // 2
     sides["train"], flipped = flip_labels(sides["train"], fields["flip_fraction"], fields["split_seed"])
 
+    columns = _write_columns(attempt, sides)
     for side in PAIR_SIDES:
         rows = [_pair_row(pair) for pair in sorted(sides[side], key=sort_key)]
         schema.write_table(schema.from_rows(schema.PAIRS, rows), attempt.write(f"{side}.parquet"))
@@ -89,7 +93,29 @@ def load_pairs(attempt: Attempt) -> list[str]:
     attempt.write("flipped.json").write_text(json.dumps(flipped, indent=1) + "\n")
     _count(attempt, sides, [drop.reason for drop in dropped])
     _measure_groups(attempt, sides, len(flipped))
-    return FILES
+    return [*FILES, *columns]
+
+
+def _write_columns(attempt: Attempt, sides: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Write the user's columns that the panel names: chosen less rejected, of the pairs of all sides.
+
+    Raises:
+        InputError: a value is missing or no number, or a column is the same for both answers of every pair.
+    """
+    if not (names := attempt.fields.get("values")):
+        return []
+    pairs = {pair.pair_id: pair for side in PAIR_SIDES for pair in sorted(sides[side], key=sort_key)}
+    found: dict[str, Any] = {"pair_id": list(pairs)}
+    for name in names:
+        chosen, rejected = zip(*(pair.values[name] for pair in pairs.values()), strict=True)
+        try:
+            found[name] = column_difference(name, chosen, rejected)
+        except InputError as error:
+            raise InputError(
+                f"decide.panel, {COLUMN}{name} (read from {name}_chosen and {name}_rejected): {error}"
+            ) from error
+    schema.write_table(pa.table(found), attempt.write(COLUMNS))
+    return [COLUMNS]
 
 
 def _read_side(attempt: Attempt, side: str, dropped: list[Drop], unmapped: list[set[str]]) -> list[Any]:
@@ -130,7 +156,8 @@ def _read_source(attempt: Attempt, side: str, path: str, source: Mapping[str, An
 
 def _reading(fields: Mapping[str, Any]) -> Reading:
     names = ("format", "columns", "completions", "on_diverge", "on_bad_row")
-    return Reading(seed=fields["split_seed"], **{name: fields[name] for name in names})
+    values = tuple(fields.get("values", ()))
+    return Reading(seed=fields["split_seed"], values=values, **{name: fields[name] for name in names})
 
 
 def _apart(given: dict[str, list[Any]], on_overlap: str, dropped: list[Drop]) -> dict[str, list[Any]]:

@@ -19,6 +19,8 @@ from sera_core.errors import InputError, StoreError
 from sera_core.method.panel import TOKENS, Feature, feature_differences
 
 _COLUMNS = ("pair_id", "prompt", "chosen", "rejected", "chosen_ids", "rejected_ids")
+COLUMNS = "columns.parquet"
+"""File of the data step with the user's columns that the panel names."""
 Differences = dict[str, Float[np.ndarray, " pair"]]
 """By feature."""
 

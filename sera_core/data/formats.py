@@ -49,6 +49,7 @@ class Reading:
         seed: seed of `random`.
         on_diverge: for conversations that differ before the last turn: `refuse` or `split`.
         on_bad_row: for unusable rows: `refuse` the file, or `drop` and count them.
+        values: a user's columns to keep, by name: `<name>_chosen` and `<name>_rejected` of each row.
     """
 
     format: str = "auto"
@@ -57,6 +58,7 @@ class Reading:
     seed: int = 0
     on_diverge: str = "refuse"
     on_bad_row: str = "refuse"
+    values: tuple[str, ...] = ()
 
 
 class TiedCompletionsError(InputError):

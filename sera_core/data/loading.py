@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sera_core.data.formats import Reading, TiedCompletionsError, holds_prompt, normal_form
@@ -48,9 +48,19 @@ def read_pairs(name: str, rows: Sequence[Row], reading: Reading, side: str = "tr
     """
     normal = _normal_rows(rows, reading, side)
     implicit = not any(holds_prompt(row.data) for row in normal.items)
-    read = _parsed(name, normal, reading, side, lambda row: parse_pair(row, reading.on_diverge, implicit))
+    read = _parsed(name, normal, reading, side, lambda row: _pair_of(row, reading, implicit))
     read.repeated_prompts = sum(map(_repeats_prompt, read.items))
     return read
+
+
+def _pair_of(row: Row, reading: Reading, implicit: bool) -> Pair:
+    pair = parse_pair(row, reading.on_diverge, implicit)
+    if not reading.values:
+        return pair
+    values = {
+        name: (row.data.get(f"{name}_chosen"), row.data.get(f"{name}_rejected")) for name in reading.values
+    }
+    return replace(pair, values=values)
 
 
 def read_prompts(name: str, rows: Sequence[Row], reading: Reading, side: str = "prompts") -> Read:

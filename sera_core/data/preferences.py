@@ -1,7 +1,7 @@
 """Pairs and prompts, and records of those that are dropped, with the reason."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -47,6 +47,7 @@ class Pair:
     Attributes:
         format: `standard` if the row was plain text, else `conversational`; not part of pair_id.
         where: file and row, for messages.
+        values: a user's columns by name, as they stand in the row: of the chosen and of the rejected answer.
     """
 
     format: str
@@ -54,6 +55,7 @@ class Pair:
     chosen: list[Message]
     rejected: list[Message]
     where: str = field(default="", compare=False)
+    values: Mapping[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
 
     @cached_property
     def pair_id(self) -> str:
@@ -68,7 +70,8 @@ class Pair:
     @property
     def turned(self) -> "Pair":
         """The pair with chosen and rejected swapped."""
-        return Pair(self.format, self.prompt, self.rejected, self.chosen, self.where)
+        values = {name: (rejected, chosen) for name, (chosen, rejected) in self.values.items()}
+        return Pair(self.format, self.prompt, self.rejected, self.chosen, self.where, values)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ FEATURES: Registry[Feature] = Registry(
 )
 """The built-in features by name; a feature of the user's own is `module:function`."""
 
+COLUMN = "column:"
+"""Before the name of a user's column: `column:score` is the data's `score_chosen` less `score_rejected`."""
 TOKENS = "tokens"
 """Length in response tokens: built in too, but counted from the token ids instead of the text."""
 NAMES = (TOKENS, *FEATURES.entries)
@@ -41,13 +43,23 @@ NAMES = (TOKENS, *FEATURES.entries)
 
 
 def refuse_unknown(name: str) -> None:
-    """Refuse a name that is neither a built-in feature's nor has the form `module:function`.
+    """Refuse a name that is no built-in feature's, no `column:<name>` and not of the form `module:function`.
 
     Raises:
         InputError: gives the nearest name.
     """
     if name != TOKENS and not is_own(name):
         FEATURES.named(name)
+
+
+def column_of(name: str) -> str | None:
+    """The column's name in `column:<name>`; None for other features."""
+    return name.removeprefix(COLUMN) if name.startswith(COLUMN) else None
+
+
+def columns_of(panel: Sequence[str]) -> list[str]:
+    """The columns that a panel names."""
+    return [column for name in panel if (column := column_of(name)) is not None]
 
 
 def feature_values(

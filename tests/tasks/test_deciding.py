@@ -55,7 +55,7 @@ class Planted:
             self.rows[:8] if train is None else [self._row(n, *sizes) for n, sizes in enumerate(train)]
         )
         self.rendered = self.put("render", self._rendered)
-        features = steps.features(self.config, self.rendered)
+        features = steps.features(self.config, self.rendered, None)
         self.features = run_step(self.store, features, measure_features, ExecutionConfig()).ref
         margins = [0.5 + n / 100 for n in range(len(self.train))]
         self.scored = self.put("review", self._scored("scored", self.train, margins))

@@ -65,7 +65,7 @@ class Bench:
         return ["train.parquet", "heldout.parquet", "test.parquet"]
 
     def features(self):
-        spec = steps.features(self.config, self.rendered)
+        spec = steps.features(self.config, self.rendered, None)
         return run_step(self.store, spec, measure_features, ExecutionConfig()).ref
 
     def differences(self):
