@@ -208,7 +208,7 @@ class _Chain:
     def round(self, manifest: RoundManifest) -> LineageRound:
         steps = manifest.steps
         trained = self.step(steps["policy"]).inputs if "policy" in steps else {}
-        sampled = self.step(steps["samples"]).inputs["policy"] if "samples" in steps else None
+        sampled = self.step(steps["samples"]).inputs.get("policy") if "samples" in steps else None
         human = self.step(steps["scored"])
         return LineageRound(
             round=manifest.round,
@@ -227,11 +227,12 @@ class _Chain:
 
     def _generated_judges(self, ref: StepRef | None, sampled: StepRef | None) -> list[StepRef]:
         """Newest first. Without a head among the judges, the sampler's log-probabilities were used."""
-        if ref is None or sampled is None:
+        if ref is None:
             return []
         scored = self.step(ref)
         judges = self._judges(scored, "policy")
-        return judges if len(judges) == len(scored.fields["weights"]) else [sampled, *judges]
+        by_sampler = sampled is not None and len(judges) < len(scored.fields["weights"])
+        return [sampled, *judges] if sampled is not None and by_sampler else judges
 
     def _judges(self, scored: StepRecord, kind: str) -> list[StepRef]:
         """Policies whose log-probabilities gave a step's rewards."""

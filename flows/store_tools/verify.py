@@ -15,7 +15,7 @@ from sera_core.artifacts.canonical import canonical_json, files_digest
 from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef, find_record, parse_part
 from sera_core.artifacts.records import read_record, read_series
-from sera_core.artifacts.run_records import BEST, HEAD, RoundManifest, RunRecord, changes
+from sera_core.artifacts.run_records import BEST, CANDIDATES, HEAD, RoundManifest, RunRecord, changes
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.upkeep import upkeep
 from sera_core.errors import StoreError
@@ -169,6 +169,9 @@ class Chain:
             self._check(found == digests["data"][side], path, f"uses other {side} data")
         model = self.steps[manifest.steps["model"].key].fields
         self._check(model["source_digest"] == digests["model"], path, "uses another start policy")
+        if (rated := manifest.steps.get("ratings")) is not None:
+            rater = self.steps[rated.key].fields["rater"]
+            self._check(rater == digests.get("rater"), path, "uses another rater")
 
     def _check_policies(self, manifest: RoundManifest, before: History) -> None:
         """Start and sampling policy are the head of that time, or the start policy."""
@@ -176,7 +179,7 @@ class Chain:
         own = {manifest.steps["model"].digest}
         own |= {head.steps["policy"].digest for head in before.lineage}
         for role, source in (("policy", "start"), ("samples", "policy")):
-            if role in manifest.steps:
+            if role in manifest.steps and manifest.steps[role].step != CANDIDATES:
                 ref = self.steps[manifest.steps[role].key].inputs[source]
                 self._check(ref.digest in own, path, f"{role}: not from a policy in this run's lineage")
         if "head_mixture" in (reviewed := self.steps[manifest.steps["scored"].key].inputs):

@@ -84,11 +84,12 @@ def test_a_rater_orders_the_responses_and_the_margins_stay_implicit(tmp_path):
     assert ratings.record.counts["rated"] + ratings.record.counts["not_asked"] == len(samples)
 
 
-def test_a_reward_model_orders_the_responses(tmp_path):
+def test_a_reward_model_orders_the_responses(tmp_path, sera):
     folder = tiny.tiny_reward_model(tmp_path / "reward")
     config = tinyrun.config(tmp_path, pairing={"by": f"reward:{folder}"}, **ALL_PAIRS)
     records = tinyrun.work(config, tmp_path / "store")
     ratings, responses, samples = rated(records)
+    sera("verify", "tiny", "--store", tmp_path / "store")
     rater = RewardRater(folder, "cpu")
     path = Artifact(records.store, records.rounds()[1].steps["pairs"]).path("prompts.parquet")
     prompts = {row["prompt_id"]: row["prompt"] for row in schema.iter_rows(path)}
@@ -140,7 +141,7 @@ def rated_rows(path):
     return tinyrun.write_rows(path, rows)
 
 
-def test_rated_candidates_of_a_file_take_the_place_of_samples(tmp_path):
+def test_rated_candidates_of_a_file_take_the_place_of_samples(tmp_path, sera):
     file = rated_rows(tmp_path / "rated.jsonl")
     config = tinyrun.config(tmp_path, pairing={"by": f"file:{file}"}, **ALL_PAIRS)
     records = tinyrun.work(config, tmp_path / "store")
@@ -163,6 +164,9 @@ def test_rated_candidates_of_a_file_take_the_place_of_samples(tmp_path):
     assert np.isfinite(scored["policy_chosen_logps"].to_numpy()).all()
     again = tinyrun.work(config, tmp_path / "store", "again")
     assert again.rounds()[1].steps["samples"] == records.rounds()[1].steps["samples"]
+    sera("verify", "tiny", "--store", tmp_path / "store")
+    told = sera("lineage", "tiny", "--round", 1, "--store", tmp_path / "store", "--json").json["rounds"][-1]
+    assert told["sampled_by"] is None and len(told["generated_pairs_scored_by"]) == 1
 
 
 def test_candidates_of_sera_sample_are_read_by_their_prompt_ids(tmp_path, sera):
