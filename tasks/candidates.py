@@ -8,6 +8,7 @@ from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
 from sera_core.data.candidates import Candidate, read_candidates
 from sera_core.data.rendering import Renderer
+from sera_core.data.sources import source_digest
 from sera_core.errors import InputError
 
 FILES = ["responses.parquet", "ratings.parquet", "dropped.parquet"]
@@ -20,9 +21,13 @@ def load_candidates(attempt: Attempt) -> list[str]:
     A response with several ratings has their mean.
 
     Raises:
-        InputError: a malformed row, or no candidate answers a train prompt.
+        InputError: another file than at the run's start, or no candidate answers a train prompt.
     """
     where: str = attempt.spec.where["file"]
+    if source_digest(where) != attempt.fields["rater"]["sha256"]:
+        raise InputError(
+            f"pairing.by: {where} changed during the run; restore it, or start a run under a new name"
+        )
     by_prompt: dict[str, dict[str, list[Candidate]]] = defaultdict(lambda: defaultdict(list))
     for candidate in read_candidates(where):
         by_prompt[candidate.prompt_id][candidate.response].append(candidate)

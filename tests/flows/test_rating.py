@@ -11,9 +11,11 @@ import tiny
 import tinyrun
 from judgeserver import Reply, failing, judge_server
 
+from sera_core import steps
 from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.runs import RunStore
+from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError, SeraError
@@ -21,6 +23,7 @@ from sera_core.judges import chat
 from sera_core.judges.rating import Question
 from sera_core.judges.reward import RewardRater
 from sera_core.method.features import words
+from tasks.candidates import load_candidates
 
 ALL_PAIRS = {"select_generated": {"rule": "none"}, "limits": {"rounds": 2}}
 
@@ -218,6 +221,17 @@ def test_a_malformed_file_of_candidates_is_refused_before_any_work(tmp_path, ser
     experiment = tinyrun.experiment(tmp_path, pairing={"by": f"file:{file}"})
     found = sera("run", experiment, "--store", tmp_path / "store", code=2)
     assert said in found.err and not (tmp_path / "store" / "runs").exists()
+
+
+def test_a_file_of_candidates_that_changed_after_the_start_is_refused(tmp_path):
+    file = rated_rows(tmp_path / "rated.jsonl")
+    config = tinyrun.config(tmp_path, pairing={"by": f"file:{file}"}, **ALL_PAIRS)
+    records = tinyrun.work(config, tmp_path / "store")
+    made = records.rounds()[0].steps
+    before = {"rater": "file", "sha256": "0" * 64}
+    spec = steps.candidates(config, made["pairs"], made["model"], before)
+    with pytest.raises(InputError, match=r"rated\.jsonl changed during the run"):
+        run_step(records.store, spec, load_candidates, config.execution)
 
 
 def test_candidates_to_other_prompts_are_refused(tmp_path):
