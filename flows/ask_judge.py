@@ -36,7 +36,8 @@ def sera_evaluate(
 
     Args:
         run: Name of the run.
-        judge: word-count, constant, openai:MODEL, reward:FOLDER (on the worker) or module:function.
+        judge: word-count, constant, openai:MODEL, local:FOLDER or reward:FOLDER (on the worker), or
+            module:function.
         round: Round that is judged. Empty: the head.
         against: Round whose answers it is compared with. Empty: the start policy (only with prompts).
         prompts: File with prompts that both policies answer now. Empty: the run's held-out answers.

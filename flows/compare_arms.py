@@ -45,7 +45,8 @@ def sera_compare(
         arms: Arms, as in `sera compare --help`; the first one sets rounds and training tokens of the others.
         seeds: Seeds, in place of the experiment's.
         judge: Also compare the arms' held-out answers by a judge: word-count, constant, openai:MODEL (at the
-            worker's OPENAI_BASE_URL), reward:FOLDER (on the worker) or module:function. Empty: none.
+            worker's OPENAI_BASE_URL), local:FOLDER or reward:FOLDER (on the worker), or module:function.
+            Empty: none.
         mode: Whether a chat model compares two answers or rates each by itself.
         store: Folder or s3://bucket/prefix for the artifacts. Empty: the worker's SERA_STORE.
     """

@@ -17,7 +17,7 @@ from sera_core.data.sources import bundled_file
 from sera_core.effects import ineffective_settings
 from sera_core.errors import InputError
 from sera_core.guards.urls import secret_in, without_secrets
-from sera_core.judges.names import FILE, REWARD
+from sera_core.judges.names import FILE, LOCAL, REWARD
 
 SIDES = ("train", "heldout", "test", "prompts")
 
@@ -179,7 +179,7 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
     pairing = data.get("pairing")
     if isinstance(pairing, dict) and isinstance(pairing.get("by"), str):
         kind, _, path = pairing["by"].partition(":")
-        if kind in (REWARD, FILE) and path and (folder / path).exists():
+        if kind in (REWARD, LOCAL, FILE) and path and (folder / path).exists():
             pairing["by"] = f"{kind}:{(folder / path).resolve()}"
     model = data.get("model")
     if isinstance(model, str):

@@ -272,10 +272,10 @@ class PairingConfig(Part):
     by: Annotated[str, AfterValidator(_known_rater)] = IMPLICIT
     """What orders a prompt's responses. implicit: the ensemble reward (SeRA). reward:<folder>: a reward
     model, a local classifier with one label. openai:<model>: ratings from 1 to 10 by a chat model at the
-    worker's OPENAI_BASE_URL. file:<path>: candidates with ratings by people or another system, instead of
-    samples (columns response, rating, prompt or prompt_id, and rater if you like). word-count: a control.
-    `module:function` is a rater of your own. Whatever orders them, [select_generated] reviews the pairs by
-    their implicit margin."""
+    worker's OPENAI_BASE_URL; local:<folder>: by one that the worker loads. file:<path>: candidates with
+    ratings by people or another system, instead of samples (columns response, rating, prompt or prompt_id,
+    and rater if you like). word-count: a control. `module:function` is a rater of your own. Whatever orders
+    them, [select_generated] reviews the pairs by their implicit margin."""
     allow_cut: bool = False
     """Allow pairs with a response that was cut by the length limit."""
 

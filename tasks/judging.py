@@ -12,11 +12,12 @@ from sera_core.artifacts.canonical import finite
 from sera_core.artifacts.step import Attempt, Work
 from sera_core.judges.comparison import Judge, Verdict
 from sera_core.judges.functions import FunctionJudge, constant, word_count
-from sera_core.judges.named import NamedJudge
+from sera_core.judges.named import NamedJudge, Opening
 from sera_core.judges.names import CONSTANT, WORD_COUNT
 from sera_core.judges.verdicts import ORDERS, Item, Row, key_of, told
 from sera_core.method.judged import Judged, better_than, label_kappa, longer_preferred, order_flips, wins
 from tasks.asking import Answers, Inquiry, Key, ask
+from tasks.engines.local_chat import open_generate
 
 VERDICTS, CALIBRATION = "verdicts.parquet", "calibration.json"
 Asked = tuple[Item, str]
@@ -72,7 +73,7 @@ def _ask(attempt: Attempt, items: Sequence[Item], named: NamedJudge) -> list[Row
     )
 
     def open() -> tuple[Answers[Asked], int]:
-        judge = named.open()
+        judge = named.open(Opening(open_generate))
         return lambda batch: _batch(judge, batch), judge.batch
 
     found = ask(attempt, inquiry, wanted, open)

@@ -10,9 +10,10 @@ from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
 from sera_core.artifacts.streaming import Lookup, Rows, row_groups, strings
 from sera_core.errors import SeraError
-from sera_core.judges.named import Asking, NamedRater, find_rater
+from sera_core.judges.named import Asking, NamedRater, Opening, find_rater
 from sera_core.judges.rating import Question, Rater, Rating
 from tasks.asking import Answers, Inquiry, Key, Row, ask
+from tasks.engines.local_chat import open_generate
 
 RATINGS = "ratings.parquet"
 
@@ -40,7 +41,7 @@ def rate_samples(attempt: Attempt) -> list[str]:
     )
 
     def open() -> tuple[Answers[int], int]:
-        rater = named.open(attempt.execution.device)
+        rater = named.open(Opening(open_generate, attempt.execution.device))
         texts = _Texts(attempt)
         return lambda rows: _rated(rater, texts, rows), rater.batch
 

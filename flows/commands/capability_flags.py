@@ -181,7 +181,7 @@ def add_evaluate(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--judge",
         required=True,
         help="word-count, constant, openai:<model> (extra `judge`; sends prompts and answers to the "
-        "endpoint), reward:<folder>, or module:function",
+        "endpoint), local:<folder> (a chat model), reward:<folder>, or module:function",
     )
     sub.add_argument("--round", type=int, metavar="N", help="the judged round (default: the head)")
     sub.add_argument(

@@ -53,7 +53,7 @@ def add_compare(commands: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--judge",
         help="also compare the arms' held-out answers by a judge, as in `sera evaluate`: word-count, "
-        "constant, openai:<model> (at $OPENAI_BASE_URL), reward:<folder>, or module:function",
+        "constant, openai:<model> (at $OPENAI_BASE_URL), local:<folder>, reward:<folder>, or module:function",
     )
     sub.add_argument(
         "--mode",

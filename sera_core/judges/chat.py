@@ -15,9 +15,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from sera_core.errors import SeraError
-from sera_core.judges.comparison import Comparison, Verdict, as_text
-from sera_core.judges.prompts import PAIRWISE, SINGLE, Form, compared_text, rated_text
-from sera_core.judges.rating import Question, Rating
+from sera_core.judges.asked import Answer
+from sera_core.judges.prompts import Form
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds before the first retry, doubled each time, up to the longest."""
@@ -55,16 +54,6 @@ class _Trouble(Exception):
     def __init__(self, failure: str, again: bool = True, wait: float | None = None) -> None:
         super().__init__(failure)
         self.failure, self.again, self.wait = failure, again, wait
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said to one question, or why it said nothing usable; tokens are those of all attempts."""
-
-    value: Any
-    failure: str | None
-    prompt_tokens: int | None
-    answer_tokens: int | None
 
 
 class ChatModel:
@@ -168,42 +157,6 @@ class ChatModel:
         if status in WAITS or status >= 500:
             return _Trouble(WAITS.get(status, "server_error"), wait=asked_wait(headers.get("retry-after")))
         return _Trouble("refused" if status in REJECTED else "server_error", again=False)
-
-
-class ChatJudge:
-    """Asks which of two answers is better."""
-
-    def __init__(self, model: str, template: str, endpoint: Endpoint) -> None:
-        self.template, self._chat = template, ChatModel(model, PAIRWISE, endpoint)
-        self.batch = self._chat.batch
-
-    def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """One verdict for each comparison.
-
-        Raises:
-            SeraError: the server accepts no request: a wrong key, model or address.
-        """
-        found = self._chat.answers([compared_text(self.template, one) for one in comparisons])
-        return [Verdict(a.value, a.failure, a.prompt_tokens, a.answer_tokens) for a in found]
-
-
-class ChatRater:
-    """Asks for a rating of a single answer."""
-
-    def __init__(self, model: str, template: str, endpoint: Endpoint) -> None:
-        self.template, self._chat = template, ChatModel(model, SINGLE, endpoint)
-        self.batch = self._chat.batch
-
-    def rate(self, questions: Sequence[Question]) -> list[Rating]:
-        """One rating, 1 to 10, for each answer.
-
-        Raises:
-            SeraError: the server accepts no request: a wrong key, model or address.
-        """
-        texts = [rated_text(self.template, as_text(one.prompt), one.answer) for one in questions]
-        return [
-            Rating(a.value, a.failure, a.prompt_tokens, a.answer_tokens) for a in self._chat.answers(texts)
-        ]
 
 
 class _Spent:

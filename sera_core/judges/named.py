@@ -13,18 +13,20 @@ from urllib.parse import urlsplit
 
 from sera_core.errors import InputError
 from sera_core.extensions import Registry, is_own, source_hash
-from sera_core.judges.chat import ChatJudge, ChatRater, Endpoint
+from sera_core.judges.asked import AskedJudge, AskedRater, Model
+from sera_core.judges.chat import ChatModel, Endpoint
 from sera_core.judges.comparison import Judge
 from sera_core.judges.functions import FunctionJudge, FunctionRater, constant, word_count
-from sera_core.judges.names import CHAT, CONSTANT, REWARD, WORD_COUNT
+from sera_core.judges.local import LocalModel, OpenGenerate
+from sera_core.judges.names import CHAT, CONSTANT, LOCAL, REWARD, WORD_COUNT
 from sera_core.judges.prompts import PAIRWISE, SINGLE, Form, read_template
 from sera_core.judges.rating import RatedJudge, Rater
-from sera_core.judges.reward import RewardRater, reward_digest
+from sera_core.judges.reward import RewardRater, chat_digest, reward_digest
 from sera_core.method.features import words
 
-_FORMS = {f"{CHAT}:<model>": None, f"{REWARD}:<folder>": None}
+_FORMS = {f"{kind}:<folder>": None for kind in (REWARD, LOCAL)} | {f"{CHAT}:<model>": None}
 JUDGES: Registry[Any] = Registry("judge", {WORD_COUNT: word_count, CONSTANT: constant, **_FORMS})
-"""Judges by name; openai: and reward: take the model after the colon."""
+"""Judges by name; openai:, local: and reward: take the model after the colon."""
 RATERS: Registry[Any] = Registry("rater", {WORD_COUNT: words, **_FORMS})
 """Raters by name, likewise."""
 OPENAI_URL = "https://api.openai.com/v1"
@@ -47,13 +49,23 @@ class Asking:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """What opening a judge or a rater may need; the core has no sampling engine."""
+
+    generate: OpenGenerate
+    """Opens a local chat model."""
+    device: str = "auto"
+    """`execution.device`."""
+
+
+@dataclass(frozen=True)
 class NamedJudge:
     """A judge that can be opened."""
 
     name: str
     identity: dict[str, Any]
     """What decides its answers; in the key of its steps. No path and no secret."""
-    open: Callable[[], Judge]
+    open: Callable[[Opening], Judge]
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,7 @@ class NamedRater:
     name: str
     identity: dict[str, Any]
     """What decides its ratings; in the key of its steps. No path and no secret."""
-    open: Callable[[str], Rater]
-    """Takes the device, `execution.device`."""
+    open: Callable[[Opening], Rater]
 
 
 def find_judge(name: str, asking: Asking) -> NamedJudge:
@@ -75,29 +86,30 @@ def find_judge(name: str, asking: Asking) -> NamedJudge:
             template that cannot be used, or an address with credentials.
     """
     kind, _, rest = name.partition(":")
-    if kind != CHAT and (asking.template is not None or asking.url is not None):
-        flag = "--template" if asking.template is not None else "--judge-url"
-        raise InputError(f"{flag}: only {CHAT}:<model> takes it, not the judge {name!r}; leave it out")
-    if asking.single and kind != CHAT:
+    if kind != CHAT and asking.url is not None:
+        raise InputError(f"--judge-url: only {CHAT}:<model> takes it, not the judge {name!r}; leave it out")
+    if kind not in (CHAT, LOCAL) and (asking.template is not None or asking.single):
+        flag = "--mode single" if asking.template is None else "--template"
         raise InputError(
-            f"--mode single: only {CHAT}:<model> can be asked in two ways, not {name!r}; leave it out"
+            f"{flag}: only {CHAT}:<model> and {LOCAL}:<folder> are asked in words, not the judge {name!r}; "
+            "leave it out"
         )
-    if kind == CHAT and rest and not asking.single:
-        identity, template, endpoint = _chat("judge", rest, asking, PAIRWISE)
-        return NamedJudge(name, identity, lambda: ChatJudge(rest, template, endpoint))
-    if kind in (CHAT, REWARD) and rest:
+    if kind in (CHAT, LOCAL) and rest and not asking.single:
+        identity, template, open_model = _asked("judge", kind, rest, asking, PAIRWISE)
+        return NamedJudge(name, identity, lambda opening: AskedJudge(open_model(opening), template))
+    if kind in (CHAT, LOCAL, REWARD) and rest:
         rater = find_rater(name, asking, "judge")
         mode = {"mode": "single"} if asking.single else {}
-        return NamedJudge(name, rater.identity | mode, lambda: RatedJudge(rater.open("auto")))
+        return NamedJudge(name, rater.identity | mode, lambda opening: RatedJudge(rater.open(opening)))
     compare, identity = _function(JUDGES, name)
-    return NamedJudge(name, identity, lambda: FunctionJudge(name, compare))
+    return NamedJudge(name, identity, lambda _: FunctionJudge(name, compare))
 
 
 def find_rater(name: str, asking: Asking, what: str = "rater") -> NamedRater:
     """The rater of this name, without loading or asking it.
 
     Args:
-        name: `reward:<folder>`, `openai:<model>`, `word-count` or `module:function`.
+        name: `reward:<folder>`, `local:<folder>`, `openai:<model>`, `word-count` or `module:function`.
         asking: how a chat model is asked.
         what: what messages and the identity call it: a rater, or a judge that compares its ratings.
 
@@ -105,32 +117,45 @@ def find_rater(name: str, asking: Asking, what: str = "rater") -> NamedRater:
         InputError: as `find_judge`.
     """
     kind, _, rest = name.partition(":")
-    if kind == CHAT and rest:
-        identity, template, endpoint = _chat(what, rest, asking, SINGLE)
-        return NamedRater(name, identity, lambda _: ChatRater(rest, template, endpoint))
+    if kind in (CHAT, LOCAL) and rest:
+        identity, template, open_model = _asked(what, kind, rest, asking, SINGLE)
+        return NamedRater(name, identity, lambda opening: AskedRater(open_model(opening), template))
     if kind == REWARD and rest:
         folder = Path(rest)
         identity = {what: REWARD, "model": reward_digest(folder)}
-        return NamedRater(name, identity, lambda device: RewardRater(folder, device))
+        return NamedRater(name, identity, lambda opening: RewardRater(folder, opening.device))
     function, identity = _function(RATERS, name)
     return NamedRater(name, identity, lambda _: FunctionRater(name, function))
+
+
+def _asked(
+    what: str, kind: str, rest: str, asking: Asking, form: Form
+) -> tuple[dict[str, Any], str, Callable[[Opening], Model]]:
+    """A language model's identity and template, and how it is opened."""
+    if kind == CHAT:
+        identity, template, endpoint = _chat(what, rest, asking, form)
+        return identity, template, lambda _: ChatModel(rest, form, endpoint)
+    folder, template = Path(rest), read_template(asking.template, form)
+    digest = hashlib.sha256(template.encode()).hexdigest()
+    identity = {what: LOCAL, "model": chat_digest(folder), "template_sha256": digest}
+    return identity, template, lambda o: LocalModel(o.generate(folder, o.device), form)
 
 
 def _function(registry: Registry[Any], name: str) -> tuple[Any, dict[str, Any]]:
     """The built-in or own function of this name, and its identity."""
     kind, colon, rest = name.partition(":")
     what = registry.kind
-    if colon and kind not in (CHAT, REWARD) and not _allowed(kind) and (near := _near(kind)):
+    if colon and kind not in (CHAT, LOCAL, REWARD) and not _allowed(kind) and (near := _near(kind)):
         raise InputError(
             f"the {what} {name!r} is unknown; did you mean {near}:{rest}? A function of your own is named as "
             "module:function, its module in SERA_EXTENSIONS"
         )
-    function = registry.named(name.rstrip(":") if kind in (CHAT, REWARD) else name)
+    function = registry.named(name.rstrip(":") if kind in (CHAT, LOCAL, REWARD) else name)
     return function, {what: name} | ({"source": source_hash(name, what)} if is_own(name) else {})
 
 
 def _near(kind: str) -> str | None:
-    return next(iter(difflib.get_close_matches(kind, (CHAT, REWARD), n=1, cutoff=0.6)), None)
+    return next(iter(difflib.get_close_matches(kind, (CHAT, LOCAL, REWARD), n=1, cutoff=0.6)), None)
 
 
 def _allowed(module: str) -> bool:

@@ -5,20 +5,27 @@ import difflib
 from sera_core.errors import InputError
 from sera_core.extensions import is_own
 
-CHAT, REWARD = "openai", "reward"
+CHAT, LOCAL, REWARD = "openai", "local", "reward"
 """Kinds that take a model after the colon."""
 WORD_COUNT, CONSTANT = "word-count", "constant"
 IMPLICIT = "implicit"
 """`pairing.by`: the implicit reward of the policies, no rater."""
 FILE = "file"
 """`pairing.by`: rated candidates in a file instead of samples."""
-BY = (IMPLICIT, WORD_COUNT, f"{REWARD}:<folder>", f"{CHAT}:<model>", f"{FILE}:<path>")
+BY = (
+    IMPLICIT,
+    WORD_COUNT,
+    f"{REWARD}:<folder>",
+    f"{LOCAL}:<folder>",
+    f"{CHAT}:<model>",
+    f"{FILE}:<path>",
+)
 
 
 def is_model(name: str) -> bool:
-    """Whether a name means a model: `reward:<folder>` or `openai:<model>`."""
+    """Whether a name means a model: `reward:<folder>`, `local:<folder>` or `openai:<model>`."""
     kind, _, rest = name.partition(":")
-    return kind in (CHAT, REWARD) and bool(rest)
+    return kind in (CHAT, LOCAL, REWARD) and bool(rest)
 
 
 def candidates_file(name: str) -> str | None:
@@ -36,8 +43,8 @@ def refuse_unknown_rater(name: str) -> None:
     if name in (IMPLICIT, WORD_COUNT) or is_model(name) or candidates_file(name):
         return
     kind = name.partition(":")[0]
-    near = difflib.get_close_matches(kind, (IMPLICIT, WORD_COUNT, REWARD, CHAT, FILE), n=1, cutoff=0.6)
-    if is_own(name) and kind not in (CHAT, REWARD, FILE) and not near:
+    near = difflib.get_close_matches(kind, (IMPLICIT, WORD_COUNT, REWARD, LOCAL, CHAT, FILE), n=1, cutoff=0.6)
+    if is_own(name) and kind not in (CHAT, LOCAL, REWARD, FILE) and not near:
         return
     hint = f"did you mean {next(one for one in BY if one.startswith(near[0]))}? " if near else ""
     raise InputError(

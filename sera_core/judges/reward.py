@@ -32,11 +32,20 @@ def reward_digest(folder: Path) -> str:
         raise InputError(f"reward:{folder}: has {labels} labels; a reward model has one, its score")
     if "auto_map" in settings:
         raise InputError(f"reward:{folder}: needs code from its own repository, which is never run here")
-    names = policy_files(folder)
-    if not any(name.endswith(".safetensors") for name in names):
-        raise InputError(f"reward:{folder}: has no *.safetensors; weights are never read from a pickle")
-    refuse_other_weights(folder)
-    return files_digest({name: sha256_file(folder / name) for name in names})
+    return _digest(folder, "reward")
+
+
+def chat_digest(folder: Path) -> str:
+    """Digest of a local chat model's files: weights, configuration, tokenizer and template.
+
+    Raises:
+        InputError: no folder with a configuration and safetensors, or weights elsewhere.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"local:{folder}: no folder with a config.json; give a local model folder")
+    if "auto_map" in read_settings(folder / "config.json"):
+        raise InputError(f"local:{folder}: needs code from its own repository, which is never run here")
+    return _digest(folder, "local")
 
 
 class RewardRater:
@@ -72,6 +81,14 @@ class RewardRater:
             given = torch.tensor([ids], device=self.device)
             score = float(self.model(input_ids=given, attention_mask=torch.ones_like(given)).logits[0, 0])
         return Rating(score) if isfinite(score) else Rating(None, "non_finite")
+
+
+def _digest(folder: Path, kind: str) -> str:
+    names = policy_files(folder)
+    if not any(name.endswith(".safetensors") for name in names):
+        raise InputError(f"{kind}:{folder}: has no *.safetensors; weights are never read from a pickle")
+    refuse_other_weights(folder)
+    return files_digest({name: sha256_file(folder / name) for name in names})
 
 
 def _load(folder: Path) -> Any:

@@ -8,9 +8,10 @@ from judgeserver import Reply, always, failing, good, judge_server, slow, verdic
 
 from sera_core.errors import SeraError
 from sera_core.judges import chat
-from sera_core.judges.chat import ChatJudge, Endpoint, asked_wait
+from sera_core.judges.asked import AskedJudge
+from sera_core.judges.chat import ChatModel, Endpoint, asked_wait
 from sera_core.judges.comparison import Comparison
-from sera_core.judges.prompts import read_template
+from sera_core.judges.prompts import PAIRWISE, read_template
 
 PROMPT = [{"role": "user", "content": "A question?"}]
 PAIR = Comparison(PROMPT, "a good answer", "a bad answer")
@@ -23,8 +24,9 @@ def short_waits(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-def judge_at(server, **limits) -> ChatJudge:
-    return ChatJudge("m", read_template(None), Endpoint(server.url, "a-key", **limits))
+def judge_at(server, **limits) -> AskedJudge:
+    endpoint = Endpoint(server.url, "a-key", **limits)
+    return AskedJudge(ChatModel("m", PAIRWISE, endpoint), read_template(None))
 
 
 def test_a_judge_answers_each_comparison_in_order():
