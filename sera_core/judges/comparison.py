@@ -12,7 +12,7 @@ FAILURES = {
     "rate_limited": "the judge asked to wait, too often",
     "server_error": "the judge's server failed",
     "refused": "the judge refused the request",
-    "nonsense": "the answer had not the form that was asked for",
+    "nonsense": "the answer was not in the form asked for",
     "too_long": "the conversation is longer than the model's context",
     "non_finite": "a score was not finite",
     "template": "the reward model's chat template refused the conversation",

@@ -252,7 +252,7 @@ def test_a_judge_of_single_answers_is_asked_once_for_each(sera, tmp_path, pairs,
         asking(server)
         assert sera(*command).json["status"] == "calibrated" and server.questions
     refused = sera("evaluate", "--judge", "word-count", *command[3:], "--mode", "single", code=2)
-    assert "can be asked in two ways" in refused.err
+    assert "are asked in words, not the judge" in refused.err
 
 
 @pytest.mark.parametrize(("place", "flips"), [("A", 1.0), ("B", 1.0), ("tie", 0.0)])
@@ -389,7 +389,7 @@ def test_a_few_failures_are_left_out_and_counted(sera, tmp_path, pairs, asking):
     assert found["measures"]["agreement"] | {"low": 0, "high": 0} == {
         "value": 1.0, "low": 0, "high": 0, "n": 45, "groups": None,
     }  # fmt: skip
-    assert "15 failed and left out" in said and "nonsense (the answer named" in said
+    assert "15 failed and left out" in said and "nonsense (the answer was not in" in said
     assert len(server.questions) == 2 * 45 + 4 * 15
     rows = verdicts(tmp_path / "s", "calibrate")
     assert Counter((row["better"] is None, row["failure"]) for row in rows)[True, "nonsense"] == 30
@@ -506,7 +506,7 @@ def test_no_secret_is_stored_or_said(sera, tmp_path, pairs, asking, status):
         (["--judge", "reward", "first"], "did you mean 'reward:<folder>'?"),
         (["--judge", "reward:/nowhere", "first"], "no folder with a config.json"),
         (["--judge", "os:system", "first"], "SERA_EXTENSIONS=os"),
-        (["--judge", "constant", "first", "--template", "x"], "--template: only openai:<model> takes it"),
+        (["--judge", "constant", "first", "--template", "x"], "--template: only openai:<model> and local:<folder> are asked in words"),
         (["--judge", "constant", "first", "--judge-url", "http://x"], "--judge-url: only openai:<model>"),
         (["--judge", "constant"], "name a run to evaluate"),
         (["--judge", "constant", "first", "--calibrate", "p"], "one of the two"),
