@@ -506,7 +506,10 @@ def test_no_secret_is_stored_or_said(sera, tmp_path, pairs, asking, status):
         (["--judge", "reward", "first"], "did you mean 'reward:<folder>'?"),
         (["--judge", "reward:/nowhere", "first"], "no folder with a config.json"),
         (["--judge", "os:system", "first"], "SERA_EXTENSIONS=os"),
-        (["--judge", "constant", "first", "--template", "x"], "--template: only openai:<model> and local:<folder> are asked in words"),
+        (
+            ["--judge", "constant", "first", "--template", "x"],
+            "--template: only openai:<model> and local:<folder> are asked in words",
+        ),
         (["--judge", "constant", "first", "--judge-url", "http://x"], "--judge-url: only openai:<model>"),
         (["--judge", "constant"], "name a run to evaluate"),
         (["--judge", "constant", "first", "--calibrate", "p"], "one of the two"),
