@@ -74,7 +74,9 @@ def test_a_local_model_that_answers_in_another_form_says_nothing(sera, tmp_path,
     assert f"{PAIRS} nonsense" in refused.err and "Nothing is reported" in refused.err
 
 
-def test_a_local_model_rates_the_responses_of_a_run(sera, tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.flow
+def test_a_local_model_rates_the_responses_of_a_run(sera, tmp_path, monkeypatch, prefect_server):
     """A model that rates by length takes the place of one that can read; all else is the product's."""
 
     def opened(folder, device):

@@ -172,7 +172,9 @@ def test_rated_candidates_of_a_file_take_the_place_of_samples(tmp_path, sera):
     assert told["sampled_by"] is None and len(told["generated_pairs_scored_by"]) == 1
 
 
-def test_candidates_of_sera_sample_are_read_by_their_prompt_ids(tmp_path, sera):
+@pytest.mark.slow
+@pytest.mark.flow
+def test_candidates_of_sera_sample_are_read_by_their_prompt_ids(tmp_path, sera, prefect_server):
     """`sera sample` writes them, a column `rating` joins, and a run trains on them."""
     prompts = tinyrun.write_rows(
         tmp_path / "prompts.jsonl", [{"prompt": p["prompt"]} for p in tinyrun.pairs(32)]
