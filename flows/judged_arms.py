@@ -135,18 +135,14 @@ def _style(item: Item) -> list[float]:
 def _pair(first: str, second: str, answers: Sequence[JudgedAnswers]) -> ArmPair:
     prompts = [key[0] for found in answers for key in found.told.keys]
     judged = _together([found.told.judged for found in answers], prompts)
-    seen = [found.told.asked for found in answers]
-    asked = np.concatenate(seen)
-    asked_about = Judged(
-        judged.given[asked], judged.swapped[asked], judged.length_difference[asked], judged.groups[asked]
-    )
+    asked = np.concatenate([found.told.asked for found in answers])
     return ArmPair(
         first,
         second,
         wins(judged),
         wins_at_equal_length(judged),
         ties(judged),
-        order_flips(asked_about),
+        order_flips(judged.only(asked)),
         sum(sum(found.told.failed.values()) for found in answers),
     )
 

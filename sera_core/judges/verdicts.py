@@ -85,9 +85,7 @@ class Told:
     @property
     def seen(self) -> Judged:
         """The comparisons that the judge saw."""
-        every = self.judged
-        columns = (every.given, every.swapped, every.length_difference, every.groups)
-        return Judged(*(column[self.asked] for column in columns))
+        return self.judged.only(self.asked)
 
     @property
     def equal(self) -> int:

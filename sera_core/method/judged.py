@@ -7,7 +7,7 @@ a tie, 0 it loses, whichever place it was shown in.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sera_core.method.win_rates import (
     NO_RATE,
@@ -36,6 +36,11 @@ class Judged:
     """Length of the first answer less that of the second, in words."""
     groups: Groups
     """Number of each comparison's prompt; comparisons of one prompt are not independent."""
+
+    def only(self, chosen: Bool[np.ndarray, " comparison"]) -> "Judged":
+        """The chosen comparisons."""
+        columns = (self.given, self.swapped, self.length_difference, self.groups)
+        return Judged(*(column[chosen] for column in columns))
 
     @property
     def outcomes(self) -> Float[np.ndarray, " comparison"]:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import tinyrun
 
+from sera_core import steps
 from sera_core.artifacts import schema
-from sera_core.artifacts.manifest import Artifact
+from sera_core.artifacts.manifest import Artifact, StepRef
 
 PANEL = {"panel": ["tokens", "words", "column:score"], "feature": "column:score"}
 
@@ -37,14 +38,14 @@ def test_a_column_divides_the_held_out_pairs_and_is_in_the_evidence(tmp_path, fl
     extra = {"flip_fraction": flipped} if flipped else {}
     records = tinyrun.work(config(tmp_path, **extra), tmp_path / "store")
     round = records.rounds()[0]
-    steps = {role: Artifact(records.store, ref) for role, ref in round.steps.items()}
-    features = Artifact(records.store, steps["evidence"].record.inputs["features"])
+    made = {role: Artifact(records.store, ref) for role, ref in round.steps.items()}
+    features = Artifact(records.store, made["evidence"].record.inputs["features"])
     score = {}
     for row in rows():
         for side in ("chosen", "rejected"):
             score[row["prompt"][0]["content"], row[side][0]["content"]] = row[f"score_{side}"]
     for side in ("train", "heldout"):
-        pairs = list(schema.iter_rows(steps["pairs"].path(f"{side}.parquet")))
+        pairs = list(schema.iter_rows(made["pairs"].path(f"{side}.parquet")))
         found = measured(features, side)
         assert len(pairs) == len(found) == 16
         for pair in pairs:
@@ -53,13 +54,13 @@ def test_a_column_divides_the_held_out_pairs_and_is_in_the_evidence(tmp_path, fl
             assert found[pair["pair_id"]] == pytest.approx(chosen - rejected)
     by_sign = {1: [], -1: []}
     heldout = measured(features, "heldout")
-    for row in schema.iter_rows(steps["evidence"].path("heldout.parquet")):
+    for row in schema.iter_rows(made["evidence"].path("heldout.parquet")):
         by_sign[int(np.sign(heldout[row["pair_id"]]))].append(row["margin"] > 0)
     reliance = np.mean(by_sign[1]) - np.mean(by_sign[-1])
     told = round.metrics["heldout/reliance/column:score/reliance"]
     assert told["value"] == pytest.approx(reliance, abs=1e-6)
     if flipped:
-        assert steps["mixture"].record.metrics["flipped"] == 8
+        assert made["mixture"].record.metrics["flipped"] == 8
 
 
 @pytest.mark.parametrize(
@@ -87,11 +88,14 @@ def test_a_column_that_says_nothing_is_refused_before_any_model_is_loaded(tmp_pa
 
 
 def test_runs_without_a_column_keep_their_keys(tmp_path):
-    from flows.planning.plan import plan
-
-    plain = tinyrun.config(tmp_path, limits={"rounds": 1})
-    found = plan(plain, "first", str(tmp_path / "store"))["steps"]
-    with_column = plan(config(tmp_path), "first", str(tmp_path / "store"))["steps"]
-    assert {row["step"] for row in found} == {row["step"] for row in with_column}
-    names = plain.result_fields()["decide"]
-    assert "panel" not in names
+    """What a column adds to the keys is absent without one."""
+    plain, with_column = tinyrun.config(tmp_path), config(tmp_path)
+    ref = StepRef(step="data", key="k", digest="d")
+    for settings, values, inputs in (
+        (plain, None, {"rendered"}),
+        (with_column, ["score"], {"rendered", "data"}),
+    ):
+        digests = {"train": ["0"], "heldout": [], "test": [], "prompts": []}
+        assert steps.data(settings, digests).fields.get("values") == values
+        assert set(steps.features(settings, ref, ref).inputs) == inputs
+    assert "panel" not in plain.result_fields()["decide"]

@@ -162,7 +162,10 @@ def test_rated_candidates_of_a_file_take_the_place_of_samples(tmp_path, sera):
     }
     assert table.keys() == samples.keys()
     twice = [row["rater"] for row in table.values() if row["rater"] == "ada, eve"]
-    assert len(twice) <= 1 and ratings.record.counts["other_prompts"] == 9  # eight held out, one unknown
+    on_train = any(row["prompt"][0]["content"] == first for row in pairs)
+    assert (
+        len(twice) == on_train and ratings.record.counts["other_prompts"] == 9
+    )  # eight held out, one unknown
     scored = schema.read_table(responses.path("scored.parquet"), schema.SCORED)
     assert np.isfinite(scored["policy_chosen_logps"].to_numpy()).all()
     again = tinyrun.work(config, tmp_path / "store", "again")
