@@ -1,6 +1,6 @@
 """Compare the answers of two rounds by an independent judge, and calibrate a judge on labelled pairs.
 
-Nothing here decides about a round.
+Nothing here decides about a round; a run decides by win rate with `decide.metric` (flows/round.py).
 """
 
 import json
@@ -26,18 +26,17 @@ from sera_core.errors import InputError
 from sera_core.judges.named import NamedJudge
 from sera_core.judges.verdicts import (
     CALIBRATE_STEP,
-    JUDGE_STEP,
     PROMPT_SET_STEP,
     Item,
     Told,
     newest_calibration,
     told,
 )
-from tasks.judging import CALIBRATION, VERDICTS, calibrate, judge_answers
+from tasks.judging import CALIBRATION, VERDICTS, calibrate, judge_answers, paired_items
 from tasks.prompt_set import load_prompt_set
 
-VERSIONS = {JUDGE_STEP: 1, CALIBRATE_STEP: 1, PROMPT_SET_STEP: 1}
-"""Raise one when its work changes what it writes."""
+PROMPT_SET_VERSION = 1
+"""Raise it when `tasks.prompt_set` changes what it writes."""
 Tell = Callable[[str], None]
 NOT_CALIBRATED, UNCALIBRATED, CALIBRATED = "not calibrated", "uncalibrated", "calibrated"
 """A judge that was never measured, one not better than the word count, one that is."""
@@ -127,17 +126,16 @@ def judged_answers(
         InputError: the rounds have no held-out prompt in common.
         SeraError: the judge failed more often than it answered.
     """
-    items, unpaired = _items(store, first, second)
+    prompts = Artifact(store, first.prompts).path(first.file)
+    items, unpaired = paired_items(Artifact(store, first.samples), Artifact(store, second.samples), prompts)
     if not items:
         raise InputError(
             "the two rounds have answered no held-out prompt in common; older versions of sera-flow drew "
             "other prompts in each round"
         )
-    prompts = set(sorted({item.prompt_id for item in items})[:limit])
-    chosen = [item for item in items if item.prompt_id in prompts]
-    inputs = {"samples": first.samples, "against": second.samples, "rendered": first.prompts}
-    fields = {"judge": named.identity, "limit": limit}
-    spec = StepSpec(step=JUDGE_STEP, version=VERSIONS[JUDGE_STEP], fields=fields, inputs=dict(inputs))
+    limited = set(sorted({item.prompt_id for item in items})[:limit])
+    chosen = [item for item in items if item.prompt_id in limited]
+    spec = steps.judge(named.identity, first.samples, second.samples, first.prompts, named.name, limit)
     record = _done(store, spec, judge_answers(chosen, named), tell)
     rows = schema.read_table(Artifact(store, record.ref).path(VERDICTS), schema.VERDICTS).to_pylist()
     return JudgedAnswers(chosen, unpaired, told(rows), record.key)
@@ -161,7 +159,7 @@ def calibrate_judge(
     store = open_store(store_url)
     chosen = sorted(pairs, key=lambda pair: pair.pair_id)[:limit]
     fields = {"judge": named.identity, "pairs_sha256": sha256_json([pair.pair_id for pair in chosen])}
-    spec = StepSpec(step=CALIBRATE_STEP, version=VERSIONS[CALIBRATE_STEP], fields=fields, inputs={})
+    spec = StepSpec(step=CALIBRATE_STEP, version=steps.VERSIONS[CALIBRATE_STEP], fields=fields, inputs={})
     items = [_item_of(pair) for pair in chosen]
     record = _done(store, spec, calibrate(items, named), tell)
     found = _calibration(Artifact(store, record.ref))
@@ -251,7 +249,7 @@ def set_answers(records: RunStore, prompts: str, rounds: Sequence[int | None]) -
     if config.model.template_kwargs:
         fields["template_kwargs"] = config.model.template_kwargs
     inputs: dict[str, StepRef | None] = {"model": first["model"], "rendered": first["pairs"]}
-    spec = StepSpec(step=PROMPT_SET_STEP, version=VERSIONS[PROMPT_SET_STEP], fields=fields, inputs=inputs,
+    spec = StepSpec(step=PROMPT_SET_STEP, version=PROMPT_SET_VERSION, fields=fields, inputs=inputs,
                     where={"file": prompts})  # fmt: skip
     if (record := find_record(records.store, spec.step, spec.key)) is None:
         record = make_step(records.store, spec, load_prompt_set, ExecutionConfig())
@@ -261,26 +259,6 @@ def set_answers(records: RunStore, prompts: str, rounds: Sequence[int | None]) -
         samples = do(steps.sample_prompt_set(config, policy, first["model"], record.ref))
         found.append(Answers(samples, record.ref, "prompts.parquet"))
     return found
-
-
-def _items(store: Store, first: Answers, second: Answers) -> tuple[list[Item], int]:
-    """Answers of two rounds to the same prompt and sample number, and how many have no counterpart."""
-    one, other = (_responses(store, answers.samples) for answers in (first, second))
-    both = sorted(one.keys() & other.keys())
-    prompts = _prompts(Artifact(store, first.prompts).path(first.file))
-    items = [Item(prompt, prompts[prompt], one[prompt, n], other[prompt, n], n) for prompt, n in both]
-    return items, len(one) + len(other) - 2 * len(both)
-
-
-def _responses(store: Store, samples: StepRef) -> dict[tuple[str, int], str]:
-    path = Artifact(store, samples).path("responses.parquet")
-    rows = schema.iter_rows(path, ["prompt_id", "sample", "response"])
-    return {(row["prompt_id"], row["sample"]): row["response"] for row in rows}
-
-
-def _prompts(path: Path) -> dict[str, list[dict[str, str]]]:
-    rows = schema.iter_rows(path, ["prompt_id", "prompt"])
-    return {row["prompt_id"]: row["prompt"] for row in rows}
 
 
 def _item_of(pair: Pair) -> Item:

@@ -36,6 +36,10 @@ class Sides:
     features: Ref
     rater: Mapping[str, Any] | None = None
     """What identifies the rater that orders responses (`pairing.by`); None: the implicit reward does."""
+    judge: Mapping[str, Any] | None = None
+    """What identifies the judge of the win rate; None unless rounds are decided by it (`decide.metric`)."""
+    calibration: Ref = None
+    """How well that judge agrees with the labels of the held-out pairs."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Past:
     """The heads so far, oldest first; each holds its round's steps by role."""
 
     heads: Sequence[Mapping[str, Ref]] = field(default_factory=tuple)
-    promoted: Mapping[int, Ref] = field(default_factory=dict)
-    """Evidence about every promoted round, by its number: those that a roll-back left behind too."""
+    promoted: Mapping[int, Mapping[str, Ref]] = field(default_factory=dict)
+    """Steps by role of every promoted round, by its number: those that a roll-back left behind too."""
     rounds: Sequence[int] = field(default_factory=tuple)
     """Number of each head's round."""
 
@@ -77,7 +81,9 @@ def prepare(config: SeraConfig, sources: Mapping[str, Any], do: Do) -> Sides:
     data = do(steps.data(config, sources["data"]))
     model = do(steps.model(config, sources["model"]))
     pairs = do(steps.render(config, data, model))
-    return Sides(data, model, pairs, do(steps.features(config, pairs, data)), sources.get("rater"))
+    features, judge = do(steps.features(config, pairs, data)), sources.get("judge")
+    calibration = None if judge is None else do(steps.calibrate(config, judge, pairs))
+    return Sides(data, model, pairs, features, sources.get("rater"), judge, calibration)
 
 
 def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do, look: Look) -> Steps:
@@ -210,8 +216,11 @@ def align(config: SeraConfig, sides: Sides, past: Past, round: int, mixture: Ref
 
 def gather_evidence(
     config: SeraConfig, sides: Sides, past: Past, round: int, mixture: Ref, policy: Ref, do: Do
-) -> Ref:
-    """Evaluate the policy: held-out margins and lengths, KL and diversity of samples, with intervals."""
+) -> Steps:
+    """Evaluate the policy: held-out margins and lengths, KL and diversity of samples, with intervals.
+
+    Where rounds are decided by win rate, also a judge's verdicts on its answers beside the start policy's.
+    """
     previous = past.policies()[0] if past.heads else sides.model
 
     def logps(scorer: Ref, texts: Ref, file: str) -> Ref:
@@ -227,14 +236,18 @@ def gather_evidence(
         "reference_heldout": logps(sides.model, sides.pairs, "heldout.parquet"),
         "reference_train": logps(sides.model, sides.pairs, "train.parquet"),
     }
+    made: Steps = {}
     if config.evaluate.prompts:
         samples = do(steps.sample_heldout(config, policy, sides.model, sides.pairs, round))
+        if sides.judge is not None:
+            start = do(steps.sample_heldout(config, sides.model, sides.model, sides.pairs, 0))
+            made["verdicts"] = do(steps.judge(sides.judge, samples, start, sides.pairs, config.decide.judge))
         inputs["samples"] = samples
         inputs["reference_samples"] = logps(sides.model, samples, "responses.parquet")
         inputs["previous_samples"] = logps(previous, samples, "responses.parquet")
         if config.scores_samples_again:
             inputs["policy_samples"] = logps(policy, samples, "responses.parquet")
-    return do(steps.evaluate(config, round, inputs))
+    return {"evidence": do(steps.evaluate(config, round, inputs)), **made}
 
 
 def test_evidence(config: SeraConfig, sides: Sides, policy: Ref, do: Do) -> Ref:
@@ -261,8 +274,13 @@ def decide(
     """Decide to promote, hold, roll back or stop, from the evidence of this round and every promoted one."""
     inputs = {role: made[role] for role in ("evidence", "scored", "human")}
     inputs |= {"rendered": sides.pairs, "features": sides.features}
+    if sides.judge is not None:
+        inputs |= {"verdicts": made["verdicts"], "calibration": sides.calibration}
     if past.heads:
-        inputs |= {f"promoted-{number:03d}": evidence for number, evidence in past.promoted.items()}
+        for number, before in past.promoted.items():
+            inputs[f"promoted-{number:03d}"] = before["evidence"]
+            if sides.judge is not None:
+                inputs[f"verdicts-{number:03d}"] = before["verdicts"]
         inputs |= {f"head_{role}": past.heads[-1][role] for role in ("scored", "human")}
     return do(steps.decide(config, round, history, answer, inputs))
 

@@ -199,6 +199,8 @@ TITLES = {
     "pair": "pair responses",
     "mix": "mix pairs",
     "train": "train policy",
+    "calibrate": "calibrate the judge",
+    "judge": "ask the judge",
     "evaluate": "evaluate policy",
     "test": "evaluate on the test set",
     "decide": "decide",

@@ -22,6 +22,19 @@ PROMOTED = "promoted-"
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What a decision compares: a value in [0, 1] of each held-out pair or answer, the same in all rounds."""
+
+    now: Float[np.ndarray, " pair"]
+    """Under this round's policy: 1 right or won, ½ a tie, 0."""
+    before: dict[int, Float[np.ndarray, " pair"]]
+    """Under each promoted round's, by number."""
+    heldout: Heldout
+    left_out: int
+    """Held-out pairs or answers that a round has no value of."""
+
+
+@dataclass(frozen=True)
 class ComparedRounds:
     """The held-out pairs that every promoted round could score."""
 
@@ -34,6 +47,11 @@ class ComparedRounds:
     """Differences of the panel's features between chosen and rejected."""
     left_out: int
     """Held-out pairs that a promoted round could not score."""
+
+    @property
+    def scores(self) -> Scores:
+        """How each round ranks the pairs."""
+        return Scores(self.now, self.before, self.heldout, self.left_out)
 
     @property
     def now(self) -> Float[np.ndarray, " pair"]:

@@ -25,7 +25,13 @@ from sera_core.data.formats import FormatName, Reading
 from sera_core.effects import refuse_ineffective
 from sera_core.extensions import is_own, own_function
 from sera_core.guards.urls import refuse_secrets, without_secrets
-from sera_core.judges.names import IMPLICIT, candidates_file, is_model, refuse_unknown_rater
+from sera_core.judges.names import (
+    IMPLICIT,
+    candidates_file,
+    is_model,
+    refuse_unknown_judge,
+    refuse_unknown_rater,
+)
 from sera_core.method.panel import NAMES, TOKENS, column_of, refuse_unknown
 
 
@@ -74,6 +80,13 @@ def _known_rater(name: str, info: ValidationInfo) -> str:
     if (info.context or {}).get("stored"):
         return without_secrets(name)
     refuse_unknown_rater(refuse_secrets(name))
+    return name
+
+
+def _known_judge(name: str, info: ValidationInfo) -> str:
+    if (info.context or {}).get("stored"):
+        return without_secrets(name)
+    refuse_unknown_judge(refuse_secrets(name))
     return name
 
 
@@ -367,11 +380,19 @@ class EvaluateConfig(Part):
 class DecideConfig(Part):
     """When to promote, hold or roll back a round, and when the run has converged."""
 
-    metric: Literal["balanced", "accuracy", "worst-side"] = "balanced"
+    metric: Literal["balanced", "accuracy", "worst-side", "win-rate"] = "balanced"
     """What rounds are compared by, on held-out pairs. balanced: the mean of accuracy where the chosen answer
     has more of `feature` and where it has less; worst-side: the smaller of the two; accuracy: over all pairs,
     which rewards a policy that relies on what the labels favour. With fewer than 10 pairs on a side accuracy
-    is used instead."""
+    is used instead. win-rate: how often `judge` prefers the policy's answers to the start policy's, on
+    `evaluate.prompts` held-out prompts."""
+    judge: Annotated[str, AfterValidator(_known_judge)] | None = None
+    """The judge of the win rate: reward:<folder>, local:<folder>, openai:<model>, word-count or constant (as
+    controls), or `module:function`, as in `sera evaluate --judge`. Before round 0 it is calibrated on the
+    held-out pairs."""
+    uncalibrated: Literal["refuse", "allow"] = "refuse"
+    """A judge that does not agree with the labels of the held-out pairs more often than a word count and
+    than chance: refuse the run before it trains, or let it decide all the same."""
     feature: FeatureName = TOKENS
     """Feature of the panel that divides the held-out pairs into these two sides."""
     min_effect: Annotated[float, Field(gt=0, lt=1)] = 0.02
@@ -396,6 +417,11 @@ class DecideConfig(Part):
     review_default: Literal["promote", "hold", "roll_back", "stop"] = "promote"
     """The answer recorded when nobody answers in time. hold and roll_back need a head, so they are refused
     with `review = "always"`, which also asks about round 0."""
+
+    @property
+    def uses_feature(self) -> bool:
+        """Whether the metric looks at the sides of `feature`."""
+        return self.metric in ("balanced", "worst-side")
 
 
 class LimitsConfig(Part):
@@ -505,7 +531,8 @@ class SeraConfig(Part):
             raise ValueError("train.tokens holds no number above 0; leave it empty, and train.epochs decides")
         if len(set(self.decide.panel)) != len(self.decide.panel):
             raise ValueError("decide.panel names a feature twice; give each once")
-        if self.decide.metric != "accuracy" and self.decide.feature not in self.decide.panel:
+        self._check_judge()
+        if self.decide.uses_feature and self.decide.feature not in self.decide.panel:
             raise ValueError(
                 f'decide.feature = "{self.decide.feature}" is not in decide.panel, so it would not be '
                 'measured; add it there, choose one of the panel, or set decide.metric = "accuracy"'
@@ -525,12 +552,26 @@ class SeraConfig(Part):
             raise ValueError("data.heldout_fraction and data.test_fraction leave nothing to train on")
         return self
 
+    def _check_judge(self) -> None:
+        if self.decide.metric != "win-rate":
+            return
+        if self.decide.judge is None:
+            raise ValueError(
+                'decide.metric = "win-rate" needs a judge; name one with decide.judge, such as openai:<model>'
+            )
+        if not self.evaluate.prompts:
+            raise ValueError(
+                'decide.metric = "win-rate" compares answers to held-out prompts, and evaluate.prompts = 0 '
+                "samples none; raise it"
+            )
+
     def own_code(self) -> dict[str, str]:
         """Code of the user's own that this configuration names: kind by `module:function`."""
         named = {
             "selection rule": (self.select.rule, self.select_generated.rule),
             "pairing rule": (self.pairing.rule,),
             "rater": () if self.candidates or is_model(self.pairing.by) else (self.pairing.by,),
+            "judge": (self.decide.judge,) if self.decide.judge and not is_model(self.decide.judge) else (),
             "loss": self.train.losses,
             "sampling engine": (self.sampling.engine,),
             "feature": tuple(name for name in self.decide.panel if column_of(name) is None),
@@ -605,7 +646,7 @@ ADDED_LATER = {
     "data": ("format", "columns", "completions", "on_bad_row"),
     "review": ("crossfit",),
     "train": ("tokens",),
-    "decide": ("metric", "feature", "panel"),
+    "decide": ("metric", "judge", "uncalibrated", "feature", "panel"),
     "pairing": ("by",),
     "mix": ("order",),
 }

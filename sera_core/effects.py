@@ -164,8 +164,12 @@ EFFECTS: tuple[Row, ...] = (
     Row("evaluate.max_tokens", lambda c: c.evaluate.prompts > 0, "only if evaluate.prompts is above 0"),
     Row(
         "decide.feature",
-        lambda c: c.decide.metric != "accuracy",
+        lambda c: c.decide.uses_feature,
         'only if decide.metric is "balanced" or "worst-side"',
+    ),
+    Row("decide.judge", lambda c: c.decide.metric == "win-rate", 'only with decide.metric = "win-rate"'),
+    Row(
+        "decide.uncalibrated", lambda c: c.decide.metric == "win-rate", 'only with decide.metric = "win-rate"'
     ),
     Row("decide.review_hours", lambda c: c.decide.review != "never", "only if decide.review asks a person"),
     Row(

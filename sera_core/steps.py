@@ -31,6 +31,8 @@ VERSIONS = {
     "pair": 2,
     "mix": 2,
     "train": 2,
+    "calibrate": 1,
+    "judge": 1,
     "evaluate": 3,
     "test": 3,
     "decide": 4,
@@ -322,6 +324,32 @@ def decide(
         "panel": list(config.decide.panel),
     }
     return _spec("decide", fields, inputs)
+
+
+def calibrate(config: SeraConfig, judge: Mapping[str, Any], rendered: Ref) -> StepSpec:
+    """A judge's agreement with the labels of the held-out pairs. `judge`: what decides its answers."""
+    return _spec("calibrate", {"judge": dict(judge)}, {"rendered": rendered}, judge=config.decide.judge)
+
+
+def judge(
+    judge: Mapping[str, Any],
+    samples: Ref,
+    against: Ref,
+    rendered: Ref,
+    name: str | None,
+    limit: int | None = None,
+) -> StepSpec:
+    """A judge's verdicts on two policies' answers to the same prompts.
+
+    Args:
+        judge: what decides its answers.
+        samples, against: both policies' answers.
+        rendered: the prompts.
+        name: the judge's name, to find it by.
+        limit: number of prompts; None: all.
+    """
+    inputs = {"samples": samples, "against": against, "rendered": rendered}
+    return _spec("judge", {"judge": dict(judge), "limit": limit}, inputs, judge=name)
 
 
 def report(round: int, inputs: Mapping[str, Ref]) -> StepSpec:

@@ -53,6 +53,24 @@ Answers = Callable[[Sequence[T]], list[Row]]
 """A row for each question, in their order."""
 
 
+def refuse_another(what: str, name: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """Refuse a judge or a rater that is not the one in the run's configuration.
+
+    Args:
+        what: judge or rater.
+        name: its name.
+        now, then: what identifies it now, and did when the run was started.
+
+    Raises:
+        SeraError: its files, source or address have changed.
+    """
+    if now != then:
+        raise SeraError(
+            f"the {what} {name} is not the one that this run was started with ({now}, then {then}); restore "
+            "it, or start a run under a new name"
+        )
+
+
 def ask(
     attempt: Attempt, inquiry: Inquiry[T], wanted: Mapping[Key, T], open: Callable[[], tuple[Answers[T], int]]
 ) -> dict[Key, Row]:

@@ -10,8 +10,10 @@ import numpy as np
 from sera_core.artifacts.canonical import finite
 from sera_core.artifacts.run_records import BEST, HEAD
 from sera_core.artifacts.step import Attempt
+from sera_core.compared_answers import compared_answers
 from sera_core.compared_rounds import (
     ComparedRounds,
+    Scores,
     TrainPairs,
     changes_since_head,
     compared_rounds,
@@ -62,8 +64,12 @@ def decide_on_round(attempt: Attempt) -> list[str]:
     compared, changes = compared_rounds(attempt), changes_since_head(attempt)
     train = train_pairs(attempt.input) if state.lineage else None
     alarm = None if train is None else _alarm(attempt, compared, state, train)
-    result = _result(attempt, compared, state, changes, alarm)
-    content = _content(attempt, result, compared, changes, alarm) | {"selection": _selection(attempt, train)}
+    by_win_rate = attempt.fields["metric"] == "win-rate"
+    scores = compared_answers(attempt) if by_win_rate else compared.scores
+    result = _result(attempt, scores, state, changes, alarm)
+    content = _content(attempt, result, scores, changes, alarm)
+    content |= {"changes": _feature_changes(attempt, compared)}
+    content |= {"selection": _selection(attempt, train), **_judge(attempt)}
     text = json.dumps(finite(content), indent=1, sort_keys=True)
     attempt.write("decision.json").write_text(text + "\n")
     attempt.metrics |= {
@@ -87,7 +93,7 @@ def decide_on_round(attempt: Attempt) -> list[str]:
 def _content(
     attempt: Attempt,
     result: Result,
-    compared: ComparedRounds,
+    scores: Scores,
     changes: Mapping[str, float | None],
     alarm: PanelAlarm | None,
 ) -> dict[str, Any]:
@@ -106,8 +112,7 @@ def _content(
         "since_round_0": None if comparison is None else asdict(comparison.since_first),
         "trend": None if comparison is None or comparison.trend is None else asdict(comparison.trend),
         "best": None if result.best is None else asdict(result.best),
-        "changes": _feature_changes(attempt, compared),
-        "pairs": {"compared": len(compared.margins), "left_out": compared.left_out},
+        "pairs": {"compared": len(scores.now), "left_out": scores.left_out},
         "alarm": None if alarm is None else {**asdict(alarm), "state": alarm.state},
         "signals": {
             "accuracy": metrics["heldout/rewards/accuracies"],
@@ -115,6 +120,14 @@ def _content(
             **changes,
         },
     }
+
+
+def _judge(attempt: Attempt) -> dict[str, Any]:
+    """The judge that decided by win rate, and how well it agrees with the labels of the held-out pairs."""
+    if "calibration" not in attempt.spec.inputs:
+        return {}
+    record = attempt.input("calibration").record
+    return {"judge": record.fields["judge"] | {"calibration": record.metrics}}
 
 
 def _feature_changes(attempt: Attempt, compared: ComparedRounds) -> dict[str, dict[str, dict[str, Any]]]:
@@ -176,7 +189,7 @@ def _rule(attempt: Attempt) -> Rule:
 
 def _result(
     attempt: Attempt,
-    compared: ComparedRounds,
+    scores: Scores,
     state: RunState,
     changes: Mapping[str, float | None],
     alarm: PanelAlarm | None,
@@ -192,28 +205,26 @@ def _result(
         "on_alarm": "hold" if fields["on_alarm"] == "hold" else "ignore",
     }
     if not state.lineage:
-        return _first_result(attempt, compared, rule, settings)
+        return _first_result(attempt, scores, rule, settings)
     comparison = compare_round(
-        compared.now,
-        compared.before,
+        scores.now,
+        scores.before,
         state.lineage,
-        compared.heldout,
+        scores.heldout,
         rule,
         seed=fields["seed"],
         overlap=changes["overlap"],
         ks=changes["ks"],
     )
     decision, head = decide_round(comparison, state, **settings)
-    best = _best(attempt, compared, state, decision, comparison.quantity)
+    best = _best(attempt, scores, state, decision, comparison.quantity)
     return Result(comparison.verdict, comparison.quantity, comparison.score, comparison, decision, head, best)
 
 
-def _first_result(
-    attempt: Attempt, compared: ComparedRounds, rule: Rule, settings: Mapping[str, Any]
-) -> Result:
+def _first_result(attempt: Attempt, scores: Scores, rule: Rule, settings: Mapping[str, Any]) -> Result:
     """The first round becomes the head, unless a person stops the run."""
-    quantity = quantity_for(compared.heldout.difference, rule)
-    score = score_of(compared.now, compared.heldout, quantity, rule, seed=attempt.fields["seed"])
+    quantity = quantity_for(scores.heldout.difference, rule)
+    score = score_of(scores.now, scores.heldout, quantity, rule, seed=attempt.fields["seed"])
     verdict = Verdict(False, "not_enough_evidence", "there is no earlier head to compare with", {})
     decision = decide(
         verdict=verdict,
@@ -223,19 +234,19 @@ def _first_result(
         **settings,
     )
     head = attempt.fields["round"] if decision.decision == "promote" else None
-    best = _best(attempt, compared, run_state([]), decision, quantity)
+    best = _best(attempt, scores, run_state([]), decision, quantity)
     return Result(verdict, quantity, score, None, decision, head, best)
 
 
 def _best(
-    attempt: Attempt, compared: ComparedRounds, state: RunState, decision: Decision, quantity: str
+    attempt: Attempt, scores: Scores, state: RunState, decision: Decision, quantity: str
 ) -> Best | None:
-    promoted = {number: compared.before[number] for number in state.promoted}
+    promoted = {number: scores.before[number] for number in state.promoted}
     if decision.decision == "promote":
-        promoted[attempt.fields["round"]] = compared.now
+        promoted[attempt.fields["round"]] = scores.now
     if not promoted:
         return None
-    heldout = compared.heldout
+    heldout = scores.heldout
     return best_of(
         promoted,
         heldout.difference,

@@ -3,22 +3,25 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import finite
+from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.step import Attempt, Work
 from sera_core.judges.comparison import Judge, Verdict
 from sera_core.judges.functions import FunctionJudge, constant, word_count
-from sera_core.judges.named import NamedJudge, Opening
+from sera_core.judges.named import Asking, NamedJudge, Opening, find_judge
 from sera_core.judges.names import CONSTANT, WORD_COUNT
 from sera_core.judges.verdicts import ORDERS, Item, Row, key_of, told
 from sera_core.method.judged import Judged, better_than, label_kappa, longer_preferred, order_flips, wins
-from tasks.asking import Answers, Inquiry, Key, ask
+from tasks.asking import Answers, Inquiry, Key, ask, refuse_another
 from tasks.engines.local_chat import open_generate
 
+PAIR = ["prompt_id", "pair_id", "prompt", "chosen", "rejected"]
 VERDICTS, CALIBRATION = "verdicts.parquet", "calibration.json"
 Asked = tuple[Item, str]
 """A comparison in one order."""
@@ -32,6 +35,43 @@ def judge_answers(items: Sequence[Item], named: NamedJudge) -> Work:
         return [VERDICTS]
 
     return work
+
+
+def judge_samples(attempt: Attempt) -> list[str]:
+    """The step `judge` of a round: verdicts.parquet, of answers to held-out prompts.
+
+    Raises:
+        SeraError: the judge is another one now, or failed more often than it answered.
+    """
+    first, second = attempt.input("samples"), attempt.input("against")
+    items, _ = paired_items(first, second, attempt.input("rendered").path("heldout.parquet"))
+    return judge_answers(items, _named(attempt))(attempt)
+
+
+def calibrate_on_heldout(attempt: Attempt) -> list[str]:
+    """The step `calibrate` of a run: `calibrate` on the held-out pairs.
+
+    Raises:
+        SeraError: as `judge_samples`.
+    """
+    rows = schema.iter_rows(attempt.input("rendered").path("heldout.parquet"), PAIR)
+    items = [
+        Item(row["prompt_id"], row["prompt"], *(row[side][0]["content"] for side in PAIR[3:]),
+             pair_id=row["pair_id"])
+        for row in rows
+    ]  # fmt: skip
+    return calibrate(items, _named(attempt))(attempt)
+
+
+def _named(attempt: Attempt) -> NamedJudge:
+    """The judge, the same one as in the run's configuration.
+
+    Raises:
+        SeraError: its files, source or address have changed since the run was started.
+    """
+    named = find_judge(attempt.spec.where["judge"], Asking())
+    refuse_another("judge", named.name, named.identity, attempt.fields["judge"])
+    return named
 
 
 def calibrate(items: Sequence[Item], named: NamedJudge) -> Work:
@@ -48,10 +88,36 @@ def calibrate(items: Sequence[Item], named: NamedJudge) -> Work:
         found = calibration(rows, items)
         text = json.dumps(finite(found), indent=1, sort_keys=True) + "\n"
         attempt.write(CALIBRATION).write_text(text, encoding="utf-8", newline="\n")
-        attempt.metrics |= {"calibrated": found["calibrated"]}
+        attempt.metrics |= {
+            "calibrated": found["calibrated"],
+            "agreement": finite(found["measures"]["agreement"]),
+            f"agreement/{WORD_COUNT}": finite(found["controls"][WORD_COUNT]["agreement"]),
+        }
         return [VERDICTS, CALIBRATION]
 
     return work
+
+
+# ----------------------------------------------------------------------------------------------------- items
+
+
+def paired_items(first: Artifact, second: Artifact, prompts: Path) -> tuple[list[Item], int]:
+    """Two policies' answers to the same prompt and sample number, and how many have no counterpart.
+
+    Args:
+        first, second: steps with their answers.
+        prompts: file with the prompts.
+    """
+    one, other = _responses(first), _responses(second)
+    both = sorted(one.keys() & other.keys())
+    asked = {row["prompt_id"]: row["prompt"] for row in schema.iter_rows(prompts, ["prompt_id", "prompt"])}
+    items = [Item(prompt, asked[prompt], one[prompt, n], other[prompt, n], n) for prompt, n in both]
+    return items, len(one) + len(other) - 2 * len(both)
+
+
+def _responses(samples: Artifact) -> dict[tuple[str, int], str]:
+    rows = schema.iter_rows(samples.path("responses.parquet"), ["prompt_id", "sample", "response"])
+    return {(row["prompt_id"], row["sample"]): row["response"] for row in rows}
 
 
 # ---------------------------------------------------------------------------------------------------- asking

@@ -9,10 +9,9 @@ import numpy as np
 from sera_core.artifacts import schema
 from sera_core.artifacts.step import Attempt
 from sera_core.artifacts.streaming import Lookup, Rows, row_groups, strings
-from sera_core.errors import SeraError
 from sera_core.judges.named import Asking, NamedRater, Opening, find_rater
 from sera_core.judges.rating import Question, Rater, Rating
-from tasks.asking import Answers, Inquiry, Key, Row, ask
+from tasks.asking import Answers, Inquiry, Key, Row, ask, refuse_another
 from tasks.engines.local_chat import open_generate
 
 RATINGS = "ratings.parquet"
@@ -60,11 +59,7 @@ def _named(attempt: Attempt) -> NamedRater:
         SeraError: its files, source or address have changed since the run was started.
     """
     named = find_rater(attempt.spec.where["rater"], Asking())
-    if named.identity != attempt.fields["rater"]:
-        raise SeraError(
-            f"the rater {named.name} is not the one that this run was started with ({named.identity}, then "
-            f"{attempt.fields['rater']}); restore it, or start a run under a new name"
-        )
+    refuse_another("rater", named.name, named.identity, attempt.fields["rater"])
     return named
 
 

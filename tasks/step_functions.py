@@ -25,6 +25,8 @@ WORK = {
     "pair": "tasks.pairing:pair_samples",
     "mix": "tasks.mixing:mix_pairs",
     "train": "tasks.training:train_policy",
+    "calibrate": "tasks.judging:calibrate_on_heldout",
+    "judge": "tasks.judging:judge_samples",
     "evaluate": "tasks.evaluating:evaluate_policy",
     "test": "tasks.evaluating:test_policy",
     "decide": "tasks.deciding:decide_on_round",
@@ -32,7 +34,7 @@ WORK = {
 }
 """Imported on first use, because trl and torch take seconds."""
 
-DEVICE_STEPS = frozenset({"logps", "sample", "rate", "train"})
+DEVICE_STEPS = frozenset({"logps", "sample", "rate", "train", "calibrate", "judge"})
 """Steps that may load a model onto the device."""
 CHILD_STEPS = DEVICE_STEPS | {"evaluate", "test"}
 """Steps that may run in a child process group."""

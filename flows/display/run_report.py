@@ -248,12 +248,18 @@ def _series(rounds: Sequence[RoundManifest], key: str, name: str, style: str) ->
 
 
 def trends(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
-    """(plot, caption) of held-out accuracy, reliance on length and mean margins by round, if measured."""
+    """(plot, caption) of win rate, held-out accuracy, reliance on length and mean margins by round."""
     length = f"heldout/reliance/{TOKENS}"
     margins = _series(rounds, "trained/margin", "trained pairs", "b") + _series(
         rounds, "heldout/margin", "held-out pairs", "a"
     )
+    judged = [m for m in rounds if m.metrics.get("score_metric") == "win_rate"]
     wanted = [
+        (
+            lines(_series(judged, "score", "against the start policy", "a"), "round", "win rate", 0.5),
+            "Win rate of the policy's answers to held-out prompts over the start policy's, by the judge that "
+            "decides; 0.5 is a draw.",
+        ),
         (
             lines(
                 _series(rounds, "heldout/rewards/accuracies", "all pairs", "a")

@@ -152,7 +152,7 @@ def walk_rounds(
     sides = sera_round.prepare(config, digests, walk.do)
     heads: list[Mapping[str, Ref]] = []
     rounds: list[int] = []
-    promoted: dict[int, Ref] = {}
+    promoted: dict[int, Mapping[str, Ref]] = {}
     walked: list[PlannedRound] = []
     planned: list[dict[str, Any]] = []
     stopped = bool(history.rounds) and history.rounds[-1].stop_reason is not None
@@ -169,11 +169,11 @@ def walk_rounds(
             after = History(history.rounds[: number + 1])
             heads = [manifest.steps for manifest in after.lineage]
             rounds = [manifest.round for manifest in after.lineage]
-            promoted = {m.round: m.steps["evidence"] for m in after.promoted}
+            promoted = {m.round: m.steps for m in after.promoted}
         else:
             heads.append(made)
             rounds.append(number)
-            promoted[number] = made["evidence"]
+            promoted[number] = made
     return walked
 
 
@@ -204,9 +204,7 @@ def _round(
     made = sera_round.self_review(config, sides, past, number, walk.do, walk.look)
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
     made["policy"] = sera_round.align(config, sides, past, number, made["mixture"], walk.do)
-    made["evidence"] = sera_round.gather_evidence(
-        config, sides, past, number, made["mixture"], made["policy"], walk.do
-    )
+    made |= sera_round.gather_evidence(config, sides, past, number, made["mixture"], made["policy"], walk.do)
     made["decision"] = sera_round.decide(config, sides, past, number, made, entries, None, walk.do)
     if _needs_answer(walk.store, made["decision"]) and (answer := answer_of(number)) is not None:
         made["decision"] = sera_round.decide(config, sides, past, number, made, entries, answer, walk.do)

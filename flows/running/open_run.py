@@ -22,7 +22,7 @@ from sera_core.data.chat_templates import default_template, refuse_unused, templ
 from sera_core.data.folds import refuse_empty_folds
 from sera_core.data.sources import source_digest
 from sera_core.errors import InputError
-from sera_core.judges.named import Asking, find_rater
+from sera_core.judges.named import Asking, find_judge, find_rater
 from sera_core.judges.names import FILE, IMPLICIT
 from sera_core.models.model_sources import resolve_source
 from sera_core.models.model_sources import source_digest as model_digest
@@ -33,18 +33,18 @@ Digests = dict[str, Any]
 
 
 def source_digests(config: SeraConfig) -> Digests:
-    """Content digests of the model and of every data source, by side; and the rater's identity, if any.
+    """Content digests of the model and of every data source, by side; identities of rater and judge, if any.
 
     Raises:
-        InputError: a source is missing or cannot be read, or the rater cannot be used.
+        InputError: a source is missing or cannot be read, or the rater or the judge cannot be used.
     """
     data = {
         side: [source_digest(source.path, source.split) for source in getattr(config.data, side)]
         for side in steps.SIDES
     }
     model = model_digest(resolve_source(config.model.source, config.model.revision))
-    rater = rater_of(config)
-    return {"data": data, "model": model, **({} if rater is None else {"rater": rater})}
+    asked = {"rater": rater_of(config), "judge": judge_of(config)}
+    return {"data": data, "model": model, **{who: found for who, found in asked.items() if found is not None}}
 
 
 def rater_of(config: SeraConfig) -> dict[str, Any] | None:
@@ -61,6 +61,15 @@ def rater_of(config: SeraConfig) -> dict[str, Any] | None:
     return {"rater": FILE, "sha256": source_digest(config.candidates)}
 
 
+def judge_of(config: SeraConfig) -> dict[str, Any] | None:
+    """What identifies the judge that rounds are decided by; None without one.
+
+    Raises:
+        InputError: a judge that cannot be used.
+    """
+    return None if config.decide.judge is None else find_judge(config.decide.judge, Asking()).identity
+
+
 def resolved(config: SeraConfig, digests: Digests) -> dict[str, Any]:
     """The input of config_sha256: settings that change results, with content digests for paths."""
     fields = config.result_fields()
@@ -68,6 +77,8 @@ def resolved(config: SeraConfig, digests: Digests) -> dict[str, Any]:
     fields["model"].pop("revision")
     if "rater" in digests:
         fields["pairing"].pop("by")
+    if "judge" in digests:
+        fields["decide"].pop("judge")
     for side in steps.SIDES:
         for source in fields["data"][side]:
             source.pop("path")

@@ -1,7 +1,8 @@
 """A process working on a run: does steps and counts them against the budget. No Prefect."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from flows.round import Past, Ref, Sides, prepare
 from sera_core.artifacts.history import History
@@ -46,6 +47,28 @@ class Meter:
             )
 
 
+def refuse_uncalibrated(calibration: StepRecord, judge: str | None) -> None:
+    """Refuse a judge that agrees with the labels no better than a word count or chance.
+
+    Raises:
+        InputError: with its agreement and the word count's.
+    """
+    metrics = calibration.metrics
+    if metrics["calibrated"]:
+        return
+    agreement, control = metrics["agreement"], metrics["agreement/word-count"]
+    raise InputError(
+        f"the judge {judge} agrees with the labels of {agreement['n']} held-out pairs in "
+        f"{_share(agreement)}, a word count in {_share(control)}: it is not better than that, so it decides "
+        'about no round; choose another decide.judge, or set decide.uncalibrated = "allow"'
+    )
+
+
+def _share(rate: Mapping[str, Any]) -> str:
+    low, high = (rate[end] for end in ("low", "high"))
+    return f"{rate['value']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+
+
 def tokens_of(record: StepRecord) -> int:
     """Tokens that a step trained on, scored or sampled."""
     return sum(int(value) for name, value in record.metrics.items() if name.startswith("tokens/"))
@@ -79,13 +102,20 @@ class Session:
         return record.ref
 
     def prepare(self) -> Sides:
-        """The pairs and the start policy."""
-        return prepare(self.config, self.record.resolved["digests"], self.do)
+        """The pairs and the start policy.
+
+        Raises:
+            InputError: the judge that would decide is not calibrated.
+        """
+        sides = prepare(self.config, self.record.resolved["digests"], self.do)
+        if sides.calibration is not None and self.config.decide.uncalibrated == "refuse":
+            refuse_uncalibrated(self.record_of(sides.calibration), self.config.decide.judge)
+        return sides
 
     def past(self) -> Past:
         """The heads so far."""
         lineage = self.history.lineage
-        promoted = {m.round: m.steps["evidence"] for m in self.history.promoted}
+        promoted = {m.round: m.steps for m in self.history.promoted}
         return Past([m.steps for m in lineage], promoted, [m.round for m in lineage])
 
     def look(self, ref: Ref) -> StepRecord | None:

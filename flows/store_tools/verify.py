@@ -172,6 +172,9 @@ class Chain:
         if (rated := manifest.steps.get("ratings")) is not None:
             rater = self.steps[rated.key].fields["rater"]
             self._check(rater == digests.get("rater"), path, "uses another rater")
+        if (verdicts := manifest.steps.get("verdicts")) is not None:
+            judge = self.steps[verdicts.key].fields["judge"]
+            self._check(judge == digests.get("judge"), path, "uses another judge")
 
     def _check_policies(self, manifest: RoundManifest, before: History) -> None:
         """Start and sampling policy are the head of that time, or the start policy."""

@@ -37,6 +37,7 @@ STEP_OF = {
     "mixture": "mix",
     "policy": "train",
     "evidence": "evaluate",
+    "verdicts": "judge",
     "decision": "decide",
     "report": "report",
 }

@@ -22,6 +22,9 @@ BY = (
 )
 
 
+JUDGE_NAMES = (WORD_COUNT, CONSTANT, f"{REWARD}:<folder>", f"{LOCAL}:<folder>", f"{CHAT}:<model>")
+
+
 def is_model(name: str) -> bool:
     """Whether a name means a model: `reward:<folder>`, `local:<folder>` or `openai:<model>`."""
     kind, _, rest = name.partition(":")
@@ -40,14 +43,29 @@ def refuse_unknown_rater(name: str) -> None:
     Raises:
         InputError: gives the nearest name.
     """
-    if name in (IMPLICIT, WORD_COUNT) or is_model(name) or candidates_file(name):
+    if not candidates_file(name):
+        _refuse_unknown("rater", name, BY)
+
+
+def refuse_unknown_judge(name: str) -> None:
+    """Refuse a name that no judge can have.
+
+    Raises:
+        InputError: gives the nearest name.
+    """
+    _refuse_unknown("judge", name, JUDGE_NAMES)
+
+
+def _refuse_unknown(what: str, name: str, known: tuple[str, ...]) -> None:
+    kinds = [one.partition(":")[0] for one in known]
+    if (name in known and ":" not in name) or is_model(name):
         return
     kind = name.partition(":")[0]
-    near = difflib.get_close_matches(kind, (IMPLICIT, WORD_COUNT, REWARD, LOCAL, CHAT, FILE), n=1, cutoff=0.6)
-    if is_own(name) and kind not in (CHAT, LOCAL, REWARD, FILE) and not near:
+    near = difflib.get_close_matches(kind, kinds, n=1, cutoff=0.6)
+    if is_own(name) and kind not in kinds and not near:
         return
-    hint = f"did you mean {next(one for one in BY if one.startswith(near[0]))}? " if near else ""
+    hint = f"did you mean {next(one for one in known if one.startswith(near[0]))}? " if near else ""
     raise InputError(
-        f"the rater {name!r} is unknown; {hint}choose one of {', '.join(BY)}, or module:function for one of "
-        "your own"
+        f"the {what} {name!r} is unknown; {hint}choose one of {', '.join(known)}, or module:function for one "
+        "of your own"
     )

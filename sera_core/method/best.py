@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sera_core.method.estimates import Estimate
-from sera_core.method.sides import QUANTITY_WORDS, sides_of
+from sera_core.method.sides import OF_ALL, QUANTITY_WORDS, sides_of
 
 
 def choosing_half(prompts: Sequence[str], seed: int) -> Bool[np.ndarray, " pair"]:
@@ -67,8 +67,8 @@ def best_of(
         difference: the feature's difference of each pair; only its sign counts.
         groups: number of each pair's prompt; None: each pair stands for itself.
         chooses: which pairs choose (`choosing_half`).
-        quantity: what is compared: `balanced`, `worst_side` or `accuracy`; where it cannot be measured on the
-            choosing half, accuracy.
+        quantity: what is compared: `balanced`, `worst_side`, `accuracy` or `win_rate`; accuracy where it is
+            not measurable on the choosing half.
 
     Raises:
         ValueError: no round.
@@ -76,7 +76,7 @@ def best_of(
     if not promoted:
         raise ValueError("No round was promoted, so none is best; round 0 always is.")
     first = min(promoted)
-    if _score(promoted[first], difference, chooses, quantity) is None:
+    if quantity not in OF_ALL and _score(promoted[first], difference, chooses, quantity) is None:
         quantity = "accuracy"
     scores = {number: _score(values, difference, chooses, quantity) for number, values in promoted.items()}
     best = max(sorted(scores), key=lambda number: _or_least(scores[number]))

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from sera_core.method.best import Best, best_of
 from sera_core.method.estimates import Estimate, check_finite
-from sera_core.method.sides import QUANTITY_WORDS, design_effect, sides_of
+from sera_core.method.sides import OF_ALL, design_effect, held_out, sides_of
 
 VERDICTS = ("converged", "improving", "degrading", "still_moving", "not_enough_evidence")
 METRICS = ("balanced", "accuracy", "worst-side", "win-rate")
@@ -22,7 +22,7 @@ _QUANTITY = {
     "balanced": "balanced",
     "worst-side": "worst_side",
     "accuracy": "accuracy",
-    "win-rate": "accuracy",
+    "win-rate": "win_rate",
 }
 
 
@@ -152,7 +152,7 @@ def compare_round(
     how = {"seed": seed, "resamples": rule.resamples}
     place = {number: at for at, number in enumerate(promoted, start=1)}
     rounds = [now, *promoted.values()]
-    sides = sides_of(rounds, heldout.difference, heldout.groups, equal=quantity == "accuracy", **how)
+    sides = sides_of(rounds, heldout.difference, heldout.groups, equal=quantity in OF_ALL, **how)
     changes = sides.changes(quantity, {str(number): at for number, at in place.items()}, rule.level)
     against = {number: _widened(changes[str(number)], least) for number in promoted}
     slope = None
@@ -184,7 +184,7 @@ def score_of(
 def score_words(quantity: str, score: Estimate) -> str:
     """A round's score in words."""
     value = "not measurable" if score.value is None else f"{score.value:.3f}"
-    return f"held-out {QUANTITY_WORDS[quantity]} {value}"
+    return f"{held_out(quantity)} {value}"
 
 
 def _judge(
@@ -254,18 +254,14 @@ def _ends(estimate: Estimate) -> str:
 
 
 def _quantity_words(quantity: str, rule: Rule) -> str:
-    if rule.metric == "win-rate":
-        return "the win rate"
     replaced = quantity != _QUANTITY[rule.metric]
-    return f"held-out {QUANTITY_WORDS[quantity]}" + (
-        f" (a side has too few pairs for {rule.metric})" if replaced else ""
-    )
+    return held_out(quantity) + (f" (a side has too few pairs for {rule.metric})" if replaced else "")
 
 
 def quantity_for(difference: Float[np.ndarray, " pair"], rule: Rule) -> str:
     """The quantity of the rule's metric; accuracy if a side has fewer than min_side pairs."""
     quantity = _QUANTITY[rule.metric]
-    if quantity == "accuracy" or min((difference > 0).sum(), (difference < 0).sum()) >= rule.min_side:
+    if quantity in OF_ALL or min((difference > 0).sum(), (difference < 0).sum()) >= rule.min_side:
         return quantity
     return "accuracy"
 
@@ -278,7 +274,7 @@ def _least_half_width(now: np.ndarray, head: np.ndarray, heldout: Heldout, quant
     1965), because pairs of one prompt move together.
     """
     effect = design_effect(now - head, heldout.difference, quantity, heldout.groups)
-    if quantity == "accuracy":
+    if quantity in OF_ALL:
         return 3 * effect / max(1, len(now))
     smaller = min((heldout.difference > 0).sum(), (heldout.difference < 0).sum())
     return (1.5 if quantity == "balanced" else 3) * effect / max(1, int(smaller))

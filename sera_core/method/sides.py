@@ -23,14 +23,22 @@ from sera_core.method.estimates import (
 )
 
 SIDES = ("aligned", "counter", "equal")
-QUANTITIES = (*SIDES, "reliance", "balanced", "worst_side", "accuracy")
-_OF = {"aligned": (1,), "counter": (-1,), "equal": (0,), "accuracy": (-1, 0, 1)}
+QUANTITIES = (*SIDES, "reliance", "balanced", "worst_side", "accuracy", "win_rate")
+OF_ALL = ("accuracy", "win_rate")
+"""Means over all pairs, or answers."""
+_OF = {"aligned": (1,), "counter": (-1,), "equal": (0,), **dict.fromkeys(OF_ALL, (-1, 0, 1))}
 """Signs of d that a quantity is of; those that are not here need both 1 and −1."""
 QUANTITY_WORDS = {
     "balanced": "balanced accuracy",
     "worst_side": "worst-side accuracy",
     "accuracy": "accuracy",
+    "win_rate": "win rate over the start policy",
 }
+
+
+def held_out(quantity: str) -> str:
+    """A held-out quantity in words."""
+    return f"held-out {QUANTITY_WORDS[quantity]}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Sides:
         def value(sums: Float[np.ndarray, "resample column"]) -> Float[np.ndarray, " resample"]:
             k = len(self.names)
             counts, hits = sums[:, :k], sums[:, k * (at + 1) : k * (at + 2)]
-            if quantity == "accuracy":
+            if quantity in OF_ALL:
                 return ratio(hits.sum(axis=1), counts.sum(axis=1))
             if quantity in SIDES:
                 side = self.names.index(quantity)
@@ -117,7 +125,7 @@ def sides_of(
         difference: d of each pair; only its sign counts.
         groups: number of each pair's prompt; None: each pair stands for itself.
         seed: of the resamples.
-        equal: whether the equal side is asked about (accuracy needs it).
+        equal: whether the equal side is asked about (means over all need it).
     """
     masks = [difference > 0, difference < 0, difference == 0][: 3 if equal else 2]
     columns = [*masks, *(values * mask for values in rounds for mask in masks)]
@@ -145,7 +153,7 @@ def design_effect(
     if groups is None or not change.size:
         return 1.0
     part = np.zeros(len(change))
-    sides = [pairs_of("accuracy", difference)] if quantity == "accuracy" else [difference > 0, difference < 0]
+    sides = [pairs_of("accuracy", difference)] if quantity in OF_ALL else [difference > 0, difference < 0]
     for side in sides:
         if side.any():
             part[side] = (change[side] - change[side].mean()) / side.sum()

@@ -144,7 +144,21 @@ def score(decision: Metrics | None) -> list[Line]:
     """This round's score; none in older records."""
     if not decision or not decision.get("score"):
         return []
-    return [rate_line("this round", _counted(decision["score"]))]
+    return [rate_line("this round", _counted(decision["score"])), *_judge(decision.get("judge"))]
+
+
+def _judge(judge: Metrics | None) -> list[Line]:
+    """How well the judge of the win rate agrees with the labels of the held-out pairs; none without one."""
+    if judge is None:
+        return []
+    measured = judge["calibration"]
+    status = "calibrated" if measured["calibrated"] else "uncalibrated"
+    return [
+        rate_line(
+            f"agreement of the judge {judge['judge']} with the labels ({status})", measured["agreement"]
+        ),
+        rate_line("agreement of a word count with them", measured["agreement/word-count"]),
+    ]
 
 
 def reliance_change_rows(decision: Metrics | None) -> tuple[list[str], list[RelianceRow]]:

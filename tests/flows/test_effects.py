@@ -47,6 +47,8 @@ CASES = {
     "evaluate.responses": (3, {}, {"evaluate": {"prompts": 0}}),
     "evaluate.max_tokens": (3, {}, {"evaluate": {"prompts": 0}}),
     "decide.feature": ("words", {}, {"decide": {"metric": "accuracy"}}),
+    "decide.judge": ("constant", {"decide": {"metric": "win-rate"}}, {}),
+    "decide.uncalibrated": ("allow", {"decide": {"metric": "win-rate", "judge": "constant"}}, {}),
     "decide.review_hours": (2.0, {"decide": {"review": "alarm"}}, {}),
     "decide.review_default": ("stop", {"decide": {"review": "always"}}, {}),
     "execution.sampling_batch": (8, {}, {"sampling": {"engine": "vllm"}}),

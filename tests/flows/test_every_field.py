@@ -24,6 +24,7 @@ MAY_NOT_CHANGE_A_STEP = {
     "execution.child", "execution.limit", "execution.accept_racy_store",  # how the work is done
     "limits.hours", "limits.tokens",  # where it stops: tested in test_stopping.py
     "decide.review_hours", "decide.review_default",  # what is written when nobody answers: test_reviewing.py
+    "decide.uncalibrated",  # whether a judge is refused: test_win_rate.py
     "review.show_text",  # what cards show: tested in test_cards.py
     "model.revision",  # the commit it resolves to is in the source's digest; a folder has none
 }  # fmt: skip
@@ -55,6 +56,7 @@ OTHER = {
     "train.tokens": (60,),
     "decide.panel": ("tokens", "words"),
     "decide.feature": "words",
+    "decide.judge": "constant",
     "limits.rounds": 2,
     "execution.limit": "sera-device",
 }
@@ -76,6 +78,7 @@ NEEDS = {
     "train.lora_rank": {"train": {"method": "lora"}},
     "train.lora_alpha": {"train": {"method": "lora"}},
     "train.target_margin": {"train": {"losses": ["simpo"]}},
+    "decide.judge": {"decide": {"metric": "win-rate", "judge": "word-count"}},
 }
 """An experiment that uses the field."""
 
@@ -100,7 +103,7 @@ DIGESTS: dict[str, dict] = {}
 
 def digests_of(config: SeraConfig) -> dict:
     """Digests of the sources; hashed once, since nothing rewrites them."""
-    named = f"{config.model.source} {config.pairing.by} {config.data.model_dump_json()}"
+    named = f"{config.model.source} {config.pairing.by} {config.decide.judge} {config.data.model_dump_json()}"
     if named not in DIGESTS:
         DIGESTS[named] = source_digests(config)
     return DIGESTS[named]
@@ -257,6 +260,7 @@ TOGETHER = [
     {"decide": {"review": "always"}},
     {"decide": {"metric": "accuracy"}},
     {"decide": {"metric": "worst-side"}},
+    {"decide": {"metric": "win-rate", "judge": "word-count"}},
 ]  # fmt: skip
 """Combinations that may rob other fields of their effect."""
 

@@ -1,9 +1,10 @@
 """What every step writes on a small fixed input, by version: `steps.json`, renewed by `make golden`.
 
-A run of two reviewed rounds, and one whose responses a rater orders, in which a policy's log-probabilities
-and samples are drawn from hashes, so that the figures are the same on every processor; training is real, and
-compared to a part in a thousand. A step that writes something else from the same inputs under one version
-is what the table is there to find: a store would hold old and new results under one key.
+A run of two reviewed rounds, runs whose responses a rater orders, and one decided by a judge, in which a
+policy's log-probabilities and samples are drawn from hashes, so that the figures are the same on every
+processor; training is real, and compared to a part in a thousand. A step that writes something else from the
+same inputs under one version is what the table is there to find: a store would hold old and new results under
+one key.
 """
 
 import hashlib
@@ -172,6 +173,8 @@ def entries(folder: Path) -> dict[str, dict[str, str]]:
     data = {"test": [{"path": str(side)}], "on_overlap": "keep"}
     config = tinyrun.config(folder, data=data, decide={"min_pairs": 4, "on_alarm": "record"})
     rated = tinyrun.config(folder, data=data, pairing={"by": "word-count"}, limits={"rounds": 2})
+    win_rate = {"metric": "win-rate", "judge": "word-count", "uncalibrated": "allow"}
+    judged = tinyrun.config(folder, data=data, decide=win_rate, limits={"rounds": 2})
     answers = [{**row, "response": f"{word} it is", "rating": n, "chosen": None, "rejected": None}
                for row in rows for n, word in enumerate(("no", "yes"))]  # fmt: skip
     file = tinyrun.write_rows(folder / "rated.jsonl", answers)
@@ -180,6 +183,7 @@ def entries(folder: Path) -> dict[str, dict[str, str]]:
         records = tinyrun.work(config, folder / "store")
         other = tinyrun.work(rated, folder / "store", "rated").rounds()[1]
         given = tinyrun.work(from_file, folder / "store", "given").rounds()[1]
+        by_judge = tinyrun.work(judged, folder / "store", "judged").rounds()[1]
     found = Entries(records.store)
     for manifest in records.rounds():
         for ref in manifest.steps.values():
@@ -188,6 +192,7 @@ def entries(folder: Path) -> dict[str, dict[str, str]]:
     for role in ("ratings", "responses"):
         found.add(other.steps[role])
         found.add(given.steps[role])
+    found.add(by_judge.steps["decision"])
     tested = [held for round in records.rounds() if (held := records.test_evidence(round.round)) is not None]
     found.add(StepRef.model_validate(tested[0]["step"]))
     return found.found
