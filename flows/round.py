@@ -38,6 +38,8 @@ class Sides:
     """What identifies the rater that orders responses (`pairing.by`); None: the implicit reward does."""
     judge: Mapping[str, Any] | None = None
     """What identifies the judge of the win rate; None unless rounds are decided by it (`decide.metric`)."""
+    harness: Sequence[Mapping[str, str]] = ()
+    """Name and digest of each capability task."""
     calibration: Ref = None
     """How well that judge agrees with the labels of the held-out pairs."""
 
@@ -83,7 +85,8 @@ def prepare(config: SeraConfig, sources: Mapping[str, Any], do: Do) -> Sides:
     pairs = do(steps.render(config, data, model))
     features, judge = do(steps.features(config, pairs, data)), sources.get("judge")
     calibration = None if judge is None else do(steps.calibrate(config, judge, pairs))
-    return Sides(data, model, pairs, features, sources.get("rater"), judge, calibration)
+    tasks = sources.get("harness", ())
+    return Sides(data, model, pairs, features, sources.get("rater"), judge, tasks, calibration)
 
 
 def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do, look: Look) -> Steps:
@@ -219,7 +222,8 @@ def gather_evidence(
 ) -> Steps:
     """Evaluate the policy: held-out margins and lengths, KL and diversity of samples, with intervals.
 
-    Where rounds are decided by win rate, also a judge's verdicts on its answers beside the start policy's.
+    Where rounds are decided by win rate, also a judge's verdicts on its answers beside the start policy's;
+    and with capability tasks its scores beside the start policy's.
     """
     previous = past.policies()[0] if past.heads else sides.model
 
@@ -237,6 +241,9 @@ def gather_evidence(
         "reference_train": logps(sides.model, sides.pairs, "train.parquet"),
     }
     made: Steps = {}
+    if sides.harness:
+        for role, scored in (("capabilities", policy), ("start_capabilities", sides.model)):
+            made[role] = do(steps.capabilities(config, sides.harness, scored, sides.model))
     if config.evaluate.prompts:
         samples = do(steps.sample_heldout(config, policy, sides.model, sides.pairs, round))
         if sides.judge is not None:
@@ -274,6 +281,8 @@ def decide(
     """Decide to promote, hold, roll back or stop, from the evidence of this round and every promoted one."""
     inputs = {role: made[role] for role in ("evidence", "scored", "human")}
     inputs |= {"rendered": sides.pairs, "features": sides.features}
+    if sides.harness:
+        inputs |= {role: made[role] for role in ("capabilities", "start_capabilities")}
     if sides.judge is not None:
         inputs |= {"verdicts": made["verdicts"], "calibration": sides.calibration}
     if past.heads:

@@ -199,6 +199,7 @@ TITLES = {
     "pair": "pair responses",
     "mix": "mix pairs",
     "train": "train policy",
+    "capabilities": "measure capabilities",
     "calibrate": "calibrate the judge",
     "judge": "ask the judge",
     "evaluate": "evaluate policy",

@@ -373,6 +373,12 @@ class EvaluateConfig(Part):
     """Responses per held-out prompt."""
     max_tokens: Positive = 256
     """Maximum length of those responses."""
+    harness: tuple[str, ...] = ()
+    """Capability tasks: task files of EleutherAI's lm-evaluation-harness (extra `harness`), multiple choice
+    or generation, with their data beside them and no code. A round that surely scores lower than the start
+    policy, by at least `decide.min_effect`, is held."""
+    harness_items: Positive | None = None
+    """Score only the first this many items of each task."""
     resamples: Annotated[int, Field(ge=200)] = 2000
     """Bootstrap resamples per confidence interval."""
 
@@ -529,6 +535,8 @@ class SeraConfig(Part):
             raise ValueError("train.losses names a loss twice; give it once, with a larger weight")
         if train.tokens and not any(train.tokens):
             raise ValueError("train.tokens holds no number above 0; leave it empty, and train.epochs decides")
+        if len(set(self.evaluate.harness)) != len(self.evaluate.harness):
+            raise ValueError("evaluate.harness names a task file twice; give each once")
         if len(set(self.decide.panel)) != len(self.decide.panel):
             raise ValueError("decide.panel names a feature twice; give each once")
         self._check_judge()
@@ -646,6 +654,7 @@ ADDED_LATER = {
     "data": ("format", "columns", "completions", "on_bad_row"),
     "review": ("crossfit",),
     "train": ("tokens",),
+    "evaluate": ("harness", "harness_items"),
     "decide": ("metric", "judge", "uncalibrated", "feature", "panel"),
     "pairing": ("by",),
     "mix": ("order",),

@@ -162,6 +162,7 @@ EFFECTS: tuple[Row, ...] = (
     ),
     Row("evaluate.responses", lambda c: c.evaluate.prompts > 0, "only if evaluate.prompts is above 0"),
     Row("evaluate.max_tokens", lambda c: c.evaluate.prompts > 0, "only if evaluate.prompts is above 0"),
+    Row("evaluate.harness_items", lambda c: bool(c.evaluate.harness), "only with evaluate.harness"),
     Row(
         "decide.feature",
         lambda c: c.decide.uses_feature,

@@ -31,6 +31,7 @@ VERSIONS = {
     "pair": 2,
     "mix": 2,
     "train": 2,
+    "capabilities": 1,
     "calibrate": 1,
     "judge": 1,
     "evaluate": 3,
@@ -324,6 +325,17 @@ def decide(
         "panel": list(config.decide.panel),
     }
     return _spec("decide", fields, inputs)
+
+
+def capabilities(config: SeraConfig, tasks: Sequence[Mapping[str, str]], policy: Ref, model: Ref) -> StepSpec:
+    """Scores of a policy on capability tasks. `tasks`: their names and digests."""
+    part = config.evaluate
+    fields = {
+        "tasks": [dict(task) for task in tasks],
+        "items": part.harness_items,
+        "dtype": config.model.dtype,
+    }
+    return _spec("capabilities", fields, {"policy": policy, "model": model}, tasks=list(part.harness))
 
 
 def calibrate(config: SeraConfig, judge: Mapping[str, Any], rendered: Ref) -> StepSpec:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import finite
 from sera_core.artifacts.run_records import BEST, HEAD
 from sera_core.artifacts.step import Attempt
@@ -21,6 +22,7 @@ from sera_core.compared_rounds import (
 )
 from sera_core.method.alarm import PanelAlarm, panel_alarm
 from sera_core.method.best import Best, best_of
+from sera_core.method.capabilities import capability_changes, lost
 from sera_core.method.convergence import (
     Comparison,
     Rule,
@@ -70,6 +72,8 @@ def decide_on_round(attempt: Attempt) -> list[str]:
     content = _content(attempt, result, scores, changes, alarm)
     content |= {"changes": _feature_changes(attempt, compared)}
     content |= {"selection": _selection(attempt, train), **_judge(attempt)}
+    if capabilities := _capabilities(attempt):
+        content["capabilities"] = {task: asdict(change) for task, change in capabilities.items()}
     text = json.dumps(finite(content), indent=1, sort_keys=True)
     attempt.write("decision.json").write_text(text + "\n")
     attempt.metrics |= {
@@ -120,6 +124,22 @@ def _content(
             **changes,
         },
     }
+
+
+def _capabilities(attempt: Attempt) -> dict[str, Estimate]:
+    """Each capability task's paired change against the start policy."""
+    if "capabilities" not in attempt.spec.inputs:
+        return {}
+    now, start = (_scores_of(attempt, name) for name in ("capabilities", "start_capabilities"))
+    return capability_changes(now, start, seed=attempt.fields["seed"], resamples=attempt.fields["resamples"])
+
+
+def _scores_of(attempt: Attempt, name: str) -> dict[str, np.ndarray]:
+    """Scores by task, in the order of the items."""
+    found: dict[str, list[float]] = {}
+    for row in schema.iter_rows(attempt.input(name).path("harness.parquet"), ["task", "score"]):
+        found.setdefault(row["task"], []).append(row["score"])
+    return {task: np.array(scores) for task, scores in found.items()}
 
 
 def _judge(attempt: Attempt) -> dict[str, Any]:
@@ -203,6 +223,7 @@ def _result(
         "reviewer": None if answer is None else answer["decision"],
         "alarm": alarm is not None and bool(alarm.raised),
         "on_alarm": "hold" if fields["on_alarm"] == "hold" else "ignore",
+        "lost": lost(_capabilities(attempt), fields["min_effect"]),
     }
     if not state.lineage:
         return _first_result(attempt, scores, rule, settings)

@@ -25,6 +25,7 @@ WORK = {
     "pair": "tasks.pairing:pair_samples",
     "mix": "tasks.mixing:mix_pairs",
     "train": "tasks.training:train_policy",
+    "capabilities": "tasks.capabilities:score_capabilities",
     "calibrate": "tasks.judging:calibrate_on_heldout",
     "judge": "tasks.judging:judge_samples",
     "evaluate": "tasks.evaluating:evaluate_policy",
@@ -34,7 +35,7 @@ WORK = {
 }
 """Imported on first use, because trl and torch take seconds."""
 
-DEVICE_STEPS = frozenset({"logps", "sample", "rate", "train", "calibrate", "judge"})
+DEVICE_STEPS = frozenset({"logps", "sample", "rate", "train", "capabilities", "calibrate", "judge"})
 """Steps that may load a model onto the device."""
 CHILD_STEPS = DEVICE_STEPS | {"evaluate", "test"}
 """Steps that may run in a child process group."""

@@ -117,7 +117,7 @@ def _decision(records: Mapping[str, StepRecord]) -> dict[str, Any]:
 def _metrics(records: Mapping[str, StepRecord], new: Sequence[StepRecord]) -> dict[str, Any]:
     """Metrics to compare between rounds; the full evidence is an artifact of its own."""
     metrics: dict[str, Any] = {}
-    for role in ("evidence", "policy", "mixture"):
+    for role in ("evidence", "policy", "mixture", "capabilities"):
         metrics |= records[role].metrics if role in records else {}
     metrics |= records["mixture"].counts  # <origin>/<reason> of every pair and prompt
     for role in ("scored", "responses"):

@@ -20,6 +20,7 @@ from sera_core.config import SeraConfig
 from sera_core.data.candidates import read_candidates
 from sera_core.data.chat_templates import default_template, refuse_unused, template_text
 from sera_core.data.folds import refuse_empty_folds
+from sera_core.data.harness_tasks import read_tasks
 from sera_core.data.sources import source_digest
 from sera_core.errors import InputError
 from sera_core.judges.named import Asking, find_judge, find_rater
@@ -27,24 +28,26 @@ from sera_core.judges.names import FILE, IMPLICIT
 from sera_core.models.model_sources import resolve_source
 from sera_core.models.model_sources import source_digest as model_digest
 from sera_core.models.policies import read_settings
+from tasks.engines.harness import refuse_missing_harness
 from tasks.engines.tracking import refuse_missing
 
 Digests = dict[str, Any]
 
 
 def source_digests(config: SeraConfig) -> Digests:
-    """Content digests of the model and of every data source, by side; identities of rater and judge, if any.
+    """Content digests of the model and of every data source, by side; of rater, judge and capability tasks.
 
     Raises:
-        InputError: a source is missing or cannot be read, or the rater or the judge cannot be used.
+        InputError: a source is missing or cannot be read, or the rater, the judge or a capability task cannot
+            be used.
     """
     data = {
         side: [source_digest(source.path, source.split) for source in getattr(config.data, side)]
         for side in steps.SIDES
     }
     model = model_digest(resolve_source(config.model.source, config.model.revision))
-    asked = {"rater": rater_of(config), "judge": judge_of(config)}
-    return {"data": data, "model": model, **{who: found for who, found in asked.items() if found is not None}}
+    named = {"rater": rater_of(config), "judge": judge_of(config), "harness": harness_of(config)}
+    return {"data": data, "model": model, **{what: found for what, found in named.items() if found}}
 
 
 def rater_of(config: SeraConfig) -> dict[str, Any] | None:
@@ -70,6 +73,17 @@ def judge_of(config: SeraConfig) -> dict[str, Any] | None:
     return None if config.decide.judge is None else find_judge(config.decide.judge, Asking()).identity
 
 
+def harness_of(config: SeraConfig) -> list[dict[str, str]]:
+    """Name and digest of each capability task.
+
+    Raises:
+        InputError: a task file that cannot be used, or the extra is not installed.
+    """
+    if config.evaluate.harness:
+        refuse_missing_harness()
+    return [{"task": task.name, "digest": task.digest} for task in read_tasks(config.evaluate.harness)]
+
+
 def resolved(config: SeraConfig, digests: Digests) -> dict[str, Any]:
     """The input of config_sha256: settings that change results, with content digests for paths."""
     fields = config.result_fields()
@@ -79,6 +93,8 @@ def resolved(config: SeraConfig, digests: Digests) -> dict[str, Any]:
         fields["pairing"].pop("by")
     if "judge" in digests:
         fields["decide"].pop("judge")
+    if "harness" in digests:
+        fields["evaluate"].pop("harness")
     for side in steps.SIDES:
         for source in fields["data"][side]:
             source.pop("path")

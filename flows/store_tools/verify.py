@@ -172,6 +172,10 @@ class Chain:
         if (rated := manifest.steps.get("ratings")) is not None:
             rater = self.steps[rated.key].fields["rater"]
             self._check(rater == digests.get("rater"), path, "uses another rater")
+        for role in ("capabilities", "start_capabilities"):
+            if role in manifest.steps:
+                tasks = self.steps[manifest.steps[role].key].fields["tasks"]
+                self._check(tasks == digests.get("harness"), path, "uses other capability tasks")
         if (verdicts := manifest.steps.get("verdicts")) is not None:
             judge = self.steps[verdicts.key].fields["judge"]
             self._check(judge == digests.get("judge"), path, "uses another judge")

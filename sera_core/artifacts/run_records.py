@@ -38,6 +38,8 @@ STEP_OF = {
     "policy": "train",
     "evidence": "evaluate",
     "verdicts": "judge",
+    "capabilities": "capabilities",
+    "start_capabilities": "capabilities",
     "decision": "decide",
     "report": "report",
 }

@@ -96,6 +96,8 @@ RATINGS = pa.schema(
 )
 """A rater's ratings of responses, in the responses' order and the rater's own unit; null where it was not
 asked (no text, or cut) or failed. `rater`: who gave a rating that was read from a file."""
+HARNESS = pa.schema([("task", pa.string()), ("item", pa.int32()), ("score", pa.float64())])
+"""Scores in [0, 1] on capability tasks; `item` is its number in the task's data."""
 VERDICTS = pa.schema(
     [
         ("prompt_id", pa.string()),

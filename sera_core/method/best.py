@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sera_core.method.estimates import Estimate
-from sera_core.method.sides import OF_ALL, QUANTITY_WORDS, sides_of
+from sera_core.method.sides import OF_ALL, QUANTITY_WORDS, sides_of, unit
 
 
 def choosing_half(prompts: Sequence[str], seed: int) -> Bool[np.ndarray, " pair"]:
@@ -101,5 +101,6 @@ def _or_least(value: float | None) -> float:
 
 def _sentence(best: int, first: int, found: Estimate, gain: Estimate, quantity: str) -> str:
     by = f"round {best} is best by {QUANTITY_WORDS[quantity]} on half of the held-out prompts"
-    against = "" if best == first else f", against round {first} {gain.in_words(signed=True)}"
-    return f"{by}; on the other half it has {found.in_words()}{against}"
+    of = unit(quantity)
+    against = "" if best == first else f", against round {first} {gain.in_words(signed=True, of=of)}"
+    return f"{by}; on the other half it has {found.in_words(of=of)}{against}"

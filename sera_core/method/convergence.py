@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from sera_core.method.best import Best, best_of
 from sera_core.method.estimates import Estimate, check_finite
-from sera_core.method.sides import OF_ALL, design_effect, held_out, sides_of
+from sera_core.method.sides import OF_ALL, design_effect, held_out, sides_of, unit
 
 VERDICTS = ("converged", "improving", "degrading", "still_moving", "not_enough_evidence")
 METRICS = ("balanced", "accuracy", "worst-side", "win-rate")
@@ -190,19 +190,20 @@ def score_words(quantity: str, score: Estimate) -> str:
 def _judge(
     judged: Comparison, lineage: Sequence[int], rule: Rule, overlap: float | None, ks: float | None
 ) -> tuple[str, str]:
-    what = _quantity_words(judged.quantity, rule)
+    what, of = _quantity_words(judged.quantity, rule), unit(judged.quantity)
     head = judged.against[lineage[-1]]
     if judged.score.prompts < rule.min_prompts:
         return "not_enough_evidence", (
-            f"{what} is measured on held-out pairs of {judged.score.prompts} prompts; a verdict needs "
+            f"{what} is measured on held-out {of} of {judged.score.prompts} prompts; a verdict needs "
             f"at least {rule.min_prompts}"
         )
     if fallen := _falls(judged, rule):
         rounds = "; ".join(
-            f"{_role(number, judged, lineage)} by {change.in_words(signed=True)}" for number, change in fallen
+            f"{_role(number, judged, lineage)} by {change.in_words(signed=True, of=of)}"
+            for number, change in fallen
         )
         return "degrading", f"{what} fell against {rounds}"
-    changed = f"{what} changed against the last head by {head.in_words(signed=True)}"
+    changed = f"{what} changed against the last head by {head.in_words(signed=True, of=of)}"
     slope = judged.trend
     if slope is not None and slope.measurable:
         changed += f"; over {rule.window + 1} rounds by {_ends(slope)} per round"
@@ -214,7 +215,7 @@ def _judge(
     if slope.low > 0:
         return "improving", changed
     if not (-rule.min_effect <= slope.low and slope.high <= rule.min_effect):
-        return "not_enough_evidence", f"{changed}: {_power(slope, rule)}"
+        return "not_enough_evidence", f"{changed}: {_power(slope, rule, of)}"
     if overlap is not None and not overlap >= rule.min_overlap:
         return "still_moving", f"{changed}; but the overlap of the selections is only {overlap:.2f}"
     if ks is not None and not ks <= rule.max_ks:
@@ -233,15 +234,15 @@ def _falls(judged: Comparison, rule: Rule) -> list[tuple[int, Estimate]]:
     ]
 
 
-def _power(slope: Estimate, rule: Rule) -> str:
-    """How many pairs would rule a change out."""
+def _power(slope: Estimate, rule: Rule, of: str) -> str:
+    """How many pairs, or answers, would rule a change out."""
     assert slope.low is not None and slope.high is not None
     half = (slope.high - slope.low) / 2
     unclear = f"a change of {rule.min_effect} per round cannot be ruled out"
     if half <= rule.min_effect:
         return unclear
     needed = int(np.ceil(slope.pairs * (half / rule.min_effect) ** 2))
-    return f"{unclear}; that would take about {needed:,} pairs"
+    return f"{unclear}; that would take about {needed:,} {of}"
 
 
 def _role(number: int, judged: Comparison, lineage: Sequence[int]) -> str:

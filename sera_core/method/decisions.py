@@ -30,6 +30,7 @@ def decide(
     reviewer: str | None = None,
     alarm: bool = False,
     on_alarm: str = "ignore",
+    lost: str = "",
     head_is_best: bool = False,
 ) -> Decision:
     """Decide on a round. The first row that applies decides; the last row may add its stop reason.
@@ -39,7 +40,8 @@ def decide(
     | a reviewer said so                                          | theirs      | `reviewer` for `stop` |
     | … `roll_back`, for the second time                          | `stop`      | `degraded`            |
     | round 0: without it there is no head                        | `promote`   |                       |
-    | degrading, or alarm and `on_alarm = "hold"`, and            |             |                       |
+    | degrading, a lost capability, or alarm and                  |             |                       |
+    | `on_alarm = "hold"`, and                                    |             |                       |
     | … holds in a row with this one <= patience                  | `hold`      |                       |
     | … patience is out, rolled back before or head is the best   | `stop`      | `degraded`            |
     | … patience is out                                           | `roll_back` |                       |
@@ -60,6 +62,7 @@ def decide(
         reviewer: a person's answer, one of DECISIONS.
         alarm: the amplification alarm was raised.
         on_alarm: `ignore` (report only) or `hold`.
+        lost: capabilities lost against the start policy (`capabilities.lost`); empty if none is.
         head_is_best: the head is the best round.
 
     Raises:
@@ -67,7 +70,7 @@ def decide(
     """
     _check_decide(round, held_in_a_row, patience, max_rounds, reviewer, on_alarm)
     trouble = "the amplification alarm was raised" if alarm and on_alarm == "hold" else ""
-    trouble = verdict.reason if verdict.name == "degrading" else trouble
+    trouble = verdict.reason if verdict.name == "degrading" else lost or trouble
 
     if reviewer is not None:
         decision = _reviewed(reviewer, rolled_back)
@@ -142,6 +145,7 @@ def decide_round(
     reviewer: str | None = None,
     alarm: bool = False,
     on_alarm: str = "ignore",
+    lost: str = "",
 ) -> tuple[Decision, int]:
     """Decide on a round that was compared (table of `decide`). Returns the decision and the head after it.
 
@@ -151,7 +155,7 @@ def decide_round(
     Args:
         comparison: the round against all promoted rounds.
         state: the run's state before the round.
-        round, patience, max_rounds, reviewer, alarm, on_alarm: as in `decide`.
+        round, patience, max_rounds, reviewer, alarm, on_alarm, lost: as in `decide`.
     """
     head = state.lineage[-1]
     decision = decide(
@@ -165,6 +169,7 @@ def decide_round(
         reviewer=reviewer,
         alarm=alarm,
         on_alarm=on_alarm,
+        lost=lost,
         head_is_best=comparison.best.round == head,
     )
     after = {"promote": round, "roll_back": comparison.best.round}.get(decision.decision, head)

@@ -45,13 +45,13 @@ class Estimate:
         value, low, high = (float("nan") if x is None else x for x in (self.value, self.low, self.high))
         return Rate(value, low, high, self.pairs, self.prompts)
 
-    def in_words(self, signed: bool = False) -> str:
-        """In words: value, interval and number of pairs."""
+    def in_words(self, signed: bool = False, of: str = "pairs") -> str:
+        """In words: value, interval and number of pairs, or what else the value is of."""
         if self.value is None:
-            return f"not measurable on {self.pairs} pairs"
+            return f"not measurable on {self.pairs} {of}"
         sign = "+" if signed else ""
         ends = "" if self.low is None else f" [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
-        return f"{self.value:{sign}.3f}{ends} on {self.pairs} pairs"
+        return f"{self.value:{sign}.3f}{ends} on {self.pairs} {of}"
 
 
 def prompt_sums(

@@ -23,9 +23,9 @@ from sera_core.method.estimates import (
 )
 
 SIDES = ("aligned", "counter", "equal")
-QUANTITIES = (*SIDES, "reliance", "balanced", "worst_side", "accuracy", "win_rate")
+QUANTITIES = (*SIDES, "reliance", "balanced", "worst_side", "accuracy")
 OF_ALL = ("accuracy", "win_rate")
-"""Means over all pairs, or answers."""
+"""Means over all pairs; the win rate is of answers that a judge compared, which have no sides."""
 _OF = {"aligned": (1,), "counter": (-1,), "equal": (0,), **dict.fromkeys(OF_ALL, (-1, 0, 1))}
 """Signs of d that a quantity is of; those that are not here need both 1 and −1."""
 QUANTITY_WORDS = {
@@ -34,6 +34,11 @@ QUANTITY_WORDS = {
     "accuracy": "accuracy",
     "win_rate": "win rate over the start policy",
 }
+
+
+def unit(quantity: str) -> str:
+    """What a quantity is a mean over."""
+    return "answers" if quantity == "win_rate" else "pairs"
 
 
 def held_out(quantity: str) -> str:
@@ -52,7 +57,7 @@ class Sides:
     """The sides there are: SIDES, or the first two."""
 
     def of(self, quantity: str, at: int = 0) -> Quantity:
-        """One of QUANTITIES of a round (by place), from sums; nan where a side it needs has no pair."""
+        """One of QUANTITIES, or the win rate, of a round (by place), from sums; nan where it has no pair."""
 
         def value(sums: Float[np.ndarray, "resample column"]) -> Float[np.ndarray, " resample"]:
             k = len(self.names)

@@ -60,6 +60,10 @@ def lines(evidence: Metrics, decision: Metrics | None) -> list[Line]:
         rows.append(_rate(by_length, f"accuracy where the chosen answer is {name}", key, 3, False, "pairs"))
     rows += [_rate(evidence, *answer, "answers") for answer in ANSWERS]
     rows += [
+        rate_line(f"score on {task}, less the start policy's", _counted(change), signed=True)
+        for task, change in ((decision or {}).get("capabilities") or {}).items()
+    ]
+    rows += [
         Line(name, words.number(evidence[key], 0 if key.endswith("non_finite") else 3), None)
         for name, key in PLAIN
         if evidence.get(key) is not None

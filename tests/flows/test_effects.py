@@ -47,6 +47,7 @@ CASES = {
     "evaluate.responses": (3, {}, {"evaluate": {"prompts": 0}}),
     "evaluate.max_tokens": (3, {}, {"evaluate": {"prompts": 0}}),
     "decide.feature": ("words", {}, {"decide": {"metric": "accuracy"}}),
+    "evaluate.harness_items": (3, {"evaluate": {"harness": ["task.yaml"]}}, {}),
     "decide.judge": ("constant", {"decide": {"metric": "win-rate"}}, {}),
     "decide.uncalibrated": ("allow", {"decide": {"metric": "win-rate", "judge": "constant"}}, {}),
     "decide.review_hours": (2.0, {"decide": {"review": "alarm"}}, {}),

@@ -29,6 +29,7 @@ MAY_NOT_CHANGE_A_STEP = {
     "model.revision",  # the commit it resolves to is in the source's digest; a folder has none
 }  # fmt: skip
 
+HARNESS = str(Path(__file__).parents[1] / "fixtures" / "harness" / "sums.yaml")
 OTHER = {
     "model.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
     "model.template_kwargs": {"enable_thinking": False},
@@ -57,6 +58,8 @@ OTHER = {
     "decide.panel": ("tokens", "words"),
     "decide.feature": "words",
     "decide.judge": "constant",
+    "evaluate.harness": (HARNESS,),
+    "evaluate.harness_items": 3,
     "limits.rounds": 2,
     "execution.limit": "sera-device",
 }
@@ -78,6 +81,7 @@ NEEDS = {
     "train.lora_rank": {"train": {"method": "lora"}},
     "train.lora_alpha": {"train": {"method": "lora"}},
     "train.target_margin": {"train": {"losses": ["simpo"]}},
+    "evaluate.harness_items": {"evaluate": {"harness": [HARNESS]}},
     "decide.judge": {"decide": {"metric": "win-rate", "judge": "word-count"}},
 }
 """An experiment that uses the field."""
@@ -103,7 +107,8 @@ DIGESTS: dict[str, dict] = {}
 
 def digests_of(config: SeraConfig) -> dict:
     """Digests of the sources; hashed once, since nothing rewrites them."""
-    named = f"{config.model.source} {config.pairing.by} {config.decide.judge} {config.data.model_dump_json()}"
+    given = (config.model.source, config.pairing.by, config.decide.judge, config.evaluate.harness)
+    named = f"{given} {config.data.model_dump_json()}"
     if named not in DIGESTS:
         DIGESTS[named] = source_digests(config)
     return DIGESTS[named]
@@ -261,6 +266,7 @@ TOGETHER = [
     {"decide": {"metric": "accuracy"}},
     {"decide": {"metric": "worst-side"}},
     {"decide": {"metric": "win-rate", "judge": "word-count"}},
+    {"evaluate": {"harness": [HARNESS]}},
 ]  # fmt: skip
 """Combinations that may rob other fields of their effect."""
 

@@ -83,6 +83,17 @@ class HashSampler:
         """Holds nothing."""
 
 
+def item_scores(
+    policy: Path, _: Any, tasks: Sequence[Any], limit: int | None, *__: Any
+) -> list[dict[str, Any]]:
+    """Stands in for the harness: a policy's scores on ten items of each task."""
+    return [
+        {"task": task.name, "item": n, "score": float(drawn(number_of(policy), task.name, n).random() < 0.5)}
+        for task in tasks
+        for n in range(limit or 10)
+    ]
+
+
 def numbered_policy(attempt: Attempt) -> list[str]:
     """Stands in for training: the start policy's files under a number of the mixture's."""
     start = attempt.input("start").folder("policy")
@@ -107,6 +118,8 @@ def numbers_from_hashes() -> Iterator[None]:
         ),
         patch("tasks.scoring.shared_policy", lambda folder, *_: folder),
         patch("tasks.sampling.shared_policy", lambda folder, *_: folder),
+        patch("tasks.capabilities.shared_policy", lambda folder, *_: folder),
+        patch("tasks.capabilities.harness_scores", item_scores),
         patch("tasks.sampling.open_sampler", lambda engine, policy, **_: HashSampler(policy)),
         patch.dict(step_functions.WORK, {"train": "golden.table:numbered_policy"}),
     ):
@@ -174,7 +187,10 @@ def entries(folder: Path) -> dict[str, dict[str, str]]:
     config = tinyrun.config(folder, data=data, decide={"min_pairs": 4, "on_alarm": "record"})
     rated = tinyrun.config(folder, data=data, pairing={"by": "word-count"}, limits={"rounds": 2})
     win_rate = {"metric": "win-rate", "judge": "word-count", "uncalibrated": "allow"}
-    judged = tinyrun.config(folder, data=data, decide=win_rate, limits={"rounds": 2})
+    task = str(Path(__file__).parents[1] / "fixtures" / "harness" / "sums.yaml")
+    judged = tinyrun.config(
+        folder, data=data, decide=win_rate, evaluate={"harness": [task]}, limits={"rounds": 2}
+    )
     answers = [{**row, "response": f"{word} it is", "rating": n, "chosen": None, "rejected": None}
                for row in rows for n, word in enumerate(("no", "yes"))]  # fmt: skip
     file = tinyrun.write_rows(folder / "rated.jsonl", answers)

@@ -59,7 +59,7 @@ def test_a_round_that_relies_less_on_the_feature_is_no_fall_by_balanced_but_one_
     assert by["worst-side"].name == "improving"
     assert by["accuracy"].name == by["win-rate"].name == "degrading"
     assert by["accuracy"].reason.startswith("held-out accuracy fell")
-    assert by["win-rate"].reason.startswith("the win rate fell")
+    assert by["win-rate"].reason.startswith("held-out win rate over the start policy fell")
 
 
 def test_a_decline_too_slow_for_the_last_head_is_seen_against_round_0():
