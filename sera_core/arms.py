@@ -118,6 +118,12 @@ ARMS: dict[str, Arm] = {
         "As many pairs, those with margins around the median: whether large ones are the right ones.",
         "arXiv 2510.13212, by the margin alone",
     ),
+    "variance": Arm(
+        {"select_generated": {"rule": "prompt-variance"}},
+        "As many generated pairs, of the prompts whose responses differ most: whether the prompt or the pair "
+        "should be chosen.",
+        "preference variance, arXiv 2510.13022, read second-hand",
+    ),
     "relabel": Arm(
         _selection("relabel"),
         "No pair is dropped; one with a negative margin is swapped: whether dropping pairs matters.",

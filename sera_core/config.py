@@ -33,6 +33,7 @@ from sera_core.judges.names import (
     refuse_unknown_rater,
 )
 from sera_core.method.panel import NAMES, TOKENS, column_of, refuse_unknown
+from sera_core.method.selection import BY_VARIANCE
 
 
 def _or_own(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
@@ -232,14 +233,26 @@ class SelectConfig(Part):
     """Which human pairs to keep."""
 
     rule: Annotated[
-        Literal["top-fraction", "top-k", "threshold", "middle", "random", "bottom", "relabel", "none"],
+        Literal[
+            "top-fraction",
+            "top-k",
+            "threshold",
+            "middle",
+            "prompt-variance",
+            "random",
+            "bottom",
+            "relabel",
+            "none",
+        ],
         *OR_OWN,
     ] = "top-fraction"
     """Selection rule. top-fraction is SeRA's; middle keeps the pairs around the median margin (arXiv
-    2510.13212); random, bottom, relabel and none are controls. `module:function` is a rule of your own."""
+    2510.13212); prompt-variance, for generated pairs only, those of the prompts whose responses differ most
+    in reward (2510.13022); random, bottom, relabel and none are controls. `module:function` is a rule of your
+    own."""
     fraction: Fraction = 0.7
-    """Fraction of all valid pairs that top-fraction and middle keep; random and bottom keep as many. A
-    rule of your own is called with it."""
+    """Fraction of all valid pairs that top-fraction, middle and prompt-variance keep; random and bottom keep
+    as many. A rule of your own is called with it."""
     k: Positive = 1000
     """Number of pairs that top-k keeps."""
     threshold: float = 0.0
@@ -521,6 +534,11 @@ class SeraConfig(Part):
     @model_validator(mode="after")
     def _consistent(self) -> "SeraConfig":
         train, score = self.train, self.score
+        if self.select.rule == BY_VARIANCE:
+            raise ValueError(
+                f'select.rule = "{BY_VARIANCE}" compares responses of a prompt, human pairs have two: '
+                "set select_generated.rule"
+            )
         if train.loss_weights and len(train.loss_weights) != len(train.losses):
             raise ValueError(
                 f"train.loss_weights has {len(train.loss_weights)} values for {len(train.losses)} losses; "

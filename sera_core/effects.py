@@ -79,10 +79,10 @@ def _selecting(section: str, name: str, rules: tuple[str, ...]) -> Row:
 def _selection_rows(section: str) -> list[Row]:
     preferring = ("top-fraction", "top-k", "threshold")
     return [
-        _selecting(section, "fraction", ("top-fraction", "middle", "random", "bottom")),
+        _selecting(section, "fraction", ("top-fraction", "middle", "prompt-variance", "random", "bottom")),
         _selecting(section, "k", ("top-k",)),
         _selecting(section, "threshold", ("threshold",)),
-        _selecting(section, "min_margin", (*preferring, "middle", "random", "bottom")),
+        _selecting(section, "min_margin", (*preferring, "middle", "prompt-variance", "random", "bottom")),
         _selecting(section, "direction", (*preferring, "bottom")),
     ]
 

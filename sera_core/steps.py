@@ -14,7 +14,7 @@ from sera_core.data.folds import Fold
 from sera_core.extensions import is_own, sources
 from sera_core.method.mixing import SHUFFLED
 from sera_core.method.panel import column_of, columns_of
-from sera_core.method.selection import UNORDERED_RULES
+from sera_core.method.selection import BY_VARIANCE, UNORDERED_RULES
 
 Ref = StepRef | None
 VERSIONS = {
@@ -407,7 +407,7 @@ def _rule_fields(rules: SelectConfig) -> dict[str, Any]:
     sized_by = {"top-k": ("k",), "threshold": ("threshold",), "relabel": (), "none": ()}
     names = sized_by.get(rules.rule, ("fraction",))
     if rules.rule not in ("relabel", "none"):
-        names += ("min_margin",) if rules.rule == "middle" else ("min_margin", "direction")
+        names += ("min_margin",) if rules.rule in ("middle", BY_VARIANCE) else ("min_margin", "direction")
     fields = {"rule": rules.rule, **{name: getattr(rules, name) for name in names}}
     return fields | sources("selection rule", rules.rule)
 

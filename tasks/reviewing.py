@@ -11,10 +11,11 @@ from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.step import Attempt
+from sera_core.artifacts.streaming import numbers, strings
 from sera_core.errors import SeraError
 from sera_core.method.noise import noise_floor
 from sera_core.method.rewards import score_responses
-from sera_core.method.selection import select
+from sera_core.method.selection import BY_VARIANCE, prompt_variance, select
 from sera_core.reviewers import (
     NOISE,
     Sweep,
@@ -91,6 +92,8 @@ def select_pairs(attempt: Attempt) -> list[str]:
     noise = _noise(attempt.input("review").record)
     if settings.get("min_margin", -np.inf) > -np.inf:
         settings["min_margin"] = attempt.metrics["floor_nats"] = max(settings["min_margin"], noise)
+    if fields["rule"] == BY_VARIANCE:
+        settings["prompt_variance"] = _variances(attempt, [prompts[pair] for pair in ids])
     selection = select(margins, ids, rule=fields["rule"], **settings)
     ledger = selection_table(
         ids, [prompts[pair] for pair in ids], margins, selection, fields["origin"], fields["round"]
@@ -98,6 +101,14 @@ def select_pairs(attempt: Attempt) -> list[str]:
     schema.write_table(ledger, attempt.write("ledger.parquet"))
     attempt.counts.update(ledger["reason"].to_pylist())
     return ["ledger.parquet"]
+
+
+def _variances(attempt: Attempt, prompts: Sequence[str]) -> np.ndarray:
+    """The variance of preferences between all responses to each pair's prompt."""
+    path = attempt.input("review").path("responses.parquet")
+    kinds, index = np.unique(strings(path, schema.RESPONSES, "prompt_id"), return_inverse=True)
+    found = prompt_variance(numbers(path, schema.RESPONSES, "ensemble_reward"), index)
+    return found[np.searchsorted(kinds, np.array(prompts, dtype=kinds.dtype))]
 
 
 def _prompt_ids(attempt: Attempt) -> dict[str, str]:

@@ -16,7 +16,9 @@ from sera_core.extensions import Registry, is_own
 
 UNORDERED_RULES = ("relabel", "none")
 """Rules without an order of preference: a subset of their pairs must be drawn at random."""
-SIZED_BY_FRACTION = ("top-fraction", "middle", "random", "bottom")
+BY_VARIANCE = "prompt-variance"
+"""The rule for generated pairs alone: it looks at all responses of a prompt."""
+SIZED_BY_FRACTION = ("top-fraction", "middle", BY_VARIANCE, "random", "bottom")
 """Rules that keep a fraction of all pairs."""
 DIRECTIONS = ("large", "small")
 
@@ -50,7 +52,7 @@ class Pairs:
     above_floor: Bool[np.ndarray, " pair"]
     """Finite, and above `min_margin`."""
     preference: Float[np.ndarray, " pair"]
-    """The margin, or its negative where small ones are preferred."""
+    """The margin, or its negative where small ones are preferred; for `prompt-variance` the variance."""
     fraction: float | int
     k: int
     cut: float | int
@@ -82,6 +84,7 @@ def select(
     direction: str = "large",
     seed: int = 0,
     score_kept: int | None = None,
+    prompt_variance: Float[np.ndarray, " pair"] | None = None,
 ) -> Selection:
     """Select pairs by their (ensemble) margin, in nats.
 
@@ -91,18 +94,20 @@ def select(
     | `top-k`        | the `k` preferred pairs                                                           |
     | `threshold`    | margin >= `threshold` (direction `small`: <=)                                     |
     | `middle`       | the `fraction` of all finite pairs whose margins are nearest to the median in rank |
+    | `prompt-variance` | the `fraction` of all finite pairs whose prompts' responses differ most           |
     | `random`       | control: a seeded draw, as many as `top-fraction` achieved, floor included        |
     | `bottom`       | control: the least preferred, as many as `top-fraction` achieved                  |
     | `relabel`      | all; a pair with a negative margin is swapped,      an exact 0 stays as it is     |
     | `none`         | all                                                                               |
     | `module:name`  | those for which the user's own rule says True (see `sera_core.extensions`)        |
 
-    The first four and `module:name` also require margin > `min_margin` (strictly) and give other pairs
+    The first five and `module:name` also require margin > `min_margin` (strictly) and give other pairs
     the reason `not_preferred`, even if the cut would drop them too. The fraction is of all finite pairs,
     so the floor can only make the selection smaller. The controls ignore the floor when they choose
     pairs. Keeping only clearly preferred pairs is SeRA's (arXiv 2410.09362); all values here are ours.
     `middle` drops what the policy prefers most and least clearly (middle percentiles of the margin: arXiv
-    2510.13212, read second-hand; the paper's second measure, the loss difference, is not used). `threshold`
+    2510.13212, read second-hand; the paper's second measure, the loss difference, is not used).
+    `prompt-variance` keeps the prompts that tell most about the policy (`prompt_variance`). `threshold`
     is the rule of RS-DPO (arXiv 2402.10038), σ(margin/τ) ≥ η, at `threshold` = τ ln(η / (1 − η)).
     Published evidence disagrees on the direction (large: arXiv 2502.14560; small: 2406.17312,
     2508.04149).
@@ -114,11 +119,18 @@ def select(
         seed: seed of the rule `random`.
         score_kept: number of pairs the controls keep (from another arm's selection); None: as many as
             `top-fraction` keeps here.
+        prompt_variance: for the rule `prompt-variance`, that of each pair's prompt.
 
     Raises:
         ValueError: an unknown rule or direction, a number out of its range, ids that repeat or do not fit.
     """
     choose = SELECTION.named(rule)
+    if rule == BY_VARIANCE and prompt_variance is None:
+        raise ValueError(
+            f"The rule {BY_VARIANCE} needs all responses of each prompt, which only generated pairs have; "
+            f"choose one of {', '.join(SELECTION_RULES)}."
+        )
+    towards = margins if direction == "large" else -margins
     _check(margins, ids, fraction, k, threshold, min_margin, direction, score_kept)
     names = np.asarray(ids, dtype=str)
     finite = np.isfinite(margins)
@@ -127,7 +139,7 @@ def select(
         names=names,
         finite=finite,
         above_floor=finite & (margins > min_margin),
-        preference=margins if direction == "large" else -margins,
+        preference=prompt_variance if rule == BY_VARIANCE and prompt_variance is not None else towards,
         fraction=fraction,
         k=k,
         cut=threshold if direction == "large" else -threshold,
@@ -137,6 +149,33 @@ def select(
     kept, rank, dropped = _own(choose, rule, pairs) if is_own(rule) else choose(pairs)
     reason = np.where(kept, "kept", np.where(finite, dropped, "non_finite")).astype(object)
     return Selection(kept, rank, reason, kept & (margins < 0) & (rule == "relabel"))
+
+
+def prompt_variance(
+    rewards: Float[np.ndarray, " response"], prompts: Int[np.ndarray, " response"]
+) -> Float[np.ndarray, " prompt"]:
+    """How much the policy's preferences between a prompt's responses vary, in [0, ¼].
+
+        PVar(x) = mean over i ≠ j of (σ(r_i − r_j) − ½)²          arXiv 2510.13022, read second-hand
+
+    the variance of the preference probability of two different responses (its mean is ½). A prompt with fewer
+    than two finite rewards has 0.
+
+    Args:
+        rewards: β times the log-ratio, so that σ of a difference is DPO's preference probability.
+        prompts: number of each response's prompt, from 0.
+    """
+    count = int(prompts.max(initial=-1)) + 1
+    found = np.zeros(count)
+    order = np.argsort(prompts, kind="stable")
+    ends = np.searchsorted(prompts[order], np.arange(count + 1))
+    for prompt in range(count):
+        own = rewards[order[ends[prompt] : ends[prompt + 1]]]
+        own = own[np.isfinite(own)]
+        if own.size > 1:
+            preferred = 0.5 * (1 + np.tanh((own[:, None] - own[None]) / 2))
+            found[prompt] = ((preferred - 0.5) ** 2).sum() / (own.size * (own.size - 1))
+    return found
 
 
 def expected_kept(rule: str, pairs: int, fraction: float | int, k: int) -> int:
@@ -199,13 +238,15 @@ SELECTION: Registry[Callable[[Pairs], Chosen]] = Registry(
         "top-k": _top_k,
         "threshold": _threshold,
         "middle": _middle,
+        BY_VARIANCE: _top_fraction,
         "random": _random,
         "bottom": _bottom,
         "relabel": _all,
         "none": _all,
     },
 )
-SELECTION_RULES = tuple(SELECTION.entries)
+SELECTION_RULES = tuple(name for name in SELECTION.entries if name != BY_VARIANCE)
+"""The rules that need margins alone."""
 
 
 def _own(rule: Callable[..., Any], name: str, pairs: Pairs) -> Chosen:

@@ -237,6 +237,7 @@ TOGETHER = [
     {"review": {"length_penalty": "dice"}},
     *({section: {"rule": rule}} for section in ("select", "select_generated")
       for rule in ("top-k", "threshold", "middle", "random", "bottom", "relabel", "none")),
+    {"select_generated": {"rule": "prompt-variance"}},
     {"sampling": {"dtype": "bfloat16"}},
     {"model": {"dtype": "bfloat16"}},
     {"sampling": {"prompts": "auto"}},

@@ -105,3 +105,27 @@ def test_what_a_control_trains_on_is_not_chosen_by_margin(bench, round):
         for control in (drawn, none, relabelled):
             assert control[kind] == pytest.approx(0.5, abs=0.03)
     assert len({frozenset(largest), frozenset(smallest), frozenset(everything)}) == 3
+
+
+def test_prompt_variance_keeps_the_generated_pairs_of_the_prompts_that_vary_most(tmp_path):
+    """From a whole run: the rule is computed again from the responses' rewards alone."""
+    rules = {"rule": "prompt-variance", "fraction": 0.5, "min_margin": -np.inf}
+    config = tinyrun.config(tmp_path, select_generated=rules, limits={"rounds": 2})
+    made = tinyrun.work(config, tmp_path / "store").rounds()[1].steps
+    store = open_store(str(tmp_path / "store"))
+    rewards: dict[str, list[float]] = {}
+    for row in schema.iter_rows(Artifact(store, made["responses"]).path("responses.parquet")):
+        rewards.setdefault(row["prompt_id"], []).append(row["ensemble_reward"])
+    spread = {
+        prompt: np.mean([(1 / (1 + np.exp(b - a)) - 0.5) ** 2 for a in r for b in r if a is not b])
+        for prompt, r in rewards.items()
+    }
+    ledger = list(schema.iter_rows(Artifact(store, made["generated"]).path("ledger.parquet")))
+    kept = [spread[row["prompt_id"]] for row in ledger if row["kept"]]
+    dropped = [spread[row["prompt_id"]] for row in ledger if not row["kept"]]
+    assert len(ledger) >= 4 and len(kept) == (len(ledger) + 1) // 2 and min(kept) >= max(dropped)
+
+
+def test_human_pairs_have_no_prompt_variance(tmp_path):
+    with pytest.raises(ValueError, match="set select_generated"):
+        tinyrun.config(tmp_path, select={"rule": "prompt-variance"})

@@ -3,7 +3,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sera_core.method.selection import SELECTION_RULES, expected_kept, round_half_up, select
+from sera_core.method.selection import (
+    SELECTION_RULES,
+    expected_kept,
+    prompt_variance,
+    round_half_up,
+    select,
+)
 
 light = settings(max_examples=60, deadline=None, derandomize=True)
 some_margins = st.lists(
@@ -192,3 +198,26 @@ def test_the_pairs_expected_are_those_kept_where_the_floor_drops_none(rule):
     assert expected_kept(rule, 3, 0.5, 4) == (
         2 if rule in ("top-fraction", "middle", "random", "bottom") else 3
     )
+
+
+def test_prompt_variance_is_the_variance_of_the_preference_probability():
+    """By its definition: over ordered pairs of different responses, computed one by one."""
+    rng = np.random.default_rng(3)
+    rewards, prompts = rng.normal(0, 2, 12), np.array([0, 1, 0, 2, 2, 1, 0, 2, 3, 4, 4, 4])
+    rewards[[1, 9]] = np.nan
+    found = prompt_variance(rewards, prompts)
+    for prompt in range(5):
+        own = [r for r, p in zip(rewards, prompts, strict=True) if p == prompt and np.isfinite(r)]
+        preferred = [1 / (1 + np.exp(b - a)) for i, a in enumerate(own) for j, b in enumerate(own) if i != j]
+        assert found[prompt] == pytest.approx(np.var(preferred) if preferred else 0.0)
+    assert found[3] == 0 and prompt_variance(np.zeros(0), np.zeros(0, dtype=int)).size == 0
+
+
+def test_the_rule_prompt_variance_keeps_the_prompts_that_vary_most_above_the_floor():
+    got = pick(
+        [9, 1, 2, -1], rule="prompt-variance", fraction=0.5, prompt_variance=np.array([0.1, 0.2, 0.15, 0.24])
+    )
+    assert got.kept.tolist() == [False, True, True, False]
+    assert got.reason.tolist() == ["below_cut", "kept", "kept", "not_preferred"]
+    with pytest.raises(ValueError, match="needs all responses of each prompt"):
+        pick([1, 2], rule="prompt-variance")
