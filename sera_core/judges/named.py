@@ -13,21 +13,24 @@ from urllib.parse import urlsplit
 
 from sera_core.errors import InputError
 from sera_core.extensions import Registry, is_own, source_hash
+from sera_core.judges import reviews
 from sera_core.judges.asked import AskedJudge, AskedRater, Model
 from sera_core.judges.chat import ChatModel, Endpoint
 from sera_core.judges.comparison import Judge
 from sera_core.judges.functions import FunctionJudge, FunctionRater, constant, word_count
 from sera_core.judges.local import LocalModel, OpenGenerate
-from sera_core.judges.names import CHAT, CONSTANT, LOCAL, REWARD, WORD_COUNT
+from sera_core.judges.names import CHAT, CONSTANT, LOCAL, REVIEWS, REWARD, WORD_COUNT
 from sera_core.judges.prompts import PAIRWISE, SINGLE, Form, read_template
 from sera_core.judges.rating import RatedJudge, Rater
 from sera_core.judges.reward import RewardRater, chat_digest, reward_digest
 from sera_core.method.features import words
 
 _FORMS = {f"{kind}:<folder>": None for kind in (REWARD, LOCAL)} | {f"{CHAT}:<model>": None}
-JUDGES: Registry[Any] = Registry("judge", {WORD_COUNT: word_count, CONSTANT: constant, **_FORMS})
+JUDGES: Registry[Any] = Registry(
+    "judge", {WORD_COUNT: word_count, CONSTANT: constant, REVIEWS: None, **_FORMS}
+)
 """Judges by name; openai:, local: and reward: take the model after the colon."""
-RATERS: Registry[Any] = Registry("rater", {WORD_COUNT: words, **_FORMS})
+RATERS: Registry[Any] = Registry("rater", {WORD_COUNT: words, REVIEWS: reviews.positive, **_FORMS})
 """Raters by name, likewise."""
 OPENAI_URL = "https://api.openai.com/v1"
 KEY, URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
@@ -97,7 +100,7 @@ def find_judge(name: str, asking: Asking) -> NamedJudge:
     if kind in (CHAT, LOCAL) and rest and not asking.single:
         identity, template, open_model = _asked("judge", kind, rest, asking, PAIRWISE)
         return NamedJudge(name, identity, lambda opening: AskedJudge(open_model(opening), template))
-    if kind in (CHAT, LOCAL, REWARD) and rest:
+    if (kind in (CHAT, LOCAL, REWARD) and rest) or name == REVIEWS:
         rater = find_rater(name, asking, "judge")
         mode = {"mode": "single"} if asking.single else {}
         return NamedJudge(name, rater.identity | mode, lambda opening: RatedJudge(rater.open(opening)))
@@ -124,6 +127,9 @@ def find_rater(name: str, asking: Asking, what: str = "rater") -> NamedRater:
         folder = Path(rest)
         identity = {what: REWARD, "model": reward_digest(folder)}
         return NamedRater(name, identity, lambda opening: RewardRater(folder, opening.device))
+    if name == REVIEWS:
+        identity = {what: REVIEWS, **reviews.identity()}
+        return NamedRater(name, identity, lambda _: FunctionRater(name, reviews.positive))
     function, identity = _function(RATERS, name)
     return NamedRater(name, identity, lambda _: FunctionRater(name, function))
 

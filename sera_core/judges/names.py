@@ -8,6 +8,8 @@ from sera_core.extensions import is_own
 CHAT, LOCAL, REWARD = "openai", "local", "reward"
 """Kinds that take a model after the colon."""
 WORD_COUNT, CONSTANT = "word-count", "constant"
+REVIEWS = "reviews"
+"""The classifier of the laboratory's review sentences."""
 IMPLICIT = "implicit"
 """`pairing.by`: the implicit reward of the policies, no rater."""
 FILE = "file"
@@ -15,6 +17,7 @@ FILE = "file"
 BY = (
     IMPLICIT,
     WORD_COUNT,
+    REVIEWS,
     f"{REWARD}:<folder>",
     f"{LOCAL}:<folder>",
     f"{CHAT}:<model>",
@@ -22,7 +25,7 @@ BY = (
 )
 
 
-JUDGE_NAMES = (WORD_COUNT, CONSTANT, f"{REWARD}:<folder>", f"{LOCAL}:<folder>", f"{CHAT}:<model>")
+JUDGE_NAMES = (WORD_COUNT, CONSTANT, REVIEWS, f"{REWARD}:<folder>", f"{LOCAL}:<folder>", f"{CHAT}:<model>")
 
 
 def is_model(name: str) -> bool:

@@ -14,6 +14,8 @@ from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.data.sources import read_rows
+from sera_core.judges.reviews import positive
+from sera_core.method.features import sentences
 from sera_core.models.policies import load_policy
 
 SMALL = {
@@ -133,6 +135,36 @@ def test_the_arms_run_on_the_bundled_pairs(tmp_path, monkeypatch):
     assert set(found["arms"]["flip"]) == {"sera", "random"}
     assert {"balanced", "reliance", "counter", "aligned", "equal"} <= set(found["arms"]["flip"]["sera"]["0"])
     check_length_only(tmp_path / "store", found["arms"]["flip"]["sera"]["0"])
+    judged = ["--judge", "reviews", "--set", "evaluate.prompts=5", "--set", "evaluate.max_tokens=12"]
+    asked = run(code, *command, *judged, "--files", "flip", "--json")
+    assert asked.returncode == 0, asked.stderr
+    check_answers(tmp_path / "store", json.loads(asked.stdout))
+
+
+def check_answers(url, found):
+    """Sentences, positive answers and the win rate, counted again from the answers."""
+    store, texts = open_store(str(url)), {}
+    for arm in ("sera", "random"):
+        records = RunStore(store, f"lab-flip-answers-{arm}-0")
+        evidence = Artifact(store, records.rounds()[-1].steps["evidence"]).record
+        rows = pq.read_table(
+            Artifact(store, evidence.inputs["samples"]).path("responses.parquet")
+        ).to_pylist()
+        texts[arm] = {(row["prompt_id"], row["sample"]): row["response"] for row in rows}
+        told = found["arms"]["flip"][arm]["0"]["answers"]
+        assert told["sentences"]["value"] == pytest.approx(
+            sum(sentences("", t) for t in texts[arm].values()) / 20
+        )
+        assert told["positive"]["value"] == pytest.approx(
+            sum(positive("", t) > 0 for t in texts[arm].values()) / 20
+        )
+    wins = [
+        0.5 + 0.5 * ((mine := positive("", texts["sera"][key])) > other) - 0.5 * (mine < other)
+        for key in texts["sera"]
+        for other in [positive("", texts["random"][key])]
+    ]
+    (pair,) = found["judged"]["flip"]["pairs"]
+    assert pair["win_rate"]["value"] == pytest.approx(sum(wins) / 20)
 
 
 def check_length_only(url, found):
