@@ -300,8 +300,9 @@ class PairingConfig(Part):
     model, a local classifier with one label. openai:<model>: ratings from 1 to 10 by a chat model at the
     worker's OPENAI_BASE_URL; local:<folder>: by one that the worker loads. file:<path>: candidates with
     ratings by people or another system, instead of samples (columns response, rating, prompt or prompt_id,
-    and rater if you like). word-count: a control. `module:function` is a rater of your own. Whatever orders
-    them, [select_generated] reviews the pairs by their implicit margin."""
+    and rater if you like). word-count: a control; reviews: the laboratory's classifier. `module:function` is
+    a rater of your own. Whatever orders them, [select_generated] reviews the pairs by their implicit
+    margin."""
     allow_cut: bool = False
     """Allow pairs with a response that was cut by the length limit."""
 
@@ -406,9 +407,9 @@ class DecideConfig(Part):
     is used instead. win-rate: how often `judge` prefers the policy's answers to the start policy's, on
     `evaluate.prompts` held-out prompts."""
     judge: Annotated[str, AfterValidator(_known_judge)] | None = None
-    """The judge of the win rate: reward:<folder>, local:<folder>, openai:<model>, word-count or constant (as
-    controls), or `module:function`, as in `sera evaluate --judge`. Before round 0 it is calibrated on the
-    held-out pairs."""
+    """The judge of the win rate, as in `sera evaluate --judge`: reward:<folder>, local:<folder>,
+    openai:<model>, reviews (the laboratory's), word-count or constant (controls), or `module:function`.
+    Before round 0 it is calibrated on the held-out pairs."""
     uncalibrated: Literal["refuse", "allow"] = "refuse"
     """A judge that does not agree with the labels of the held-out pairs more often than a word count and
     than chance: refuse the run before it trains, or let it decide all the same."""
