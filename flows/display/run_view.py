@@ -1,6 +1,6 @@
 """Read a run: the JSON of `sera show`, and whether its reviewed rounds helped."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +12,7 @@ from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import Store
 from sera_core.errors import InputError, StoreError
 from sera_core.method.diagnostics import correctness
-from sera_core.method.sides import QUANTITY_WORDS
+from sera_core.method.sides import QUANTITY_WORDS, unit
 from sera_core.method.win_rates import Rate, bootstrap_difference
 from sera_core.reviewers import prompt_groups
 
@@ -91,8 +91,19 @@ def uri_of(store: Store, place: dict[str, Any]) -> str:
     return f"{store.url}/steps/{place['step']}/{place['key']}/{record.files[name].attempt}/{path}".rstrip("/")
 
 
-def since_round_0(records: RunStore, manifest: RoundManifest) -> tuple[str, Rate] | None:
-    """What rounds are compared by, and its paired change from round 0 to this round; None for round 0.
+class Since(NamedTuple):
+    """A round against round 0."""
+
+    measure: str
+    """What rounds are compared by."""
+    change: Rate
+    """Its paired change."""
+    unit: str
+    """What it is a mean over: pairs or answers."""
+
+
+def since_round_0(records: RunStore, manifest: RoundManifest) -> Since | None:
+    """The paired change from round 0 to this round; None for round 0.
 
     Older runs recorded no such change: it is the change of held-out accuracy, measured here.
     """
@@ -100,12 +111,13 @@ def since_round_0(records: RunStore, manifest: RoundManifest) -> tuple[str, Rate
         return None
     recorded = manifest.metrics.get("since_round_0")
     if recorded is not None:
-        return QUANTITY_WORDS[manifest.metrics["score_metric"]], _rate(recorded)
+        quantity = manifest.metrics["score_metric"]
+        return Since(QUANTITY_WORDS[quantity], _rate(recorded), unit(quantity))
     now, then = (_margins(records.store, r) for r in (manifest, records.rounds()[0]))
     both = np.isfinite(now) & np.isfinite(then)
     groups = _heldout_groups(records.store, manifest)[both]
     change = bootstrap_difference(correctness(now[both]), correctness(then[both]), seed=0, groups=groups)
-    return "accuracy", change
+    return Since("accuracy", change, "pairs")
 
 
 def best_words(history: History) -> str:
@@ -119,15 +131,15 @@ def verdict_words(records: RunStore) -> str | None:
     head = records.history().head
     if head is None or (found := since_round_0(records, head)) is None:
         return None
-    measure, change = found
+    change = found.change
     interval = f"[{change.low:+.3f}, {change.high:+.3f}]"
-    numbers = f"{change.value:+.3f} {interval} on {change.n} held-out pairs"
+    numbers = f"{change.value:+.3f} {interval} on {change.n} held-out {found.unit}"
     claim = "No evidence that the reviewed rounds helped"
     if change.low > 0:
         claim = "The reviewed rounds helped"
     if change.high < 0:
         claim = "The reviewed rounds did harm"
-    return f"{claim}: {measure} of the head against round 0 {numbers}."
+    return f"{claim}: {found.measure} of the head against round 0 {numbers}."
 
 
 def _rate(recorded: dict[str, Any]) -> Rate:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from flows.display.markdown import escape, table
 from flows.display.round_card import alarm_words, with_interval
-from flows.display.run_view import since_round_0
+from flows.display.run_view import Since, since_round_0
 from flows.exports.lineage import Lineage
 from flows.running.open_run import test_record
 from sera_core.artifacts.run_records import RoundManifest
@@ -78,8 +78,7 @@ def _verdict(records: RunStore, manifest: RoundManifest) -> Iterator[str]:
     if found is None:
         yield "This is round 0: direct alignment on all human pairs, before any self-review."
     else:
-        measure, change = found
-        yield _since(measure, asdict(change))
+        yield _since(found)
     final = test_record(records)
     if final is not None and final["round"] == manifest.round:
         test = with_interval(final["metrics"].get("test/rewards/accuracies"))
@@ -89,15 +88,16 @@ def _verdict(records: RunStore, manifest: RoundManifest) -> Iterator[str]:
         yield f"Reliance on spurious features: {escape(alarm_words(manifest))}"
 
 
-def _since(measure: str, change: words.Rate) -> str:
-    numbers = f"{words.interval(change, signed=True)} on the same {change['n']:,} held-out pairs"
+def _since(found: Since) -> str:
+    measure, change = found.measure, asdict(found.change)
+    numbers = f"{words.interval(change, signed=True)} on the same {change['n']:,} held-out {found.unit}"
     if not (words.finite(change["low"]) and words.finite(change["high"])):
         return "No comparison with round 0 (the same training without self-review) was possible."
     if change["low"] > 0:
         return f"Against round 0 (before any self-review) {measure} rose: {numbers}."
     if change["high"] < 0:
         return f"**The self-reviewed rounds did harm**: {measure} against round 0 {numbers}."
-    few = " There are too few pairs to tell." if words.too_few(change) else ""
+    few = f" There are too few {found.unit} to tell." if words.too_few(change) else ""
     return f"**No evidence that the self-reviewed rounds helped**: {measure} against round 0 {numbers}.{few}"
 
 

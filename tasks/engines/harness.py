@@ -3,8 +3,9 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from sera_core.data.harness_tasks import HarnessTask
 from sera_core.errors import InputError, SeraError
 
 BATCH = 8
+SEED = 1234
+"""Of the examples shown before an item (`num_fewshot`), as in the harness."""
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 Row = dict[str, Any]
 """`task`, `item` (number in the task's data) and `score`."""
@@ -50,7 +53,7 @@ def harness_scores(
     Raises:
         InputError: a task that the harness cannot run, or whose first metric is no score of an item.
     """
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -63,13 +66,11 @@ def harness_scores(
             progress(number, len(tasks), "tasks")
             kwargs = {**task.config["dataset_kwargs"], "cache_dir": str(scratch)}
             try:
-                found = simple_evaluate(
-                    model,
-                    tasks=[{**task.config, "dataset_kwargs": kwargs}],
-                    limit=limit,
-                    bootstrap_iters=0,
-                    task_manager=manager,
-                )
+                with redirect_stderr(StringIO()):  # its progress bars; errors are raised
+                    loaded = manager.load([{**task.config, "dataset_kwargs": kwargs}])
+                    for one in loaded["tasks"].values():
+                        one.set_fewshot_seed(seed=SEED)
+                    found = evaluate(model, loaded, limit=limit, bootstrap_iters=0)
             except Exception as error:  # the harness raises whatever its templates and data raise
                 raise InputError(
                     f"the task {task.name} cannot be run: {type(error).__name__}: {error}; correct its file"

@@ -86,7 +86,7 @@ def test_rounds_are_compared_by_their_win_rate_over_the_start_policy(tmp_path, s
     assert told["judge"]["judge"] == "word-count" and told["judge"]["calibration"]["calibrated"] is False
     sera("verify", "tiny", "--store", tmp_path / "store")
     shown, _ = sera("show", "tiny", "--store", tmp_path / "store")
-    assert "win rate over the start policy" in shown
+    assert "win rate over the start policy" in shown and "on 24 held-out answers" in shown
     page = Artifact(records.store, records.rounds()[1].steps["report"]).path("report.html").read_text()
     assert "agreement of the judge word-count with the labels (uncalibrated)" in page
     write_run_report(records.store.url, "tiny", tmp_path / "site")
