@@ -62,8 +62,8 @@ bench: .venv/dev            ## measure speed, each figure next to a baseline fro
 golden: .venv/dev           ## regenerate the table of what every step writes (after raising a step's version)
 	PYTHONPATH=tests $(BIN)/python -m golden.table
 
-reference: .venv/core       ## regenerate the README's table of settings
-	$(BIN)/python -m sera_core.reference README.md
+reference: .venv/core       ## regenerate the table of settings
+	$(BIN)/python -m sera_core.reference deployments/experiments/README.md
 	$(BIN)/python -m flows.orchestration.form > tests/flows/form_schema.json
 
 clean:                      ## delete the environment and the tools' caches; never the store

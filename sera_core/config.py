@@ -1,4 +1,4 @@
-"""Every setting, declared once. Command line, Prefect's form, manifest and README's table come from here.
+"""Every setting, declared once. Command line, form, manifest and the table of settings come from here.
 
 No default is the paper's value unless its help text names the source.
 """

@@ -1,6 +1,6 @@
-"""Generate the README's table of settings from the configuration classes.
+"""Generate the table of settings from the configuration classes.
 
-python -m sera_core.reference README.md      # writes it between the two markers
+python -m sera_core.reference deployments/experiments/README.md      # writes it between the two markers
 """
 
 import json
@@ -60,7 +60,7 @@ def _literals(annotation: Any) -> tuple[Any, ...]:
 
 
 def with_table(text: str) -> str:
-    """The README's text with the table between the markers replaced.
+    """The document's text with the table between the markers replaced.
 
     Raises:
         ValueError: a marker is missing.

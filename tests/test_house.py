@@ -1,9 +1,11 @@
 """The house itself: names that cannot be shadowed, documents that follow the code, nothing out of place."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 import flows
@@ -32,8 +34,8 @@ def test_no_file_is_named_after_a_library_and_docker_is_no_package():
     assert not (ROOT / "docker" / "__init__.py").exists()
 
 
-def test_the_readme_holds_the_settings_as_they_are():
-    text = (ROOT / "README.md").read_text()
+def test_the_table_of_settings_is_as_they_are():
+    text = (ROOT / "deployments" / "experiments" / "README.md").read_text()
     assert with_table(text) == text, "run `make reference`"
 
 
@@ -42,6 +44,28 @@ def test_the_readme_names_every_command():
     names = [add.__name__.removeprefix("add_") for add in ADDERS]
     assert not [name for name in names if f"sera {name}" not in text]
     assert parser().prog == "sera"
+
+
+def documents() -> list[Path]:
+    rooms = ("flows", "tasks", "sera_core", "deployments", "docker", "tests")
+    return [*ROOT.glob("*.md"), *(path for room in rooms for path in (ROOT / room).rglob("*.md"))]
+
+
+def anchors(document: Path) -> set[str]:
+    """Anchors of the headings, as a page of the repository has them."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", document.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_a_document_leads_somewhere(document):
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), f"{document.relative_to(ROOT)}: {link}"
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
 
 
 def test_light_commands_import_neither_torch_nor_prefect():

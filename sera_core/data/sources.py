@@ -174,7 +174,9 @@ def _nearest(name: str, names: Any, folder: Path | None = None) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    """The files of a folder, without what is about them."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if path.is_file() and path.suffix != ".md")
 
 
 # ---------------------------------------------------------------------------------------------------- parsing
