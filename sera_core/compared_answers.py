@@ -23,39 +23,34 @@ def compared_answers(attempt: Attempt) -> Scores:
 
     A comparison that failed is left out in all rounds: it is no win, no loss and no tie.
     """
-    now = _outcomes(attempt, VERDICTS)
+    asked, now = _outcomes(attempt, VERDICTS)
     promoted = {
-        int(name.removeprefix(PROMOTED)): _outcomes(attempt, name.replace(PROMOTED, f"{VERDICTS}-"))
+        int(name.removeprefix(PROMOTED)): _outcomes(attempt, name.replace(PROMOTED, f"{VERDICTS}-"))[1]
         for name in sorted(attempt.spec.inputs)
         if name.startswith(PROMOTED)
     }
-    rounds = [now, *promoted.values()]
-    common = sorted(set.intersection(*(set(outcomes) for outcomes in rounds)))
-    every = set.union(*(set(outcomes) for outcomes in rounds))
+    common = sorted(set(now).intersection(*promoted.values()))
     prompts = [prompt for prompt, _ in common]
-    # Halved like all prompts that any round has a verdict on, so that a failure moves no other prompt.
-    halves = dict(
-        zip(
-            kinds := sorted({prompt for prompt, _ in every}),
-            choosing_half(kinds, attempt.fields["split_seed"]),
-            strict=True,
-        )
-    )
+    # All prompts are halved, so that a failure moves no other prompt.
+    kinds = sorted({prompt for prompt, _ in asked})
+    halves = dict(zip(kinds, choosing_half(kinds, attempt.fields["split_seed"]), strict=True))
     chooses = np.array([halves[prompt] for prompt in prompts], dtype=bool)
-    heldout = Heldout(np.zeros(len(common)), numbered_groups(prompts), chooses)
     return Scores(
         _values(now, common),
         {number: _values(outcomes, common) for number, outcomes in promoted.items()},
-        heldout,
-        len(every) - len(common),
+        Heldout(np.zeros(len(common)), numbered_groups(prompts), chooses),
+        len(asked) - len(common),
     )
 
 
-def _outcomes(attempt: Attempt, name: str) -> Outcomes:
+def _outcomes(attempt: Attempt, name: str) -> tuple[set[tuple[str, int]], Outcomes]:
+    """What the judge was asked about, and the outcomes it gave."""
     path = attempt.input(name).path("verdicts.parquet")
-    found = told(schema.read_table(path, schema.VERDICTS).to_pylist())
+    rows = schema.read_table(path, schema.VERDICTS).to_pylist()
+    found = told(rows)
     keys = [(prompt, sample) for prompt, _, sample in found.keys]
-    return dict(zip(keys, found.judged.outcomes.tolist(), strict=True))
+    asked = {(row["prompt_id"], row["sample"]) for row in rows}
+    return asked, dict(zip(keys, found.judged.outcomes.tolist(), strict=True))
 
 
 def _values(outcomes: Outcomes, common: list[tuple[str, int]]) -> np.ndarray:

@@ -168,7 +168,7 @@ def _record(attempt: Attempt, rows: Sequence[Row]) -> None:
         attempt.counts[name] = counts[name]
     attempt.counts.update({f"failed/{reason}": count for reason, count in found.failed.items()})
     for name, count in (found.tokens or {}).items():
-        attempt.metrics[f"tokens/judge_{name}"] = count
+        attempt.metrics[f"judge/{name}_tokens"] = count  # no limit of the run counts them
 
 
 # ----------------------------------------------------------------------------------------------- calibration

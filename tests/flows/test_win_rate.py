@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import tinyrun
+from judgeserver import Reply, judge_server, verdict
 
 from flows.display.run_report import write_run_report
 from flows.evaluation import CALIBRATED, calibration_of
@@ -16,6 +17,7 @@ from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError, SeraError
+from sera_core.judges import chat
 from sera_core.judges.named import Asking, find_judge
 from sera_core.method.features import words
 
@@ -163,3 +165,36 @@ def test_a_run_is_opened_again_by_what_its_judge_is(tmp_path):
     resolved = records.configs()[-1].resolved
     assert resolved["digests"]["judge"] == {"judge": "word-count"} and "judge" not in resolved["decide"]
     assert RunStore(open_store(str(tmp_path / "store")), "tiny").state() == "max_rounds"
+
+
+def test_what_a_chat_judge_fails_on_is_left_out_and_its_tokens_are_not_the_run_s(tmp_path, monkeypatch):
+    """It answers nonsense about prompt pairs of some answers, in every round the same."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(chat, "FIRST_WAIT", 0.01)
+
+    def mode(question):
+        if len(question.first + question.second) % 4 == 0:
+            return Reply("I would rather not say.")
+        return verdict("A" if question.first > question.second else "B")
+
+    with judge_server(mode) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        records = tinyrun.work(by_win_rate(tmp_path, "openai:m"), tmp_path / "store")
+        asked = len(server.questions)
+    told = decision(records, 1)
+    answered = [answered_in(records, number) for number in (0, 1)]
+    both = len(answered[0] & answered[1])
+    assert 0 < both < 24
+    assert told["pairs"] == {"compared": both, "left_out": 24 - both}
+    assert asked > 0 and all("tokens/judge" not in name for m in records.rounds() for name in m.metrics)
+    verdicts = Artifact(records.store, records.rounds()[1].steps["verdicts"]).record
+    assert verdicts.metrics["judge/prompt_tokens"] > 0 and records.rounds()[1].metrics["tokens"] < 10**5
+
+
+def answered_in(records: RunStore, number: int) -> set[tuple[str, int]]:
+    """Answers of a round with a verdict in both orders."""
+    path = Artifact(records.store, records.rounds()[number].steps["verdicts"]).path("verdicts.parquet")
+    rows = list(schema.iter_rows(path))
+    failed = {(row["prompt_id"], row["sample"]) for row in rows if row["failure"]}
+    return {(row["prompt_id"], row["sample"]) for row in rows} - failed
