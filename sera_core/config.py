@@ -523,6 +523,7 @@ class SeraConfig(Part):
             return self
         self.check_own_code()
         refuse_ineffective(self)
+        self._check_judge()
         decide = self.decide
         if decide.review == "always" and decide.review_default in ("hold", "roll_back"):
             raise ValueError(
@@ -558,7 +559,6 @@ class SeraConfig(Part):
             raise ValueError("evaluate.harness names a task file twice; give each once")
         if len(set(self.decide.panel)) != len(self.decide.panel):
             raise ValueError("decide.panel names a feature twice; give each once")
-        self._check_judge()
         if self.decide.uses_feature and self.decide.feature not in self.decide.panel:
             raise ValueError(
                 f'decide.feature = "{self.decide.feature}" is not in decide.panel, so it would not be '
