@@ -8,13 +8,14 @@ import tiny
 import tinyrun
 from fixtures import make_store
 
-from flows.display.run_view import run_records
+from flows.display.run_view import Since, run_records
 from flows.exports.lineage import Lineage, display_name, lineage
 from flows.exports.model_card import model_card
 from sera_core.artifacts.canonical import files_digest
 from sera_core.artifacts.manifest import StepSpec
 from sera_core.artifacts.step import code_digest
 from sera_core.artifacts.store import open_store
+from sera_core.method.win_rates import Rate
 from sera_core.models.model_sources import source_digest
 
 pytestmark = pytest.mark.slow
@@ -151,17 +152,9 @@ def card_with(kept_store, change: dict, **manifest) -> str:
     chain = lineage(records, records.rounds()[1])
     found = records.rounds()[1].model_copy(update=manifest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.exports.model_card.since_round_0", lambda *_: ("accuracy", Change(**change)))
+        since = Since("accuracy", Rate(**change), "pairs")
+        patch.setattr("flows.exports.model_card.since_round_0", lambda *_: since)
         return model_card(records, found, chain)
-
-
-class Change:
-    """A paired change, with the fields of a rate."""
-
-    def __new__(cls, **values):
-        from sera_core.method.win_rates import Rate
-
-        return Rate(**values)
 
 
 @pytest.mark.parametrize(
