@@ -160,7 +160,7 @@ def calibrate_judge(
     chosen = sorted(pairs, key=lambda pair: pair.pair_id)[:limit]
     fields = {"judge": named.identity, "pairs_sha256": sha256_json([pair.pair_id for pair in chosen])}
     spec = StepSpec(step=CALIBRATE_STEP, version=steps.VERSIONS[CALIBRATE_STEP], fields=fields, inputs={})
-    items = [_item_of(pair) for pair in chosen]
+    items = [Item.labelled(p.pair_id, p.prompt_id, p.prompt, p.chosen, p.rejected) for p in chosen]
     record = _done(store, spec, calibrate(items, named), tell)
     found = _calibration(Artifact(store, record.ref))
     return {"judge": named.name, "pairs": len(pairs), **found, "step": record.key}
@@ -259,9 +259,3 @@ def set_answers(records: RunStore, prompts: str, rounds: Sequence[int | None]) -
         samples = do(steps.sample_prompt_set(config, policy, first["model"], record.ref))
         found.append(Answers(samples, record.ref, "prompts.parquet"))
     return found
-
-
-def _item_of(pair: Pair) -> Item:
-    """A labelled pair, the chosen answer first."""
-    chosen, rejected = pair.chosen[0]["content"], pair.rejected[0]["content"]
-    return Item(pair.prompt_id, pair.prompt, chosen, rejected, pair_id=pair.pair_id)

@@ -21,7 +21,7 @@ from sera_core.method.judged import Judged, better_than, label_kappa, longer_pre
 from tasks.asking import Answers, Inquiry, Key, ask, refuse_another
 from tasks.engines.local_chat import open_generate
 
-PAIR = ["prompt_id", "pair_id", "prompt", "chosen", "rejected"]
+PAIR = ["pair_id", "prompt_id", "prompt", "chosen", "rejected"]
 VERDICTS, CALIBRATION = "verdicts.parquet", "calibration.json"
 Asked = tuple[Item, str]
 """A comparison in one order."""
@@ -55,12 +55,7 @@ def calibrate_on_heldout(attempt: Attempt) -> list[str]:
         SeraError: as `judge_samples`.
     """
     rows = schema.iter_rows(attempt.input("rendered").path("heldout.parquet"), PAIR)
-    items = [
-        Item(row["prompt_id"], row["prompt"], *(row[side][0]["content"] for side in PAIR[3:]),
-             pair_id=row["pair_id"])
-        for row in rows
-    ]  # fmt: skip
-    return calibrate(items, _named(attempt))(attempt)
+    return calibrate([Item.labelled(**row) for row in rows], _named(attempt))(attempt)
 
 
 def _named(attempt: Attempt) -> NamedJudge:

@@ -93,7 +93,7 @@ def select_pairs(attempt: Attempt) -> list[str]:
     if settings.get("min_margin", -np.inf) > -np.inf:
         settings["min_margin"] = attempt.metrics["floor_nats"] = max(settings["min_margin"], noise)
     if fields["rule"] == BY_VARIANCE:
-        settings["prompt_variance"] = _variances(attempt, [prompts[pair] for pair in ids])
+        settings["variance"] = _variances(attempt, [prompts[pair] for pair in ids])
     selection = select(margins, ids, rule=fields["rule"], **settings)
     ledger = selection_table(
         ids, [prompts[pair] for pair in ids], margins, selection, fields["origin"], fields["round"]

@@ -1,7 +1,7 @@
 """Task files of EleutherAI's lm-evaluation-harness, with their data: checked before any model is loaded.
 
 A task is a YAML file whose data lies beside it. Its content decides the scores, so its digest enters the key
-of the step; a task that runs code of its own or reads data from a network is refused.
+of the step; a task that runs code of its own, or loads data or a metric from a network, is refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,9 @@ from sera_core.errors import InputError
 
 LOCAL = ("json", "csv", "parquet")
 """Values of `dataset_path` that read files."""
-NEEDED = ("task", "dataset_path", "output_type", "doc_to_text", "doc_to_target")
+NEEDED = ("task", "dataset_path", "output_type", "doc_to_text", "doc_to_target", "metric_list")
+METRICS = ("acc", "acc_norm", "exact_match")
+"""Metrics that score each item from 0 to 1. The harness loads and runs unknown ones from the hub."""
 SPLITS = ("test_split", "validation_split")
 """The split that is scored: the first of these that a task has, as in the harness."""
 
@@ -57,6 +59,7 @@ def _read(path: Path) -> HarnessTask:
         raise InputError(f"{path}: task is {name!r}; give it a name of letters, digits, - and _")
     if not any(config.get(split) for split in SPLITS):
         raise InputError(f"{path}: names no test_split, so nothing would be scored")
+    _refuse_other_metrics(path, config["metric_list"])
     files = _data_files(path, config)
     kwargs = {**config["dataset_kwargs"], "data_files": files}
     content = {split: [sha256_file(Path(file)) for file in held] for split, held in files.items()}
@@ -81,6 +84,16 @@ def _parsed(path: Path) -> dict[str, Any]:
     if "include" in config or "group" in config:
         raise InputError(f"{path}: `include` and `group` are not followed; give the whole task in one file")
     return config
+
+
+def _refuse_other_metrics(path: Path, given: object) -> None:
+    for entry in given if isinstance(given, list) else [given]:
+        known = isinstance(entry, dict) and entry.get("metric") in METRICS and not entry.get("hf_evaluate")
+        if not known:
+            raise InputError(
+                f"{path}: metric_list has {entry!r}; each entry must name a metric that scores items from "
+                f"0 to 1, of {', '.join(METRICS)} (metric: acc)"
+            )
 
 
 def _data_files(path: Path, config: Mapping[str, Any]) -> dict[str, list[str]]:

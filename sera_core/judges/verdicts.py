@@ -35,6 +35,18 @@ class Item:
     """Number of the sample; None for a pair."""
     pair_id: str | None = None
 
+    @classmethod
+    def labelled(
+        cls,
+        pair_id: str,
+        prompt_id: str,
+        prompt: Sequence[Mapping[str, str]],
+        chosen: Sequence[Mapping[str, str]],
+        rejected: Sequence[Mapping[str, str]],
+    ) -> "Item":
+        """A labelled pair, the chosen answer first."""
+        return cls(prompt_id, prompt, chosen[0]["content"], rejected[0]["content"], pair_id=pair_id)
+
     @property
     def is_equal(self) -> bool:
         """Whether both answers are the same text: a tie that no judge is asked about."""

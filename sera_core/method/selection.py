@@ -84,7 +84,7 @@ def select(
     direction: str = "large",
     seed: int = 0,
     score_kept: int | None = None,
-    prompt_variance: Float[np.ndarray, " pair"] | None = None,
+    variance: Float[np.ndarray, " pair"] | None = None,
 ) -> Selection:
     """Select pairs by their (ensemble) margin, in nats.
 
@@ -119,18 +119,18 @@ def select(
         seed: seed of the rule `random`.
         score_kept: number of pairs the controls keep (from another arm's selection); None: as many as
             `top-fraction` keeps here.
-        prompt_variance: for the rule `prompt-variance`, that of each pair's prompt.
+        variance: for the rule `prompt-variance`, the `prompt_variance` of each pair's prompt.
 
     Raises:
         ValueError: an unknown rule or direction, a number out of its range, ids that repeat or do not fit.
     """
     choose = SELECTION.named(rule)
-    if rule == BY_VARIANCE and prompt_variance is None:
+    preference = variance if rule == BY_VARIANCE else margins if direction == "large" else -margins
+    if preference is None:
         raise ValueError(
             f"The rule {BY_VARIANCE} needs all responses of each prompt, which only generated pairs have; "
             f"choose one of {', '.join(SELECTION_RULES)}."
         )
-    towards = margins if direction == "large" else -margins
     _check(margins, ids, fraction, k, threshold, min_margin, direction, score_kept)
     names = np.asarray(ids, dtype=str)
     finite = np.isfinite(margins)
@@ -139,7 +139,7 @@ def select(
         names=names,
         finite=finite,
         above_floor=finite & (margins > min_margin),
-        preference=prompt_variance if rule == BY_VARIANCE and prompt_variance is not None else towards,
+        preference=preference,
         fraction=fraction,
         k=k,
         cut=threshold if direction == "large" else -threshold,

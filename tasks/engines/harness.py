@@ -1,7 +1,6 @@
 """Score a policy on tasks of EleutherAI's lm-evaluation-harness, in this process and without a network."""
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
@@ -16,7 +15,6 @@ from sera_core.errors import InputError, SeraError
 BATCH = 8
 SEED = 1234
 """Of the examples shown before an item (`num_fewshot`), as in the harness."""
-OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 Row = dict[str, Any]
 """`task`, `item` (number in the task's data) and `score`."""
 
@@ -41,7 +39,7 @@ def harness_scores(
 ) -> list[Row]:
     """The score of every item of every task under a policy.
 
-    An item's score is its value of the task's first metric (`acc`, `exact_match`, …), in [0, 1].
+    An item's score is its value of the task's first metric (`harness_tasks.METRICS`), in [0, 1].
 
     Args:
         policy, tokenizer: a loaded causal language model.
@@ -51,14 +49,14 @@ def harness_scores(
         progress: called before each task.
 
     Raises:
-        InputError: a task that the harness cannot run, or whose first metric is no score of an item.
+        InputError: a task that the harness cannot run.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     rows: list[Row] = []
-    with _quiet(), _offline():
+    with _quiet(), _sandboxed():
         given: Any = HFLM  # a decorator hides its parameters
         model = given(pretrained=policy, tokenizer=tokenizer, batch_size=BATCH)
         manager = TaskManager(include_defaults=False)
@@ -86,29 +84,25 @@ def _rows(task: HarnessTask, found: Mapping[str, Any]) -> Iterator[Row]:
     metric = samples[0]["metrics"][0]
     items: dict[int, float] = {}
     for sample in samples:
-        score = sample.get(metric)
-        if not isinstance(score, int | float) or not 0 <= score <= 1:
-            raise InputError(
-                f"the task {task.name}: its first metric, {metric}, gives {score!r} for an item; name one "
-                "first that gives each item a score from 0 to 1, such as acc or exact_match"
-            )
-        items.setdefault(sample["doc_id"], float(score))  # of the first filter
+        items.setdefault(sample["doc_id"], float(sample[metric]))  # of the first filter
     for item, score in sorted(items.items()):
         yield {"task": task.name, "item": item, "score": score}
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in OFFLINE}
-    os.environ.update(dict.fromkeys(OFFLINE, "1"))
+def _sandboxed() -> Iterator[None]:
+    """Render the tasks' templates in Jinja's sandbox, as chat templates are: they may come from anybody."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lm_eval import utils
+
+    plain = utils.env
+    sandbox = ImmutableSandboxedEnvironment(undefined=plain.undefined, keep_trailing_newline=True)
+    sandbox.filters |= plain.filters
+    utils.env = sandbox
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+        utils.env = plain
 
 
 @contextmanager

@@ -109,6 +109,9 @@ def test_a_task_that_changed_is_refused(tmp_path, sums):
         ({"dataset_kwargs": {"data_files": {"test": "http://a/b"}}}, "'http://a/b' does not lie beside it"),
         ({"include": "other.yaml"}, "`include` and `group` are not followed"),
         ({"task": "../sums"}, "give it a name of letters"),
+        ({"metric_list": [{"metric": "rouge"}]}, "metric_list has {'metric': 'rouge'}"),
+        ({"metric_list": [{"metric": "acc", "hf_evaluate": True}]}, "'hf_evaluate': True"),
+        ({"metric_list": ["acc"]}, "(metric: acc)"),
     ],
 )
 def test_a_task_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, sums, settings, message):
@@ -133,18 +136,16 @@ def test_code_and_damage_in_a_task_are_refused(sums, tmp_path):
         read_tasks([str(path) for path in twice])
 
 
-def test_a_metric_that_is_no_score_and_a_template_that_fails_name_the_task(tmp_path, sums):
+def test_a_template_that_fails_or_leaves_the_sandbox_names_the_task(tmp_path, sums):
     policy = tiny.tiny_policy(tmp_path / "policy")
     given = load_policy(policy, "float32", "cpu"), load_tokenizer(policy)
-    likelihood = {"output_type": "loglikelihood", "doc_to_target": "x {{choices[0]}}"}
-    likelihood |= {"doc_to_choice": None, "metric_list": [{"metric": "perplexity"}]}
-    for settings, message in (
-        (likelihood, "its first metric, perplexity, gives"),
-        ({"doc_to_text": "{{gone.gone}}"}, "the task sums cannot be run"),
-    ):
-        tasks = read_tasks([str(rewrite(sums, **settings))])
-        with pytest.raises(InputError, match=message):
+    ran = tmp_path / "ran"
+    escape = "{{ cycler.__init__.__globals__.os.mkdir('" + str(ran) + "') }}"
+    for template, message in (("{{gone.gone}}", "is undefined"), (escape, "unsafe")):
+        tasks = read_tasks([str(rewrite(sums, doc_to_text=template))])
+        with pytest.raises(InputError, match=f"the task sums cannot be run: .*{message}"):
             harness.harness_scores(*given, tasks, 2, tmp_path / "scratch")
+    assert not ran.exists()
 
 
 def test_the_missing_extra_is_named(tmp_path, sums, monkeypatch):

@@ -114,6 +114,7 @@ def test_a_judge_no_better_than_a_word_count_decides_nothing(tmp_path, judges):
     assert 'decide.uncalibrated = "allow"' in str(no.value)
     assert not list(tmp_path.glob("store/steps/train/*"))
     asked = list(tmp_path.glob("store/steps/calibrate/*/*/verdicts.parquet"))
+    assert len(asked) == 1
     tinyrun.work(by_win_rate(tmp_path, "constant", "allow", rounds=1), tmp_path / "store", "allowed")
     assert asked == list(tmp_path.glob("store/steps/calibrate/*/*/verdicts.parquet"))
 

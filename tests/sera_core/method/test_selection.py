@@ -214,9 +214,7 @@ def test_prompt_variance_is_the_variance_of_the_preference_probability():
 
 
 def test_the_rule_prompt_variance_keeps_the_prompts_that_vary_most_above_the_floor():
-    got = pick(
-        [9, 1, 2, -1], rule="prompt-variance", fraction=0.5, prompt_variance=np.array([0.1, 0.2, 0.15, 0.24])
-    )
+    got = pick([9, 1, 2, -1], rule="prompt-variance", fraction=0.5, variance=np.array([0.1, 0.2, 0.15, 0.24]))
     assert got.kept.tolist() == [False, True, True, False]
     assert got.reason.tolist() == ["below_cut", "kept", "kept", "not_preferred"]
     with pytest.raises(ValueError, match="needs all responses of each prompt"):
