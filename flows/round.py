@@ -114,10 +114,15 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
             unscored = reviewers.policies
         else:
             prompts = prompts_to_sample(config, sides, past, round, kept, look)
-            samples = do(steps.sample(config, head, sides.model, sides.pairs, round, prompts))
+
+            def sample(policy: Ref, anchors: Ref = None) -> Ref:
+                return do(steps.sample(config, policy, sides.model, sides.pairs, round, prompts, anchors))
+
+            samples = sample(head, sample(sides.model) if config.anchored else None)
             ratings = None
             # If sampler and scorer use the same precision, the sampler's log-probabilities are reused.
-            unscored = reviewers.policies if config.scores_samples_again else reviewers.policies[1:]
+            again = config.scores_samples_again or config.anchored
+            unscored = reviewers.policies if again else reviewers.policies[1:]
         scores = scores_under(
             reviewers,
             unscored,
@@ -133,12 +138,16 @@ def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do
         )
         made |= {"samples": samples, "responses": responses, "generated": generated}
         inputs |= {"samples": samples, "responses": responses, "generated_ledger": generated}
-    reference = training_reference(config, sides, past)
     if config.train.needs_reference:
-        inputs["human_reference"] = logps(reference, sides.pairs, "train.parquet")
-        source = generated_reference(reviewers, reference)
+        reference, alpha = training_reference(config, sides, past), config.train.ld_alpha
+
+        def reference_logps(pairs: Ref, file: str) -> Ref:
+            return do(steps.logps(config, reference, sides.model, pairs, file, ld_alpha=alpha))
+
+        inputs["human_reference"] = reference_logps(sides.pairs, "train.parquet")
+        source = generated_reference(reviewers, reference) if alpha == 1 else "logps"
         if share > 0 and source == "logps":
-            inputs["generated_reference"] = logps(reference, made["responses"], "pairs.parquet")
+            inputs["generated_reference"] = reference_logps(made["responses"], "pairs.parquet")
     made["mixture"] = do(steps.mix(config, round, share, source, inputs))
     return made
 
@@ -202,7 +211,14 @@ def fold_policies(config: SeraConfig, sides: Sides, past: Past, do: Do) -> list[
         starts = found[-1][1] if found and start == found[-1][0] else [start] * len(config.folds)
         specs = [
             steps.train(
-                config, past.rounds[number], own, sides.model, head["mixture"], own == reference, fold
+                config,
+                past.rounds[number],
+                own,
+                sides.model,
+                head["mixture"],
+                own == reference,
+                fold,
+                head.get("responses"),
             )
             for own, fold in zip(starts, config.folds, strict=True)
         ]
@@ -210,11 +226,12 @@ def fold_policies(config: SeraConfig, sides: Sides, past: Past, do: Do) -> list[
     return found
 
 
-def align(config: SeraConfig, sides: Sides, past: Past, round: int, mixture: Ref, do: Do) -> Ref:
+def align(config: SeraConfig, sides: Sides, past: Past, round: int, made: Mapping[str, Ref], do: Do) -> Ref:
     """Train the round's policy on the mixture."""
     start = start_policy(config, sides, past)
     same = start == training_reference(config, sides, past)
-    return do(steps.train(config, round, start, sides.model, mixture, start_is_reference=same))
+    mixture, responses = made["mixture"], made.get("responses")
+    return do(steps.train(config, round, start, sides.model, mixture, same, responses=responses))
 
 
 def gather_evidence(

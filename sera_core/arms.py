@@ -1,7 +1,8 @@
 """The arms of `sera compare`: an experiment with a few other settings, in the same loop.
 
-An arm changes what a round trains on and how its rewards are computed, never how a round is measured. Round 0
-has nothing to review by, so it is the same in all of them (but for `dpo-single`).
+An arm changes what a round trains on, how its rewards are computed, or the loss, never how a round is
+measured. Round 0 has nothing to review by, so it is the same in all of them, but for `dpo-single` and those
+with another loss.
 """
 
 import difflib
@@ -25,7 +26,7 @@ class Arm:
     shows: str
     source: str
     first_round: int = 1
-    """The first round in which it differs."""
+    """The first round in which it does what it is for."""
     one_round: bool = False
     """Whether the tokens of all rounds are spent in one round."""
     needs_rater: bool = False
@@ -39,6 +40,10 @@ def _selection(rule: str) -> dict[str, dict[str, Any]]:
 def _generated_only(share: float) -> dict[str, dict[str, Any]]:
     """No selection, and a fixed share of pairs of the policy's own responses."""
     return {"select": {"rule": "none"}, "select_generated": {"rule": "none"}, "mix": {"shares": [share]}}
+
+
+def _loss(*losses: str, **settings: Any) -> dict[str, dict[str, Any]]:
+    return {"train": {"losses": losses, "loss_weights": (), **settings}}
 
 
 _ALL_HUMAN = {"select": {"rule": "none"}, "mix": {"shares": [0.0]}}
@@ -90,6 +95,50 @@ ARMS: dict[str, Arm] = {
         "Two responses a prompt, ordered by the implicit reward, trained against the previous policy. SPA's "
         "smoothing of the least confident pairs is left out.",
         "SPA, arXiv 2406.04412, read second-hand",
+    ),
+    "anchored": Arm(
+        {"pairing": {"rule": "best-anchored"}},
+        "The rejected response of a generated pair is the start policy's worst: whether pairs stay apart as "
+        "the policy improves.",
+        "anchored rejection, arXiv 2508.06026, read second-hand",
+    ),
+    "cream": Arm(
+        {
+            **_generated_only(1.0),
+            "pairing": {"by": IMPLICIT},
+            "review": {"gamma": 0.3, "ensemble": "last-two"},
+            **_loss("sigmoid", label_smoothing="consistency"),
+        },
+        "Generated pairs alone, their labels smoothed as far as the last two heads rank the responses "
+        "differently: whether to doubt labels or to drop pairs. Both heads' rewards order the pairs, in "
+        "CREAM those of the newest.",
+        "CREAM, arXiv 2410.12735, read second-hand",
+        first_round=2,
+    ),
+    "ld-dpo": Arm(
+        _loss("sigmoid", ld_alpha=0.5),
+        "Tokens of a longer answer beyond the length of the shorter one count half: what the selection adds "
+        "to a loss that depends less on length.",
+        "LD-DPO, arXiv 2409.06411",
+        first_round=0,
+    ),
+    "wpo": Arm(
+        _loss("sigmoid", pair_weights="wpo"),
+        "Pairs weighted by how probable the policy finds them: whether to weigh pairs or to drop them.",
+        "WPO, arXiv 2406.11827",
+        first_round=0,
+    ),
+    "rpo": Arm(
+        _loss("sigmoid", "sft"),
+        "The likelihood of chosen answers added to the loss: whether it keeps them likely.",
+        "RPO, arXiv 2404.19733",
+        first_round=0,
+    ),
+    "sppo": Arm(
+        _loss("sppo_hard"),
+        "Rewards drawn to fixed values instead of apart: whether that keeps chosen answers likely.",
+        "SPPO with hard labels, arXiv 2405.00675",
+        first_round=0,
     ),
     "curry": Arm(
         {**_ALL_HUMAN, "mix": {"shares": [0.0], "order": "easy-first"}},

@@ -32,6 +32,7 @@ from sera_core.judges.names import (
     refuse_unknown_judge,
     refuse_unknown_rater,
 )
+from sera_core.method.pairing import ANCHORED
 from sera_core.method.panel import NAMES, TOKENS, column_of, refuse_unknown
 from sera_core.method.selection import BY_VARIANCE
 
@@ -53,11 +54,22 @@ AUTO = "auto"
 """`sampling.prompts`: as many as the round's share needs."""
 
 
+CONSISTENCY = "consistency"
+"""`train.label_smoothing`: as far as two reviewers disagree about the generated pairs."""
+
+
 def _number_or_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     try:
         return check(value)
     except ValidationError:
         raise ValueError(f'give a whole number above 0, or "{AUTO}"') from None
+
+
+def _share_or_consistency(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError(f'give a number in [0, 0.5), or "{CONSISTENCY}"') from None
 
 
 def _no_single_fold(folds: int) -> int:
@@ -292,9 +304,12 @@ class SamplingConfig(Part):
 class PairingConfig(Part):
     """How a prompt's responses become pairs."""
 
-    rule: Annotated[Literal["best-worst", "best-random", "best-mu-2sigma", "all"], *OR_OWN] = "best-worst"
-    """Pairing rule. best-worst is SeRA's; best-mu-2sigma is from arXiv 2502.16825. `module:function` is your
-    own."""
+    rule: Annotated[
+        Literal["best-worst", "best-random", "best-mu-2sigma", "best-anchored", "all"], *OR_OWN
+    ] = "best-worst"
+    """Pairing rule. best-worst is SeRA's; best-mu-2sigma is from arXiv 2502.16825. best-anchored rejects the
+    worst of as many responses of the start policy (anchored rejection, arXiv 2508.06026). `module:function`
+    is your own."""
     by: Annotated[str, AfterValidator(_known_rater)] = IMPLICIT
     """What orders a prompt's responses. implicit: the ensemble reward (SeRA). reward:<folder>: a reward
     model, a local classifier with one label. openai:<model>: ratings from 1 to 10 by a chat model at the
@@ -338,8 +353,18 @@ class TrainConfig(Part):
     """Weight of each loss; empty: 1 each."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Inverse strength of the KL constraint (DICE, TRL)."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Fraction of wrong labels that cDPO (with sigmoid) and robust assume [0, 0.5)."""
+    label_smoothing: Annotated[
+        Annotated[float, Field(ge=0, lt=0.5)] | Literal["consistency"], WrapValidator(_share_or_consistency)
+    ] = 0.0
+    """Fraction of wrong labels that cDPO (with sigmoid) and robust assume [0, 0.5). consistency, with
+    sigmoid: 1 − C for generated pairs, where C is how far the two newest heads rank responses alike (CREAM);
+    0 for human pairs, and in round 1, which has one head."""
+    ld_alpha: Fraction = 1.0
+    """Weight in the loss of a longer answer's tokens beyond the length of the shorter one (LD-DPO, arXiv
+    2409.06411); 1: they count as all others. Margins are reviewed with all tokens."""
+    pair_weights: Literal["equal", "wpo"] = "equal"
+    """Weight of each pair in the loss. wpo: the larger, the more probable the policy finds both answers (WPO,
+    arXiv 2406.11827)."""
     target_margin: Annotated[float, Field(ge=0)] = 0.0
     """SimPO's target margin, subtracted inside the sigmoid (its gamma)."""
     method: Literal["full", "lora"] = "full"
@@ -366,6 +391,11 @@ class TrainConfig(Part):
     """The policy a round starts from: the head, or the initial reference."""
     reference: Reference = "initial"
     """Reference model of the loss."""
+
+    @property
+    def smooths_by_consistency(self) -> bool:
+        """Whether the labels of generated pairs are smoothed by the heads' disagreement (CREAM)."""
+        return self.label_smoothing == CONSISTENCY
 
     @property
     def ranking_losses(self) -> tuple[str, ...]:
@@ -566,6 +596,16 @@ class SeraConfig(Part):
             )
         if "robust" in train.losses and train.label_smoothing == 0:
             raise ValueError("the loss robust needs train.label_smoothing above 0 (with 0 it is DPO)")
+        if "robust" in train.losses and train.smooths_by_consistency:
+            raise ValueError(
+                "the loss robust needs a fixed train.label_smoothing below 0.5, and two heads may disagree "
+                "about half of all responses; use the loss sigmoid, or give a number"
+            )
+        if self.anchored and self.candidates is not None:
+            raise ValueError(
+                f'pairing.rule = "{ANCHORED}" rejects responses that the start policy samples, and '
+                "pairing.by names a file with candidates: give one or the other"
+            )
         if (
             "simpo" in train.losses
             and len(train.ranking_losses) > 1
@@ -637,6 +677,11 @@ class SeraConfig(Part):
         return self.model.dtype == "bfloat16" or self.sampling.dtype not in (None, self.model.dtype)
 
     @property
+    def anchored(self) -> bool:
+        """Whether the start policy's responses are rejected, beside those that the head samples."""
+        return self.pairing.rule == ANCHORED
+
+    @property
     def folds(self) -> list[Fold]:
         """The folds that human pairs are reviewed in; empty without cross-fitting."""
         return Fold.every(self.review.crossfit, self.seed)
@@ -672,7 +717,7 @@ ADDED_LATER = {
     "model": ("template_kwargs",),
     "data": ("format", "columns", "completions", "on_bad_row"),
     "review": ("crossfit",),
-    "train": ("tokens",),
+    "train": ("tokens", "ld_alpha", "pair_weights"),
     "evaluate": ("harness", "harness_items"),
     "decide": ("metric", "judge", "uncalibrated", "feature", "panel"),
     "pairing": ("by",),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sera_core.extensions import is_own
+from sera_core.judges.names import IMPLICIT
 
 if TYPE_CHECKING:
     from sera_core.config import SelectConfig, SeraConfig
@@ -39,6 +40,14 @@ def _samples(config: "SeraConfig") -> bool:
     return _samples_train(config) or config.evaluate.prompts > 0
 
 
+def _smooths(config: "SeraConfig") -> bool:
+    """Whether there are two heads' rewards of responses that they order, for smoothing by consistency."""
+    if not config.train.smooths_by_consistency:
+        return True
+    ordered_by_heads = config.pairing.by == IMPLICIT and _generates(config)
+    return "sigmoid" in config.train.losses and ordered_by_heads and config.review.gamma > 0
+
+
 def _selects_by_margin(config: "SeraConfig") -> bool:
     """Whether the selection of human pairs reads their margins; `random` only with a floor."""
     part = config.select
@@ -62,6 +71,8 @@ GENERATED = "only if generated pairs are mixed in (a share above 0 in `mix`)"
 SAMPLED = "only if something is sampled (a share above 0 in `mix`, or evaluate.prompts above 0)"
 
 
+SUMMED = {"sigmoid", "hinge", "robust", "sppo_hard"}
+"""Losses that compare sums over tokens; the others divide by the number of tokens."""
 OWN_READS = ("fraction", "min_margin", "direction")
 """Settings that have an effect with a selection rule of the user's own."""
 
@@ -144,8 +155,14 @@ EFFECTS: tuple[Row, ...] = (
     Row("mix.on_short", _generates, GENERATED),
     Row(
         "train.label_smoothing",
-        lambda c: bool({"sigmoid", "robust"} & set(c.train.losses)),
-        "only with the losses sigmoid (conservative DPO) and robust",
+        lambda c: bool({"sigmoid", "robust"} & set(c.train.losses)) and _smooths(c),
+        "only with the losses sigmoid (conservative DPO) and robust; consistency only with sigmoid, if "
+        "review.gamma is above 0 and generated pairs are mixed in whose order the implicit reward decides",
+    ),
+    Row(
+        "train.ld_alpha",
+        lambda c: all(name in SUMMED or is_own(name) for name in c.train.ranking_losses),
+        "only where every loss compares sums over tokens (sigmoid, hinge, robust, sppo_hard, beside sft)",
     ),
     Row(
         "train.epochs",

@@ -37,7 +37,7 @@ VERSIONS = {
     "evaluate": 3,
     "test": 3,
     "decide": 4,
-    "report": 4,
+    "report": 5,
 }
 PARITY_NATS = {"float32": 0.01, "bfloat16": 4.0}
 """Default bound of the sampler's parity probe: rounding alone stays below it."""
@@ -107,11 +107,14 @@ def logps(
     side: str = "train",
     probe: bool = False,
     fold: Fold | None = None,
+    ld_alpha: float = 1.0,
 ) -> StepSpec:
     """Log-probabilities of every response in one file of `texts` under one policy.
 
     As a `probe` only of a few, each computed by itself in float32: what the noise of the others is measured
     against. With a `fold` only of the pairs in it.
+
+    Of pairs, tokens beyond the length of the shorter response can count less (`ld_alpha`, for LD-DPO).
 
     Samples name their prompts by id only: `rendered` holds the prompts' token ids. `side` says whose prompts
     they answer, for a plan's estimate.
@@ -119,7 +122,7 @@ def logps(
     fields: dict[str, Any] = {"file": file, "dtype": config.model.dtype}
     if probe:
         fields |= {"dtype": "float32", "probe": PROBED_ROWS[file]}
-    fields |= _fold_field(fold)
+    fields |= _fold_field(fold) | ({} if ld_alpha == 1 else {"ld_alpha": ld_alpha})
     inputs = {"policy": policy, "model": model, "texts": texts}
     return _spec(
         "logps", fields, inputs | ({"rendered": rendered} if file == "responses.parquet" else {}), side=side
@@ -157,11 +160,18 @@ def select(
 
 
 def sample(
-    config: SeraConfig, policy: Ref, model: Ref, rendered: Ref, round: int, prompts: int | str | None
+    config: SeraConfig,
+    policy: Ref,
+    model: Ref,
+    rendered: Ref,
+    round: int,
+    prompts: int | str | None,
+    anchors: Ref = None,
 ) -> StepSpec:
     """R responses a prompt from the train side.
 
-    `prompts`: how many prompts, None for all; `auto` while a plan cannot tell.
+    `prompts`: how many prompts, None for all; `auto` while a plan cannot tell. `anchors`: the start policy's
+    responses to the same prompts, which come along as samples R … 2R − 1, all without log-probabilities.
     """
     part = config.sampling
     fields = _sampling_fields(config, round) | {
@@ -172,7 +182,8 @@ def sample(
         "prompts": prompts,
         "side": "train",
     }
-    return _spec("sample", fields, {"policy": policy, "model": model, "rendered": rendered})
+    inputs = {"policy": policy, "model": model, "rendered": rendered}
+    return _spec("sample", fields, inputs if anchors is None else inputs | {"anchors": anchors})
 
 
 def sample_prompt_set(config: SeraConfig, policy: Ref, model: Ref, prompts: Ref) -> StepSpec:
@@ -273,15 +284,20 @@ def train(
     mixture: Ref,
     start_is_reference: bool,
     fold: Fold | None = None,
+    responses: Ref = None,
 ) -> StepSpec:
     """One round of direct alignment.
 
-    With a `fold` the same without its prompts, for its part of the round's training tokens.
+    With a `fold` the same without its prompts, for its part of the round's training tokens. `responses`: the
+    responses that generated pairs were made of, None in a round without; read only where the heads' rewards
+    of them smooth the labels.
     """
     excluded = {"learning_rate", "start", "reference", "tokens"}
-    budget = config.token_budget(round)
+    settings = config.result_fields()["train"]  # without later ones at their default: no new keys
+    budget, inputs = config.token_budget(round), {"start": start, "model": model, "mixture": mixture}
+    by_consistency = config.train.smooths_by_consistency and responses is not None
     fields = {
-        "train": config.train.model_dump(mode="json", exclude=excluded),
+        "train": {name: value for name, value in settings.items() if name not in excluded},
         "learning_rate": config.learning_rate,
         "dtype": config.model.dtype,
         "seed": config.seed,
@@ -290,8 +306,9 @@ def train(
         **({} if budget is None else {"token_budget": budget}),
         **_fold_field(fold),
         **sources("loss", *config.train.losses),
+        **({"score": config.score} if by_consistency else {}),
     }
-    return _spec("train", fields, {"start": start, "model": model, "mixture": mixture})
+    return _spec("train", fields, inputs | ({"responses": responses} if by_consistency else {}))
 
 
 def evaluate(config: SeraConfig, round: int, inputs: Mapping[str, Ref]) -> StepSpec:

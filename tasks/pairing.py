@@ -18,7 +18,13 @@ from sera_core.artifacts.step import Attempt
 from sera_core.artifacts.streaming import Lookup, Rows, Writer, numbers, row_groups, strings
 from sera_core.errors import SeraError
 from sera_core.method.noise import noise_floor
-from sera_core.method.pairing import pair_responses
+from sera_core.method.pairing import (
+    ANCHORED,
+    Pairing,
+    pair_responses,
+    pair_with_anchors,
+    sampled_policies,
+)
 from sera_core.reviewers import (
     NOISE,
     Judgement,
@@ -86,16 +92,7 @@ def pair_samples(attempt: Attempt) -> list[str]:
     _write_responses(attempt, samples, policies, references, judged)
     order = judged.ensemble if "ratings" not in attempt.spec.inputs else _ratings(attempt, samples)
     valid = _valid(attempt, samples, judged, order)
-    pairing = pair_responses(
-        np.where(valid, order, 0.0),
-        samples.index,
-        samples.sample,
-        samples.distinct,
-        valid,
-        rule=attempt.fields["rule"],
-        seeds=_seeds(attempt, samples.prompts),
-        prompts=np.arange(samples.prompts.size),
-    )
+    pairing = _paired(attempt, samples, np.where(valid, order, 0.0), valid)
     reasons = pairing.prompt_reason.copy()
     won, lost = _write_pairs(attempt, samples, pairing.chosen, pairing.rejected, reasons)
     _write_scored(attempt, samples, policies, references, judged, won, lost)
@@ -105,6 +102,23 @@ def pair_samples(attempt: Attempt) -> list[str]:
     attempt.metrics["length_penalty/alpha"] = judged.penalty["alpha"]
     attempt.write("length_penalty.json").write_text(json.dumps(judged.penalty, indent=1) + "\n")
     return [*FILES, "length_penalty.json"]
+
+
+def _paired(attempt: Attempt, samples: _Samples, rewards: np.ndarray, valid: np.ndarray) -> Pairing:
+    rule, prompts = attempt.fields["rule"], np.arange(samples.prompts.size)
+    if rule == ANCHORED:
+        anchor = samples.sample >= attempt.fields["responses"]
+        return pair_with_anchors(rewards, samples.index, samples.sample, valid, anchor, prompts)
+    return pair_responses(
+        rewards,
+        samples.index,
+        samples.sample,
+        samples.distinct,
+        valid,
+        rule=rule,
+        seeds=_seeds(attempt, samples.prompts),
+        prompts=prompts,
+    )
 
 
 def _inputs(attempt: Attempt, samples: _Samples) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -150,7 +164,8 @@ def _judge(
             if name.startswith("exact-")
         },
     )
-    attempt.metrics[f"{NOISE}_generated"] = round(noise_floor(noise, fields["responses"]), 6)
+    chosen_from = fields["responses"] * sampled_policies(fields["rule"])
+    attempt.metrics[f"{NOISE}_generated"] = round(noise_floor(noise, chosen_from), 6)
     return judged
 
 

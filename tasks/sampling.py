@@ -95,7 +95,8 @@ def sample_prompts(
 def sample_responses(attempt: Attempt) -> list[str]:
     """Write responses.parquet, and dropped.parquet with every prompt of the side that was not sampled.
 
-    The sampler's log-probabilities are kept if it uses the scorer's dtype and a probe agrees.
+    The sampler's log-probabilities are kept if it uses the scorer's dtype and a probe agrees. The start
+    policy's responses to the same prompts (`anchors`) follow the policy's, prompt by prompt.
     """
     prompts = _choose_prompts(attempt)
     shards = [prompts[start : start + SHARD_PROMPTS] for start in range(0, len(prompts), SHARD_PROMPTS)]
@@ -180,11 +181,30 @@ def _merge(attempt: Attempt, parts: list[dict[str, Any]]) -> None:
     attempt.use_parts(parts)
     tables = [_read_part(attempt, part) for part in parts]
     merged = pa.concat_tables([schema.table(schema.RESPONSES, {"prompt_id": []}), *tables]).combine_chunks()
-    if attempt.fields["scored_again"]:
+    _measure(attempt, merged)
+    if "anchors" in attempt.spec.inputs:
+        merged = _with_anchors(attempt, merged)
+    if attempt.fields["scored_again"] or "anchors" in attempt.spec.inputs:
         place = merged.schema.get_field_index("policy_logps")
         merged = merged.set_column(place, merged.schema.field(place), pa.nulls(len(merged), pa.float64()))
     schema.write_table(merged, attempt.write("responses.parquet"))
-    _measure(attempt, merged)
+
+
+def _with_anchors(attempt: Attempt, own: pa.Table) -> pa.Table:
+    """The policy's responses and those of the start policy, which are numbered after them.
+
+    Raises:
+        SeraError: the start policy answered other prompts.
+    """
+    path = attempt.input("anchors").path("responses.parquet")
+    anchors = schema.read_table(path, schema.RESPONSES)
+    if anchors["prompt_id"] != own["prompt_id"]:
+        raise SeraError(f"{path}: has responses to other prompts; delete that step and run again")
+    place = anchors.schema.get_field_index("sample")
+    numbers = anchors["sample"].to_numpy() + attempt.fields["responses"]
+    anchors = anchors.set_column(place, anchors.schema.field(place), pa.array(numbers))
+    both = pa.concat_tables([own, anchors])
+    return both.sort_by([("prompt_id", "ascending"), ("sample", "ascending")]).combine_chunks()
 
 
 # --------------------------------------------------------------------------------------------------- prompts

@@ -1,6 +1,6 @@
 """Compute log-probabilities of responses under one policy, by shard; later steps read them from the store."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from sera_core.artifacts.step import Attempt
 from sera_core.artifacts.streaming import Lookup, Rows, Writer, strings
 from sera_core.data.folds import fold_of
 from sera_core.errors import SeraError
-from sera_core.method.rewards import quantise
+from sera_core.method.rewards import length_desensitised, quantise
 from sera_core.models.devices import device_of
 from sera_core.models.memory_estimate import ModelShape, folder_shape, scoring_memory
 from sera_core.models.policies import shared_policy
@@ -27,6 +27,8 @@ class Text:
     id: str
     prompt_ids: list[int]
     response_ids: list[int]
+    shared: int
+    """Tokens up to the length of the pair's shorter response; a sample's own length."""
 
 
 def score_texts(attempt: Attempt) -> list[str]:
@@ -35,6 +37,8 @@ def score_texts(attempt: Attempt) -> list[str]:
     The key of a pair's response is `<pair_id>/chosen` or `<pair_id>/rejected`, of a sample
     `<prompt_id>/<sample>`. A probe scores only a few rows, see `_score_probe`, and a step of a fold only the
     pairs in it.
+
+    With the field `ld_alpha` a value is the sum that LD-DPO compares (`length_desensitised`).
     """
     if "probe" in attempt.fields:
         return _score_probe(attempt)
@@ -98,15 +102,19 @@ class _Texts:
         rows = self._file.take(numbers)
         if self._prompts is None:
             return [
-                Text(f"{r['pair_id']}/{side}", r["prompt_ids"], r[f"{side}_ids"])
+                Text(f"{r['pair_id']}/{side}", r["prompt_ids"], r[f"{side}_ids"], _shared(r))
                 for r in rows
                 for side in ("chosen", "rejected")
             ]
         prompts = self._prompts.of([r["prompt_id"] for r in rows])
         return [
-            Text(f"{r['prompt_id']}/{r['sample']}", ids, r["response_ids"])
+            Text(f"{r['prompt_id']}/{r['sample']}", ids, r["response_ids"], len(r["response_ids"]))
             for r, ids in zip(rows, prompts, strict=True)
         ]
+
+
+def _shared(pair: Mapping[str, Any]) -> int:
+    return min(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
 class _PromptIds:
@@ -157,15 +165,18 @@ def _plan_memory(attempt: Attempt, shape: ModelShape, texts: Sequence[Text]) -> 
 def _score_shard(
     attempt: Attempt, policy: Any, number: int, shard: Sequence[Text], done: int, total: int
 ) -> dict[str, Any]:
-    from sera_core.models.logprobs import score_tokens, sequence_logps
+    from sera_core.models.logprobs import response_token_logps, score_tokens, sequence_logps
 
-    items = [(text.prompt_ids, text.response_ids) for text in shard]
-    values = sequence_logps(
-        policy,
-        items,
-        tokens_per_batch=attempt.execution.tokens_per_batch,
-        progress=lambda scored, _: attempt.progress(done + scored, total, "responses"),
-    )
+    items, alpha = [(text.prompt_ids, text.response_ids) for text in shard], attempt.fields.get("ld_alpha")
+    how: dict[str, Any] = {
+        "tokens_per_batch": attempt.execution.tokens_per_batch,
+        "progress": lambda scored, _: attempt.progress(done + scored, total, "responses"),
+    }
+    if alpha is None:
+        values = sequence_logps(policy, items, **how)
+    else:
+        by_text = zip(response_token_logps(policy, items, **how), shard, strict=True)
+        values = np.array([length_desensitised(logps, text.shared, alpha) for logps, text in by_text])
     relative = f"part-{number:05d}.parquet"
     columns = {
         "id": [text.id for text in shard],

@@ -20,10 +20,11 @@ from sera_core.models.devices import device_of
 from sera_core.models.memory_estimate import folder_shape, training_memory
 from sera_core.models.policies import load_policy, load_tokenizer, save_policy, weights_digest
 from sera_core.steps import FOLD_TOKENS
+from tasks.engines.heads_consistency import heads_consistency
 from tasks.engines.library_logs import is_forwarded
 from tasks.engines.start_check import Probe, StartCheck, StartDiffersError
 from tasks.engines.tracking import PROJECT, ended, refuse_missing, report_to, trackers
-from tasks.engines.training_data import Mixture, fold_order, training_order
+from tasks.engines.training_data import ORIGINS, Mixture, fold_order, training_order
 
 LOG = logging.getLogger("sera.train")
 
@@ -73,7 +74,9 @@ class TrainingRun:
         self.attempt, self.train = attempt, TrainConfig.model_validate(fields["train"])
         self.bf16 = fields["dtype"] == "bfloat16"
         path = attempt.input("mixture").path("mixture.parquet")
-        self.mixture = Mixture.read(path, self.train.needs_reference)
+        self.consistency = heads_consistency(attempt)
+        smoothing = self._smoothing()
+        self.mixture = Mixture.read(path, self.train.needs_reference, smoothing)
         seed = (fields["seed"], fields["round"])
         self.fold, self.rows = fold_of(fields), list(range(len(self.mixture.pair_ids)))
         settings = (self.train.batch, self.train.epochs, seed, fields.get("token_budget"))
@@ -91,6 +94,12 @@ class TrainingRun:
         self.start_check = StartCheck(self.mixture, self.rows_of(0), self.train.beta, self.bf16, first_margin)
         self.probe: Probe = {}
         self.trainable = 0
+
+    def _smoothing(self) -> dict[str, float]:
+        """Label smoothing ε of the pairs, by origin."""
+        if isinstance(fixed := self.train.label_smoothing, float):
+            return dict.fromkeys(ORIGINS, fixed)
+        return {"human": 0.0, "generated": 0.0 if self.consistency is None else 1 - self.consistency}
 
     @property
     def must_start_at_zero(self) -> bool:
@@ -236,7 +245,7 @@ class TrainingRun:
 
         from tasks.engines.dpo_trainer import trl_losses
 
-        losses, weights = trl_losses(self.train)
+        (losses, weights), smoothing = trl_losses(self.train), self.train.label_smoothing
         arguments = DPOConfig(
             output_dir=str(scratch),
             per_device_train_batch_size=self.train.batch,
@@ -255,7 +264,9 @@ class TrainingRun:
             beta=self.train.beta,
             loss_type=losses,
             loss_weights=weights or None,
-            label_smoothing=self.train.label_smoothing,
+            ld_alpha=None if self.train.ld_alpha == 1 else self.train.ld_alpha,
+            use_weighting=self.train.pair_weights == "wpo",
+            label_smoothing=smoothing if isinstance(smoothing, float) else 0.0,
             logging_steps=1,
             logging_nan_inf_filter=False,
             save_strategy="no",
@@ -385,6 +396,8 @@ class TrainingRun:
             "weights/start": weights_digest(self.start),
             "weights/result": weights_digest(self.attempt.folder / "policy"),
         }
+        if self.train.smooths_by_consistency:
+            self.attempt.metrics["consistency"] = self.consistency
 
 
 def superseded(parts: Sequence[dict[str, Any]], keep: int) -> list[int]:

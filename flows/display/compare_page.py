@@ -25,7 +25,7 @@ PAGE = "compare.html"
 COLOURS = (
     "#1f5fa8", "#c05a12", "#2e7d4f", "#8e44ad", "#a87b00", "#c62839", "#17838f", "#7f5539", "#d0589a",
     "#5c6b73", "#3f6d12", "#4b3fa0", "#b3541e", "#00796b", "#ad1457", "#6d4c41", "#455a9b",
-    "#5d7a00",
+    "#5d7a00", "#99004d", "#006080", "#7a3e00", "#33691e", "#5e35b1", "#8d6e00",
 )  # fmt: skip
 """One for each arm, in the order they are named."""
 

@@ -16,7 +16,7 @@ from sera_core.artifacts.store import Store
 from sera_core.config import SeraConfig
 from sera_core.counts import RoundCounts
 from sera_core.guards.memory import free_memory
-from sera_core.method.pairing import expected_pairs
+from sera_core.method.pairing import expected_pairs, sampled_policies
 from sera_core.models.memory_estimate import (
     ModelShape,
     folder_shape,
@@ -211,7 +211,8 @@ class Estimator:
         if file == "pairs.parquet":
             return prompts * expected_pairs(self.config.pairing.rule, self.config.sampling.responses) * pair
         part = self.config.evaluate if side == "heldout" else self.config.sampling
-        return prompts * (size.prompt + part.responses * part.max_tokens * SAMPLED_SHARE)
+        policies = 1 if side == "heldout" else sampled_policies(self.config.pairing.rule)
+        return prompts * (size.prompt + policies * part.responses * part.max_tokens * SAMPLED_SHARE)
 
     def _sampled(self, side: str, counts: RoundCounts | None) -> int:
         """Prompts sampled on a side."""

@@ -203,7 +203,7 @@ def _round(
 ) -> Steps:
     made = sera_round.self_review(config, sides, past, number, walk.do, walk.look)
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
-    made["policy"] = sera_round.align(config, sides, past, number, made["mixture"], walk.do)
+    made["policy"] = sera_round.align(config, sides, past, number, made, walk.do)
     made |= sera_round.gather_evidence(config, sides, past, number, made["mixture"], made["policy"], walk.do)
     made["decision"] = sera_round.decide(config, sides, past, number, made, entries, None, walk.do)
     if _needs_answer(walk.store, made["decision"]) and (answer := answer_of(number)) is not None:

@@ -38,7 +38,7 @@ def _run_steps(session: Session, number: int) -> str:
     made = round.self_review(config, sides, past, number, do, session.look)
     made |= {"data": sides.data, "model": sides.model, "pairs": sides.pairs}
     if session.record_of(made["mixture"]).metric("reason") != "no_pairs":
-        made["policy"] = round.align(config, sides, past, number, made["mixture"], do)
+        made["policy"] = round.align(config, sides, past, number, made, do)
         made |= round.gather_evidence(config, sides, past, number, made["mixture"], made["policy"], do)
         entries = history.entries()
         made["decision"] = round.decide(config, sides, past, number, made, entries, None, do)

@@ -189,6 +189,11 @@ class Chain:
             if role in manifest.steps and manifest.steps[role].step != CANDIDATES:
                 ref = self.steps[manifest.steps[role].key].inputs[source]
                 self._check(ref.digest in own, path, f"{role}: not from a policy in this run's lineage")
+        sampled = manifest.steps.get("samples")
+        anchors = None if sampled is None else self.steps[sampled.key].inputs.get("anchors")
+        if anchors is not None:
+            given = self.steps[anchors.key].inputs["policy"].digest
+            self._check(given == manifest.steps["model"].digest, path, "samples: anchors of another policy")
         if "head_mixture" in (reviewed := self.steps[manifest.steps["scored"].key].inputs):
             self._check_folds(reviewed, before, path)
 

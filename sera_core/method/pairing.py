@@ -10,6 +10,9 @@ from jaxtyping import Bool, Float, Int
 from sera_core.errors import InputError
 from sera_core.extensions import Registry, is_own
 
+ANCHORED = "best-anchored"
+"""The pairing rule that rejects responses of the run's start policy."""
+
 
 @dataclass(frozen=True)
 class Pairing:
@@ -22,7 +25,8 @@ class Pairing:
     prompts: Int[np.ndarray, " prompt"]
     """All prompts, ascending."""
     prompt_reason: np.ndarray
-    """Each one's: `paired`, `no_valid_response`, `one_distinct_response` or `tie` (all rewards are equal)."""
+    """Each one's: `paired`, `no_valid_response`, `one_distinct_response`, `tie` (all rewards are equal), or
+    `anchor_not_below` (no response of the start policy has a smaller reward than the policy's best)."""
 
 
 def pair_responses(
@@ -82,6 +86,46 @@ def pair_responses(
     groups = Groups(rewards, prompt_index, sample, valid, seeds, rows, starts, sizes)
     chosen, rejected = _own(choose, rule, groups) if is_own(rule) else choose(groups)
     return Pairing(chosen, rejected, prompts, reason)
+
+
+def pair_with_anchors(
+    rewards: Float[np.ndarray, " response"],
+    prompt_index: Int[np.ndarray, " response"],
+    sample: Int[np.ndarray, " response"],
+    valid: Bool[np.ndarray, " response"],
+    anchor: Bool[np.ndarray, " response"],
+    prompts: Int[np.ndarray, " prompt"],
+) -> Pairing:
+    """Pair each prompt's best response of the policy with the worst of the start policy.
+
+        chosen = argmax over the policy's r,  rejected = argmin over the start policy's r
+
+    Anchored rejection (arXiv 2508.06026, read second-hand): as the policy improves, the worst of its own
+    responses comes near the best, while those of the start policy stay where they are. Ties go to the smaller
+    sample number.
+
+    Args:
+        rewards, prompt_index, sample, valid, prompts: as in `pair_responses`.
+        anchor: whether the start policy gave the response.
+
+    Raises:
+        ValueError: as `pair_responses`.
+    """
+    _check(rewards, prompt_index, valid, ANCHORED, None, prompts)
+    own, others = np.flatnonzero(valid & ~anchor), np.flatnonzero(valid & anchor)
+    best = _first_by(own, prompt_index, sample, -rewards[own])
+    worst = _first_by(others, prompt_index, sample, rewards[others])
+    both, at_best, at_worst = np.intersect1d(prompt_index[best], prompt_index[worst], return_indices=True)
+    best, worst = best[at_best], worst[at_worst]
+    above = rewards[best] > rewards[worst]
+    reason = np.full(prompts.size, "no_valid_response", dtype=object)
+    reason[np.searchsorted(prompts, both)] = np.where(above, "paired", "anchor_not_below")
+    return Pairing(best[above], worst[above], prompts, reason)
+
+
+def sampled_policies(rule: str) -> int:
+    """How many policies answer each prompt: two where the start policy's responses are rejected."""
+    return 2 if rule == ANCHORED else 1
 
 
 def expected_pairs(rule: str, responses: int) -> int:

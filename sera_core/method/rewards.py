@@ -65,6 +65,21 @@ def length_normalised(
     return logps / tokens
 
 
+def length_desensitised(token_logps: Float[np.ndarray, " token"], shared: int, alpha: float) -> float:
+    """The log-probability of a response in which tokens beyond the shorter one's length count less, in nats.
+
+        log π(y_1 … y_l | x) + α log π(y_(l+1) … | x, y_1 … y_l),  l = min(|y_w|, |y_l|)          LD-DPO
+
+    arXiv 2409.06411, as TRL computes it.
+
+    Args:
+        token_logps: log π of each token, in nats.
+        shared: l, the number of tokens of the pair's shorter response.
+        alpha: in [0, 1]; with 1 it is the whole sum.
+    """
+    return float(token_logps[:shared].sum() + alpha * token_logps[shared:].sum())
+
+
 def score_responses(
     kind: str,
     policy_logps: Float[np.ndarray, " response"],

@@ -44,9 +44,12 @@ def cdpo_loss(
     reference_chosen_logps: Float[Tensor, " pair"],
     reference_rejected_logps: Float[Tensor, " pair"],
     beta: float,
-    label_smoothing: float,
+    label_smoothing: float | Float[Tensor, " pair"],
 ) -> Float[Tensor, " pair"]:
-    """−(1−ε) log σ(βD) − ε log σ(−βD)          conservative DPO (Mitchell 2023), label noise ε."""
+    """−(1−ε) log σ(βD) − ε log σ(−βD)          conservative DPO (Mitchell 2023), label noise ε.
+
+    With ε = 1 − C a pair it is CREAM's loss (arXiv 2410.12735), C the consistency of two rankings.
+    """
     d = log_ratio_margin(
         policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.run_records import CANDIDATES
 from sera_core.method.diagnostics import MIN_PAIRS_A_SIDE
+from sera_core.method.pairing import ANCHORED
 from sera_core.reporting import evidence as evidences
 from sera_core.reporting import flow, length, plots, words
 from sera_core.reporting.examples import examples
@@ -35,8 +36,7 @@ def round_page(number: int, artifacts: Mapping[str, Artifact]) -> str:
         "round.html.j2",
         number=number,
         sentence=_sentence(number, files, blocks),
-        noise=noise_sentence(artifacts),
-        memory=memory_sentence(artifacts),
+        notes=[note for note in (said(artifacts) for said in NOTES) if note],
         decision=decision,
         decided=words.DECISIONS,
         verdicts=words.VERDICTS,
@@ -121,8 +121,11 @@ def _sentence(number: int, files: RoundFiles, blocks: Sequence[flow.Block]) -> s
 
 def _given_by(files: RoundFiles) -> str:
     """Whose answers they are."""
-    given = files.artifacts["responses"].record.inputs["samples"]
-    return "of a file" if given is not None and given.step == CANDIDATES else "of the head"
+    made = files.artifacts["responses"]
+    given = made.record.inputs["samples"]
+    if given is not None and given.step == CANDIDATES:
+        return "of a file"
+    return "of the head and the start policy" if made.record.fields["rule"] == ANCHORED else "of the head"
 
 
 def _ordered_by(files: RoundFiles) -> str:
@@ -162,6 +165,23 @@ def memory_sentence(artifacts: Mapping[str, Artifact]) -> str | None:
         f"margin of {words.number(head)} nats under the head, and {words.number(fitted)} under the fold "
         "policies, which were not trained on them."
     )
+
+
+def smoothing_sentence(artifacts: Mapping[str, Artifact]) -> str | None:
+    """How far labels of generated pairs were smoothed, where two heads' agreement decided it."""
+    metrics = artifacts["policy"].record.metrics if "policy" in artifacts else {}
+    if "consistency" not in metrics:
+        return None
+    if (agree := metrics["consistency"]) is None:
+        return "Labels were not smoothed: there are no two heads yet whose rankings could be compared."
+    return (
+        f"The last two heads rank {words.percent(agree)} of the pairs of answers to a prompt alike, so "
+        f"labels of generated pairs were smoothed by {1 - agree:.2f}."
+    )
+
+
+NOTES = (noise_sentence, memory_sentence, smoothing_sentence)
+"""What is said of a round below its first sentence, where there is something to say."""
 
 
 def _judged_by_increment(files: RoundFiles) -> bool:

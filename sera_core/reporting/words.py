@@ -89,6 +89,7 @@ REASONS = {
     "no_candidate": "no rated candidate in the file",
     "over_share": "no room in the mix at the asked share",
     "no_valid_response": "every answer empty, cut by the limit, or without a finite reward",
+    "anchor_not_below": "no answer of the start policy has a smaller reward than the head's best",
     "one_distinct_response": "fewer than two different answers",
     "tie": "all answers have the same reward",
     "equal_text": "best and worst answer are the same text",

@@ -7,12 +7,13 @@ Differences from the stock trainer:
   is the mean over the batch's pairs for any `micro_batch`, also in a shorter last batch;
 - a prompt is computed once for both responses of its pair, and hidden states are projected only where a
   response token is predicted (`pair_forward`);
-- SimPO and conservative DPO, which TRL 1.16 does not have, and metrics averaged over pairs;
+- SimPO, conservative DPO and the hinge with weights, which TRL 1.16 does not have, and metrics averaged over
+  pairs;
 - TRL's telemetry is off.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset
@@ -25,7 +26,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from sera_core.config import TrainConfig
 from sera_core.errors import InputError
 from sera_core.extensions import is_own, own_function
-from sera_core.models.losses import cdpo_loss, sft_loss, simpo_loss
+from sera_core.models.losses import cdpo_loss, sft_loss, simpo_loss, slic_hinge_loss
 from tasks.engines.pair_forward import PairCollator, add_pair_forward
 
 
@@ -55,6 +56,25 @@ class StepHooks(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
             self.done(state.global_step - 1, logs)
+
+
+class Pairs(NamedTuple):
+    """What a loss reads of a micro-batch, each [pair].
+
+    Log-probabilities in nats, as LD-DPO weighs them and of all tokens (`whole_…`); lengths in tokens; label
+    smoothing ε; and WPO's weight.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    label_smoothing: Tensor
+    whole_chosen: Tensor
+    whole_rejected: Tensor
+    weight: Tensor
 
 
 class ReviewedDPOTrainer(DPOTrainer):
@@ -94,7 +114,7 @@ class ReviewedDPOTrainer(DPOTrainer):
         assert len(self.train_dataset) == len(rows), "TRL dropped rows"
         if is_adapter := hasattr(model, "peft_config"):
             model.delete_adapter("ref")  # TRL's frozen copy of the adapter, never read here
-        add_pair_forward(model.get_base_model() if is_adapter else model)
+        add_pair_forward(model.get_base_model() if is_adapter else model, args.use_weighting)
         self.remove_callback(PrinterCallback)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -128,32 +148,55 @@ class ReviewedDPOTrainer(DPOTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool
     ) -> Tensor:
         """TRL's and our losses of one micro-batch, weighted by its share of the global batch."""
-        computed: list[Tensor] = []
-        hook = model.register_forward_hook(lambda *call: computed.append(call[-1].log_probs.sum(1)))
-        row = inputs.pop("row")
+        computed: list[Any] = []
+        hook = model.register_forward_hook(lambda *call: computed.append(call[-1]))
+        row, smoothing = inputs.pop("row"), inputs.pop("label_smoothing")
         loss = super()._compute_loss(model, inputs, False)
         hook.remove()
-        chosen, rejected = computed[0].chunk(2)
-        chosen_tokens, rejected_tokens = inputs["completion_mask"].sum(1).chunk(2)
-        ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        tensors = (chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)
+        pairs = self._pairs(computed[0], inputs, smoothing)
         for weight, own in self.own_losses:
-            loss = loss + weight * own(*tensors).mean()
+            loss = loss + weight * (pairs.weight * own(pairs)).mean()
+        chosen, rejected = pairs.chosen.detach(), pairs.rejected.detach()
         if not self.train_config.needs_reference:
-            scores = chosen.detach() / chosen_tokens, rejected.detach() / rejected_tokens
+            scores = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
         else:
-            scores = chosen.detach() - ref_chosen, rejected.detach() - ref_rejected
+            scores = chosen - pairs.ref_chosen, rejected - pairs.ref_rejected
         self._parts.append(
             {
                 "row": row,
-                "chosen": chosen.detach(),
-                "rejected": rejected.detach(),
+                "chosen": pairs.whole_chosen.detach(),
+                "rejected": pairs.whole_rejected.detach(),
                 "chosen_score": scores[0],
                 "rejected_score": scores[1],
                 "loss": loss.detach().expand(len(row)),
+                **({"weight": pairs.weight} if self.use_weighting else {}),
             }
         )
         return (loss * self._share).float()
+
+    def _pairs(self, output: Any, inputs: dict[str, Tensor], smoothing: Tensor) -> Pairs:
+        tokens, logps = inputs["completion_mask"].sum(1), output.log_probs
+        chosen_tokens, rejected_tokens = tokens.chunk(2)
+        shared = torch.minimum(chosen_tokens, rejected_tokens).repeat(2)
+        beyond = torch.arange(logps.shape[1], device=logps.device) >= shared[:, None]
+        chosen, rejected = torch.where(beyond, self.train_config.ld_alpha * logps, logps).sum(1).chunk(2)
+        weight = torch.ones_like(smoothing)
+        if self.use_weighting:
+            aligned = (logps - output.log_sum_sq_probs).detach().sum(1) / tokens
+            weight = torch.stack(aligned.exp().chunk(2)).prod(0)
+        whole_chosen, whole_rejected = logps.sum(1).chunk(2)
+        return Pairs(
+            chosen,
+            rejected,
+            inputs["ref_chosen_logps"],
+            inputs["ref_rejected_logps"],
+            chosen_tokens,
+            rejected_tokens,
+            smoothing,
+            whole_chosen,
+            whole_rejected,
+            weight,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log our metrics: TRL's names, averaged over the batch's pairs."""
@@ -177,6 +220,7 @@ class ReviewedDPOTrainer(DPOTrainer):
             "rewards/accuracies": (margins > 0).double().mean().item(),
             "logps/chosen": pairs["chosen"].mean().item(),
             "logps/rejected": pairs["rejected"].mean().item(),
+            **({"pair_weight": pairs["weight"].mean().item()} if "weight" in pairs else {}),
         }
 
 
@@ -191,39 +235,45 @@ def _weighted(train: TrainConfig) -> list[tuple[str, float]]:
 
 
 def _is_ours(name: str, train: TrainConfig) -> bool:
-    """A loss TRL does not compute: a user's own, SimPO, sigmoid with smoothing, sft as a mean over pairs."""
-    return is_own(name) or name in ("simpo", "sft") or (name == "sigmoid" and train.label_smoothing > 0)
+    """A loss TRL does not compute: a user's own, SimPO, sigmoid with smoothing, sft as a mean over pairs.
+
+    Nor hinge with WPO's weights: TRL 1.16 multiplies them in place, which a ReLU's gradient does not allow.
+    """
+    smoothed, weighted = bool(train.label_smoothing), train.pair_weights == "wpo"
+    if name in ("sigmoid", "hinge"):
+        return smoothed if name == "sigmoid" else weighted
+    return is_own(name) or name in ("simpo", "sft")
 
 
-def _own_losses(train: TrainConfig) -> list[tuple[float, Callable[..., Tensor]]]:
-    """(weight, loss of chosen, rejected, their references, their tokens) of the losses implemented here."""
-
-    def simpo(w: Tensor, l: Tensor, _: Tensor, __: Tensor, w_tokens: Tensor, l_tokens: Tensor) -> Tensor:  # noqa: E741
-        return simpo_loss(w, l, w_tokens, l_tokens, train.beta, train.target_margin)
-
-    def cdpo(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, *_: Tensor) -> Tensor:  # noqa: E741
-        return cdpo_loss(w, l, ref_w, ref_l, train.beta, train.label_smoothing)
-
-    def sft(w: Tensor, _: Tensor, __: Tensor, ___: Tensor, w_tokens: Tensor, *____: Tensor) -> Tensor:
-        return sft_loss(w, w_tokens)
-
-    ours = {"simpo": simpo, "sigmoid": cdpo, "sft": sft}
+def _own_losses(train: TrainConfig) -> list[tuple[float, Callable[[Pairs], Tensor]]]:
+    """(weight, loss) of the losses implemented here."""
+    beta = train.beta
+    ours: dict[str, Callable[[Pairs], Tensor]] = {
+        "simpo": lambda p: simpo_loss(
+            p.chosen, p.rejected, p.chosen_tokens, p.rejected_tokens, beta, train.target_margin
+        ),
+        "sigmoid": lambda p: cdpo_loss(*p[:4], beta, p.label_smoothing),
+        "hinge": lambda p: slic_hinge_loss(*p[:4], beta),
+        "sft": lambda p: sft_loss(p.whole_chosen, p.chosen_tokens),
+    }
     return [
-        (weight, _users(name, train.beta) if is_own(name) else ours[name])
+        (weight, _users(name, beta) if is_own(name) else ours[name])
         for name, weight in _weighted(train)
         if _is_ours(name, train)
     ]
 
 
-def _users(name: str, beta: float) -> Callable[..., Tensor]:
+def _users(name: str, beta: float) -> Callable[[Pairs], Tensor]:
     """A loss of the user's own: checked to be one number a pair."""
     function = own_function(name, "loss")
 
-    def loss(*tensors: Tensor) -> Tensor:
-        told = function(*tensors, beta)
-        if not isinstance(told, Tensor) or told.shape != tensors[0].shape:
+    def loss(pairs: Pairs) -> Tensor:
+        told = function(*pairs[:6], beta)
+        if not isinstance(told, Tensor) or told.shape != pairs.chosen.shape:
             shape = tuple(told.shape) if isinstance(told, Tensor) else type(told).__name__
-            raise InputError(f"the loss {name!r} gave {shape} for {tensors[0].shape[0]} pairs; give one each")
+            raise InputError(
+                f"the loss {name!r} gave {shape} for {pairs.chosen.shape[0]} pairs; give one each"
+            )
         return told
 
     return loss

@@ -54,6 +54,7 @@ class PairCollator:
         mask = _pad([[0] + [1] * len(ids) for _, ids in answers])
         return {
             "row": torch.tensor([row["row"] for row in rows]),
+            "label_smoothing": torch.tensor([row["label_smoothing"] for row in rows], dtype=torch.float64),
             "input_ids": visible,
             "completion_mask": mask,
             "attention_mask": _pad([[1] * (1 + len(ids)) for _, ids in answers]),
@@ -116,17 +117,19 @@ def pair_mask(segments: Tensor) -> Tensor:
 
 
 class Forward(NamedTuple):
-    """Result of a forward pass: log-probabilities in nats [response token], and the MoE balancing loss."""
+    """Result of a forward pass: log-probabilities in nats [response token], the MoE balancing loss, and for
+    WPO log Σ_v p_v² of each token's distribution."""
 
     log_probs: Tensor
     aux_loss: Tensor | None
+    log_sum_sq_probs: Tensor | None = None
 
 
 Compute = Callable[..., Forward]
 """compute(ids [row, token], take [response token], targets [response token], **mask and positions)."""
 
 
-def add_pair_forward(model: PreTrainedModel) -> None:
+def add_pair_forward(model: PreTrainedModel, weighted: bool = False) -> None:
     """Make `model(labels=…, fused_lm_head=True)` compute a micro-batch of `PairCollator`.
 
     TRL's fused head (chunked vocabulary, soft-capping, scales) does the projection; a hook passes it only the
@@ -135,12 +138,15 @@ def add_pair_forward(model: PreTrainedModel) -> None:
 
     Args:
         model: a causal language model with dropout disabled (`disable_dropout`).
+        weighted: also compute log Σ_v p_v² of each token's distribution, for WPO's weights.
 
     Raises:
         InputError: in training mode neither agrees with the plain loop.
     """
     expected, boundary = _plain_pairs(model), rope_boundary(model)
-    compute = next((way for way in _ways(model) if _trains_alike(model, way, boundary, expected)), None)
+    compute = next(
+        (way for way in _ways(model, weighted) if _trains_alike(model, way, boundary, expected)), None
+    )
     if compute is None:
         raise unsupported(
             model,
@@ -157,9 +163,9 @@ def add_pair_forward(model: PreTrainedModel) -> None:
         positions: Tensor | None = None,
         **_: Any,
     ) -> FusedCausalLMOutput:
-        log_probs, aux_loss = _micro_logps(compute, boundary, labels, packed_ids, segments, take, positions)
+        found = _micro_logps(compute, boundary, labels, packed_ids, segments, take, positions)
         zeros = {name: torch.zeros_like(labels[:, 1:]) for name in UNNEEDED}
-        return FusedCausalLMOutput(log_probs=log_probs, aux_loss=aux_loss, **zeros)
+        return FusedCausalLMOutput(**found._asdict(), **zeros)
 
     model.forward = MethodType(pair_forward, model)
 
@@ -173,32 +179,43 @@ def _micro_logps(
     take: Tensor,
     positions: Tensor | None = None,
     **_: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of a micro-batch, float64 [response, token], zero at padding."""
+) -> Forward:
+    """The same of a micro-batch as float64 [response, token], zero at padding."""
     targets, answered = labels[:, 1:], labels[:, 1:] != -100
-    # Summed in float64: over a thousand tokens float32 would lose 1e-4 nats.
-    log_probs = torch.zeros(answered.shape, dtype=torch.float64, device=answered.device)
     if positions is not None:
-        found = compute(
-            packed_ids, take, targets[answered], attention_mask=pair_mask(segments), position_ids=positions
-        )
-        return log_probs.masked_scatter(answered, found.log_probs.double()), found.aux_loss
-    aux_losses = []
+        seen = {"attention_mask": pair_mask(segments), "position_ids": positions}
+        every = torch.arange(len(answered), device=answered.device)
+        return _merged(answered, [(every, compute(packed_ids, take, targets[answered], **seen))])
+    parts = []
     for rows in _alike(segments, boundary):
         width = int((segments[rows] >= 0).sum(1).max())
         visible, ours = (segments[rows, :width] >= 0).long(), answered[rows]
-        found = compute(
-            packed_ids[rows, :width],
-            _places(take, rows, packed_ids.shape[1], width),
-            targets[rows][ours],
-            attention_mask=visible,
-        )
-        part = torch.zeros(ours.shape, dtype=torch.float64, device=ours.device)
-        log_probs = log_probs.index_copy(0, rows, part.masked_scatter(ours, found.log_probs.double()))
-        aux_losses.append((len(rows), found.aux_loss))
-    total = sum(count for count, _ in aux_losses)
-    weighed = [loss * (count / total) for count, loss in aux_losses if loss is not None]
-    return log_probs, torch.stack(weighed).sum() if weighed else None
+        places = _places(take, rows, packed_ids.shape[1], width)
+        found = compute(packed_ids[rows, :width], places, targets[rows][ours], attention_mask=visible)
+        parts.append((rows, found))
+    return _merged(answered, parts)
+
+
+def _merged(answered: Tensor, parts: Sequence[tuple[Tensor, Forward]]) -> Forward:
+    """One result of the passes over groups of rows; a balancing loss counts by the number of its rows."""
+
+    def by_row(found: Sequence[Tensor]) -> Tensor:
+        # Summed in float64: over a thousand tokens float32 would lose 1e-4 nats.
+        values = torch.zeros(answered.shape, dtype=torch.float64, device=answered.device)
+        for (rows, _), some in zip(parts, found, strict=True):
+            ours = answered[rows]
+            part = torch.zeros(ours.shape, dtype=torch.float64, device=ours.device)
+            values = values.index_copy(0, rows, part.masked_scatter(ours, some.double()))
+        return values
+
+    total = sum(len(rows) for rows, _ in parts)
+    losses = [found.aux_loss * (len(rows) / total) for rows, found in parts if found.aux_loss is not None]
+    squares = [found.log_sum_sq_probs for _, found in parts if found.log_sum_sq_probs is not None]
+    return Forward(
+        by_row([found.log_probs for _, found in parts]),
+        torch.stack(losses).sum() if losses else None,
+        by_row(squares) if squares else None,
+    )
 
 
 def _alike(segments: Tensor, boundary: int | None) -> list[Tensor]:
@@ -222,7 +239,7 @@ def _places(take: Tensor, rows: Tensor, width: int, narrower: int) -> Tensor:
 # -------------------------------------------------------------------------------------------- projections
 
 
-def _ways(model: PreTrainedModel) -> Iterator[Compute]:
+def _ways(model: PreTrainedModel, weighted: bool) -> Iterator[Compute]:
     """TRL's fused head, then the model's own logits; the changes of the first are undone."""
     plain, backbone = model.forward, model.base_model
     if backbone is not model:
@@ -233,12 +250,13 @@ def _ways(model: PreTrainedModel) -> Iterator[Compute]:
                 output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[state["take"]][None]
             return output
 
-        add_fused_lm_head(model)  # over TRL's: log-probabilities only
+        outputs = ("log_probs", "log_sum_sq_probs") if weighted else ("log_probs",)
+        add_fused_lm_head(model, outputs=outputs)  # over TRL's, which computes what it only logs too
         hook = backbone.register_forward_hook(keep_predicting)
         yield _by_fused_head(model.forward, state)
         hook.remove()
         model.forward = plain
-    yield _by_own_logits(plain)
+    yield _by_own_logits(plain, weighted)
 
 
 def _by_fused_head(fused: Callable[..., Any], state: dict[str, Tensor]) -> Compute:
@@ -248,17 +266,19 @@ def _by_fused_head(fused: Callable[..., Any], state: dict[str, Tensor]) -> Compu
             output = fused(input_ids=ids, shift_labels=targets[None], fused_lm_head=True, **seen)
         finally:
             state.clear()
-        return Forward(output.log_probs[0], output.aux_loss)
+        squares = output.log_sum_sq_probs
+        return Forward(output.log_probs[0], output.aux_loss, None if squares is None else squares[0])
 
     return compute
 
 
-def _by_own_logits(forward: Callable[..., Any]) -> Compute:
+def _by_own_logits(forward: Callable[..., Any], weighted: bool = False) -> Compute:
     def compute(ids: Tensor, take: Tensor, targets: Tensor, **seen: Any) -> Forward:
         output = forward(input_ids=ids, use_cache=False, **seen)
         logits = output.logits.flatten(0, 1)[take].float()
-        chosen = logits.gather(1, targets[:, None])[:, 0]
-        return Forward(chosen - logits.logsumexp(-1), getattr(output, "aux_loss", None))
+        chosen, norm = logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(-1)
+        squares = (2 * logits.detach()).logsumexp(-1) - 2 * norm.detach() if weighted else None
+        return Forward(chosen - norm, getattr(output, "aux_loss", None), squares)
 
     return compute
 
@@ -277,6 +297,7 @@ def _probe_rows(model: PreTrainedModel) -> list[Row]:
             "rejected_ids": list(rejected.response_ids),
             "ref_chosen_logps": 0.0,
             "ref_rejected_logps": 0.0,
+            "label_smoothing": 0.0,
         }
         for number, (chosen, rejected) in enumerate([items[:2], items[2:]])
     ]
@@ -309,7 +330,7 @@ def _trains_alike(
     try:
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
-            log_probs, _ = _micro_logps(compute, boundary, **micro)
+            log_probs = _micro_logps(compute, boundary, **micro).log_probs
     except torch.OutOfMemoryError:
         raise
     except UNSUPPORTED_ERRORS:

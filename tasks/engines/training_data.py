@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.errors import InputError
 
+ORIGINS = ("human", "generated")
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
 
 
@@ -24,14 +25,18 @@ class Mixture:
     pair_ids: list[str]
 
     @classmethod
-    def read(cls, path: Path, needs_reference: bool) -> "Mixture":
+    def read(cls, path: Path, needs_reference: bool, smoothing: Mapping[str, float]) -> "Mixture":
         """Read mixture.parquet.
+
+        Args:
+            smoothing: label smoothing of the pairs by origin.
 
         Raises:
             InputError: a pair has no finite reference log-probability.
         """
         table = schema.read_table(path, schema.MIXTURE)
-        pair_ids = table.column("pair_id").to_pylist()
+        pair_ids, origins = table.column("pair_id").to_pylist(), table.column("origin").to_pylist()
+        smoothings = pa.array([smoothing[origin] for origin in origins], pa.float64())
         table = table.select(COLUMNS)
         for name in COLUMNS[3:]:
             values = table.column(name).to_pylist()
@@ -43,6 +48,7 @@ class Mixture:
                         f"pair {pair_id}: {name} is {value}; score the mixture's reference again"
                     )
             table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.float64()))
+        table = table.append_column("label_smoothing", smoothings)
         return cls(table.append_column("row", pa.array(range(len(pair_ids)), pa.int64())), pair_ids)
 
     @cached_property

@@ -283,7 +283,7 @@ def trainer(model: Any) -> tuple[str, float]:
     scoring_mode(model)  # what cannot be scored is not trained either
     rows = [
         {"row": number, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
+        | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0, "label_smoothing": 0.0}
         for number, (prompt, chosen, rejected) in enumerate(pairs)
     ]
     share = can_share_prompt(model, max(map(packed_length, rows)))

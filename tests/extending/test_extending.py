@@ -22,7 +22,7 @@ from sera_core.extensions import source_hash
 from sera_core.method.pairing import pair_responses
 from sera_core.method.selection import SELECTION, select
 from sera_core.models.losses import cdpo_loss
-from tasks.engines.dpo_trainer import _own_losses
+from tasks.engines.dpo_trainer import Pairs, _own_losses
 
 HERE = Path(__file__).parent
 OWN = {
@@ -100,9 +100,9 @@ def test_a_loss_is_the_one_it_says():
     ).train
     ((weight, loss),) = _own_losses(train)
     logps = [torch.randn(4, dtype=torch.float64) - 20 for _ in range(4)]
-    tokens = [torch.full((4,), 7)] * 2
+    pairs = Pairs(*logps, *[torch.full((4,), 7)] * 2, torch.zeros(4), *logps[:2], torch.ones(4))
     assert weight == 1.0
-    torch.testing.assert_close(loss(*logps, *tokens), cdpo_loss(*logps, train.beta, 0.0))
+    torch.testing.assert_close(loss(pairs), cdpo_loss(*logps, train.beta, 0.0))
 
 
 def test_changed_code_is_another_step(tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_what_a_rule_gives_is_checked():
     ).train  # fmt: skip
     ((_, loss),) = _own_losses(train)
     with pytest.raises(InputError, match=r"gave \(\) for 3 pairs"):
-        loss(*[torch.zeros(3)] * 6)
+        loss(Pairs(*[torch.zeros(3)] * 10))
 
 
 def test_a_store_of_another_scheme_needs_its_module(tmp_path, monkeypatch, capfd):

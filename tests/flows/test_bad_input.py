@@ -56,15 +56,26 @@ def test_a_missing_experiment_is_named(refused, folder):
 
 
 @pytest.mark.parametrize(
-    ("losses", "message"),
+    ("losses", "smoothing", "message"),
     [
-        ('["sft"]', "compares no answers, so there is nothing to review by"),
-        ('["sigmoid", "sigmoid"]', "train.losses names a loss twice"),
-        ('["robust"]', "the loss robust needs train.label_smoothing above 0"),
+        ('["sft"]', 0, "compares no answers, so there is nothing to review by"),
+        ('["sigmoid", "sigmoid"]', 0, "train.losses names a loss twice"),
+        ('["robust"]', 0, "the loss robust needs train.label_smoothing above 0"),
+        ('["robust", "sigmoid"]', '"consistency"', "the loss robust needs a fixed train.label_smoothing"),
+        ('["sigmoid"]', 0.5, 'give a number in [0, 0.5), or "consistency"'),
+        ('["sigmoid"]', '"consistent"', 'give a number in [0, 0.5), or "consistency"'),
     ],
 )
-def test_losses_that_do_not_go_together_are_refused(refused, losses, message):
-    assert message in refused("--set", f"train.losses={losses}")
+def test_losses_that_do_not_go_together_are_refused(refused, losses, smoothing, message):
+    settings = ("--set", f"train.losses={losses}", "--set", f"train.label_smoothing={smoothing}")
+    assert message in refused(*settings)
+
+
+def test_anchors_and_a_file_of_candidates_are_refused(refused, folder):
+    (folder / "candidates.jsonl").write_text('{"prompt": "?", "response": "a", "rating": 1}\n')
+    by = f'pairing.by="file:{folder / "candidates.jsonl"}"'
+    said = refused("--set", 'pairing.rule="best-anchored"', "--set", by)
+    assert "rejects responses that the start policy samples" in said
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import tinyrun
 from commandline import process
+from scipy.stats import kendalltau
 
 from flows.compare import arm_config, check_comparison, run_arms, trained_rounds, with_budget
 from flows.display.compare_page import COLOURS, page_of
@@ -27,6 +28,7 @@ from sera_core.method.features import words
 from sera_core.method.rewards import ensemble_reward, ensemble_weights
 from sera_core.method.selection import SELECTION_RULES
 from sera_core.method.win_rates import NO_RATE
+from sera_core.reporting.round_page import round_page
 
 EVERY = list(ARMS)
 
@@ -386,7 +388,7 @@ def test_the_peers_run_as_arms_for_equal_tokens(tmp_path):
         return bool(tinyrun.work(config, store, run).rounds())
 
     config = tinyrun.config(tmp_path, pairing={"by": "word-count"}, mix={"shares": [0.5]})
-    names = ["sera", "iterative-dpo", "implicit", "dice", "spa", "curry", "bees"]
+    names = ["sera", "iterative-dpo", "implicit", "dice", "spa", "cream", "curry", "bees"]
     found = compared(run_arms(config, names, [0], "tiny", str(store), finish))
     last = {arm: by_seed[0].rounds[-1] for arm, by_seed in found.arms.items()}
     assert {round.round for round in last.values()} == {2}
@@ -396,7 +398,8 @@ def test_the_peers_run_as_arms_for_equal_tokens(tmp_path):
     made = {arm: {role: Artifact(opened, ref) for role, ref in last[arm].steps.items()} for arm in names}
     assert {arm for arm in names if "ratings" in made[arm]} == {"sera", "iterative-dpo", "bees"}
     origins = {arm: set(column(made[arm]["mixture"], "mixture.parquet", "origin")) for arm in names}
-    assert origins["iterative-dpo"] == origins["spa"] == {"generated"} and origins["curry"] == {"human"}
+    assert origins["iterative-dpo"] == origins["spa"] == origins["cream"] == {"generated"}
+    assert origins["curry"] == {"human"}
     assert origins["dice"] == origins["bees"] == {"human", "generated"}
     assert made["dice"]["responses"].record.metrics["length_penalty/alpha"] is not None
     spa = made["spa"]
@@ -410,8 +413,26 @@ def test_the_peers_run_as_arms_for_equal_tokens(tmp_path):
             strict=True,
         )
     )
+    cream = made["cream"]
+    smoothed = 1 - cream["policy"].record.metrics["consistency"]
+    assert smoothed == pytest.approx(1 - consistency_of(cream["responses"])) and 0 < smoothed < 1
+    assert f"smoothed by {smoothed:.2f}" in round_page(2, cream)
+    first_round = Artifact(opened, found.arms["cream"][0].rounds[1].steps["policy"])
+    assert first_round.record.metrics["consistency"] is None
     in_order = [margins[pair] for pair in column(made["curry"]["mixture"], "mixture.parquet", "pair_id")]
     assert in_order == sorted(in_order, reverse=True) and len(set(in_order)) > 5
+
+
+def consistency_of(responses: Artifact) -> float:
+    """CREAM's C by pandas and scipy; a prompt's equal responses are in it once."""
+    table = pq.read_table(responses.path("responses.parquet")).to_pandas()
+    table["newer"] = table["policy_logps"] - table["ref_logps"]
+    table["older"] = table["past_logps"].str[0] - table["past_ref_logps"].str[0]
+    distinct = table.drop_duplicates(["prompt_id", "newer", "older"])
+    taus = distinct.groupby("prompt_id").apply(
+        lambda rows: kendalltau(rows["newer"], rows["older"]).statistic
+    )
+    return float((taus.dropna().mean() + 1) / 2)
 
 
 def column(artifact: Artifact, file: str, name: str) -> list:

@@ -39,6 +39,11 @@ CASES = {
     "mix.ramp_rounds": (5, {"mix": {"shares": []}}, {}),
     "mix.on_short": ("fill", {}, NO_SHARE),
     "train.label_smoothing": (0.1, {}, {"train": {"losses": ["ipo", "hinge"]}}),
+    "train.ld_alpha": (
+        0.5,
+        {"train": {"losses": ["hinge", "sft"]}},
+        {"train": {"losses": ["sigmoid", "ipo"]}},
+    ),
     "train.epochs": (2, {"train": {"tokens": [0, 60]}}, {"train": {"tokens": [60]}}),
     "train.target_margin": (0.5, {"train": {"losses": ["simpo"]}}, {}),
     "train.lora_rank": (8, {"train": {"method": "lora"}}, {}),
@@ -100,6 +105,22 @@ def test_automatic_prompts_need_a_share_as_a_number_does_and_nothing_else_is_tak
         with pytest.raises(ValidationError, match='give a whole number above 0, or "auto"') as failed:
             SeraConfig.model_validate(settings("sampling.prompts", value, {}))
         assert failed.value.error_count() == 1
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        NO_SHARE,
+        {"review": {"gamma": 0.0}},
+        {"pairing": {"by": "word-count"}},
+        {"train": {"losses": ["ipo"]}},
+    ],
+)
+def test_smoothing_by_consistency_needs_two_heads_that_order_responses(where):
+    smoothed = settings("train.label_smoothing", "consistency", {})
+    assert SeraConfig.model_validate(smoothed).train.smooths_by_consistency
+    with pytest.raises(ValidationError, match=r'train\.label_smoothing = "consistency" has no effect here'):
+        SeraConfig.model_validate(settings("train.label_smoothing", "consistency", where))
 
 
 def test_a_split_is_refused_for_a_file_and_read_for_a_hub_data_set():

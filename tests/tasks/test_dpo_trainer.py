@@ -22,6 +22,9 @@ LOSSES = [
     TrainConfig(losses=("sigmoid_norm",), beta=BETA),
     TrainConfig(losses=("sppo_hard",), beta=BETA),
     MIXED,
+    TrainConfig(losses=("sigmoid",), beta=BETA, ld_alpha=0.3),
+    TrainConfig(losses=("robust",), beta=BETA, label_smoothing=0.2, ld_alpha=0.0, pair_weights="wpo"),
+    TrainConfig(losses=("sigmoid", "sppo_hard"), beta=BETA, pair_weights="wpo"),
 ]
 
 
@@ -40,7 +43,7 @@ def rows(folder: Any) -> list[dict[str, Any]]:
             parameter.add_(0.01 * noise)
     pairs = random_pairs(6, seed=3)
     for number, row in enumerate(pairs):
-        row["row"] = number
+        row |= {"row": number, "label_smoothing": 0.0}
         for side in ("chosen", "rejected"):
             row[f"ref_{side}_logps"] = logps(reference, row["prompt_ids"], row[f"{side}_ids"])
     return pairs
@@ -64,6 +67,12 @@ def settings(folder: Any, tmp_path: Any, **changes: Any) -> Any:
     )
 
 
+def variants(train: TrainConfig) -> dict[str, Any]:
+    """TRL's own settings for LD-DPO and WPO."""
+    alpha = None if train.ld_alpha == 1 else train.ld_alpha
+    return {"ld_alpha": alpha, "use_weighting": train.pair_weights == "wpo"}
+
+
 def ours(
     folder: Any, tmp_path: Any, rows: Any, train: TrainConfig, micro_batch: int = 2, share: bool = True
 ) -> Any:
@@ -81,6 +90,7 @@ def ours(
         loss_type=losses,
         loss_weights=weights or None,
         label_smoothing=train.label_smoothing,
+        **variants(train),
     )
     model = load_policy(folder)
     trainer = ReviewedDPOTrainer(
@@ -120,6 +130,7 @@ def stock(folder: Any, tmp_path: Any, rows: Any, train: TrainConfig) -> Any:
         loss_type=list(train.losses),
         loss_weights=list(train.loss_weights) or None,
         label_smoothing=train.label_smoothing,
+        **variants(train),
     )
     model = load_policy(folder)
     trainer = Stock(
@@ -263,13 +274,63 @@ def test_sft_beside_simpo_needs_no_reference_either(folder: Any, tmp_path: Any, 
 
 def test_label_smoothing_makes_the_sigmoid_loss_conservative(folder: Any, tmp_path: Any, rows: Any) -> None:
     """−(1−ε) log σ(βD) − ε log σ(−βD); TRL 1.16 would ignore ε here."""
+    smoothed = [{**row, "label_smoothing": 0.1 * row["row"]} for row in rows]  # each pair its own, as CREAM
     train = TrainConfig(losses=("sigmoid",), beta=BETA, label_smoothing=0.3)
-    loss, _, _ = ours(folder, tmp_path, rows, train)
+    loss, _, _ = ours(folder, tmp_path, smoothed, train)
     terms = [
-        0.7 * minus_log_sigmoid(BETA * margin(pair)) + 0.3 * minus_log_sigmoid(-BETA * margin(pair))
-        for pair in by_pair(rows, folder)
+        (1 - 0.1 * number) * minus_log_sigmoid(BETA * margin(pair))
+        + 0.1 * number * minus_log_sigmoid(-BETA * margin(pair))
+        for number, pair in enumerate(by_pair(rows, folder))
     ]
     assert loss == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+
+def wpo_by_hand(row: dict[str, Any], folder: Any) -> float:
+    """Product over both answers of exp(mean over tokens of log p − log Σ p²)          WPO, eq. 2."""
+    plain, weight = load_policy(folder), 1.0
+    for side in ("chosen", "rejected"):
+        ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+        with torch.no_grad():
+            probabilities = plain(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].double().softmax(-1)
+        taken = probabilities[range(len(row[f"{side}_ids"])), row[f"{side}_ids"]]
+        weight *= (taken.log() - probabilities.square().sum(-1).log()).mean().exp().item()
+    return weight
+
+
+def test_the_losses_of_our_own_are_weighted_as_trls_are(folder: Any, tmp_path: Any, rows: Any) -> None:
+    """Hinge (which TRL cannot weigh), smoothed sigmoid and sft, all in one sum; sft reads all tokens."""
+    given = [{**row, "label_smoothing": 0.2} for row in rows]
+    train = TrainConfig(
+        losses=("hinge", "sigmoid", "sft"), beta=BETA, label_smoothing=0.2, ld_alpha=0.5, pair_weights="wpo"
+    )
+    loss, _, trainer = ours(folder, tmp_path, given, train)
+    plain, reference = LengthDesensitised(folder, 0.5), by_pair(rows, folder)
+    terms, weights = [], [wpo_by_hand(row, folder) for row in rows]
+    for row, pair, weight in zip(rows, reference, weights, strict=True):
+        d = plain.margin(row)
+        smoothed = 0.8 * minus_log_sigmoid(BETA * d) + 0.2 * minus_log_sigmoid(-BETA * d)
+        terms.append(weight * (max(0, 1 - BETA * d) + smoothed - pair["chosen"] / pair["chosen_tokens"]))
+    assert loss == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    assert trainer.pair_metrics()["pair_weight"] == pytest.approx(sum(weights) / len(weights), rel=1e-5)
+    means = [sum(pair["chosen"] for pair in reference) / len(rows)]
+    assert trainer.pair_metrics()["logps/chosen"] == pytest.approx(means[0], rel=1e-5)
+
+
+class LengthDesensitised:
+    """LD-DPO's margin against a reference that was given, by two sums a response."""
+
+    def __init__(self, folder: Any, alpha: float) -> None:
+        self.plain, self.alpha = load_policy(folder), alpha
+
+    def margin(self, row: dict[str, Any]) -> float:
+        shared = min(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+        def value(side: str) -> float:
+            ids = row[f"{side}_ids"]
+            whole, part = (logps(self.plain, row["prompt_ids"], some) for some in (ids, ids[:shared]))
+            return part + self.alpha * (whole - part) - row[f"ref_{side}_logps"]
+
+        return value("chosen") - value("rejected")
 
 
 def test_responses_that_see_each_other_would_be_noticed(folder: Any, tmp_path: Any, rows: Any) -> None:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sera_core.method.pairing import PAIRING_RULES, expected_pairs, pair_responses
+from sera_core.method.pairing import PAIRING_RULES, expected_pairs, pair_responses, pair_with_anchors
 
 light = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -155,8 +155,26 @@ def test_a_reward_that_is_not_finite_is_not_looked_at_where_the_response_is_inva
     assert (got.chosen.tolist(), got.rejected.tolist()) == ([2], [0])
 
 
+def test_anchors_are_only_rejected_and_the_policys_responses_only_chosen():
+    """Prompt 4: the policy's best is row 1, the start policy's worst row 4. 2: the worst anchor ties with the
+    best. 1: the anchor is better. 7: no valid anchor. 8: no response."""
+    rewards = np.array([1.0, 3.0, 0.0, 2.5, -1.0, 9.0, 5.0, 5.0, 1.0, 2.0, 4.0, -7.0])
+    prompt = np.array([4, 4, 4, 4, 4, 4, 2, 2, 1, 1, 7, 7])
+    sample = np.array([0, 1, 2, 3, 4, 5, 0, 3, 0, 3, 0, 3])
+    valid = np.ones(12, dtype=bool)
+    valid[11] = False
+    got = pair_with_anchors(rewards, prompt, sample, valid, sample >= 3, np.array([1, 2, 4, 7, 8]))
+    assert (got.chosen.tolist(), got.rejected.tolist()) == ([1], [4])
+    assert got.prompt_reason.tolist() == [
+        "anchor_not_below", "anchor_not_below", "paired", "no_valid_response", "no_valid_response"
+    ]  # fmt: skip
+    none = np.zeros(0, dtype=np.int64)
+    empty = pair_with_anchors(none.astype(float), none, none, none == 1, none == 1, none)
+    assert empty.chosen.size == empty.rejected.size == empty.prompt_reason.size == 0
+
+
 @pytest.mark.parametrize("rule", PAIRING_RULES)
 def test_the_pairs_expected_of_a_prompt_are_those_of_different_rewards(rule):
     got = pair([1, 4, 2, 3], rule=rule, seeds={0: 1})
     assert got.chosen.size == expected_pairs(rule, 4) == (6 if rule == "all" else 1)
-    assert expected_pairs("my_rules:pairs", 4) == 1
+    assert expected_pairs("my_rules:pairs", 4) == expected_pairs("best-anchored", 4) == 1
