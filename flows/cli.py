@@ -85,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
     bypass_loopback_proxy()
+    return guarded(args)
+
+
+def guarded(args: argparse.Namespace) -> int:
+    """Do a command; an error is one message on stderr, and the exit code says its kind."""
     try:
         return args.command(args)
     except SeraError as error:

@@ -20,6 +20,8 @@ from sera_core.judges.names import IMPLICIT
 
 Finish = Callable[[SeraConfig, str], bool]
 """Does all rounds of a run by its name; whether there was anything to do."""
+FinishAll = Callable[[Sequence[tuple[SeraConfig, str]]], None]
+"""Does several runs."""
 Runs = dict[str, dict[int, RunStore]]
 """Finished runs: arm -> seed -> run."""
 
@@ -78,10 +80,25 @@ def run_of(name: str, arm: str, seed: int) -> str:
     return f"{name}-{arm}-{seed}"
 
 
+def in_order(finish: Finish) -> FinishAll:
+    """Does one run after another."""
+
+    def finish_all(runs: Sequence[tuple[SeraConfig, str]]) -> None:
+        for config, run in runs:
+            finish(config, run)
+
+    return finish_all
+
+
 def run_arms(
-    config: SeraConfig, arms: Sequence[str], seeds: Sequence[int], name: str, store: str, finish: Finish
+    config: SeraConfig,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    name: str,
+    store: str,
+    finish_all: FinishAll,
 ) -> Runs:
-    """Run every arm with every seed.
+    """Run every arm with every seed: the first arm, which the budgets of the others follow, with all seeds.
 
     Args:
         config: the experiment.
@@ -89,25 +106,22 @@ def run_arms(
         seeds: take the place of the experiment's seed.
         name: beginning of the runs' names.
         store: folder or URL of the store.
-        finish: does a run.
+        finish_all: does runs.
 
     Raises:
         InputError: as `check_comparison`.
         SeraError: the first arm trained in fewer than two rounds.
     """
     check_comparison(config, arms, seeds, name)
-    runs: Runs = {arm: {} for arm in arms}
-    for seed in seeds:
-        tokens: list[int] = []
-        for arm in arms:
-            chosen = arm_config(config, arm, seed)
-            if arm != arms[0]:
-                chosen = with_budget(chosen, arm, tokens)
-            run = run_of(name, arm, seed)
-            finish(chosen, run)
-            runs[arm][seed] = finished = RunStore(open_store(store), run)
-            if arm == arms[0]:
-                tokens = _tokens_by_round(finished)
+    opened, first = open_store(store), arms[0]
+    runs = {arm: {seed: RunStore(opened, run_of(name, arm, seed)) for seed in seeds} for arm in arms}
+    finish_all([(arm_config(config, first, seed), runs[first][seed].run) for seed in seeds])
+    tokens = {seed: _tokens_by_round(runs[first][seed]) for seed in seeds}
+
+    def budgeted(arm: str, seed: int) -> SeraConfig:
+        return with_budget(arm_config(config, arm, seed), arm, tokens[seed])
+
+    finish_all([(budgeted(arm, seed), runs[arm][seed].run) for seed in seeds for arm in arms[1:]])
     return runs
 
 

@@ -6,7 +6,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows.compare import check_comparison, run_arms, run_of
+from flows.compare import check_comparison, in_order, run_arms, run_of
 from flows.display import cards
 from flows.display.compared import as_json, compared
 from flows.display.judged_arms import judged_json
@@ -70,7 +70,7 @@ def sera_compare(
         run_until_stopped(records, store)
         return True
 
-    done = run_arms(config, arms, seeds, name, store, finish)
+    done = run_arms(config, arms, seeds, name, store, in_order(finish))
     found = compared(done)
     judged = None if named is None else judge_arms(done, named, None, run_log())
     cards.publish_comparison(name, found, opened.url, judged)

@@ -14,8 +14,13 @@ INTERRUPTED = 130
 def entry() -> None:
     """Run `sera`, and exit without waiting for idle library threads."""
     stdout_open = _open_closed_streams()
-    code = _flush(_run())
-    os._exit(code if stdout_open else code or 1)
+    code = _run()
+    exit_at_once(code if stdout_open else _flush(code) or 1)
+
+
+def exit_at_once(code: int) -> None:
+    """Exit without waiting for idle library threads."""
+    os._exit(_flush(code))
 
 
 def _open_closed_streams() -> bool:

@@ -128,9 +128,9 @@ def policy_shas(records: RunStore) -> list[str]:
     return [r.artifacts["policy"]["sha256"] for r in records.rounds() if "policy" in r.artifacts]
 
 
-def attempts(store: Path) -> list[int]:
-    """How many attempts left files, for every step of a local store."""
+def attempts(store: Path, step: str = "*") -> list[int]:
+    """How many attempts left files, for every step of a local store, or of one kind."""
     return [
         sum(1 for folder in key.iterdir() if folder.is_dir() and len(folder.name) == 16)
-        for key in store.glob("steps/*/*")
+        for key in store.glob(f"steps/{step}/*")
     ]

@@ -2,14 +2,15 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flows.commands.output import check_positive, print_note
 from flows.commands.run import add_set, finishing, run_name
 from flows.commands.tables import print_table, print_text
-from flows.compare import check_comparison, run_arms
+from flows.compare import FinishAll, check_comparison, in_order, run_arms
 from flows.display.compare_page import check_page, write_page
 from flows.display.compare_words import COLUMNS, differences, measured_on, rows, run_names, unequal
 from flows.display.compared import Compared, as_json, compared
@@ -64,8 +65,38 @@ def add_compare(commands: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--limit", type=int, metavar="K", help="judge the answers to K prompts only, by their ids"
     )
+    add_jobs(sub)
     add_set(sub)
     sub.set_defaults(command=compare_command)
+
+
+def add_jobs(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="do up to N runs at the same time, each in a process with its share of the cores, or a GPU of "
+        "its own (default: 1)",
+    )
+
+
+@contextmanager
+def finishing_all(args: argparse.Namespace) -> Iterator[FinishAll]:
+    """A function that does runs: one after another, or --jobs at a time.
+
+    Raises:
+        InputError: --jobs is not positive.
+    """
+    check_positive(args, "jobs")
+    if args.jobs > 1:
+        from flows.side_by_side import side_by_side
+
+        with side_by_side(args, args.jobs) as finish_all:
+            yield finish_all
+    else:
+        with finishing(args) as finish:
+            yield in_order(finish)
 
 
 def compare_command(args: argparse.Namespace) -> int:
@@ -77,8 +108,8 @@ def compare_command(args: argparse.Namespace) -> int:
     named = _judge(args, config)
     if args.out is not None:
         check_page(Path(args.out))
-    with finishing(args) as finish:
-        runs = run_arms(config, arms, seeds, name, args.store, finish)
+    with finishing_all(args) as finish_all:
+        runs = run_arms(config, arms, seeds, name, args.store, finish_all)
     found = compared(runs)
     judged = None if named is None else judge_arms(runs, named, args.limit, print_note)
     page = None if args.out is None else write_page(found, name, Path(args.out), judged)

@@ -7,9 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.commands.compare import as_words, print_comparison, refuse_set, seeds_of
+from flows.commands.compare import (
+    add_jobs,
+    as_words,
+    finishing_all,
+    print_comparison,
+    refuse_set,
+    seeds_of,
+)
 from flows.commands.output import print_note
-from flows.commands.run import add_set, finishing
+from flows.commands.run import add_set
 from flows.commands.tables import print_text
 from flows.compare import Runs, check_comparison, run_arms
 from flows.display.compare_page import check_page, write_page
@@ -55,6 +62,7 @@ def add_lab(commands: Any, common: argparse.ArgumentParser) -> None:
         "them by a judge, as in `sera compare`: reviews (a classifier of review sentences), word-count, …",
     )
     sub.add_argument("--out", metavar="FOLDER", help="also write FOLDER/<file>/compare.html")
+    add_jobs(sub)
     add_set(sub)
     sub.set_defaults(command=lab_command)
 
@@ -80,10 +88,10 @@ def lab_command(args: argparse.Namespace) -> int:
         _check(file, args, arms, seeds)
     policy = base_policy(args.store)
     found: dict[str, Measured] = {}
-    with finishing(args) as finish:  # one server for all files: Prefect keeps the first one's address
+    with finishing_all(args) as finish_all:  # one server for all files: Prefect keeps the first one's address
         for file in files:
             config, name = _config(file, args, policy), _name(file, args)
-            found[file] = _measured(run_arms(config, arms, seeds, name, args.store, finish), judge)
+            found[file] = _measured(run_arms(config, arms, seeds, name, args.store, finish_all), judge)
             folder = _folder(args.out, file)
             page = None
             if folder is not None:

@@ -73,9 +73,9 @@ def test_losses_that_do_not_go_together_are_refused(refused, losses, smoothing, 
 
 def test_anchors_and_a_file_of_candidates_are_refused(refused, folder):
     (folder / "candidates.jsonl").write_text('{"prompt": "?", "response": "a", "rating": 1}\n')
-    by = f'pairing.by="file:{folder / "candidates.jsonl"}"'
-    said = refused("--set", 'pairing.rule="best-anchored"', "--set", by)
-    assert "rejects responses that the start policy samples" in said
+    by = f"file:{folder / 'candidates.jsonl'}"
+    experiment = tinyrun.experiment(folder, pairing={"by": by, "rule": "best-anchored"})
+    assert "rejects responses that the start policy samples" in refused(experiment=experiment)
 
 
 @pytest.mark.parametrize(

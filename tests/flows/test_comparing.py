@@ -1,20 +1,25 @@
 """Arms of one experiment: what they change, what is refused, and three of them on the tiny policy."""
 
 import json
+import signal
+import subprocess
+import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tinyrun
-from commandline import process
+from commandline import SERA, process
 from scipy.stats import kendalltau
 
-from flows.compare import arm_config, check_comparison, run_arms, trained_rounds, with_budget
+from flows.compare import arm_config, check_comparison, in_order, run_arms, trained_rounds, with_budget
 from flows.display.compare_page import COLOURS, page_of
 from flows.display.compare_words import difference as difference_words
 from flows.display.compared import compared
 from flows.display.compared_alarm import ArmAlarm, alarm_words
+from flows.side_by_side import environment
 from sera_core.arms import ARMS
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.runs import RunStore
@@ -147,6 +152,7 @@ def test_every_arm_can_be_compared_with_a_plain_experiment(config):
         (["--seeds", "0,a"], "whole numbers"),
         (["--seeds", "-1"], "0 or more"),
         (["--seeds", ""], "whole numbers"),
+        (["--jobs", "0"], "--jobs 0: must be a whole number above 0"),
         (["--set", "seed=3"], "given with --seeds"),
         (["--name", "a/b"], "a/b"),
     ],
@@ -188,9 +194,9 @@ def done(tmp_path_factory):
     return folder, experiment, folder / "store", json.loads(told.stdout)
 
 
-def command(experiment, folder):
+def command(experiment, folder, arms=ARMS_HERE):
     return (
-        *("compare", experiment, "--arms", ",".join(ARMS_HERE), "--seeds", "0,1"),
+        *("compare", experiment, "--arms", ",".join(arms), "--seeds", "0,1"),
         *("--store", folder / "store", "--json"),
     )
 
@@ -282,6 +288,77 @@ def test_again_it_does_nothing_and_needs_no_prefect(done, sera):
     assert "random against sera: balanced accuracy" in table and "tiny-random-1" in table
 
 
+@pytest.mark.slow
+@pytest.mark.flow
+def test_runs_side_by_side_are_interrupted_together_and_end_in_the_bytes_of_runs_in_order(done, tmp_path):
+    folder, experiment, one_by_one, _ = done
+    words = [*command(experiment, tmp_path, ARMS_HERE[:2]), "--jobs", "2"]
+    with subprocess.Popen(
+        [*SERA, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+    ) as started:
+        store = tmp_path / "store"
+        wait_for(lambda: len(list(store.glob("runs/tiny-sera-*/run-000.json"))) == 2)
+        wait_for(lambda: any(store.glob("steps/render/*/done.json")))
+        children = children_of(started.pid)
+        started.send_signal(signal.SIGINT)
+        said = started.communicate(timeout=120)[1]
+    assert started.returncode == 130 and "run the same command again to resume" in said
+    assert len(children) >= 3
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 10)
+
+    again = process(*words, cwd=folder)
+    assert again.returncode == 0 and list(json.loads(again.stdout)["arms"]) == ARMS_HERE[:2]
+    assert "tiny-dpo-1: run tiny-dpo-1: " in again.stderr  # each line says whose it is
+    assert max(tinyrun.attempts(store, "train")) == 1
+    for run in (f"tiny-{arm}-{seed}" for arm in ARMS_HERE[:2] for seed in SEEDS_HERE):
+        beside, alone = (
+            [made.steps["policy"].digest for made in RunStore(open_store(str(place)), run).rounds()]
+            for place in (store, one_by_one)
+        )
+        assert beside == alone and len(alone) == 2
+
+
+def wait_for(found, seconds=120):
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def children_of(parent):
+    """Processes below a process."""
+    told = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    found = {parent}
+    for _ in range(4):
+        found |= {int(pid) for pid, above in map(str.split, told.splitlines()) if int(above) in found}
+    return found - {parent}
+
+
+@pytest.mark.slow
+@pytest.mark.flow
+def test_a_run_that_fails_side_by_side_ends_the_others_with_its_message(tmp_path):
+    experiment = tinyrun.experiment(tmp_path, limits={"rounds": 2})
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "?", "chosen": "a", "rejected": 3}\n')
+    told = process(*command(experiment, tmp_path), "--jobs", 2, cwd=tmp_path)
+    assert told.returncode == 2 and not told.stdout
+    last = told.stderr.strip().splitlines()[-1]
+    assert last.startswith("sera: run 'tiny-sera-") and "pairs.jsonl" in last
+
+
+def test_each_run_side_by_side_gets_its_part_of_the_machine(config, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)))
+    assert environment(config, 0, 2) == environment(config, 1, 2) == {"OMP_NUM_THREADS": "4"}
+    assert environment(config, 0, 20) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environment(config, 0, 2) == {}
+    monkeypatch.setattr("flows.side_by_side.device_of", lambda _: "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [environment(config, slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["5", "7", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert environment(config, 0, 2) == {}
+
+
 def alarm_of(raised=(), few=()):
     one = Alarm(False, NO_RATE, NO_RATE, NO_RATE, RANDOM, "counter_side_holds")
     panel = dict.fromkeys(("tokens", "sentences", "bold"), one)
@@ -356,7 +433,7 @@ def test_a_first_arm_that_stops_in_round_0_is_no_measure(tmp_path):
         return bool(tinyrun.work(config, tmp_path / "store", run).rounds())
 
     with pytest.raises(SeraError, match="tiny-sera-0' stopped with `no_pairs` after 1 trained rounds"):
-        run_arms(config, ["sera", "dpo"], [0], "tiny", str(tmp_path / "store"), finish)
+        run_arms(config, ["sera", "dpo"], [0], "tiny", str(tmp_path / "store"), in_order(finish))
 
 
 @pytest.mark.slow
@@ -368,7 +445,7 @@ def test_one_round_of_all_tokens_shares_nothing_but_the_measure(tmp_path):
         return bool(tinyrun.work(config, store, run).rounds())
 
     config = tinyrun.config(tmp_path, limits={"rounds": 2}, mix={"shares": [0.0]})
-    runs = run_arms(config, ["sera", "dpo-single"], [0], "tiny", str(store), finish)
+    runs = run_arms(config, ["sera", "dpo-single"], [0], "tiny", str(store), in_order(finish))
     assert [len(trained_rounds(by_seed[0])) for by_seed in runs.values()] == [2, 1]
     found = compared(runs)
     tokens = [sum(r.metrics["tokens/trained"] for r in found.arms[arm][0].rounds) for arm in found.arms]
@@ -389,7 +466,7 @@ def test_the_peers_run_as_arms_for_equal_tokens(tmp_path):
 
     config = tinyrun.config(tmp_path, pairing={"by": "word-count"}, mix={"shares": [0.5]})
     names = ["sera", "iterative-dpo", "implicit", "dice", "spa", "cream", "curry", "bees"]
-    found = compared(run_arms(config, names, [0], "tiny", str(store), finish))
+    found = compared(run_arms(config, names, [0], "tiny", str(store), in_order(finish)))
     last = {arm: by_seed[0].rounds[-1] for arm, by_seed in found.arms.items()}
     assert {round.round for round in last.values()} == {2}
     first = last["sera"].metrics["tokens/trained"]
@@ -419,8 +496,8 @@ def test_the_peers_run_as_arms_for_equal_tokens(tmp_path):
     assert f"smoothed by {smoothed:.2f}" in round_page(2, cream)
     first_round = Artifact(opened, found.arms["cream"][0].rounds[1].steps["policy"])
     assert first_round.record.metrics["consistency"] is None
-    in_order = [margins[pair] for pair in column(made["curry"]["mixture"], "mixture.parquet", "pair_id")]
-    assert in_order == sorted(in_order, reverse=True) and len(set(in_order)) > 5
+    trained = [margins[pair] for pair in column(made["curry"]["mixture"], "mixture.parquet", "pair_id")]
+    assert trained == sorted(trained, reverse=True) and len(set(trained)) > 5
 
 
 def consistency_of(responses: Artifact) -> float:
