@@ -601,11 +601,6 @@ class SeraConfig(Part):
                 "the loss robust needs a fixed train.label_smoothing below 0.5, and two heads may disagree "
                 "about half of all responses; use the loss sigmoid, or give a number"
             )
-        if self.anchored and self.candidates is not None:
-            raise ValueError(
-                f'pairing.rule = "{ANCHORED}" rejects responses that the start policy samples, and '
-                "pairing.by names a file with candidates: give one or the other"
-            )
         if (
             "simpo" in train.losses
             and len(train.ranking_losses) > 1

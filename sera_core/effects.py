@@ -142,7 +142,11 @@ EFFECTS: tuple[Row, ...] = (
         lambda c: _samples(c) and c.sampling.dtype in (None, c.model.dtype),
         f"{SAMPLED}, in the model's own dtype (sampling.dtype = model.dtype)",
     ),
-    Row("pairing.rule", _generates, GENERATED),
+    Row(
+        "pairing.rule",
+        lambda c: _generates(c) and (_samples_train(c) or not c.anchored),
+        f"{GENERATED}; best-anchored rejects samples of the start policy, so not with a file (`pairing.by`)",
+    ),
     Row("pairing.by", _generates, GENERATED),
     Row("pairing.allow_cut", _samples_train, f"{GENERATED}, and not from a file (`pairing.by`)"),
     Row(

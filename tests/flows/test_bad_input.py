@@ -75,7 +75,8 @@ def test_anchors_and_a_file_of_candidates_are_refused(refused, folder):
     (folder / "candidates.jsonl").write_text('{"prompt": "?", "response": "a", "rating": 1}\n')
     by = f"file:{folder / 'candidates.jsonl'}"
     experiment = tinyrun.experiment(folder, pairing={"by": by, "rule": "best-anchored"})
-    assert "rejects responses that the start policy samples" in refused(experiment=experiment)
+    said = refused(experiment=experiment)
+    assert 'pairing.rule = "best-anchored" has no effect here' in said and "not with a file" in said
 
 
 @pytest.mark.parametrize(
