@@ -56,7 +56,9 @@ def add_report(commands: Any, common: argparse.ArgumentParser) -> None:
 def list_command(args: argparse.Namespace) -> int:
     """List the runs of a store."""
     store = open_store(args.store)
-    found = [show(records) for name in list_runs(store) if (records := RunStore(store, name)).configs()]
+    found = [
+        show(records, False) for name in list_runs(store) if (records := RunStore(store, name)).configs()
+    ]
     rows = [
         {
             **{name: run[name] for name in ("run", "stop_reason", "waiting", "head", "best_round")},
@@ -140,7 +142,7 @@ def _print_round(manifest: RoundManifest, found: dict[str, Any]) -> None:
         print_table("reliance on features: held-out pairs", ["feature", *heads, "pairs"], rows)
     metrics = {
         name: value
-        for name, value in manifest.metrics.items()
+        for name, value in found["metrics"].items()
         if name not in ledger and not name.startswith("heldout/reliance/")
     }
     print_table(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
+from flows.display.token_use import token_use
 from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import Artifact, find_record
 from sera_core.artifacts.run_records import RoundManifest
@@ -31,9 +32,22 @@ def run_records(store: Store, run: str) -> RunStore:
     return records
 
 
-def show(records: RunStore) -> dict[str, Any]:
-    """The run, as in `sera show --json`."""
+def show(records: RunStore, with_token_use: bool = True) -> dict[str, Any]:
+    """The run, as in `sera show --json`.
+
+    Args:
+        records: the run.
+        with_token_use: whether each round's metrics say what its forward passes were spent on (`token_use`),
+            which reads the records of its steps.
+    """
     history = records.history()
+    rounds, earlier = [], set[str]()
+    for manifest in history.rounds:
+        shown = _round(records, manifest)
+        if with_token_use:
+            shown["metrics"] = shown["metrics"] | token_use(records.store, manifest, earlier)
+        earlier |= {ref.key for ref in manifest.used}
+        rounds.append(shown)
     return {
         "run": records.run,
         "config_sha256": records.configs()[-1].config_sha256,
@@ -41,7 +55,7 @@ def show(records: RunStore) -> dict[str, Any]:
         "waiting": records.waiting(),
         "head": history.head.round if history.head else None,
         "best_round": history.best.round if history.best else None,
-        "rounds": [_round(records, manifest) for manifest in history.rounds],
+        "rounds": rounds,
     }
 
 

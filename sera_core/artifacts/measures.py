@@ -61,6 +61,7 @@ _ROUNDS = frozenset({"best_round", "head_after"})
 """Numbers of rounds; null where there is none."""
 _NUMBERS = frozenset(
     {
+        "consistency",
         "flipped/dropped_by_chance",
         "generated_share",
         "ks",

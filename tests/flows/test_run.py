@@ -9,6 +9,7 @@ import tinyrun
 from commandline import process
 
 import sera_core
+from flows.display.token_use import SPENT
 from sera_core.method.decisions import STOP_REASONS
 
 pytestmark = pytest.mark.flow
@@ -65,6 +66,23 @@ def test_the_same_name_again_answers_from_the_store_without_prefect_or_torch(fin
 
 def test_verify_holds(finished, sera):
     assert sera("verify", "tiny", "--store", finished[2], "--json").json["ok"]
+
+
+def test_every_scored_token_is_of_one_kind_and_nothing_is_scored_twice(finished, sera):
+    """A head and a reference have scored the human pairs before the round that reviews by them."""
+    _, _, store, _ = finished
+    shown = [r["metrics"] for r in sera("show", "tiny", "--store", store, "--json").json["rounds"]]
+    for metrics in shown:
+        assert sum(metrics[name] for name in SPENT) == metrics["tokens/scored"]
+    assert shown[0]["tokens/reference_human"] > 0 == shown[0]["tokens/reused"]
+    for metrics in shown[1:]:
+        assert metrics["tokens/reference_human"] == metrics["tokens/policy_human"] == 0
+        assert metrics["tokens/policy_generated"] == 0  # the sampler's own values are kept
+        assert metrics["tokens/reference_generated"] > 0 < metrics["tokens/probe"]
+        assert metrics["tokens/reused"] > 0
+    assert shown[1]["tokens/past_generated"] == 0 < shown[2]["tokens/past_generated"]
+    table = sera("show", "tiny", "--round", "2", "--store", store).out
+    assert "tokens/past_generated" in table and "tokens/reused" in table
 
 
 def test_python_reads_what_the_command_line_shows(finished):
