@@ -55,7 +55,7 @@ faults: system .venv/dev    ## test every crash point, race and fault on every s
 	PYTHONPATH=tests $(BIN)/python -m reliability
 
 bench: .venv/dev            ## measure speed, each figure next to a baseline from the same run
-	$(BIN)/python -m tests.benchmarks.scoring
+	$(BIN)/python -m tests.benchmarks.speed
 	$(BIN)/python -m tests.benchmarks.orchestration
 	$(BIN)/python -m tests.benchmarks.store
 

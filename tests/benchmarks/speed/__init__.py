@@ -1,0 +1,1 @@
+"""`python -m tests.benchmarks.speed`: speed and exactness, beside a peer or the machine's peak."""
