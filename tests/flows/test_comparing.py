@@ -304,7 +304,7 @@ def test_runs_side_by_side_are_interrupted_together_and_end_in_the_bytes_of_runs
         said = started.communicate(timeout=120)[1]
     assert started.returncode == 130 and "run the same command again to resume" in said
     assert len(children) >= 3
-    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 10)
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 60)
 
     again = process(*words, cwd=folder)
     assert again.returncode == 0 and list(json.loads(again.stdout)["arms"]) == ARMS_HERE[:2]
