@@ -82,7 +82,7 @@ class _Processes:
 
     def __exit__(self, *_: object) -> None:
         for process in self.running:
-            process.started.send_signal(signal.SIGINT)
+            process.started.terminate()  # SIGINT is ignored where a shell started us in the background
         for process in self.running:
             try:
                 process.started.wait(LEAVE_SECONDS)

@@ -1,7 +1,6 @@
 """Arms of one experiment: what they change, what is refused, and three of them on the tiny policy."""
 
 import json
-import signal
 import subprocess
 import time
 from dataclasses import asdict
@@ -300,7 +299,7 @@ def test_runs_side_by_side_are_interrupted_together_and_end_in_the_bytes_of_runs
         wait_for(lambda: len(list(store.glob("runs/tiny-sera-*/run-000.json"))) == 2)
         wait_for(lambda: any(store.glob("steps/render/*/done.json")))
         children = children_of(started.pid)
-        started.send_signal(signal.SIGINT)
+        started.terminate()
         said = started.communicate(timeout=120)[1]
     assert started.returncode == 130 and "run the same command again to resume" in said
     assert len(children) >= 3
