@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO
 
@@ -107,7 +107,7 @@ class _Processes:
             env={**os.environ, **environment(config, slot, self.jobs)},
         )
         assert started.stdin is not None and started.stdout is not None
-        with started.stdin as stdin:
+        with suppress(BrokenPipeError), started.stdin as stdin:  # if it died at once, its exit code says so
             stdin.write(json.dumps({"run": run, "config": config.model_dump(mode="json")}).encode())
         last: deque[str] = deque(maxlen=1)
         relay = threading.Thread(target=_relay, args=(started.stdout, run, last))
