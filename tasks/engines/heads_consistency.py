@@ -15,7 +15,8 @@ def heads_consistency(attempt: Attempt) -> float | None:
     """CREAM's C (`ranking_consistency`) of the step's responses, from the stored log-probabilities.
 
     Rewards are those of each head alone, without the length penalty. None if the step has no responses, or
-    they were scored by one head only (round 1).
+    they were scored by one head only (round 1). A response sampled again counts once: noise alone would rank
+    it against itself.
     """
     if "responses" not in attempt.spec.inputs:
         return None
@@ -29,11 +30,24 @@ def heads_consistency(attempt: Attempt) -> float | None:
     if score != "simpo":
         references = numbers(path, schema.RESPONSES, "ref_logps"), _first(path, "past_ref_logps")
     _, prompts = np.unique(strings(path, schema.RESPONSES, "prompt_id"), return_inverse=True)
+    newer = np.where(_repeated(path), np.nan, newer)
     return ranking_consistency(
         score_responses(score, newer, references[0], tokens, beta),
         score_responses(score, older, references[1], tokens, beta),
         prompts,
     )
+
+
+def _repeated(path: Path) -> np.ndarray:
+    """Whether the same prompt has the same token ids in an earlier row, [response]."""
+    seen, repeated = set[tuple[str, tuple[int, ...]]](), []
+    for table in row_groups(path, schema.RESPONSES, ["prompt_id", "response_ids"]):
+        for prompt, ids in zip(
+            table["prompt_id"].to_pylist(), table["response_ids"].to_pylist(), strict=True
+        ):
+            repeated.append((prompt, tuple(ids)) in seen)
+            seen.add((prompt, tuple(ids)))
+    return np.array(repeated, dtype=bool)
 
 
 def _first(path: Path, name: str) -> np.ndarray | None:
