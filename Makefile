@@ -28,8 +28,8 @@ deploy: .venv/core          ## set up the same deployments on the Prefect server
 
 test: system .venv/dev      ## all tests: the fast ones, those with real models and servers, those that need both cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ($(REAL) or $(ALONE) or gpu)"
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "($(REAL) or gpu) and not ($(ALONE))"
-	$(BIN)/python -m pytest -q -m "$(ALONE)"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=40 -m "($(REAL) or gpu) and not ($(ALONE))"
+	$(BIN)/python -m pytest -q --durations=12 -m "$(ALONE)"
 
 system:                     ## install what the tests need besides pip packages: a browser, Postgres, Ceph
 	@command -v chromium >/dev/null || ($(APT) chromium) || echo "chromium cannot be installed here"

@@ -1,6 +1,7 @@
 """Work that behaves badly, for a child process to do: what it finds and starts is written below a folder."""
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -41,6 +42,16 @@ def count_threads(attempt: Attempt) -> list[str]:
 
     attempt.metrics["threads"] = torch.get_num_threads()
     return speak(attempt)
+
+
+def describe_process(attempt: Attempt) -> list[str]:
+    """Where this runs, and with what."""
+    names = ("SERA_TEST_WORD", "TEST_WORD")
+    seen: dict[str, Any] = {name: os.environ.get(name) for name in names}
+    seen |= {"parent": os.getppid(), "directory": str(Path.cwd()), "torch": "torch" in sys.modules}
+    seen |= {"module": sys.modules["__main__"].__spec__.name, "threads": threading.active_count()}
+    attempt.write("said.txt").write_text(json.dumps(seen))
+    return ["said.txt"]
 
 
 def refuse(attempt: Attempt) -> list[str]:

@@ -19,6 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny policy's matrices are 
 _absent: list[str] = []
 
 
+LONGEST_FILES = ("test_wheel.py", "test_in_the_browser.py", "test_deploying.py", "test_options.py")
+"""Run first: a long file that starts last keeps one worker busy while the other has nothing left to do."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_logreport(report):
     if report.skipped:

@@ -15,6 +15,8 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 """Where the system shows an accelerator: without one, torch need not be imported."""
+_uncounted: set[int] = set()
+"""Processes whose memory their own children share, so that it would count twice."""
 _CLOCK_SECONDS = 1.0
 """The start of a process counts from a boot time in whole seconds."""
 
@@ -46,6 +48,11 @@ def free_memory(device: str) -> int:
     return int(main_memory()[1])
 
 
+def count_without(pid: int) -> None:
+    """Leave a child process out of `used_memory`, but not its own children."""
+    _uncounted.add(pid)
+
+
 def used_memory(since: float | None = None) -> int:
     """Bytes that this process holds in main memory, and torch on the accelerator.
 
@@ -61,6 +68,8 @@ def used_memory(since: float | None = None) -> int:
     if since is None:
         return used
     for child in own.children(recursive=True):
+        if child.pid in _uncounted:
+            continue
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             used += child.memory_info().rss if child.create_time() >= since - _CLOCK_SECONDS else 0
     return used

@@ -1,4 +1,4 @@
-"""Killed anywhere, resumed to the same end; and nothing of a killed run is left running."""
+"""A killed command resumes to the same end (reliability/: at any commit point) and leaves nothing running."""
 
 import json
 import os
@@ -19,31 +19,22 @@ pytestmark = pytest.mark.flow
 TESTS = Path(__file__).parents[1]
 KILLER = """
 import os, signal, sys
-from sera_core.artifacts import step
 from tasks import step_functions
 point, round, args = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 if point == "train:2":
     step_functions.WORK["train"] = "childwork:train_and_wait"  # it outlives its parent
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-if point == "commit":
-    real = step.create_json
-    def create_json(store, path, value):
-        if path.endswith("done.json") and value["step"] == "train" and value["fields"]["round"] == round:
-            die()  # every file is written, the record is not
-        return real(store, path, value)
-    step.create_json = create_json
-else:
-    name, calls = point.split(":")
-    real = step_functions.do_work
-    def do_work(store, spec, execution, progress, *log):
-        seen = []
-        def report(done, total, unit):
-            seen.append(done)
-            if spec.step == name and spec.fields.get("round") == round and len(seen) >= int(calls):
-                die()
-        return real(store, spec, execution, report, *log)
-    step_functions.do_work = do_work
+name, calls = point.split(":")
+real = step_functions.do_work
+def do_work(store, spec, execution, progress, *log):
+    seen = []
+    def report(done, total, unit):
+        seen.append(done)
+        if spec.step == name and spec.fields.get("round") == round and len(seen) >= int(calls):
+            die()
+    return real(store, spec, execution, report, *log)
+step_functions.do_work = do_work
 from flows.cli import main
 sys.exit(main(args))
 """
@@ -56,14 +47,13 @@ def never_killed(tmp_path_factory):
     return folder, tinyrun.policy_shas(records)
 
 
-IN_CHILDREN = {"execution": {"child": "always"}, "evaluate": {"prompts": 0}}
-"""Device work in child processes, and fewer of them: each takes seconds to import torch."""
+IN_CHILDREN = {"execution": {"child": "always"}}
 
 
 @pytest.mark.parametrize(
     ("point", "sections"),
-    [("sample:1", {}), ("train:2", {}), ("train:2", IN_CHILDREN), ("commit", {})],
-    ids=["sample", "train", "train in a child", "commit"],
+    [("sample:1", {}), ("train:2", IN_CHILDREN)],
+    ids=["sample", "train in a child"],
 )
 def test_a_killed_run_resumes_to_the_policy_of_one_never_killed(never_killed, tmp_path, point, sections):
     folder, expected = never_killed
@@ -107,7 +97,7 @@ def gone_within(seconds: float, pid: int) -> None:
     raise AssertionError(f"still running: {left}")
 
 
-OURS = {"flows.orchestration.embedded_server", "tasks.engines.child"}
+OURS = {"flows.orchestration.embedded_server", "tasks.engines.fork_server"}
 
 
 def children_of(pid: int) -> list[str]:

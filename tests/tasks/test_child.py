@@ -1,5 +1,7 @@
 """Work in a child process group: the same result, every error by name, and nothing left running."""
 
+import itertools
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import tinyrun
 from sera_core.artifacts.manifest import StepRecord, StepSpec
 from sera_core.config import ExecutionConfig, SeraConfig
 from sera_core.errors import BudgetReached, InputError, SeraError
+from tasks.engines.fork_server import end_server
 from tasks.step_functions import WORK, do_work, in_child
 
 pytestmark = pytest.mark.slow
@@ -53,8 +56,10 @@ class Doing:
         self.told: list[tuple[int, int, str]] = []
         self.log: list[str] = []
 
-    def __call__(self, name: str, child: str = "always", **fields: object) -> StepRecord:
-        self.monkeypatch.setitem(WORK, "logps", f"childwork:{name}")
+    def __call__(
+        self, name: str, child: str = "always", module: str = "childwork", **fields: object
+    ) -> StepRecord:
+        self.monkeypatch.setitem(WORK, "logps", f"{module}:{name}")
         spec = StepSpec(step="logps", version=1, fields=fields, inputs={}, where={"place": str(self.folder)})
         execution = ExecutionConfig.model_validate({"device": "cpu", "child": child})
         return do_work(self.store, spec, execution, lambda *report: self.told.append(report), self.log.append)
@@ -179,6 +184,77 @@ def test_a_folder_named_tasks_where_the_command_was_given_is_not_ours(do, tmp_pa
     assert do("speak").step == "logps"
 
 
+# ------------------------------------------------------------------------------------------- the fork server
+
+
+@pytest.fixture
+def described(do):
+    """What a step's process says about itself."""
+    count = itertools.count()
+
+    def describe(module: str = "childwork") -> dict:
+        record = do("describe_process", module=module, number=next(count))
+        path = Path(do.store) / "steps" / "logps" / record.key / record.files["said.txt"].attempt / "said.txt"
+        return json.loads(path.read_text())
+
+    return describe
+
+
+def test_steps_are_forked_from_one_server_that_has_imported_the_libraries(described):
+    first, second = described(), described()
+    assert first["torch"] and first["module"] == "tasks.engines.fork_server"
+    assert first["parent"] == second["parent"] != os.getpid()
+
+
+def test_a_step_sees_the_environment_and_the_directory_of_now(described, monkeypatch, tmp_path):
+    before = described()
+    monkeypatch.setenv("SERA_TEST_WORD", "one")
+    monkeypatch.chdir(tmp_path)
+    same_server = described()
+    assert same_server == {**before, "SERA_TEST_WORD": "one", "directory": str(tmp_path)}
+    monkeypatch.setenv("TEST_WORD", "two")  # a library could have read it when it was imported
+    new_server = described()
+    assert new_server["TEST_WORD"] == "two" and new_server["parent"] != before["parent"]
+    assert not Path(f"/proc/{before['parent']}").exists()
+
+
+def test_a_killed_server_fails_the_step_that_runs_and_the_next_one_starts_another(do, described):
+    server = described()["parent"]
+
+    def kill_it() -> None:
+        group_in(do.folder)
+        os.kill(server, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_it)
+    killer.start()
+    with pytest.raises(SeraError, match="ended by signal 9"):
+        do("wait_with_a_grandchild", holds=False, deaf=True)
+    killer.join()
+    gone_within(5, group_in(do.folder))
+    assert described()["parent"] != server
+
+
+def test_where_an_import_opened_a_gpu_the_step_gets_a_new_interpreter(described):
+    assert described("openedgpu")["module"] == "tasks.engines.child_step"
+    end_server()  # the next test's server has not opened a GPU
+
+
+def test_an_interruption_while_the_server_imports_leaves_nothing(tmp_path):
+    parent = start_parent(tmp_path, "wait_with_a_grandchild", deaf=True)
+    while not (servers := servers_of(parent.pid)):
+        time.sleep(0.01)
+    parent.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in parent.communicate(timeout=20)[1]
+    gone_within(5, servers[0])
+    assert not (tmp_path / "group").exists()
+
+
+def servers_of(parent: int) -> list[int]:
+    """The fork servers that a process has started."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(pid) for pid in children if "fork_server" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
 # -------------------------------------------------------------------------------------------------- errors
 
 
@@ -232,8 +308,10 @@ def test_when_the_parent_is_killed_the_whole_group_goes(tmp_path, holds):
     parent = start_parent(tmp_path, "wait_with_a_grandchild", holds=holds, deaf=True)
     group = group_in(tmp_path, parent)
     assert len(members(group)) == 3  # the work, its guard, the grandchild
+    (server,) = servers_of(parent.pid)
     parent.kill()
     gone_within(5, group)
+    gone_within(5, server)
     parent.communicate(timeout=10)
 
 

@@ -1,0 +1,92 @@
+"""Run the step of a request in a process of its own.
+
+    python -P -m tasks.engines.child_step CHANNEL_FD PARENT_PID
+
+The request is JSON: work (step function as `module:function`), store, spec, execution, threads, talkative
+(whether libraries log in detail). Progress, completion and errors go to the channel as JSON lines; the result
+is in the store.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from importlib import import_module
+from typing import Any
+
+from sera_core.artifacts.manifest import StepSpec
+from sera_core.artifacts.step import run_step
+from sera_core.artifacts.store import open_store
+from sera_core.config import ExecutionConfig
+from sera_core.errors import SeraError
+from sera_core.guards.orphans import exit_with_parent, guarded_group
+from tasks.engines.library_logs import VERBOSE_LIBRARIES, forward_library_logs
+
+
+def main() -> None:
+    """Run the step of the request on stdin."""
+    run_request(json.load(sys.stdin), int(sys.argv[1]), int(sys.argv[2]))
+
+
+def run_request(request: dict[str, Any], channel: int, parent: int) -> None:
+    """Run the step in this process, which leads a process group that ends with it and with its parent.
+
+    Args:
+        request: see above.
+        channel: file descriptor for the messages.
+        parent: ID of the parent process.
+    """
+    os.set_inheritable(channel, False)
+    with guarded_group():
+        exit_with_parent(parent)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up, then exit
+        _serve(request, channel)
+
+
+def _serve(request: dict[str, Any], channel: int) -> None:
+    """Run the step, and report completion or the error to the parent."""
+
+    def tell(**message: Any) -> None:
+        os.write(channel, json.dumps(message).encode() + b"\n")
+
+    spec = StepSpec.model_validate(request["spec"])
+    try:
+        _use_threads(request["threads"])
+        module, name = request["work"].split(":")
+        output = logging.StreamHandler()
+        output.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        with (
+            forward_library_logs(output, VERBOSE_LIBRARIES)
+            if request["talkative"]
+            else contextlib.nullcontext()
+        ):
+            run_step(
+                open_store(request["store"], remember=True),
+                spec,
+                getattr(import_module(module), name),
+                ExecutionConfig.model_validate(request["execution"]),
+                lambda *report: tell(progress=report),
+            )
+        tell(done=True)
+    except SeraError as error:
+        tell(error=[type(error).__module__, type(error).__qualname__, str(error)])
+    except Exception as error:
+        traceback.print_exc()
+        message = f"step {spec.step}: {type(error).__name__}: {error} (see its log for the traceback)"
+        tell(error=[SeraError.__module__, SeraError.__qualname__, message])
+
+
+def _use_threads(count: int | None) -> None:
+    if count is None:
+        return
+    import torch
+
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
+if __name__ == "__main__":
+    main()
