@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 from sera_core.data.loading import format_counts
+from sera_core.errors import InputError
 
 DEMO = "bundled:demo"
 
@@ -65,6 +67,12 @@ def add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("experiment", help="TOML file, or bundled:<name>")
     sub.add_argument("--name", help="run name (default: the file's stem)")
+    sub.add_argument(
+        "--price-per-hour",
+        type=float,
+        metavar="PRICE",
+        help="price of an hour of this machine, in any currency: the plan says what the run costs",
+    )
     add_set(sub)
     sub.set_defaults(command=plan_command)
 
@@ -109,8 +117,11 @@ def advance_command(args: argparse.Namespace) -> int:
 
 def plan_command(args: argparse.Namespace) -> int:
     """Print the plan."""
+    if args.price_per_hour is not None and not 0 < args.price_per_hour < math.inf:
+        raise InputError(f"--price-per-hour: give a number above 0 (found {args.price_per_hour})")
     config = load_experiment(args.experiment, args.set)
     found = plan(config, run_name(args), args.store)
+    found |= _cost(found["seconds"], args.price_per_hour)
     _print_warnings(found)
     if args.json:
         print(json.dumps(found))
@@ -189,8 +200,22 @@ def _forecast(found: dict[str, Any]) -> str:
     return (
         f"run {found['run']}: {found['reuse']} steps to reuse, {todo} to do; "
         f"about {found['tokens']:,} tokens, {found['bytes'] / 1e6:,.0f} MB, "
-        f"{time_needed} on this machine{_at_most(found['memory'])} (estimated)."
+        f"{time_needed} on this machine{_at_most(found['memory'])}{_priced(found)} (estimated)."
     )
+
+
+def _cost(seconds: float | None, price_per_hour: float | None) -> dict[str, Any]:
+    """The price of the run, if the hour's price is given; None where the time is unknown."""
+    if price_per_hour is None:
+        return {}
+    cost = None if seconds is None else round(seconds / 3600 * price_per_hour, 4)
+    return {"price_per_hour": price_per_hour, "cost": cost}
+
+
+def _priced(found: dict[str, Any]) -> str:
+    if found.get("cost") is None:
+        return ""
+    return f", a cost of {found['cost']:,.2f} at {found['price_per_hour']:g} an hour"
 
 
 def _at_most(memory: int | None) -> str:

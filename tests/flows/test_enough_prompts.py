@@ -107,6 +107,17 @@ def test_the_command_prints_counts_and_warnings_and_json_holds_both(folder, sera
     assert [row["human"] for row in found["rounds"]] == [24, 13, 7] and len(found["warnings"]) == 1
 
 
+def test_a_plan_says_what_the_run_costs_at_a_price_per_hour(folder, sera):
+    command = ("plan", tinyrun.experiment(folder), "--store", folder / "empty")
+    found = sera(*command, "--price-per-hour", 7200, "--json").json
+    assert found["seconds"] > 0 and found["cost"] == pytest.approx(2 * found["seconds"])
+    assert f"a cost of {found['cost']:,.2f} at 7200 an hour" in sera(*command, "--price-per-hour", 7200).out
+    assert "cost" not in sera(*command, "--json").json
+    for price in ("-1", "0", "nan", "inf"):
+        said = sera(*command, f"--price-per-hour={price}", code=2).err
+        assert f"--price-per-hour: give a number above 0 (found {float(price)})" in said
+
+
 def test_a_word_that_is_no_number_is_refused_with_one_message(folder, sera):
     command = ("plan", tinyrun.experiment(folder), "--store", folder / "empty")
     said = sera(*command, "--set", "sampling.prompts=lots", code=2).err
