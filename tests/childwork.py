@@ -54,6 +54,15 @@ def describe_process(attempt: Attempt) -> list[str]:
     return ["said.txt"]
 
 
+def multiply(attempt: Attempt) -> list[str]:
+    """Tell when a product on the device is done, which opens it."""
+    import torch
+
+    device = torch.device(attempt.spec.where["device"])
+    float((torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum())
+    return speak(attempt)
+
+
 def refuse(attempt: Attempt) -> list[str]:
     """What a user can mend."""
     raise InputError("row 17: chosen and rejected are the same text; drop it")

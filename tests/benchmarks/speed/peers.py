@@ -34,12 +34,12 @@ class Stock(DPOTrainer):
         self.remove_callback(PrinterCallback)
 
 
-def arguments(folder: str, **changes: Any) -> DPOConfig:
+def arguments(folder: str, device: str = "cpu", **changes: Any) -> DPOConfig:
     """Settings that trainer and peer share."""
     return DPOConfig(
         output_dir=folder,
         num_train_epochs=1,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         learning_rate=1e-6,
         lr_scheduler_type="constant",
         gradient_checkpointing=False,
@@ -61,7 +61,7 @@ def trl_scorer(model: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequ
         blank = {"prompt_ids": [1], "chosen_ids": [1], "rejected_ids": [1]}
         trainer = Stock(
             model=model,
-            args=arguments(scratch),
+            args=arguments(scratch, model.device.type),
             train_dataset=Dataset.from_list([{**blank, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}]),
             processing_class=tokenizer,
         )
@@ -74,7 +74,10 @@ def trl_scorer(model: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequ
                 {"prompt_ids": chosen[0], "chosen_ids": chosen[1], "rejected_ids": rejected[1]}
                 for chosen, rejected in zip(some[0::2], some[1::2], strict=True)
             ]
-            inputs = trainer.data_collator(pairs)
+            inputs = {
+                name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+                for name, value in trainer.data_collator(pairs).items()
+            }
             with torch.inference_mode():
                 sides = trainer.compute_ref_log_probs(trainer.model, inputs)
             values += torch.stack([side.double() for side in sides], 1).flatten().tolist()

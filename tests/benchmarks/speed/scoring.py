@@ -7,7 +7,7 @@ import numpy as np
 
 from sera_core.models.logprobs import plain_sequence_logps, sequence_logps
 from sera_core.models.policies import load_tokenizer
-from tests.benchmarks.speed.data import DTYPES, Bench, Item, multiplications, tokens_of
+from tests.benchmarks.speed.data import Bench, Item, multiplications, tokens_of
 from tests.benchmarks.speed.peers import trl_scorer
 from tests.benchmarks.speed.timing import median_seconds
 
@@ -28,14 +28,15 @@ def groups(bench: Bench, peaks: Mapping[str, float], responses: int) -> dict[str
 def _measured(bench: Bench, peaks: Mapping[str, float], items: Sequence[Item]) -> dict[str, Any]:
     items = list(items)
     truth = plain_sequence_logps(bench.policy("float32"), items[:PLAIN])
-    return {dtype: _of(bench, dtype, peaks[dtype], items, truth) for dtype in DTYPES}
+    return {dtype: _of(bench, dtype, peaks[dtype], items, truth) for dtype in bench.dtypes}
 
 
 def _of(bench: Bench, dtype: str, peak: float, items: list[Item], truth: np.ndarray) -> dict[str, Any]:
     model = bench.policy(dtype)
     operations, tokens = multiplications(model, items), tokens_of(items)
     sequence_logps(model, items[:4])  # warm up, and the probe that picks the engine
-    ours, found = median_seconds(lambda: sequence_logps(model, items))
+    size = bench.tokens_per_batch
+    ours, found = median_seconds(lambda: sequence_logps(model, items, tokens_per_batch=size))
     score = trl_scorer(model, load_tokenizer(bench.folder))  # from here on the model's forward is TRL's
     score(items[:2])
     theirs, peer = median_seconds(lambda: score(items))

@@ -2,7 +2,6 @@
 
 import statistics
 import tempfile
-import time
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from sera_core.config import TrainConfig
 from sera_core.models.logprobs import sequence_logps
 from sera_core.models.policies import load_tokenizer
 from tasks.engines.dpo_trainer import ReviewedDPOTrainer
-from tests.benchmarks.speed.data import DTYPES, Bench
+from tests.benchmarks.speed.data import Bench
 from tests.benchmarks.speed.peers import Stock, arguments
+from tests.benchmarks.speed.timing import now
 
-BATCH, MICRO_BATCH = 4, 4
+MICRO_BATCH = 4
 
 
 class Steps(TrainerCallback):
@@ -28,10 +28,10 @@ class Steps(TrainerCallback):
         self.losses: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._start = time.perf_counter()
+        self._start = now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
+        self.seconds.append(now() - self._start)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
@@ -40,8 +40,8 @@ class Steps(TrainerCallback):
 
 def training(bench: Bench, steps: int) -> dict[str, Any]:
     """Full fine-tuning by dtype of the products (bfloat16: autocast), and LoRA in float32 as `lora`."""
-    rows = _with_references(bench, steps * BATCH)
-    found = {dtype: _beside(bench, rows, dtype, "full") for dtype in DTYPES}
+    rows = _with_references(bench, steps * bench.batch)
+    found = {dtype: _beside(bench, rows, dtype, "full") for dtype in bench.dtypes}
     return {**found, "lora": _beside(bench, rows, "float32", "lora")}
 
 
@@ -69,8 +69,8 @@ def _beside(bench: Bench, rows: list[dict[str, Any]], dtype: str, method: str) -
     return {
         "ratio_stock": round(seconds[1] / seconds[0], 3),
         "loss_max_diff": max(apart),
-        "pairs_per_second": round(BATCH / seconds[0], 3),
-        "stock_pairs_per_second": round(BATCH / seconds[1], 3),
+        "pairs_per_second": round(bench.batch / seconds[0], 3),
+        "stock_pairs_per_second": round(bench.batch / seconds[1], 3),
         "steps": len(apart),
     }
 
@@ -89,7 +89,13 @@ def _train(bench: Bench, rows: list[dict[str, Any]], dtype: str, method: str, wh
             names = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
             trainer = Stock(
                 model=model,
-                args=arguments(scratch, per_device_train_batch_size=BATCH, bf16=bf16),
+                args=arguments(
+                    scratch,
+                    bench.device,
+                    per_device_train_batch_size=MICRO_BATCH,
+                    gradient_accumulation_steps=bench.batch // MICRO_BATCH,
+                    bf16=bf16,
+                ),
                 train_dataset=Dataset.from_list([{name: row[name] for name in names} for row in rows]),
                 processing_class=tokenizer,
                 callbacks=[steps],
@@ -99,8 +105,8 @@ def _train(bench: Bench, rows: list[dict[str, Any]], dtype: str, method: str, wh
             extra = {"remove_unused_columns": False, "router_aux_loss_coef": 0.0}
             trainer = ReviewedDPOTrainer(
                 model,
-                TrainConfig(method="lora" if method == "lora" else "full", batch=BATCH),
-                arguments(scratch, per_device_train_batch_size=BATCH, bf16=bf16, **extra),
+                TrainConfig(method="lora" if method == "lora" else "full", batch=bench.batch),
+                arguments(scratch, bench.device, per_device_train_batch_size=bench.batch, bf16=bf16, **extra),
                 Dataset.from_list(rows),
                 tokenizer,
                 optimizers,

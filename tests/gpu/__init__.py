@@ -1,0 +1,1 @@
+"""`python -m tests.gpu`: speed and exactness of the engines, and a small run, on the device that is there."""
