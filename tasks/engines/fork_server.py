@@ -78,17 +78,23 @@ class ForkedProcess:
         while (code := self.poll()) is None:
             if deadline is not None and time.monotonic() >= deadline:
                 raise subprocess.TimeoutExpired("step", seconds or 0)
-            select.select([self._status], [], [], 0.05)
+            self._readable(0.05)
         return code
 
     def close(self) -> None:
         """Kill the group, if it has members."""
         self._status.close()
 
+    def _readable(self, seconds: float) -> bool:
+        """Whether the server says something within so many seconds."""
+        poll = select.poll()  # unlike select, it takes any number of open files
+        poll.register(self._status, select.POLLIN)
+        return bool(poll.poll(1000 * seconds))
+
     def _line(self, waits: bool) -> str | None:
         """The server's next line; None: not yet; empty: the server is gone."""
         while b"\n" not in self._rest:
-            if not waits and not select.select([self._status], [], [], 0)[0]:
+            if not waits and not self._readable(0):
                 return None
             try:
                 data = self._status.recv(64)
@@ -119,6 +125,7 @@ class _Server:
                 stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
+                cwd=_directory(),
             )
         count_without(self._process.pid)
 
@@ -159,7 +166,7 @@ def fork(request: dict[str, Any], channel: int, output: int) -> ForkedProcess:
     Raises:
         SeraError: the server died.
     """
-    here = {"environment": dict(os.environ), "directory": str(Path.cwd())}
+    here = {"environment": dict(os.environ), "directory": _directory()}
     return _running().fork({**request, **here}, channel, output)
 
 
@@ -180,6 +187,14 @@ def end_server() -> None:
     if _server is not None:
         _server.end()
         _server = None
+
+
+def _directory() -> str:
+    """The working directory; if it was deleted, nothing relative to it can be read anyway."""
+    try:
+        return str(Path.cwd())
+    except FileNotFoundError:
+        return "/"
 
 
 def _read_early(environment: Any) -> dict[str, str]:

@@ -212,6 +212,10 @@ def test_a_step_sees_the_environment_and_the_directory_of_now(described, monkeyp
     monkeypatch.chdir(tmp_path)
     same_server = described()
     assert same_server == {**before, "SERA_TEST_WORD": "one", "directory": str(tmp_path)}
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert described() == {**same_server, "directory": "/"}
     monkeypatch.setenv("TEST_WORD", "two")  # a library could have read it when it was imported
     new_server = described()
     assert new_server["TEST_WORD"] == "two" and new_server["parent"] != before["parent"]
