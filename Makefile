@@ -26,10 +26,10 @@ up: .venv/core              ## start Prefect's server and UI, a worker and the d
 deploy: .venv/core          ## set up the same deployments on the Prefect server of PREFECT_API_URL
 	$(BIN)/sera deploy
 
-test: system .venv/dev      ## all tests: the fast ones, those with real models and servers, those that need both cores
+test: system .venv/dev      ## all tests: the fast ones, those with real models and servers, kills and crash points
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ($(REAL) or $(ALONE) or gpu)"
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=40 -m "($(REAL) or gpu) and not ($(ALONE))"
-	$(BIN)/python -m pytest -q --durations=12 -m "$(ALONE)"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12 -m "$(ALONE)"
 
 system:                     ## install what the tests need besides pip packages: a browser, Postgres, Ceph
 	@command -v chromium >/dev/null || ($(APT) chromium) || echo "chromium cannot be installed here"
