@@ -169,14 +169,6 @@ def check(table: list[dict[str, Any]], row: dict[str, Any]) -> None:
     assert row["continued"] and row["lost"] == 0 and row["steps_repeated"] <= 1, row
 
 
-def test_a_killed_flow_process_goes_on_by_itself(own_place, tmp_path, table, undisturbed):
-    run = Running(own_place, tmp_path, "killed").trigger()
-    run.wait_until_round_1()
-    run.disturb(lambda: kill_flows(own_place))
-    run.ended()
-    check(table, run.row("flow process killed", undisturbed))
-
-
 def test_a_killed_worker_costs_nothing(own_place, tmp_path, table, undisturbed):
     run = Running(own_place, tmp_path, "orphan").trigger()
     run.wait_until_round_1()
@@ -227,14 +219,14 @@ def test_retry_of_a_failed_run_goes_on_where_it_failed(own_place, tmp_path, tabl
     check(table, run.row("failed, retried", undisturbed))
 
 
-def test_a_slot_that_a_killed_step_held_frees_itself(own_place, tmp_path, table, undisturbed):
+def test_a_killed_flow_process_goes_on_by_itself_and_the_slot_that_its_step_held_is_freed(own_place, tmp_path, table, undisturbed):
     run = Running(own_place, tmp_path, "leaked", execution={"limit": "sera-device"}).trigger()
     run.wait_until_round_1()
     until(lambda: slots(own_place, "sera-device") > 0, 60)
     run.disturb(lambda: kill_flows(own_place))
     until(lambda: slots(own_place, "sera-device") == 0, 120, 0.5)  # whoever it is freed by
     run.ended()
-    row = run.row("killed while holding a slot of the device", undisturbed)
+    row = run.row("flow process killed while holding a slot of the device", undisturbed)
     check(table, row)
     assert row["seconds"] < 120
 
