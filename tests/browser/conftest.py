@@ -116,21 +116,24 @@ class Person:
         return answer.value.json()["id"]
 
     def wait_for_state(self, name: str) -> None:
-        """Until the open flow run's page shows it: without being loaded again, where the run is short."""
-        if WANTED == "demo":
-            self._leave_until(lambda: self.page.locator(".state-badge", has_text=name).first.is_visible())
-        self.page.locator(".state-badge", has_text=name).first.wait_for(timeout=SECONDS * 1000)
+        """Look at the flow run's page now and then, until it shows the state.
 
-    def _leave_until(self, seen: Callable[[], bool]) -> None:
-        """Look now and then: an open page is drawn in software, which takes a core from the run."""
+        An open page is drawn in software, which takes a core from the run.
+        """
         page, deadline = self.page.url, time.monotonic() + SECONDS
+        badge = self.page.locator(".state-badge", has_text=name).first
         while time.monotonic() < deadline:
-            self.page.goto(page)
             self.page.wait_for_load_state("networkidle")
-            if seen():
+            if badge.is_visible():
                 return
-            self.page.goto("about:blank")
-            time.sleep(20)
+            self.rest()
+            time.sleep(20 if WANTED == "demo" else 8)
+            self.page.goto(page)
+        raise AssertionError(f"{page} does not show {name} after {SECONDS} s")
+
+    def rest(self) -> None:
+        """Leave the page, which takes processor time as long as it is open."""
+        self.page.goto("about:blank")
 
     def tab(self, name: str) -> None:
         """Open a tab of a flow run's page."""
@@ -184,3 +187,4 @@ def person(meet) -> Iterator[Person]:
     person = meet()
     yield person
     assert person.foreign_requests() == []
+    person.rest()

@@ -46,6 +46,7 @@ def finished(meet, place, form, inputs) -> dict[str, str]:
     flow_run = person.submit()
     person.wait_for_state("Completed")
     assert person.foreign_requests() == []
+    person.rest()
     return {"id": flow_run, "name": servers.api(place.environment, f"/flow_runs/{flow_run}")["name"]}
 
 
@@ -143,7 +144,8 @@ def test_a_person_answers_the_review_in_its_form_and_the_run_goes_on_from_the_an
     person.choose("stop", "Decision")
     person.write("the answers are too short", "Note")
     person.picture("review")
-    person.page.get_by_role("dialog").get_by_role("button", name="Submit").click()
+    with person.page.expect_response("**/resume"):
+        person.page.get_by_role("dialog").get_by_role("button", name="Submit").click()
     person.wait_for_state("Completed")
     records = RunStore(open_store(str(home / "store")), "asked")
     answer = records.answer_of(0)

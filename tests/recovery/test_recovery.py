@@ -219,7 +219,9 @@ def test_retry_of_a_failed_run_goes_on_where_it_failed(own_place, tmp_path, tabl
     check(table, run.row("failed, retried", undisturbed))
 
 
-def test_a_killed_flow_process_goes_on_by_itself_and_the_slot_that_its_step_held_is_freed(own_place, tmp_path, table, undisturbed):
+def test_a_killed_flow_process_goes_on_by_itself_and_the_slot_that_its_step_held_is_freed(
+    own_place, tmp_path, table, undisturbed
+):
     run = Running(own_place, tmp_path, "leaked", execution={"limit": "sera-device"}).trigger()
     run.wait_until_round_1()
     until(lambda: slots(own_place, "sera-device") > 0, 60)
