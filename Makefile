@@ -9,7 +9,7 @@ ALONE := recovery or faults
 APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 
-.PHONY: demo quick lab up deploy test system fast check fuzz recovery faults bench golden reference clean
+.PHONY: demo quick lab up deploy test real kills system fast check fuzz recovery faults bench golden reference clean
 
 demo: .venv/core            ## three rounds with a real model and real preferences (about ten minutes)
 	$(BIN)/sera demo
@@ -26,10 +26,13 @@ up: .venv/core              ## start Prefect's server and UI, a worker and the d
 deploy: .venv/core          ## set up the same deployments on the Prefect server of PREFECT_API_URL
 	$(BIN)/sera deploy
 
-test: system .venv/dev      ## all tests: the fast ones, those with real models and servers, kills and crash points
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ($(REAL) or $(ALONE) or gpu)"
+test: fast real kills       ## all tests
+
+real: system .venv/dev      ## only the tests with real models and servers (half an hour)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=40 -m "($(REAL) or gpu) and not ($(ALONE))"
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=12 -m "$(ALONE)"
+
+kills: system .venv/dev     ## only recovery after kills, and crash points: they need both cores (20 minutes)
+	$(BIN)/python -m pytest -q --durations=12 -m "$(ALONE)"
 
 system:                     ## install what the tests need besides pip packages: a browser, Postgres, Ceph
 	@command -v chromium >/dev/null || ($(APT) chromium) || echo "chromium cannot be installed here"
