@@ -26,12 +26,13 @@ up: .venv/core              ## start Prefect's server and UI, a worker and the d
 deploy: .venv/core          ## set up the same deployments on the Prefect server of PREFECT_API_URL
 	$(BIN)/sera deploy
 
-test: fast real kills       ## all tests
+test: fast                  ## all tests; those after kills mostly wait, so they run beside the ones with real servers
+	$(MAKE) -j 2 real kills
 
 real: system .venv/dev      ## only the tests with real models and servers (half an hour)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=40 -m "($(REAL) or gpu) and not ($(ALONE))"
 
-kills: system .venv/dev     ## only recovery after kills, and crash points: they need both cores (20 minutes)
+kills: system .venv/dev     ## only recovery after kills, and at crash points (20 minutes)
 	$(BIN)/python -m pytest -q --durations=12 -m "$(ALONE)"
 
 system:                     ## install what the tests need besides pip packages: a browser, Postgres, Ceph
@@ -39,7 +40,7 @@ system:                     ## install what the tests need besides pip packages:
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || ($(APT) postgresql) || echo "Postgres cannot be installed here"
 	@command -v radosgw >/dev/null || ($(APT) ceph-mon ceph-osd ceph-common radosgw) || echo "Ceph cannot be installed here"
 
-fast: .venv/dev             ## only the fast tests (a minute)
+fast: .venv/dev             ## only the fast tests (six minutes)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ($(REAL) or $(ALONE) or gpu)"
 
 check: .venv/dev            ## check format, lint, types and import directions
