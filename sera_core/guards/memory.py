@@ -53,6 +53,11 @@ def count_without(pid: int) -> None:
     _uncounted.add(pid)
 
 
+def count_again(pid: int) -> None:
+    """Undo `count_without`: the process has ended, and another may get its number."""
+    _uncounted.discard(pid)
+
+
 def used_memory(since: float | None = None) -> int:
     """Bytes that this process holds in main memory, and torch on the accelerator.
 

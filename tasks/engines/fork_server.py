@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from sera_core.errors import SeraError
-from sera_core.guards.memory import count_without
+from sera_core.guards.memory import count_again, count_without
 from tasks.engines.child_step import run_request
 
+PYTHON = (sys.executable, "-P", "-u", "-X", "faulthandler", "-m")
+"""-P: do not import a folder `tasks` in the working directory."""
 WAKE_SECONDS = 0.5
 LIBRARIES = ("torch", "transformers.models.auto.modeling_auto", "sera_core.models.logprobs")
 """Imported for every step."""
@@ -115,11 +117,9 @@ class _Server:
     def __init__(self) -> None:
         self.environment = _read_early(os.environ)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        # -P: do not import a folder `tasks` in the working directory
-        command = [sys.executable, "-P", "-u", "-X", "faulthandler", "-m", "tasks.engines.fork_server"]
         with theirs:
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(os.getpid())],
+                [*PYTHON, "tasks.engines.fork_server", str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -146,9 +146,11 @@ class _Server:
             raise
 
     def end(self) -> None:
+        """Kill the server, and with it every process that it forked."""
         self._control.close()
         self._process.kill()
         self._process.wait()
+        count_again(self._process.pid)
 
 
 _server: _Server | None = None
@@ -329,8 +331,7 @@ def _start_anew(request: dict[str, Any], channel: int) -> None:
         file.seek(0)
         os.dup2(file.fileno(), 0)
     os.set_inheritable(channel, True)
-    command = [sys.executable, "-P", "-u", "-X", "faulthandler", "-m", "tasks.engines.child_step"]
-    os.execv(sys.executable, [*command, str(channel), str(os.getppid())])
+    os.execv(sys.executable, [*PYTHON, "tasks.engines.child_step", str(channel), str(os.getppid())])
 
 
 def _can_be_forked() -> bool:

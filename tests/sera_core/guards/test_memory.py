@@ -16,7 +16,7 @@ from tiny import tiny_policy
 from flows.planning.plan import plan
 from sera_core.artifacts.manifest import find_record
 from sera_core.guards import memory
-from sera_core.guards.memory import MemoryWatch
+from sera_core.guards.memory import MemoryWatch, count_again, count_without, used_memory
 from sera_core.models import memory_estimate
 from sera_core.models.memory_estimate import (
     LIBRARIES,
@@ -146,3 +146,16 @@ def test_a_run_stays_within_its_plan_and_warns_above_it(tmp_path, monkeypatch, c
     said = [record.getMessage() for record in caplog.records]
     assert sum("step train: holds" in line and "lower execution.micro_batch" in line for line in said) == 1
     assert any("step logps: holds" in line and "execution.tokens_per_batch" in line for line in said)
+
+
+def test_a_process_whose_pages_its_children_share_is_left_out():
+    code = "held = bytearray(200 << 20); print('up', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"up\n"
+    counted = used_memory(0.0)
+    count_without(holder.pid)
+    left_out = used_memory(0.0)
+    count_again(holder.pid)
+    again = used_memory(0.0)
+    holder.communicate(b"\n")
+    assert min(counted, again) - left_out > 150 << 20
