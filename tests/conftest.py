@@ -1,5 +1,6 @@
 """Shared fixtures; shapes and types of the mathematics are checked in every test run."""
 
+import gc
 import os
 import shutil
 import socket
@@ -25,6 +26,12 @@ LONGEST_FILES = ("test_wheel.py", "test_in_the_browser.py", "test_deploying.py",
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
+
+
+def pytest_collection_finish():
+    """What was imported stays: each training ends with a garbage collection, which need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import migrated
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -107,50 +108,54 @@ class Service:
 
 @contextmanager
 def postgres() -> Iterator[Service]:
-    """A database of its own on a free port; `url` is what Prefect connects to. Never runs as root."""
-    binaries = _postgres_binaries()
-    user = None if os.getuid() else _unprivileged_user()
-    port = free_port()
+    """A database of its own on a free port, with Prefect's tables; `url` is what Prefect connects to."""
+    made = migrated.template("postgres", _migrated_data)
     folder = Path(tempfile.mkdtemp(prefix="sera-postgres-"))  # pytest's own folders are closed to other users
     try:
-        if user is not None:
-            shutil.chown(folder, user)
-        data, environment = folder / "data", {**os.environ, "LC_ALL": "C"}
-        make = Service(
-            [
-                str(binaries / "initdb"),
-                "-D",
-                str(data),
-                "-U",
-                "prefect",
-                "-A",
-                "trust",
-                "-E",
-                "UTF8",
-                "--no-sync",
-            ],
-            environment,
-            folder / "initdb.log",
-            user=user,
-        )
-        make.start()
-        assert make.process is not None and make.process.wait(60) == 0, make.log.read_text()
-        serve = [str(binaries / "postgres"), "-D", str(data), "-p", str(port), "-h", "127.0.0.1"]
-        serve += ["-k", "", "-c", "fsync=off", "-c", "max_connections=200"]
-        ask = [str(binaries / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
-        database = Service(
-            serve,
-            environment,
-            folder / "postgres.log",
-            ready=lambda: subprocess.run(ask, check=False).returncode == 0,
-            user=user,
-            stop_signal=signal.SIGINT,  # its fast shutdown
-        )
-        database.url = f"postgresql+asyncpg://prefect@127.0.0.1:{port}/postgres"
-        with database:
+        subprocess.run(["cp", "--archive", str(made / "data"), str(folder / "data")], check=True)
+        with _serving(folder) as database:
             yield database
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _migrated_data(made: Path) -> None:
+    """A folder whose `data` is that of a Postgres server which is not running."""
+    folder = Path(tempfile.mkdtemp(prefix="sera-postgres-"))
+    user = _database_user()
+    if user is not None:
+        shutil.chown(folder, user)
+    command = [str(_postgres_binaries() / "initdb"), "-D", str(folder / "data"), "-U", "prefect"]
+    command += ["-A", "trust", "-E", "UTF8", "--no-sync"]
+    make = Service(command, {**os.environ, "LC_ALL": "C"}, folder / "initdb.log", user=user)
+    make.start()
+    assert make.process is not None and make.process.wait(60) == 0, make.log.read_text()
+    with _serving(folder) as database:
+        migrated.migrate(folder, database.url)
+    subprocess.run(["cp", "--archive", str(folder), str(made)], check=True)
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def _serving(folder: Path) -> Iterator[Service]:
+    """Postgres on the folder's data; never as root."""
+    binaries, user, port = _postgres_binaries(), _database_user(), free_port()
+    if user is not None:
+        shutil.chown(folder, user)
+    serve = [str(binaries / "postgres"), "-D", str(folder / "data"), "-p", str(port), "-h", "127.0.0.1"]
+    serve += ["-k", "", "-c", "fsync=off", "-c", "max_connections=200"]
+    ask = [str(binaries / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
+    database = Service(
+        serve,
+        {**os.environ, "LC_ALL": "C"},
+        folder / "postgres.log",
+        ready=lambda: subprocess.run(ask, check=False).returncode == 0,
+        user=user,
+        stop_signal=signal.SIGINT,  # its fast shutdown
+    )
+    database.url = f"postgresql+asyncpg://prefect@127.0.0.1:{port}/postgres"
+    with database:
+        yield database
 
 
 def prefect_server(home: Path, database_url: str | None = None, port: int | None = None) -> Service:
@@ -159,6 +164,8 @@ def prefect_server(home: Path, database_url: str | None = None, port: int | None
     `url` is its API, `environment` reaches it.
     """
     home.mkdir(parents=True, exist_ok=True)
+    if database_url is None:
+        migrated.sqlite_home(home)
     port = port or free_port()
     url = f"http://127.0.0.1:{port}/api"
     environment = {
@@ -168,6 +175,7 @@ def prefect_server(home: Path, database_url: str | None = None, port: int | None
         "PREFECT_SERVER_UI_API_URL": url,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",  # takes seconds, and no test asks for them
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "DO_NOT_TRACK": "1",
     }
@@ -299,6 +307,9 @@ def _postgres_binaries() -> Path:
     return Path(initdb).resolve().parent
 
 
-def _unprivileged_user() -> str:
+def _database_user() -> str | None:
+    """Who runs Postgres, which root may not; None where this user can."""
+    if os.getuid():
+        return None
     names = {entry.pw_name for entry in pwd.getpwall()}
     return "postgres" if "postgres" in names else "nobody"

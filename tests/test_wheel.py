@@ -89,7 +89,7 @@ def test_the_wheel_alone_runs_the_quick_demo_in_an_empty_folder(tmp_path):
     assert all(Path(place).is_relative_to(apart) for place in places)
     found = json.loads(run(sera, "demo", "--quick", "--json", cwd=empty, env=environment))
     assert found["stop_reason"] == "max_rounds" and len(found["rounds"]) == 2
-    assert found["rounds"][0]["pairs"] == {"human": 16, "generated": 0}
+    assert found["rounds"][0]["pairs"] == {"human": 8, "generated": 0}
     assert found["rounds"][1]["pairs"]["generated"] > 0
     assert (empty / "sera-store" / "runs" / "demo-quick" / "round-001.json").exists()
     assert run(sera, "verify", "demo-quick", cwd=empty, env=environment)

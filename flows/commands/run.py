@@ -46,7 +46,7 @@ def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
     sub = commands.add_parser(
         "demo", parents=[common], help="run the whole loop on a small real model and real preferences"
     )
-    sub.add_argument("--quick", action="store_true", help="smoke test: one self-reviewed round on 16 pairs")
+    sub.add_argument("--quick", action="store_true", help="smoke test: one self-reviewed round on 8 pairs")
     add_set(sub)
     sub.set_defaults(command=demo_command)
 

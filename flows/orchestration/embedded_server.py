@@ -37,6 +37,8 @@ QUIET = {
     "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "true",
 }
 """Settings of our servers and their clients: no telemetry, no second server, CSRF protection."""
+NO_BLOCKS = {"PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false"}
+"""A server for one command needs no block types; registering them takes seconds."""
 
 
 def disable_telemetry() -> None:
@@ -58,14 +60,13 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
     """Use the server at PREFECT_API_URL, else run our own while the block runs.
 
     Our own server requires a new random password, so it serves only this process.
-
-    Enter this before importing `prefect`, which reads its settings on import.
     """
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
     os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "INFO" if debug else "CRITICAL")
     disable_telemetry()
     if configured := os.environ.get("PREFECT_API_URL"):
         with use_server(configured):
+            _read_settings_again()
             yield configured
         return
     home = private_folder(Path(os.environ.get("PREFECT_HOME") or cache_folder() / "prefect"), "PREFECT_HOME")
@@ -82,23 +83,40 @@ def prefect_api(debug: bool = False) -> Iterator[str]:
             stdout=output,
             stderr=output,
             start_new_session=True,  # Ctrl-C goes to this process only
-            env={**os.environ, **QUIET, **secrets, "PREFECT_UI_API_URL": url, "PREFECT_API_URL": url},
+            env={
+                **os.environ,
+                **QUIET,
+                **NO_BLOCKS,
+                **secrets,
+                "PREFECT_UI_API_URL": url,
+                "PREFECT_API_URL": url,
+            },
         )
     try:
         wait_until_healthy(server, f"{url}/health", log)
         os.environ |= {"PREFECT_API_URL": url, CLIENT_SECRET: secret}
+        _read_settings_again()
         yield url
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         os.environ.pop(CLIENT_SECRET, None)
         if previous is not None:
             os.environ[CLIENT_SECRET] = previous
+        _read_settings_again()
         server.terminate()
         try:
             server.wait(timeout=10)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def _read_settings_again() -> None:
+    """Prefect reads the environment when it is imported; if it was imported before, read it again."""
+    if "prefect" in sys.modules:
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
 
 
 def private_folder(path: Path, name: str) -> Path:

@@ -59,11 +59,7 @@ class FormPart(BaseModel):
     """A section of the form: frozen, unknown keys refused."""
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        hide_input_in_errors=True,
-        json_schema_extra=_in_order,
+        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=_in_order
     )
 
 
@@ -72,10 +68,10 @@ class TransformersEngine(FormPart):
 
     model_config = ConfigDict(title="transformers")
 
-    engine: Literal["transformers"] = "transformers"
-    """Engine."""
-    batch: Annotated[int, Field(ge=1)] = 32
-    """Responses sampled at once; changes no result (at least 1)."""
+    engine: Literal["transformers"] = Field("transformers", description="Engine.")
+    batch: Annotated[int, Field(ge=1)] = Field(
+        32, description="Responses sampled at once; changes no result (at least 1)."
+    )
 
     def settings(self) -> dict[str, Any]:
         """The SeraConfig settings of this choice."""
@@ -87,10 +83,11 @@ class VllmEngine(FormPart):
 
     model_config = ConfigDict(title="vllm")
 
-    engine: Literal["vllm"]
-    """Engine."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of sampling; if it differs from the model's, samples are scored again."""
+    engine: Literal["vllm"] = Field(description="Engine.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Precision of sampling; if it differs from the model's, samples are scored again.",
+    )
 
     def settings(self) -> dict[str, Any]:
         """The SeraConfig settings of this choice."""

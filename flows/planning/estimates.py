@@ -121,14 +121,14 @@ def shape_of_source(config: SeraConfig) -> ModelShape | None:
     """The model's shape, from its files; None if the model is not on this machine."""
     source = resolve_source(config.model.source, config.model.revision)
     if source.kind == "package":
-        from gguf import GGUFReader
+        from sera_core.models.gguf import gguf_reader
 
-        tensors = GGUFReader(source.location).tensors
+        tensors = gguf_reader(Path(source.location)).tensors
         return shape_of({tensor.name: [int(size) for size in tensor.shape] for tensor in tensors})
     return folder_shape(Path(source.location)) if source.kind == "folder" else None
 
 
-def gigaflops(seconds: float = 1.0) -> float:
+def gigaflops(seconds: float = 0.3) -> float:
     """Speed of a float32 matrix product on this machine in GFLOP/s, best of many."""
     a = np.ones((768, 768), dtype=np.float32)
     best, until = float("inf"), time.perf_counter() + seconds

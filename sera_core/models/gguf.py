@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +52,9 @@ def write_gguf_policy(path: Path, folder: Path) -> None:
     Raises:
         InputError: another architecture or tokenizer, or no chat template.
     """
-    import gguf
     from safetensors.numpy import save_file
 
-    reader = gguf.GGUFReader(path)
+    reader = gguf_reader(path)
     architecture, tokenizer = _field(reader, "general.architecture"), _field(reader, "tokenizer.ggml.model")
     pre_tokenizer = _field(reader, "tokenizer.ggml.pre", "default")
     if (
@@ -74,6 +74,19 @@ def write_gguf_policy(path: Path, folder: Path) -> None:
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", {"_from_model_config": True} | ids)
     _write_tokenizer(reader, folder)
+
+
+def gguf_reader(path: Path) -> GGUFReader:
+    """The file's reader. Reading a vocabulary takes seconds, so the last file's is kept for the next caller."""
+    found = path.stat()
+    return _kept_reader(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=1)
+def _kept_reader(path: Path, mtime: int, size: int) -> GGUFReader:
+    from gguf import GGUFReader
+
+    return GGUFReader(path)
 
 
 def _field(reader: GGUFReader, name: str, default: Any = None) -> Any:

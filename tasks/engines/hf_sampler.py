@@ -74,10 +74,10 @@ class HFSampler:
             return _Run(self.model, requests, settings, finished, self.batch, self.windows).run()
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model; on a CPU it stays in the cache of `shared_policy`."""
         self.model = None
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
 
 

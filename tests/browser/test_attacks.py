@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import migrated
 import pytest
 import servers
 
@@ -43,7 +44,8 @@ def up(tmp_path_factory) -> Iterator[dict[str, Any]]:
     """What `sera up` prints in a new home."""
     folder = tmp_path_factory.mktemp("attacked")
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("PREFECT_", "SERA_STORE"))}
-    command = [sys.executable, "-m", "flows.cli", "up", "--json", "--home", str(folder / "home")]
+    home = migrated.sqlite_home(folder / "home")
+    command = [sys.executable, "-m", "flows.cli", "up", "--json", "--home", str(home)]
     command += ["--port", str(servers.free_port())]
     process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

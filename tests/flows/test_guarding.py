@@ -10,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 
+import migrated
 import pytest
 
 from flows.orchestration.authentication import (
@@ -92,9 +93,9 @@ def test_a_folder_somebody_else_uses_keeps_its_mode(tmp_path):
 
 @pytest.mark.flow
 def test_a_page_of_another_origin_starts_nothing(tmp_path):
-    port, home, log = free_port(), tmp_path / "home", tmp_path / "server.log"
-    home.mkdir()
-    (home / "prefect.db").touch(mode=0o644)  # as an earlier version left it
+    port, log = free_port(), tmp_path / "server.log"
+    home = migrated.sqlite_home(tmp_path / "home")
+    (home / "prefect.db").chmod(0o644)  # as an earlier version left it
     url = f"http://127.0.0.1:{port}/api"
     environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home), "PREFECT_API_URL": url}
     environment["PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED"] = "false"  # the guard alone refuses

@@ -10,6 +10,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import migrated
 import pytest
 import tinyrun
 
@@ -31,10 +32,11 @@ def test_proxies_and_packages_of_the_working_directory_do_not_reach_our_server(t
     (tmp_path / "logging.py").write_text("raise ImportError('not ours')")
     nobody = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"), "http://127.0.0.1:9")
     kept = {k: v for k, v in os.environ.items() if k.lower() not in ("no_proxy", "prefect_api_url")}
+    home = migrated.sqlite_home(tmp_path / "prefect")
     done = subprocess.run(
         [sys.executable, "-P", "-m", "flows.cli", "run", str(experiment), "--json"],
         cwd=tmp_path,
-        env={**kept, **nobody, "PYTHONPATH": str(REPOSITORY), "PREFECT_HOME": str(tmp_path / "prefect")},
+        env={**kept, **nobody, "PYTHONPATH": str(REPOSITORY), "PREFECT_HOME": str(home)},
         capture_output=True,
         text=True,
         timeout=240,
