@@ -77,7 +77,7 @@ def write_gguf_policy(path: Path, folder: Path) -> None:
 
 
 def gguf_reader(path: Path) -> GGUFReader:
-    """The file's reader. Reading a vocabulary takes seconds, so the last file's is kept for the next caller."""
+    """The file's reader. Reading a vocabulary takes seconds, so the last is kept."""
     found = path.stat()
     return _kept_reader(path, found.st_mtime_ns, found.st_size)
 

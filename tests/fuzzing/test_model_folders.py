@@ -70,7 +70,7 @@ def model(tmp_path_factory):
     model.digest = source_digest(str(model.folder))
     assert told.code == 0 and len(model.margins) == 2
     gc.freeze()  # scoring collects garbage each time, and need not go through what is imported by now
-    yield model
+    return model
 
 
 def sharded(whole: Path, folder: Path) -> Path:
