@@ -33,7 +33,7 @@ real: system .venv/dev      ## only the tests with real models and servers (half
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=40 -m "($(REAL) or gpu) and not ($(ALONE))"
 
 kills: system .venv/dev     ## only recovery after kills, and at crash points (20 minutes)
-	$(BIN)/python -m pytest -q --durations=12 -m "$(ALONE)"
+	$(BIN)/python -m pytest -q --durations=12 -m "$(ALONE)" tests/recovery tests/reliability
 
 system:                     ## install what the tests need besides pip packages: a browser, Postgres, Ceph
 	@command -v chromium >/dev/null || ($(APT) chromium) || echo "chromium cannot be installed here"

@@ -68,9 +68,9 @@ class TransformersEngine(FormPart):
 
     model_config = ConfigDict(title="transformers")
 
-    engine: Literal["transformers"] = Field("transformers", description="Engine.")
+    engine: Literal["transformers"] = Field(default="transformers", description="Engine.")
     batch: Annotated[int, Field(ge=1)] = Field(
-        32, description="Responses sampled at once; changes no result (at least 1)."
+        default=32, description="Responses sampled at once; changes no result (at least 1)."
     )
 
     def settings(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class VllmEngine(FormPart):
 
     engine: Literal["vllm"] = Field(description="Engine.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
+        default="float32",
         description="Precision of sampling; if it differs from the model's, samples are scored again.",
     )
 

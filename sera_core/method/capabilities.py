@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float
 
-from sera_core.method.estimates import Estimate, Quantity, Resampled, Sums, check_finite, ratio, simultaneous
+from sera_core.method.estimates import Estimate, Quantity, Resampled, check_finite, ratio, simultaneous
 
 Scores = Mapping[str, Float[np.ndarray, " item"]]
 """By task: the score of each item in [0, 1]."""
@@ -49,10 +49,7 @@ def capability_changes(
 
 
 def _mean(at: int) -> Quantity:
-    def mean(sums: Sums) -> Float[np.ndarray, " resample"]:
-        return ratio(sums[:, 2 * at + 1], sums[:, 2 * at])
-
-    return mean
+    return lambda sums: ratio(sums[:, 2 * at + 1], sums[:, 2 * at])
 
 
 def lost(changes: Mapping[str, Estimate], tolerance: float) -> str:

@@ -61,14 +61,14 @@ def partial_rank_correlation(
     """
     check_finite({"x": x, "y": y, "given": given})
     columns = _products([_scaled_ranks(values) for values in (x, y, given)])
+    return _correlated(columns, _partial, groups, seed, resamples, level)
 
-    def quantity(sums: Float[np.ndarray, "resample column"]) -> Float[np.ndarray, " resample"]:
-        moments = _moments(sums, 3)
-        xy, xz, yz = (_pearson(moments, *places) for places in ((0, 1), (0, 2), (1, 2)))
-        left = (1 - xz**2) * (1 - yz**2)
-        return ratio(xy - xz * yz, np.sqrt(np.where(left > _TINY, left, 0)))
 
-    return _correlated(columns, quantity, groups, seed, resamples, level)
+def _partial(sums: Float[np.ndarray, "resample column"]) -> Float[np.ndarray, " resample"]:
+    moments = _moments(sums, 3)
+    xy, xz, yz = (_pearson(moments, *places) for places in ((0, 1), (0, 2), (1, 2)))
+    left = (1 - xz**2) * (1 - yz**2)
+    return ratio(xy - xz * yz, np.sqrt(np.where(left > _TINY, left, 0)))
 
 
 def _correlated(columns: np.ndarray, quantity, groups, seed: int, resamples: int, level: float) -> Estimate:

@@ -7,6 +7,7 @@ with d = feature(chosen) − feature(rejected).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -58,21 +59,22 @@ class Sides:
 
     def of(self, quantity: str, at: int = 0) -> Quantity:
         """One of QUANTITIES, or the win rate, of a round (by place), from sums; nan where it has no pair."""
+        return partial(self._value, quantity, at)
 
-        def value(sums: Float[np.ndarray, "resample column"]) -> Float[np.ndarray, " resample"]:
-            k = len(self.names)
-            counts, hits = sums[:, :k], sums[:, k * (at + 1) : k * (at + 2)]
-            if quantity in OF_ALL:
-                return ratio(hits.sum(axis=1), counts.sum(axis=1))
-            if quantity in SIDES:
-                side = self.names.index(quantity)
-                return ratio(hits[:, side], counts[:, side])
-            aligned, counter = (ratio(hits[:, side], counts[:, side]) for side in (0, 1))
-            if quantity == "reliance":
-                return aligned - counter
-            return (aligned + counter) / 2 if quantity == "balanced" else np.minimum(aligned, counter)
-
-        return value
+    def _value(
+        self, quantity: str, at: int, sums: Float[np.ndarray, "resample column"]
+    ) -> Float[np.ndarray, " resample"]:
+        k = len(self.names)
+        counts, hits = sums[:, :k], sums[:, k * (at + 1) : k * (at + 2)]
+        if quantity in OF_ALL:
+            return ratio(hits.sum(axis=1), counts.sum(axis=1))
+        if quantity in SIDES:
+            side = self.names.index(quantity)
+            return ratio(hits[:, side], counts[:, side])
+        aligned, counter = (ratio(hits[:, side], counts[:, side]) for side in (0, 1))
+        if quantity == "reliance":
+            return aligned - counter
+        return (aligned + counter) / 2 if quantity == "balanced" else np.minimum(aligned, counter)
 
     def score(self, quantity: str, at: int = 0, level: float = 0.95) -> Estimate:
         """One of QUANTITIES of a round, with its interval."""
@@ -99,11 +101,12 @@ class Sides:
         at = np.arange(len(places)) - (len(places) - 1) / 2
         weights = at / (at**2).sum()
         parts = [self.of(quantity, place) for place in places]
-
-        def slope(sums: Float[np.ndarray, "resample column"]) -> Float[np.ndarray, " resample"]:
-            return np.stack([part(sums) for part in parts], axis=1) @ weights
-
-        return estimate(self.sample, slope, **self._counts(quantity), level=level)
+        return estimate(
+            self.sample,
+            lambda sums: np.stack([part(sums) for part in parts], axis=1) @ weights,
+            **self._counts(quantity),
+            level=level,
+        )
 
     def _counts(self, quantity: str) -> dict[str, int]:
         of = pairs_of(quantity, self.difference)

@@ -31,8 +31,8 @@ def server(tmp_path_factory):
         yield server
 
 
-@pytest.fixture
-def listener():
+@contextmanager
+def listening():
     """A web server that keeps what is posted to it."""
     posted = []
 
@@ -81,8 +81,16 @@ def test_deploying_twice_makes_the_same_things_once_and_keeps_what_was_set_by_ha
     assert "sera: tell a person" not in first["automations"]  # nobody was named to be told
 
 
-def test_what_is_deployed_names_the_store_and_no_path_of_the_checkout(server, tmp_path):
-    made = deploy(server, tmp_path, "--store", "s3://bucket/runs")
+@pytest.fixture(scope="module")
+def told(server, tmp_path_factory):
+    """What was deployed with a store and a webhook, the webhook and what is posted to it."""
+    with listening() as (url, posted):
+        folder = tmp_path_factory.mktemp("told")
+        yield deploy(server, folder, "--store", "s3://bucket/runs", "--notify", url), url, posted
+
+
+def test_what_is_deployed_names_the_store_and_no_path_of_the_checkout(server, told):
+    made, _, _ = told
     assert made["variables"] == {"sera_store": "s3://bucket/runs"}
     assert set(made["deployments"]) >= {"sera", "sera-advance"}
     for deployment in made["deployments"].values():
@@ -113,9 +121,8 @@ def test_a_pool_keeps_its_own_command_and_takes_none_from_a_run():
     assert closed["job_configuration"] == {"manifest": [{"env": 1}]}
 
 
-def test_the_webhook_that_was_named_is_told_of_an_alarm_and_of_the_end(server, tmp_path, listener):
-    url, posted = listener
-    deploy(server, tmp_path, "--notify", url)
+def test_the_webhook_that_was_named_is_told_of_an_alarm_and_of_the_end(server, told):
+    _, url, posted = told
     blocks = servers.api(server.environment, "/block_documents/filter", {})
     assert "sera-notify" in {block["name"] for block in blocks} and url not in json.dumps(blocks)
     for name in ("sera.alarm.amplification", "sera.round.completed", "sera.run.stopped"):
