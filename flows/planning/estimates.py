@@ -15,11 +15,13 @@ from sera_core.artifacts.step import MEMORY_SETTINGS
 from sera_core.artifacts.store import Store
 from sera_core.config import SeraConfig
 from sera_core.counts import RoundCounts
-from sera_core.guards.memory import free_memory
+from sera_core.errors import InputError
+from sera_core.guards.memory import device_memory
 from sera_core.method.pairing import expected_pairs, sampled_policies
 from sera_core.models.memory_estimate import (
     ModelShape,
     folder_shape,
+    least_training_memory,
     sampling_memory,
     scoring_memory,
     shape_of,
@@ -239,9 +241,7 @@ class Estimator:
         return 4 * (size.shape.parameters if spec.step == "model" else self._trained(size.shape))
 
     def _trained(self, shape: ModelShape) -> int:
-        """Trained parameters."""
-        part = self.config.train
-        return shape.parameters if part.method == "full" else shape.adapter(part.lora_rank)
+        return trained_parameters(self.config, shape)
 
     def _memory(self, spec: StepSpec) -> int | None:
         """Bytes of main memory and of the accelerator's."""
@@ -264,6 +264,35 @@ class Estimator:
         return None
 
 
+def trained_parameters(config: SeraConfig, shape: ModelShape) -> int:
+    """Parameters that a round trains."""
+    return shape.parameters if config.train.method == "full" else shape.adapter(config.train.lora_rank)
+
+
+def refuse_what_cannot_fit(config: SeraConfig, shape: ModelShape | None) -> None:
+    """Refuse a run whose training cannot fit into memory, before its first round is scored.
+
+    Args:
+        config: the run's.
+        shape: the model's; None if it is not on this machine: nothing is checked.
+
+    Raises:
+        InputError: weights, gradients and optimizer states alone need more than the machine or its
+            accelerator has.
+    """
+    if shape is None:
+        return
+    least = least_training_memory(shape, trained_parameters(config, shape))
+    if least <= (total := device_memory(config.execution.device)[0]):
+        return
+    lora = 'set train.method = "lora", or ' if config.train.method == "full" else ""
+    raise InputError(
+        f"training a model of {shape.parameters / 1e9:.3g} billion parameters cannot fit: float32 weights, "
+        f"gradients and optimizer states alone need {least / 2**30:.1f} GiB, and there are "
+        f"{total / 2**30:.1f} GiB where it would run; {lora}use a smaller model or a larger machine"
+    )
+
+
 def memory_warning(rows: Sequence[dict[str, Any]], device: str) -> Iterator[str]:
     """A warning if the step that needs the most memory needs more than is free where it computes.
 
@@ -273,7 +302,7 @@ def memory_warning(rows: Sequence[dict[str, Any]], device: str) -> Iterator[str]
     """
     planned = [row for row in rows if row["memory"] is not None]
     most = max(planned, key=lambda row: row["memory"], default=None)
-    if most is not None and most["memory"] > (free := free_memory(device)):
+    if most is not None and most["memory"] > (free := device_memory(device)[1]):
         yield (
             f"step {most['step']} may need {most['memory'] / 2**30:.1f} GiB of memory, but "
             f"{free / 2**30:.1f} GiB are free: lower {MEMORY_SETTINGS[most['step']]}, or use a larger machine"

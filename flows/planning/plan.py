@@ -6,7 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from flows import round as sera_round
-from flows.planning.estimates import Estimator, memory_warning, round_of, workload
+from flows.planning.estimates import (
+    Estimator,
+    memory_warning,
+    refuse_what_cannot_fit,
+    round_of,
+    workload,
+)
 from flows.planning.forecast import PlannedRound, forecast, warnings_of
 from flows.round import Past, Ref, Steps
 from flows.running.open_run import check_template, load_data, resolved, source_digests
@@ -98,6 +104,9 @@ def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
     """Every step of a run: `reuse`, `run` or `depends`, why, and its estimated cost.
 
     Also the counts of every round, recorded or expected (`rounds`), and what they warn of (`warnings`).
+
+    Raises:
+        InputError: a source cannot be used, or training cannot fit into memory.
     """
     digests = source_digests(config)
     check_template(config)
@@ -106,6 +115,7 @@ def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sera-plan-") as scratch:
         data = load_data(open_store(scratch), config, digests)
         size = workload(config, data, open_store(scratch))
+    refuse_what_cannot_fit(config, size.shape)
     walk = Walk(store_url)
     planned = walk_rounds(config, digests, history, walk, records.given_answer)
     rounds = forecast(config, planned, size, walk.look)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.display.logs import run_log
+from flows.planning.estimates import refuse_what_cannot_fit, shape_of_source
 from flows.round import Ref
 from flows.running.session import Session
 from sera_core import steps
@@ -105,8 +106,8 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
     """Check the input, then create or find the run. Bad data is refused before any model is loaded.
 
     Raises:
-        InputError: a bad name, source or row, a tracker that is not installed, or a configuration other than
-            the run's.
+        InputError: a bad name, source or row, a tracker that is not installed, a model that cannot be trained
+            in the memory there is, or a configuration other than the run's.
     """
     store = open_store(store_url, remember=True)
     if (warning := check_shared(store, config.execution.accept_racy_store)) is not None:
@@ -114,6 +115,7 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
     records = RunStore(store, run)
     if records.state() == "open":  # a stopped run does not train
         refuse_missing(config.execution.tracking)
+        refuse_what_cannot_fit(config, shape_of_source(config))
     digests = source_digests(config)
     check_template(config)
     load_data(store, config, digests)

@@ -34,8 +34,8 @@ def main_memory() -> tuple[float, float]:
     return total, free
 
 
-def free_memory(device: str) -> int:
-    """Bytes that a step can get where it computes: of the accelerator if there is one, else of main memory.
+def device_memory(device: str) -> tuple[int, int]:
+    """Bytes of memory where steps compute, total and free: of the accelerator if there is one, else main.
 
     Args:
         device: `execution.device`.
@@ -44,8 +44,10 @@ def free_memory(device: str) -> int:
         import torch
 
         if torch.cuda.is_available():
-            return torch.cuda.mem_get_info()[0]
-    return int(main_memory()[1])
+            free, total = torch.cuda.mem_get_info()
+            return total, free
+    total, free = main_memory()
+    return int(total), int(free)
 
 
 def count_without(pid: int) -> None:

@@ -115,6 +115,16 @@ def training_memory(shape: ModelShape, dtype: str, trained: int, tokens: int, ro
     return states + activations + _logits(shape, tokens)
 
 
+def least_training_memory(shape: ModelShape, trained: int) -> int:
+    """Bytes that training cannot do without: float32 weights, and of what is trained gradients and moments.
+
+    Args:
+        shape: the model.
+        trained: trained parameters: all of them, or an adapter's.
+    """
+    return (shape.parameters + 3 * trained) * FLOAT32
+
+
 def _loaded(shape: ModelShape, dtype: str) -> int:
     """The libraries, the weights, and the pages of the file they are read from."""
     return LIBRARIES + shape.parameters * (BYTES[dtype] + FLOAT32)

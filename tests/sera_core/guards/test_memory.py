@@ -8,6 +8,7 @@ import time
 import types
 from functools import partial
 
+import pytest
 import tinyrun
 from commandline import process
 from safetensors import safe_open
@@ -15,6 +16,7 @@ from tiny import tiny_policy
 
 from flows.planning.plan import plan
 from sera_core.artifacts.manifest import find_record
+from sera_core.config import TrainConfig
 from sera_core.guards import memory
 from sera_core.guards.memory import MemoryWatch, count_again, count_without, used_memory
 from sera_core.models import memory_estimate
@@ -130,6 +132,26 @@ def test_a_plan_says_what_each_step_needs_and_warns_if_less_is_free(tmp_path, mo
     monkeypatch.setattr(memory, "main_memory", lambda: (2**31, 2**29))
     (warning,) = _of_memory(plan(config, "planned", str(tmp_path / "none")))
     assert "may need 0.7 GiB of memory, but 0.5 GiB are free: lower execution." in warning
+
+
+@pytest.mark.parametrize(
+    ("method", "remedy"), [("full", 'train.method = "lora"'), ("lora", "a smaller model")]
+)
+def test_training_that_cannot_fit_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, sera, method, remedy
+):
+    """Weights, gradients and two moments of 4 bytes each; an adapter adds the last three of its own alone."""
+    experiment = tinyrun.experiment(tmp_path, train={"method": method})
+    shape = folder_shape(tmp_path / "policy")
+    trained = shape.parameters if method == "full" else shape.adapter(TrainConfig().lora_rank)
+    least = 4 * (shape.parameters + 3 * trained)
+    monkeypatch.setattr(memory, "main_memory", lambda: (least - 1, least - 1))
+    for command in ("plan", "run"):
+        said = sera(command, experiment, "--store", tmp_path / "store", code=2).err
+        assert "cannot fit" in said and remedy in said and "billion parameters" in said
+    assert not (tmp_path / "store" / "runs").exists()
+    monkeypatch.setattr(memory, "main_memory", lambda: (least, least))
+    assert sera("plan", experiment, "--store", tmp_path / "store", "--json").json["warnings"]
 
 
 def _of_memory(found):
