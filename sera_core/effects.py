@@ -201,7 +201,7 @@ EFFECTS: tuple[Row, ...] = (
     ),
     Row(
         "execution.sampling_batch",
-        lambda c: c.sampling.engine == "transformers" and _samples(c),
+        lambda c: c.sampling.engine in ("auto", "transformers") and _samples(c),
         f'with sampling.engine = "transformers", and {SAMPLED}',
     ),
 )

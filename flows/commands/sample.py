@@ -35,11 +35,11 @@ from flows.commands.output import (
     write_output,
 )
 from flows.display.progress import reporter
-from sera_core.config import SamplingConfig
+from sera_core.config import AUTO, SamplingConfig
 from sera_core.data.preferences import Drop, Prompt
 from sera_core.errors import InputError
 from sera_core.reporting import words
-from tasks.engines.choose import check_engine, open_sampler
+from tasks.engines.choose import check_engine, engine_here, open_sampler
 from tasks.engines.sampler import Settings, position_limit
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def _check_sample(args: argparse.Namespace) -> None:
         raise InputError(f"--temperature {args.temperature}: must be a number above 0")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top-p {args.top_p}: must lie in (0, 1]")
+    if args.engine == AUTO:
+        args.engine, _ = engine_here(args.device)
     check_engine(args.engine)
     if args.engine == "vllm" and find_spec("vllm") is None:
         raise InputError(

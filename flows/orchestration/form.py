@@ -63,6 +63,18 @@ class FormPart(BaseModel):
     )
 
 
+class AutoEngine(FormPart):
+    """vLLM where the worker has it and a GPU, else transformers."""
+
+    model_config = ConfigDict(title="auto")
+
+    engine: Literal["auto"] = Field(default="auto", description="Engine.")
+
+    def settings(self) -> dict[str, Any]:
+        """The SeraConfig settings of this choice."""
+        return {"sampling": {"engine": self.engine}}
+
+
 class TransformersEngine(FormPart):
     """Samples with transformers, on CPU or GPU."""
 
@@ -167,8 +179,8 @@ _HELDOUT = (
     ),
 )
 _ENGINE = (
-    TransformersEngine | VllmEngine,
-    Field(default_factory=TransformersEngine, description="Sampling engine."),
+    AutoEngine | TransformersEngine | VllmEngine,
+    Field(default_factory=AutoEngine, description="Sampling engine."),
 )
 
 

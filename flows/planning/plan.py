@@ -15,7 +15,7 @@ from flows.planning.estimates import (
 )
 from flows.planning.forecast import PlannedRound, forecast, warnings_of
 from flows.round import Past, Ref, Steps
-from flows.running.open_run import check_template, load_data, resolved, source_digests
+from flows.running.open_run import check_template, load_data, resolved, source_digests, with_engine
 from sera_core import steps
 from sera_core.artifacts.canonical import sha256_json
 from sera_core.artifacts.history import History
@@ -108,9 +108,10 @@ def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
     Raises:
         InputError: a source cannot be used, or training cannot fit into memory.
     """
+    records = RunStore(open_store(store_url), run)
+    config = with_engine(config, records)
     digests = source_digests(config)
     check_template(config)
-    records = RunStore(open_store(store_url), run)
     history, note = _history(config, records, digests)
     with tempfile.TemporaryDirectory(prefix="sera-plan-") as scratch:
         data = load_data(open_store(scratch), config, digests)

@@ -17,7 +17,7 @@ from sera_core.artifacts.run_records import now
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import Store, create_json, open_store
-from sera_core.config import SeraConfig
+from sera_core.config import AUTO, SeraConfig
 from sera_core.data.candidates import read_candidates
 from sera_core.data.chat_templates import default_template, refuse_unused, template_text
 from sera_core.data.folds import refuse_empty_folds
@@ -29,6 +29,7 @@ from sera_core.judges.names import FILE, IMPLICIT
 from sera_core.models.model_sources import resolve_source
 from sera_core.models.model_sources import source_digest as model_digest
 from sera_core.models.policies import read_settings
+from tasks.engines.choose import engine_here
 from tasks.engines.harness import refuse_missing_harness
 from tasks.engines.tracking import refuse_missing
 
@@ -113,6 +114,7 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
     if (warning := check_shared(store, config.execution.accept_racy_store)) is not None:
         run_log()(warning)
     records = RunStore(store, run)
+    config = with_engine(config, records)
     if records.state() == "open":  # a stopped run does not train
         refuse_missing(config.execution.tracking)
         refuse_what_cannot_fit(config, shape_of_source(config))
@@ -121,6 +123,16 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
     load_data(store, config, digests)
     records.open(config, resolved(config, digests))
     return records
+
+
+def with_engine(config: SeraConfig, records: RunStore | None = None) -> SeraConfig:
+    """The configuration with the engine that `auto` stands for: the run's, or a new run's on this machine."""
+    if config.sampling.engine != AUTO:
+        return config
+    begun = [] if records is None else records.configs()
+    if begun:
+        return config.with_engine(begun[-1].settings.sampling.engine)
+    return config.with_engine(engine_here(config.execution.device)[0])
 
 
 def check_template(config: SeraConfig) -> None:

@@ -72,6 +72,7 @@ def record_finished(records: RunStore) -> None:
 
 def find_finished(store: Store, config: SeraConfig) -> str | None:
     """The finished run with the same settings, model and data content; None if there is none."""
+    config = open_run.with_engine(config)
     resolved = open_run.resolved(config, open_run.source_digests(config))
     found = read_typed(store, _finished_path(resolved, config.limits.model_dump(mode="json")), Finished)
     return None if found is None else found.run

@@ -34,18 +34,30 @@ def main_memory() -> tuple[float, float]:
     return total, free
 
 
+def accelerator_here(device: str) -> bool:
+    """Whether steps compute on an accelerator here.
+
+    Args:
+        device: `execution.device`.
+    """
+    if device == "cpu" or not any(driver.exists() for driver in _DRIVERS):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def device_memory(device: str) -> tuple[int, int]:
     """Bytes of memory where steps compute, total and free: of the accelerator if there is one, else main.
 
     Args:
         device: `execution.device`.
     """
-    if device != "cpu" and any(driver.exists() for driver in _DRIVERS):
+    if accelerator_here(device):
         import torch
 
-        if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            return total, free
+        free, total = torch.cuda.mem_get_info()
+        return total, free
     total, free = main_memory()
     return int(total), int(free)
 

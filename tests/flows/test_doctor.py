@@ -10,8 +10,20 @@ from tiny import tiny_policy
 from flows.cli import main
 from flows.commands import doctor
 from sera_core.artifacts.store import LocalStore
+from tasks.engines.choose import engine_here
 
-NAMES = ["store", "disk", "memory", "model", "template", "accelerator", "prefect", "extras", "telemetry"]
+NAMES = [
+    "store",
+    "disk",
+    "memory",
+    "model",
+    "template",
+    "accelerator",
+    "engine",
+    "prefect",
+    "extras",
+    "telemetry",
+]
 
 
 def findings(capfd: pytest.CaptureFixture[str], *argv: object) -> tuple[int, dict[str, dict]]:
@@ -41,6 +53,8 @@ def test_a_healthy_machine_has_no_failed_check(
     code, checks = findings(capfd, "--store", tmp_path / "a" / "store")
     assert code == 0, checks
     assert checks["prefect"]["status"] == "ok"
+    engine, why = engine_here("auto")
+    assert f"takes {engine} ({why})" in checks["engine"]["detail"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,7 +134,7 @@ def test_text_names_each_check_and_its_remedy(
         monkeypatch.setattr(doctor, f"check_{name}", lambda *_, name=name: checks[name])
     out = sera("doctor", "--store", tmp_path).out
     assert "make room" in out
-    assert "9 checks: 0 failed, 1 warnings" in out
+    assert "10 checks: 0 failed, 1 warnings" in out
 
 
 @pytest.mark.s3

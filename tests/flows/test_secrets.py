@@ -1,6 +1,7 @@
 """Credentials in a source's URL are refused at every door, and stand in no store, log or database."""
 
 import json
+import time
 import urllib.error
 from pathlib import Path
 
@@ -144,7 +145,11 @@ def test_a_run_that_fails_leaves_no_character_that_acts_with_prefect(place, tmp_
     config = {**tinyrun.form(tmp_path), "data": {"train": f"/none/{ACTING}/pairs.jsonl"}}
     run = servers.trigger(place.environment, "sera/sera", {"config": config, "run": "failing"})
     ended = servers.wait_for_state(place.environment, run, ("FAILED", "CRASHED"))
-    asked = {"logs": {"flow_run_id": {"any_": [run]}}}
-    lines = [line["message"] for line in servers.api(place.environment, "/logs/filter", asked)]
-    assert any("Traceback" in line for line in lines) and "/none/" in ended["state"]["message"]
+    asked, deadline = {"logs": {"flow_run_id": {"any_": [run]}}}, time.monotonic() + 60
+    lines: list[str] = []
+    while not any("Traceback" in line for line in lines):  # logs are sent now and then, after the state too
+        assert time.monotonic() < deadline, lines
+        lines = [line["message"] for line in servers.api(place.environment, "/logs/filter", asked)]
+        time.sleep(0.5)
+    assert "/none/" in ended["state"]["message"]
     assert not hidden_in("\n".join([ended["state"]["message"], *lines]).replace("\r\n", "\n"))
