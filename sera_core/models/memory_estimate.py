@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sera_core.errors import InputError
+
 LIBRARIES = 700 * 2**20
 """Bytes of torch, transformers and TRL once imported (measured: 0.55 GiB)."""
 KEPT = 1.25
@@ -61,14 +63,31 @@ def shape_of(tensors: Mapping[str, Sequence[int]]) -> ModelShape:
 
 
 def folder_shape(folder: Path) -> ModelShape:
-    """The shape of the model in a policy folder, from the headers of its safetensors files."""
+    """The shape of the model in a policy folder, from the headers of its safetensors files.
+
+    Raises:
+        InputError: a file is damaged.
+    """
     tensors: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            (size,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(size))
-        tensors |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        try:
+            tensors |= _shapes(file)
+        except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{file}: its header cannot be read, so it is damaged or no safetensors file; "
+                "copy or download the model again"
+            ) from error
     return shape_of(tensors)
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Shape of each tensor of a safetensors file."""
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        if size > file.stat().st_size:
+            raise ValueError(f"a header of {size} bytes")
+        header = json.loads(opened.read(size))
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
 def scoring_memory(shape: ModelShape, dtype: str, tokens: int, row: int) -> int:

@@ -154,6 +154,16 @@ def test_training_that_cannot_fit_is_refused_before_anything_is_written(
     assert sera("plan", experiment, "--store", tmp_path / "store", "--json").json["warnings"]
 
 
+@pytest.mark.parametrize("damaged", [b"", b"short", b"x" * 5000, b"\2" + bytes(7) + b"[]"])
+def test_a_damaged_weight_file_is_named_before_anything_is_written(tmp_path, sera, damaged):
+    experiment = tinyrun.experiment(tmp_path)
+    (tmp_path / "policy" / "model.safetensors").write_bytes(damaged)
+    for command in ("plan", "run"):
+        said = sera(command, experiment, "--store", tmp_path / "store", code=2).err
+        assert "model.safetensors: its header cannot be read" in said
+    assert not (tmp_path / "store" / "runs").exists()
+
+
 def _of_memory(found):
     return [warning for warning in found["warnings"] if "GiB" in warning]
 
