@@ -14,7 +14,7 @@ APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -q
 demo: .venv/core            ## three rounds with a real model and real preferences (about ten minutes)
 	$(BIN)/sera demo
 
-quick: .venv/core           ## smoke test: one reviewed round (about a minute)
+quick: .venv/core           ## smoke test: one reviewed round (one to three minutes)
 	$(BIN)/sera demo --quick
 
 lab: .venv/dev              ## the method on planted labels, against DPO and a random selection; writes tests/laboratory/latest.json
@@ -29,10 +29,10 @@ deploy: .venv/core          ## set up the same deployments on the Prefect server
 test: fast                  ## all tests; those after kills mostly wait, so they run beside the ones with real servers
 	$(MAKE) -j 2 real kills
 
-real: system .venv/dev      ## only the tests with real models and servers (half an hour)
+real: system .venv/dev      ## only the tests with real models and servers (half an hour to an hour)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=40 -m "($(REAL) or gpu) and not ($(ALONE))"
 
-kills: system .venv/dev     ## only recovery after kills, and at crash points (20 minutes)
+kills: system .venv/dev     ## only recovery after kills, and at a third of the crash points (20 to 40 minutes)
 	$(BIN)/python -m pytest -q --durations=12 -m "$(ALONE)" tests/recovery tests/reliability
 
 system:                     ## install what the tests need besides pip packages: a browser, Postgres, Ceph

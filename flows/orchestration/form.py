@@ -199,7 +199,7 @@ _SECTIONS: dict[str, Any] = {
         Preset,
         Field(
             default="demo",
-            description="Values of empty fields: quick (a minute on two cores), demo (ten minutes; at most "
+            description="Values of empty fields: quick (one to three minutes on two cores), demo (ten minutes; at most "
             "64 train pairs), full (the method's defaults: all pairs, long responses; needs a GPU).",
         ),
     ),
