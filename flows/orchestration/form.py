@@ -199,8 +199,8 @@ _SECTIONS: dict[str, Any] = {
         Preset,
         Field(
             default="demo",
-            description="Values of empty fields: quick (one to three minutes on two cores), demo (ten minutes; at most "
-            "64 train pairs), full (the method's defaults: all pairs, long responses; needs a GPU).",
+            description="Values of empty fields: quick (1 to 3 minutes on two cores), demo (ten minutes; "
+            "at most 64 train pairs), full (the method's defaults: all pairs, long responses; needs a GPU).",
         ),
     ),
     **{name: _section_field(name, **_EXTRA_FIELDS.get(name, {})) for name in SHOWN if name != "model"},
