@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from flows.compare import Runs, trained_rounds
-from flows.experiments import merged, parse_config
+from flows.experiments import merged
 from flows.round import prepare, test_evidence
 from flows.running.aside import doing_aside
 from flows.running.open_run import source_digests
@@ -55,7 +55,8 @@ def in_words(found: Preferred) -> str:
 def _first_and_last(records: RunStore) -> dict[int, float]:
     settings = records.configs()[-1].settings
     test = {"data": {"test": [{"path": SOURCE}], "test_fraction": 0.0}}
-    config = parse_config(merged(settings.model_dump(), test), SOURCE)
+    # `stored`: a recorded run names its sampling engine even where it samples nothing.
+    config = SeraConfig.stored(merged(settings.model_dump(), test))
     rounds = trained_rounds(records)
     return {manifest.round: _share(records, config, manifest) for manifest in (rounds[0], rounds[-1])}
 

@@ -36,7 +36,8 @@ def _samples_train(config: "SeraConfig") -> bool:
     return _generates(config) and config.candidates is None
 
 
-def _samples(config: "SeraConfig") -> bool:
+def samples(config: "SeraConfig") -> bool:
+    """Whether anything is sampled: train prompts, or answers to held-out prompts."""
     return _samples_train(config) or config.evaluate.prompts > 0
 
 
@@ -135,11 +136,11 @@ EFFECTS: tuple[Row, ...] = (
         Row(f"sampling.{name}", _samples_train, f"{GENERATED}, and not from a file (`pairing.by`)")
         for name in ("responses", "temperature", "top_p", "max_tokens", "prompts")
     ),
-    Row("sampling.engine", _samples, SAMPLED),
-    Row("sampling.dtype", _samples, SAMPLED),
+    Row("sampling.engine", samples, SAMPLED),
+    Row("sampling.dtype", samples, SAMPLED),
     Row(
         "sampling.max_parity_nats",
-        lambda c: _samples(c) and c.sampling.dtype in (None, c.model.dtype),
+        lambda c: samples(c) and c.sampling.dtype in (None, c.model.dtype),
         f"{SAMPLED}, in the model's own dtype (sampling.dtype = model.dtype)",
     ),
     Row(
@@ -201,7 +202,7 @@ EFFECTS: tuple[Row, ...] = (
     ),
     Row(
         "execution.sampling_batch",
-        lambda c: c.sampling.engine in ("auto", "transformers") and _samples(c),
+        lambda c: c.sampling.engine in ("auto", "transformers") and samples(c),
         f'with sampling.engine = "transformers", and {SAMPLED}',
     ),
 )

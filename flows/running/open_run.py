@@ -23,6 +23,7 @@ from sera_core.data.chat_templates import default_template, refuse_unused, templ
 from sera_core.data.folds import refuse_empty_folds
 from sera_core.data.harness_tasks import read_tasks
 from sera_core.data.sources import source_digest
+from sera_core.effects import samples
 from sera_core.errors import InputError
 from sera_core.judges.named import Asking, find_judge, find_rater
 from sera_core.judges.names import FILE, IMPLICIT
@@ -126,13 +127,16 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
 
 
 def with_engine(config: SeraConfig, records: RunStore | None = None) -> SeraConfig:
-    """The configuration with the engine that `auto` stands for: the run's, or a new run's on this machine."""
+    """The configuration with the engine that `auto` stands for: the run's, or a new run's on this machine.
+
+    A new run that samples nothing keeps `auto`.
+    """
     if config.sampling.engine != AUTO:
         return config
     begun = [] if records is None else records.configs()
     if begun:
         return config.with_engine(begun[-1].settings.sampling.engine)
-    return config.with_engine(engine_here(config.execution.device)[0])
+    return config.with_engine(engine_here(config.execution.device)[0]) if samples(config) else config
 
 
 def check_template(config: SeraConfig) -> None:

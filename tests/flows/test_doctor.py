@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import objectstores
 import pytest
 from commandline import Sera
 from tiny import tiny_policy
@@ -139,27 +140,11 @@ def test_text_names_each_check_and_its_remedy(
 
 @pytest.mark.s3
 def test_an_s3_store_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "SERA_CACHE": str(tmp_path / "cache"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        bucket = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
-        bucket.call_s3("create_bucket", Bucket="sera")
-        check = doctor.check_store("s3://sera/store")
+    monkeypatch.setenv("SERA_CACHE", str(tmp_path / "cache"))
+    with objectstores.moto() as server, server.in_environment():
+        url = server.bucket()
+        check = doctor.check_store(url)
         assert check.status == "ok", check
-        assert bucket.find("sera") == []
+        assert server.objects(url) == {}
         assert not any(path.is_file() for path in tmp_path.rglob("*"))
         assert doctor.check_store("s3://missing/store").status == "failed"
-    finally:
-        server.stop()

@@ -9,6 +9,7 @@ from flows.planning.plan import plan
 from flows.running import open_run
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
+from sera_core.config import SeraConfig
 from tasks.engines import choose
 from tasks.engines.choose import engine_here
 
@@ -40,6 +41,18 @@ def test_the_engine_fits_the_machine(monkeypatch, gpu, installed, device, expect
     machine(monkeypatch, gpu, *installed)
     engine, said = engine_here(device)
     assert engine == expected and why in said
+
+
+def test_a_run_that_samples_nothing_keeps_auto(tmp_path, monkeypatch):
+    """An engine by name would be refused as a setting without effect where the recorded settings are read."""
+    nothing = {"mix": {"shares": [0.0]}, "evaluate": {"prompts": 0}}
+    config = tinyrun.config(tmp_path, **nothing)
+    machine(monkeypatch, True, "vllm")
+    records = open_run.open_run(config, "human-only", str(tmp_path / "store"))
+    settings = records.configs()[-1].settings
+    assert settings.sampling.engine == "auto"
+    assert SeraConfig.model_validate(settings.model_dump()) == settings
+    open_run.open_run(config, "human-only", str(tmp_path / "store"))
 
 
 def test_a_run_keeps_the_engine_it_began_with_and_records_it_by_name(tmp_path, monkeypatch):
