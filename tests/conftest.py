@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def pytest_collection_finish():
     """What was imported stays: each training ends with a garbage collection, which need not go through it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup():
+    """transformers logs to the stderr of the test that imported it, which may be closed by now."""
+    logs = sys.modules.get("transformers.utils.logging")
+    handler = logs and logs._default_handler
+    if handler and handler.stream.closed:
+        handler.stream, handler.flush = sys.__stderr__, sys.__stderr__.flush
 
 
 @pytest.hookimpl(tryfirst=True)
