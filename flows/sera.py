@@ -30,6 +30,7 @@ from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import default_store, open_store
 from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
+from tasks.engines.child_process import keep_process
 from tasks.step_functions import do_work
 
 escape_prefect_logs()  # before Prefect logs the start of a run
@@ -98,7 +99,7 @@ def check_restarts(what: str, rounds: int) -> None:
 def run_until_stopped(records: RunStore, store: str) -> str:
     """Run all rounds, with a review where configured. Returns the stop reason, or `waiting`."""
     while True:
-        with run_slot(records.run), hold(records.store, records.run, run_log()):
+        with run_slot(records.run), hold(records.store, records.run, run_log()), keep_process():
             while records.state() == "open":
                 run_next_round(records, store)
             finish_run(records, store)

@@ -14,7 +14,8 @@ from sera_core.data.harness_tasks import HarnessTask, read_tasks
 from sera_core.errors import SeraError
 from sera_core.method.win_rates import bootstrap_interval
 from sera_core.models.devices import device_of
-from sera_core.models.policies import load_tokenizer, shared_policy
+from sera_core.models.policies import load_tokenizer
+from sera_core.models.shared_policies import shared_policy
 from tasks.engines.harness import harness_scores
 
 HARNESS = "harness.parquet"

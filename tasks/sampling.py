@@ -22,7 +22,7 @@ from sera_core.errors import SeraError
 from sera_core.method.rewards import quantise
 from sera_core.models.devices import device_of
 from sera_core.models.memory_estimate import folder_shape, sampling_memory
-from sera_core.models.policies import shared_policy
+from sera_core.models.shared_policies import shared_policy
 from tasks.engines.choose import open_sampler
 from tasks.engines.sampler import (
     Finished,
@@ -106,10 +106,12 @@ def sample_responses(attempt: Attempt) -> list[str]:
         for number in range(len(shards)):
             if number >= len(parts):
                 parts.append(work.sample_shard(number))
-            if number == 0:
+            if number == 0 and not work.fills_device:
                 _probe(attempt, shards[0], _read_part(attempt, parts[0]))
     finally:
         work.close()
+    if work.fills_device:
+        _probe(attempt, shards[0], _read_part(attempt, parts[0]))
     _merge(attempt, parts)
     attempt.counts["prompts"] = len(prompts)
     return ["responses.parquet", "dropped.parquet"]
@@ -142,6 +144,12 @@ class _Work:
         relative = f"part-{number:05d}.parquet"
         schema.write_table(table, attempt.write(relative))
         return attempt.commit_part(number, [relative], {"responses": table.num_rows})
+
+    @property
+    def fills_device(self) -> bool:
+        """Whether the engine leaves no room for the scorer's model beside it: vLLM on an accelerator."""
+        engine, device = self.attempt.fields["engine"], self.attempt.execution.device
+        return engine == "vllm" and device_of(device) != "cpu"
 
     def close(self) -> None:
         """Free the engine."""

@@ -14,7 +14,7 @@ from sera_core.errors import SeraError
 from sera_core.method.rewards import length_desensitised, quantise
 from sera_core.models.devices import device_of
 from sera_core.models.memory_estimate import ModelShape, folder_shape, scoring_memory
-from sera_core.models.policies import shared_policy
+from sera_core.models.shared_policies import shared_policy
 
 SHARD_ROWS = 128
 """Rows per shard: fixed, so that batches are the same on every machine."""

@@ -39,6 +39,8 @@ DEVICE_STEPS = frozenset({"logps", "sample", "rate", "train", "capabilities", "c
 """Steps that may load a model onto the device."""
 CHILD_STEPS = DEVICE_STEPS | {"evaluate", "test"}
 """Steps that may run in a child process group."""
+READING_STEPS = frozenset({"logps", "sample", "capabilities", "evaluate", "test"})
+"""Steps that at most read a policy: the next of them may run in the same process."""
 CLAIMED_STEPS = DEVICE_STEPS
 """Long steps: a process that needs one waits if another process is computing it."""
 NOTHING = nullcontext()
@@ -77,8 +79,14 @@ def do_work(
             return record
         with device:
             if spec.step in CHILD_STEPS and in_child(execution):
-                return run_in_child(WORK[spec.step], store_url, spec, execution, progress, log)
+                may_stay = device is NOTHING and _only_reads(spec)  # whoever gets a slot needs its memory
+                return run_in_child(WORK[spec.step], store_url, spec, execution, progress, log, may_stay)
             return make_step(store, spec, work_of(spec.step), execution, progress)
+
+
+def _only_reads(spec: StepSpec) -> bool:
+    """Whether a step's process can do the next step: vLLM's gives its memory back only when it ends."""
+    return spec.step in READING_STEPS and spec.fields.get("engine") != "vllm"
 
 
 def in_child(execution: ExecutionConfig) -> bool:

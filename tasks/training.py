@@ -19,6 +19,7 @@ from sera_core.models.architecture import refuse_beyond_index_topk
 from sera_core.models.devices import device_of
 from sera_core.models.memory_estimate import folder_shape, training_memory
 from sera_core.models.policies import load_policy, load_tokenizer, save_policy, weights_digest
+from sera_core.models.shared_policies import release_policies
 from sera_core.steps import FOLD_TOKENS
 from tasks.engines.heads_consistency import heads_consistency
 from tasks.engines.library_logs import is_forwarded
@@ -169,6 +170,7 @@ class TrainingRun:
         from tasks.engines.dpo_trainer import ReviewedDPOTrainer, StepHooks
         from tasks.engines.pair_forward import can_share_prompt
 
+        release_policies()
         self._plan_memory()
         checkpoint = self._last_checkpoint()
         if checkpoint is None:

@@ -54,6 +54,14 @@ def describe_process(attempt: Attempt) -> list[str]:
     return ["said.txt"]
 
 
+def print_pid(attempt: Attempt) -> list[str]:
+    """Print the process ID, and end with what its fields say."""
+    sys.stdout.write(f"{os.getpid()}\n")
+    if attempt.fields.get("fails"):
+        raise InputError("told to fail")
+    return speak(attempt)
+
+
 def multiply(attempt: Attempt) -> list[str]:
     """Tell when a product on the device is done, which opens it."""
     import torch

@@ -4,7 +4,7 @@ Prefect's limits only avoid wasted work. Correctness is ensured by the store's c
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 from prefect import get_client
 from prefect.concurrency.sync import concurrency
@@ -14,7 +14,7 @@ from flows.display.deployed import in_deployed_run
 from sera_core.config import ExecutionConfig
 from sera_core.errors import BusyError
 from sera_core.models.devices import device_of
-from tasks.step_functions import DEVICE_STEPS
+from tasks.step_functions import DEVICE_STEPS, NOTHING
 
 DEVICE_LIMIT = "sera-device"
 LEASE_SECONDS = 60
@@ -59,14 +59,11 @@ def make_limit(name: str) -> None:
         client.upsert_global_concurrency_limit_by_name(name, 1)
 
 
-@contextmanager
-def device_slot(step: str, execution: ExecutionConfig) -> Iterator[None]:
+def device_slot(step: str, execution: ExecutionConfig) -> AbstractContextManager[None]:
     """Hold a slot of the device while a step uses it: always on accelerators, on CPUs if set."""
     limit = None
     if step in DEVICE_STEPS and in_deployed_run():
         limit = execution.limit or (DEVICE_LIMIT if device_of(execution.device) != "cpu" else None)
     if limit is None:
-        yield
-        return
-    with concurrency(limit, lease_duration=LEASE_SECONDS, strict=True):
-        yield
+        return NOTHING
+    return concurrency(limit, lease_duration=LEASE_SECONDS, strict=True)

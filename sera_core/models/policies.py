@@ -13,7 +13,6 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -137,21 +136,6 @@ def _refusing(folder: Path) -> Iterator[None]:
             f"weights are damaged, or of an architecture that this version of transformers does not have "
             f"({one_line(error)}): save the model again"
         ) from error
-
-
-def shared_policy(folder: Path, dtype: Dtype, device: str, base: Path | None = None) -> PreTrainedModel:
-    """`load_policy` for read-only use; on CPU the last three policies are cached.
-
-    A round scores several files under each policy and samples from it. On an accelerator nothing is cached,
-    because the next step needs the memory. A step's folder never changes, so its path is a valid cache key.
-    """
-    load = _kept_policy if device == "cpu" else load_policy
-    return load(folder, dtype, device, base)
-
-
-@lru_cache(maxsize=3)
-def _kept_policy(folder: Path, dtype: Dtype, device: str, base: Path | None) -> PreTrainedModel:
-    return load_policy(folder, dtype, device, base)
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:

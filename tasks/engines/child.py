@@ -1,8 +1,11 @@
 """Run a step in a child process group: it frees all memory, can be cancelled, and never blocks heartbeats.
 
 The child is forked from a server that has imported the libraries already (`fork_server`). Progress,
-completion and errors come through a pipe as JSON lines; what the child prints is passed to the log line by
+completion and errors come through a socket as JSON lines; what the child prints is passed to the log line by
 line. The result is in the store.
+
+Inside `keep_process`, a child whose step only reads a policy stays for the next such step: to open the device
+and to load the policy anew takes seconds. It ends before any other step starts a child.
 
 No process of the group survives: the parent kills the group when the step ends or is interrupted; if the
 parent is killed, the server ends and the kernel kills the child; if the child is killed, its guard process
@@ -17,10 +20,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import IO, Any
 
 from sera_core.artifacts.manifest import StepRecord, StepSpec, find_record
 from sera_core.artifacts.step import Progress
@@ -29,18 +31,14 @@ from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
 from sera_core.guards.shown import shown
 from sera_core.models.devices import device_of
-from tasks.engines.fork_server import WAKE_SECONDS, ForkedProcess, fork
+from tasks.engines.child_process import Child, child_for, signal_group
+from tasks.engines.fork_server import WAKE_SECONDS
 
 Log = Callable[[str], None]
 """log(line): called with every line that the step and its libraries print."""
 
-TERM_SECONDS = 5
-"""Time between SIGTERM and SIGKILL."""
 LEAVE_SECONDS = 30
 """Time for a finished child to exit (experiment trackers may still send data)."""
-
-_Group = tuple[ForkedProcess, IO[bytes], IO[bytes]]
-"""The child, its message pipe, its output."""
 
 
 def to_stderr(line: str) -> None:
@@ -49,7 +47,13 @@ def to_stderr(line: str) -> None:
 
 
 def run_in_child(
-    work: str, store_url: str, spec: StepSpec, execution: ExecutionConfig, progress: Progress, log: Log
+    work: str,
+    store_url: str,
+    spec: StepSpec,
+    execution: ExecutionConfig,
+    progress: Progress,
+    log: Log,
+    may_stay: bool = False,
 ) -> StepRecord:
     """Run a step in a child process group; returns its record from the store.
 
@@ -60,6 +64,7 @@ def run_in_child(
         execution: execution settings.
         progress: called with the step's progress.
         log: called with every line of output; libraries log in more detail unless it is `to_stderr`.
+        may_stay: whether the child may stay for the next step of this kind (`keep_process`).
 
     Raises:
         SeraError: the step function raised it (same class), or the process died; the message says how.
@@ -73,9 +78,9 @@ def run_in_child(
         "talkative": log is not to_stderr,
     }
     heard = _Heard(progress)
-    with _group(request) as (process, channel, output):
-        printed = _Lines(lambda line: log(_last_state(line)))
-        _listen(process, {channel: _Lines(heard), output: printed}, heard)
+    printed = _Lines(lambda line: log(_last_state(line)))
+    with child_for(request, may_stay) as child:
+        _listen(child, heard, printed)
         if printed.rest:
             printed.take(b"\n")
     if heard.error is not None:
@@ -83,8 +88,8 @@ def run_in_child(
     record = find_record(open_store(store_url), spec.step, spec.key)
     if record is None:
         raise SeraError(
-            f"step {spec.step}: its process {_describe_exit(process.wait())}; run the same command again "
-            "to continue from the last finished part"
+            f"step {spec.step}: its process {_describe_exit(child.process.wait())}; run the same command "
+            "again to continue from the last finished part"
         )
     return record
 
@@ -93,36 +98,6 @@ def _threads(execution: ExecutionConfig) -> int | None:
     """torch's number of threads in this process, which can change the last bits of results on CPU."""
     torch = sys.modules.get("torch")
     return torch.get_num_threads() if torch and device_of(execution.device) == "cpu" else None
-
-
-@contextlib.contextmanager
-def _group(request: dict[str, Any]) -> Iterator[_Group]:
-    """Start a child in its own process group; kill the group at the end of the block."""
-    channel, to_channel = os.pipe()
-    output, to_output = os.pipe()
-    with os.fdopen(channel, "rb", buffering=0) as messages, os.fdopen(output, "rb", buffering=0) as printed:
-        try:
-            process = fork(request, to_channel, to_output)
-        finally:
-            os.close(to_channel)
-            os.close(to_output)
-        try:
-            yield process, messages, printed
-        except BaseException:
-            _signal(process, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(TERM_SECONDS)
-            raise
-        finally:
-            _signal(process, signal.SIGKILL)
-            process.wait()
-            process.close()
-
-
-def _signal(process: ForkedProcess, number: int) -> None:
-    """Signal the whole group, which exists as long as it has members."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # no member left, or (macOS) only zombies
-        os.killpg(process.pid, number)
 
 
 @dataclass
@@ -143,6 +118,11 @@ class _Heard:
         if "error" in message:
             module, name, text = message["error"]
             self.error = getattr(import_module(module), name)(text)
+
+    @property
+    def done(self) -> bool:
+        """Whether the step is finished."""
+        return self.ended is not None and self.error is None
 
     @property
     def overdue(self) -> bool:
@@ -167,24 +147,36 @@ class _Lines:
             self.tell(line.decode(errors="replace"))
 
 
-def _listen(process: ForkedProcess, pipes: dict[IO[bytes], _Lines], heard: _Heard) -> None:
-    """Pass on the child's messages and output until it exits. Wakes up often to handle signals."""
+def _listen(child: Child, heard: _Heard, printed: _Lines) -> None:
+    """Pass on the child's messages and output until it exits, or waits for its next step.
+
+    Wakes up often to handle signals.
+    """
     with selectors.DefaultSelector() as selector:
-        for pipe, lines in pipes.items():
-            selector.register(pipe, selectors.EVENT_READ, lines)
+        selector.register(child.channel, selectors.EVENT_READ, _Lines(heard))
+        selector.register(child.output, selectors.EVENT_READ, printed)
         while selector.get_map() and not heard.overdue:
-            ready = selector.select(WAKE_SECONDS)
+            child.waits = child.stays and heard.done
+            ready = selector.select(0 if child.waits else WAKE_SECONDS)
             for key, _ in ready:
-                if data := os.read(key.fd, 1 << 16):
+                if data := _read(key.fd):
                     key.data.take(data)
                 else:
                     selector.unregister(key.fileobj)
-            if process.poll() is not None:
-                _signal(process, signal.SIGKILL)  # remaining members keep the pipes open
-                if not ready:
-                    return
+            if child.process.poll() is not None:
+                signal_group(child.process, signal.SIGKILL)  # remaining members keep the pipes open
+                child.waits = False
+            if not ready and (child.waits or child.process.poll() is not None):
+                return
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(0 if heard.overdue else LEAVE_SECONDS)
+        child.process.wait(0 if heard.overdue else LEAVE_SECONDS)
+
+
+def _read(file: int) -> bytes:
+    try:
+        return os.read(file, 1 << 16)
+    except ConnectionResetError:  # it was killed before it read the request
+        return b""
 
 
 def _describe_exit(code: int) -> str:

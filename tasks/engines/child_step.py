@@ -2,9 +2,10 @@
 
     python -P -m tasks.engines.child_step CHANNEL_FD PARENT_PID
 
-The request is JSON: work (step function as `module:function`), store, spec, execution, threads, talkative
-(whether libraries log in detail). Progress, completion and errors go to the channel as JSON lines; the result
-is in the store.
+A request is JSON: work (step function as `module:function`), store, spec, execution, threads, talkative
+(whether libraries log in detail). Progress, completion and errors go to the channel, a socket, as JSON lines;
+the result is in the store. After a finished step the process reads the next request from the channel, and
+leaves at its end.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 from importlib import import_module
@@ -36,21 +38,22 @@ def run_request(request: dict[str, Any], channel: int, parent: int) -> None:
 
     Args:
         request: see above.
-        channel: file descriptor for the messages.
+        channel: file descriptor of the socket for messages and further requests.
         parent: ID of the parent process.
     """
     os.set_inheritable(channel, False)
-    with guarded_group():
+    with guarded_group(), socket.socket(fileno=channel) as messages, messages.makefile("rb") as requests:
         exit_with_parent(parent)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up, then exit
-        _serve(request, channel)
+        while _serve(request, messages) and (line := requests.readline()):
+            request = json.loads(line)
 
 
-def _serve(request: dict[str, Any], channel: int) -> None:
-    """Run the step, and report completion or the error to the parent."""
+def _serve(request: dict[str, Any], messages: socket.socket) -> bool:
+    """Run the step, and report completion or the error to the parent; returns whether it was completed."""
 
     def tell(**message: Any) -> None:
-        os.write(channel, json.dumps(message).encode() + b"\n")
+        messages.sendall(json.dumps(message).encode() + b"\n")
 
     spec = StepSpec.model_validate(request["spec"])
     try:
@@ -70,13 +73,17 @@ def _serve(request: dict[str, Any], channel: int) -> None:
                 ExecutionConfig.model_validate(request["execution"]),
                 lambda *report: tell(progress=report),
             )
+        sys.stdout.flush()
+        sys.stderr.flush()
         tell(done=True)
+        return True
     except SeraError as error:
         tell(error=[type(error).__module__, type(error).__qualname__, str(error)])
     except Exception as error:
         traceback.print_exc()
         message = f"step {spec.step}: {type(error).__name__}: {error} (see its log for the traceback)"
         tell(error=[SeraError.__module__, SeraError.__qualname__, message])
+    return False
 
 
 def _use_threads(count: int | None) -> None:

@@ -33,11 +33,17 @@ from tasks.engines.child_step import run_request
 PYTHON = (sys.executable, "-P", "-u", "-X", "faulthandler", "-m")
 """-P: do not import a folder `tasks` in the working directory."""
 WAKE_SECONDS = 0.5
-LIBRARIES = ("torch", "transformers.models.auto.modeling_auto", "sera_core.models.logprobs")
+LIBRARIES = (
+    "torch",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "peft",
+    "sera_core.models.logprobs",
+)
 """Imported for every step."""
 LIBRARIES_OF = {
     "tasks.sampling": ("tasks.engines.hf_sampler",),
-    "tasks.training": ("tasks.engines.dpo_trainer", "peft"),
+    "tasks.training": ("tasks.engines.dpo_trainer",),
 }
 """Imported for one step in addition, by the module of its step function."""
 READ_LATE = ("SERA_", "PREFECT_", "PYTEST_")
@@ -125,7 +131,7 @@ class _Server:
                 stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
-                cwd=_directory(),
+                cwd=working_directory(),
             )
         count_without(self._process.pid)
 
@@ -162,13 +168,13 @@ def fork(request: dict[str, Any], channel: int, output: int) -> ForkedProcess:
 
     Args:
         request: see `tasks.engines.child_step`.
-        channel: file descriptor for its messages.
+        channel: file descriptor of a socket for messages and further requests.
         output: file descriptor for everything that it prints.
 
     Raises:
         SeraError: the server died.
     """
-    here = {"environment": dict(os.environ), "directory": _directory()}
+    here = {"environment": dict(os.environ), "directory": working_directory()}
     return _running().fork({**request, **here}, channel, output)
 
 
@@ -191,7 +197,7 @@ def end_server() -> None:
         _server = None
 
 
-def _directory() -> str:
+def working_directory() -> str:
     """The working directory; if it was deleted, nothing relative to it can be read anyway."""
     try:
         return str(Path.cwd())

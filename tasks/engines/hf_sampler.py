@@ -11,7 +11,6 @@ distribution function, so it does not depend on the other responses in the batch
 
 from __future__ import annotations
 
-import gc
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from sera_core.config import Dtype
 from sera_core.errors import InputError
-from sera_core.models.policies import shared_policy
+from sera_core.models.shared_policies import shared_policy
 from tasks.engines.sampler import Finished, Request, Sampled, Settings, check_requests, no_progress
 
 _GROWTH = 64
@@ -74,11 +73,8 @@ class HFSampler:
             return _Run(self.model, requests, settings, finished, self.batch, self.windows).run()
 
     def close(self) -> None:
-        """Free the model; on a CPU it stays in the cache of `shared_policy`."""
+        """Let go of the model, which `shared_policy` keeps for the next step."""
         self.model = None
-        if torch.cuda.is_available():
-            gc.collect()
-            torch.cuda.empty_cache()
 
 
 def _windows(model: PreTrainedModel) -> dict[str, int | None]:

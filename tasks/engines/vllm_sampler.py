@@ -18,6 +18,7 @@ from typing import Any
 from sera_core.config import Dtype
 from sera_core.errors import InputError
 from sera_core.models.policies import load_policy, save_policy
+from sera_core.models.shared_policies import release_policies
 from tasks.engines.sampler import (
     Finished,
     Request,
@@ -72,6 +73,7 @@ class VLLMSampler:
             )
         adapter = (policy / "adapter_config.json").is_file()
         self.positions = position_limit(base if adapter and base is not None else policy)
+        release_policies()  # vLLM takes a share of the whole device
         length = min(n for n in (max_length, self.positions, 2**31) if n is not None)
         with tempfile.TemporaryDirectory(prefix="sera-") as scratch:
             folder = _merged(policy, base, Path(scratch)) if adapter else policy

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,8 +18,9 @@ import tinyrun
 from sera_core.artifacts.manifest import StepRecord, StepSpec
 from sera_core.config import ExecutionConfig, SeraConfig
 from sera_core.errors import BudgetReached, InputError, SeraError
+from tasks.engines.child_process import keep_process
 from tasks.engines.fork_server import end_server
-from tasks.step_functions import WORK, do_work, in_child
+from tasks.step_functions import NOTHING, WORK, do_work, in_child
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parents[1]
@@ -121,7 +123,8 @@ def two_rounds(folder: Path, child: str) -> SeraConfig:
 @pytest.fixture(scope="module")
 def tiny_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("child")
-    return {child: tinyrun.work(two_rounds(folder, child), folder / child) for child in WHERE.values()}
+    with keep_process():
+        return {child: tinyrun.work(two_rounds(folder, child), folder / child) for child in WHERE.values()}
 
 
 def test_a_child_gives_the_bytes_of_work_done_here(tiny_runs):
@@ -257,6 +260,72 @@ def servers_of(parent: int) -> list[int]:
     """The fork servers that a process has started."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return [int(pid) for pid in children if "fork_server" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+# ------------------------------------------------------------------------------- the process that is kept
+
+
+@pytest.fixture
+def pid_of(do):
+    """The process that a step runs in, by what it prints."""
+    count = itertools.count()
+
+    def ran_in(step: str = "logps", device: AbstractContextManager[None] = NOTHING, **fields: object) -> int:
+        do.monkeypatch.setitem(WORK, step, "childwork:print_pid")
+        given = {"number": next(count), **fields}
+        spec = StepSpec(step=step, version=1, fields=given, inputs={}, where={"place": str(do.folder)})
+        log: list[str] = []
+        do_work(do.store, spec, ExecutionConfig(device="cpu", child="always"), log=log.append, device=device)
+        assert log[1:] == ["first line", "bar 3", "no end of line"]
+        return int(log[0])
+
+    return ran_in
+
+
+def test_steps_that_only_read_a_policy_share_a_process_that_ends_with_the_block(pid_of):
+    with keep_process():
+        first = pid_of("logps")
+        assert pid_of("sample", engine="transformers") == pid_of("evaluate") == first
+        assert len(members(first)) == 2  # it waits, and its guard
+    gone_within(5, first)
+    assert pid_of("logps") != pid_of("logps")  # outside the block
+
+
+@pytest.mark.parametrize(("step", "fields"), [("train", {}), ("rate", {}), ("sample", {"engine": "vllm"})])
+def test_other_steps_have_the_memory_for_themselves(pid_of, step, fields):
+    with keep_process():
+        first = pid_of("logps")
+        other = pid_of(step, **fields)
+        gone_within(0.1, first)
+        gone_within(0.1, other)
+        assert len({first, other, pid_of("logps")}) == 3
+
+
+def test_a_step_that_holds_a_slot_of_the_device_keeps_no_process_after_it(pid_of):
+    with keep_process():
+        held = pid_of("logps", device=nullcontext())
+        gone_within(0.1, held)
+
+
+def test_a_kept_process_is_not_used_in_another_environment_or_once_it_is_dead(pid_of, monkeypatch, tmp_path):
+    with keep_process():
+        first = pid_of()
+        monkeypatch.setenv("SERA_TEST_WORD", "one")
+        second = pid_of()
+        monkeypatch.chdir(tmp_path)
+        third = pid_of()
+        os.killpg(third, signal.SIGKILL)
+        gone_within(5, third)
+        assert len({first, second, third, pid_of()}) == 4
+
+
+def test_after_a_failed_step_the_next_one_gets_another_process(do, pid_of):
+    with keep_process():
+        first = pid_of()
+        with pytest.raises(InputError, match="told to fail"):
+            do("print_pid", fails=True)
+        assert do.log == [str(first)]
+        assert pid_of() != first
 
 
 # -------------------------------------------------------------------------------------------------- errors
