@@ -374,6 +374,12 @@ class TrainConfig(Part):
     """Rank of the adapter."""
     lora_alpha: Positive = 32
     """Alpha of the adapter; its scale is alpha / rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that get an adapter, as `q_proj`; empty: all but the output layer."""
+    use_rslora: bool = False
+    """Scale the adapter by alpha / √rank (rsLoRA, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train the size of each weight column beside its direction (DoRA, arXiv 2402.09353)."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; empty: 5e-7 for full (DICE), 5e-6 for lora (ours)."""
     warmup: Fraction = 0.1
@@ -498,6 +504,9 @@ class ExecutionConfig(Part):
     the end and stops when the run is cancelled. auto: only on an accelerator."""
     micro_batch: Positive = 4
     """Pairs per forward pass in training; gradients accumulate to `train.batch`."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: training takes less memory and
+    about a third more time."""
     tokens_per_batch: Positive = 2048
     """Maximum tokens per scoring batch."""
     sampling_batch: Positive = 32
@@ -717,7 +726,7 @@ ADDED_LATER = {
     "model": ("template_kwargs",),
     "data": ("format", "columns", "completions", "on_bad_row"),
     "review": ("crossfit",),
-    "train": ("tokens", "ld_alpha", "pair_weights"),
+    "train": ("tokens", "ld_alpha", "pair_weights", "lora_targets", "use_rslora", "use_dora"),
     "evaluate": ("harness", "harness_items"),
     "decide": ("metric", "judge", "uncalibrated", "feature", "panel"),
     "pairing": ("by",),

@@ -175,8 +175,10 @@ EFFECTS: tuple[Row, ...] = (
         "only in a round without a number of tokens (train.tokens is empty, or 0 for that round)",
     ),
     Row("train.target_margin", lambda c: "simpo" in c.train.losses, 'only with the loss "simpo"'),
-    Row("train.lora_rank", lambda c: c.train.method == "lora", 'only with train.method = "lora"'),
-    Row("train.lora_alpha", lambda c: c.train.method == "lora", 'only with train.method = "lora"'),
+    *(
+        Row(f"train.{name}", lambda c: c.train.method == "lora", 'only with train.method = "lora"')
+        for name in ("lora_rank", "lora_alpha", "lora_targets", "use_rslora", "use_dora")
+    ),
     Row(
         "train.reference",
         lambda c: c.train.needs_reference,

@@ -203,7 +203,12 @@ class TrainingRun:
         trained = shape.parameters if self.train.method == "full" else shape.adapter(self.train.lora_rank)
         largest = sorted(self.mixture.tokens)[-self.attempt.execution.micro_batch :]
         self.attempt.memory.planned = training_memory(
-            shape, self.attempt.fields["dtype"], trained, sum(largest), self.mixture.longest
+            shape,
+            self.attempt.fields["dtype"],
+            trained,
+            sum(largest),
+            self.mixture.longest,
+            self.attempt.execution.gradient_checkpointing,
         )
 
     def _make_optimizer(self, checkpoint: dict[str, Path] | None) -> Any:
@@ -221,7 +226,11 @@ class TrainingRun:
         return optimizer
 
     def _load_model(self) -> tuple[Any, Any]:
-        """(model to train, its transformer); weights are float32, also with bfloat16 autocast."""
+        """(model to train, its transformer).
+
+        Trained weights are float32, also with bfloat16 autocast. The base of an adapter has the run's dtype,
+        so that it is the same model in training, scoring and sampling.
+        """
         import torch
 
         if self.train.method == "full":
@@ -229,7 +238,8 @@ class TrainingRun:
             return model, model
         from peft import LoraConfig, PeftModel, get_peft_model
 
-        base = load_policy(self.attempt.input("model").folder("policy"), "float32", self.device)
+        folder = self.attempt.input("model").folder("policy")
+        base = load_policy(folder, self.attempt.fields["dtype"], self.device)
         if self.starts_from_adapter:
             return PeftModel.from_pretrained(base, str(self.start), is_trainable=True), base
         torch.manual_seed(self.seed)
@@ -237,10 +247,15 @@ class TrainingRun:
             r=self.train.lora_rank,
             lora_alpha=self.train.lora_alpha,
             lora_dropout=0.0,
-            target_modules="all-linear",
+            target_modules=list(self.train.lora_targets) or "all-linear",
+            use_rslora=self.train.use_rslora,
+            use_dora=self.train.use_dora,
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(base, config), base
+        try:
+            return get_peft_model(base, config), base
+        except ValueError as error:
+            raise InputError(f"train.lora_targets = {list(self.train.lora_targets)}: {error}") from error
 
     def _arguments(self, scratch: Path) -> Any:
         from trl.trainer.dpo_config import DPOConfig
@@ -257,9 +272,10 @@ class TrainingRun:
             dataloader_pin_memory=False,
             max_grad_norm=self.train.max_grad_norm,
             seed=self.seed,
-            bf16=self.bf16,
+            bf16=self.bf16 and self.train.method == "full",  # an adapter's base has bfloat16 weights
             use_cpu=self.device == "cpu",
-            gradient_checkpointing=False,
+            gradient_checkpointing=self.attempt.execution.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
             max_length=None,
             precompute_ref_log_probs=True,
             router_aux_loss_coef=0.0,

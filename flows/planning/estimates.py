@@ -260,7 +260,8 @@ class Estimator:
             human = sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in size.longest)
             tokens = max(human, execution.micro_batch * 2 * (prompt + sampled))
             pair = max(prompt + 2 * sampled, *map(sum, size.longest))
-            return training_memory(shape, fields["dtype"], self._trained(shape), tokens, pair)
+            recompute = execution.gradient_checkpointing
+            return training_memory(shape, fields["dtype"], self._trained(shape), tokens, pair, recompute)
         return None
 
 
@@ -282,14 +283,18 @@ def refuse_what_cannot_fit(config: SeraConfig, shape: ModelShape | None) -> None
     """
     if shape is None:
         return
-    least = least_training_memory(shape, trained_parameters(config, shape))
+    least = least_training_memory(shape, config.model.dtype, trained_parameters(config, shape))
     if least <= (total := device_memory(config.execution.device)[0]):
         return
-    lora = 'set train.method = "lora", or ' if config.train.method == "full" else ""
+    smaller = ""
+    if config.train.method == "full":
+        smaller = 'set train.method = "lora", or '
+    elif config.model.dtype == "float32":
+        smaller = 'set model.dtype = "bfloat16", or '
     raise InputError(
-        f"training a model of {shape.parameters / 1e9:.3g} billion parameters cannot fit: float32 weights, "
+        f"training a model of {shape.parameters / 1e9:.3g} billion parameters cannot fit: weights, "
         f"gradients and optimizer states alone need {least / 2**30:.1f} GiB, and there are "
-        f"{total / 2**30:.1f} GiB where it would run; {lora}use a smaller model or a larger machine"
+        f"{total / 2**30:.1f} GiB where it would run; {smaller}use a smaller model or a larger machine"
     )
 
 

@@ -36,6 +36,8 @@ class ModelShape:
     cached: int
     """Keys and values of one token."""
     vocabulary: int
+    boundaries: int
+    """Hidden states between the layers of one token: what training keeps with gradient checkpointing."""
 
     def adapter(self, rank: int) -> int:
         """Parameters of a LoRA adapter on all matrices but the embeddings."""
@@ -59,7 +61,9 @@ def shape_of(tensors: Mapping[str, Sequence[int]]) -> ModelShape:
         cached = 2 * len(layers) * min(min(dims) for dims in matrices.values())
     count = sum(math.prod(dims) for dims in tensors.values())
     vocabulary = max((max(dims) for name, dims in matrices.items() if not _LAYER.search(name)), default=0)
-    return ModelShape(count, sum(layers.values()), max(layers.values(), default=0), cached, vocabulary)
+    hidden = max((min(dims) for name, dims in matrices.items() if not _LAYER.search(name)), default=0)
+    widest = max(layers.values(), default=0)
+    return ModelShape(count, sum(layers.values()), widest, cached, vocabulary, len(layers) * hidden)
 
 
 def folder_shape(folder: Path) -> ModelShape:
@@ -118,30 +122,39 @@ def sampling_memory(shape: ModelShape, dtype: str, responses: int, row: int) -> 
     return _loaded(shape, dtype) + cache + prompts + _logits(shape, responses)
 
 
-def training_memory(shape: ModelShape, dtype: str, trained: int, tokens: int, row: int) -> int:
-    """Bytes to train: float32 weights, gradients and Adam's moments, and the activations of a micro-batch.
+def training_memory(
+    shape: ModelShape, dtype: str, trained: int, tokens: int, row: int, recompute: bool = False
+) -> int:
+    """Bytes to train: weights, gradients and Adam's moments, and the activations of a micro-batch.
 
     Args:
         shape: the model.
-        dtype: its dtype; bfloat16 casts a copy of the weights.
+        dtype: its dtype. In bfloat16 training all weights casts a copy of the float32 ones.
         trained: trained parameters: all of them, or an adapter's.
         tokens: tokens of the largest micro-batch.
         row: tokens of its longest pair.
+        recompute: whether activations are computed again (`execution.gradient_checkpointing`).
     """
-    states = _loaded(shape, "float32") + 3 * trained * FLOAT32
-    states += shape.parameters * BYTES[dtype] if dtype != "float32" else 0
-    activations = int(KEPT * tokens * shape.width) * FLOAT32 + row * row * FLOAT32
+    states = least_training_memory(shape, dtype, trained)
+    states += LIBRARIES + shape.parameters * FLOAT32  # and the pages of the file
+    states += shape.parameters * BYTES[dtype] if trained == shape.parameters and dtype != "float32" else 0
+    kept = shape.boundaries + KEPT * shape.widest if recompute else KEPT * shape.width
+    activations = int(tokens * kept) * FLOAT32 + row * row * FLOAT32
     return states + activations + _logits(shape, tokens)
 
 
-def least_training_memory(shape: ModelShape, trained: int) -> int:
-    """Bytes that training cannot do without: float32 weights, and of what is trained gradients and moments.
+def least_training_memory(shape: ModelShape, dtype: str, trained: int) -> int:
+    """Bytes that training cannot do without: weights, and of what is trained gradients and moments.
+
+    What is trained is float32, and an adapter's base has the run's dtype.
 
     Args:
         shape: the model.
+        dtype: its dtype.
         trained: trained parameters: all of them, or an adapter's.
     """
-    return (shape.parameters + 3 * trained) * FLOAT32
+    base = 0 if trained == shape.parameters else shape.parameters * BYTES[dtype]
+    return base + 4 * trained * FLOAT32
 
 
 def _loaded(shape: ModelShape, dtype: str) -> int:

@@ -65,7 +65,8 @@ def load_policy(
         folder: a policy folder, or an adapter folder (adapter_config.json), which needs `base`.
         dtype: dtype of the weights in memory.
         device: device of the model.
-        base: the adapter's base policy folder; the adapter is merged into it in float32.
+        base: the adapter's base policy folder. In float32 the adapter is merged into it. In bfloat16 it stays
+            beside it in float32, as it was trained: rounding would swallow most of a merged adapter.
 
     Raises:
         InputError: no policy folder, an adapter without its base, weights that do not fit config.json or are
@@ -97,7 +98,7 @@ def load_policy(
     with _quiet_transformers(), _refusing(weights):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             weights,
-            dtype=torch.float32 if adapter else getattr(torch, dtype),
+            dtype=getattr(torch, dtype),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -112,8 +113,8 @@ def load_policy(
 
             model = PeftModel.from_pretrained(model, str(folder))
             refuse_mismatched_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model))
-            model = model.merge_and_unload()
-    model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
+            model = model.merge_and_unload() if dtype == "float32" else model.get_base_model()
+    model = model.to(device=device).eval()
     if device != "meta":
         refuse_not_finite(weights, model)
         with _quiet_transformers(), _refusing(weights), torch.no_grad():

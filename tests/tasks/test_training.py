@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from trainable import CPU, Bench, shas
+from trainable import CPU, Bench, logps, shas
+from transformers import modeling_utils
 
 from sera_core.artifacts.manifest import Artifact, StepRecord
 from sera_core.config import TrainConfig
@@ -26,6 +28,16 @@ CHECKPOINTS = CPU.model_copy(update={"checkpoint_steps": 2})
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("bench"))
+
+
+def counted(function: Any, calls: list[Any]) -> Any:
+    """The function, which also notes its calls."""
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    return noted
 
 
 # ------------------------------------------------------------------------------------------------- the order
@@ -313,6 +325,76 @@ def test_in_bfloat16_the_scorers_own_noise_is_allowed_and_no_more(bench: Bench) 
     wrong = bench.mixture(dtype="bfloat16", **{third: {"ref_chosen_logps": -100.0}})
     with pytest.raises(SeraError, match=rf"pair {third}: margin"):
         bench.run(bench.spec(wrong, FULL, dtype="bfloat16"))
+
+
+@slow
+def test_an_adapter_is_scored_in_bfloat16_as_it_was_trained(bench: Bench) -> None:
+    """Its base has bfloat16 weights in both, and the adapter stays beside it.
+
+    A rate of 1e-5 moves a weight by less than bfloat16 can hold, so rounding would change a merged one.
+    """
+    spec = bench.spec(bench.mixture(dtype="bfloat16"), LORA, dtype="bfloat16", rate=1e-5)
+    record = bench.run(spec)
+    assert record.metrics["step0/largest_margin"] <= record.metrics["step0/probe"] * 4 + 1e-3
+    folder, base = Artifact(bench.store, record.ref).folder("policy"), bench.folder / "tiny"
+    policy, start = load_policy(folder, "bfloat16", base=base), load_policy(base, "bfloat16")
+    kinds = {name: value.dtype for name, value in policy.named_parameters()}
+    assert {kind for name, kind in kinds.items() if "lora_" in name} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if "lora_" not in name} == {torch.bfloat16}
+    weight = "model.layers.0.mlp.up_proj.base_layer.weight"
+    torch.testing.assert_close(
+        dict(policy.named_parameters())[weight],
+        start.get_parameter(weight.replace("base_layer.", "")),
+        rtol=0,
+        atol=0,
+    )
+    layer = policy.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.get_delta_weight("default").abs().max() > 0
+    exact = load_policy(folder, base=base)
+    row = bench.rows[0]
+    given = (row["prompt_ids"], row["chosen_ids"])
+    assert logps(policy, *given) == pytest.approx(logps(exact, *given), abs=0.5)
+
+
+@slow
+@pytest.mark.parametrize("train", [FULL, LORA], ids=["full", "lora"])
+def test_gradient_checkpointing_gives_the_same_bytes(bench: Bench, train: TrainConfig) -> None:
+    spec = bench.spec(bench.mixture(), train, rate=2e-3)
+    kept, calls = bench.run(spec), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_utils, "checkpoint", counted(modeling_utils.checkpoint, calls))
+        again = bench.again(
+            spec, CPU.model_copy(update={"gradient_checkpointing": True}), name=f"recomputed-{train.method}"
+        )
+    assert calls and shas(again) == shas(kept)
+
+
+@slow
+@pytest.mark.parametrize(
+    "change", [{"use_rslora": True}, {"use_dora": True}, {"lora_targets": ("q_proj",)}], ids=str
+)
+def test_an_adapters_kind_reaches_its_policy(bench: Bench, change: dict[str, Any]) -> None:
+    record = bench.run(bench.spec(bench.mixture(), LORA.model_copy(update=change), rate=1e-3))
+    assert bench.log(record)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    folder = Artifact(bench.store, record.ref).folder("policy")
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert {name: written[name] for name in ("use_rslora", "use_dora")} == {
+        name: change.get(name, False) for name in ("use_rslora", "use_dora")
+    }
+    assert (written["target_modules"] == ["q_proj"]) == ("lora_targets" in change)
+    row = bench.rows[0]
+    given = (row["prompt_ids"], row["chosen_ids"])
+    policies = [load_policy(folder, dtype, base=bench.folder / "tiny") for dtype in ("float32", "bfloat16")]
+    values = [logps(policy, *given) for policy in policies]
+    assert values[0] != pytest.approx(logps(load_policy(bench.folder / "tiny"), *given), abs=1e-4)
+    assert values[1] == pytest.approx(values[0], abs=0.5)
+
+
+@slow
+def test_layers_that_the_model_does_not_have_are_named(bench: Bench) -> None:
+    train = LORA.model_copy(update={"lora_targets": ("query",)})
+    with pytest.raises(InputError, match=r"train\.lora_targets = \['query'\]: .*not found"):
+        bench.run(bench.spec(bench.mixture(), train))
 
 
 @slow

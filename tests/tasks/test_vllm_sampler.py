@@ -1,5 +1,6 @@
 """The vLLM engine on CPU: the real engine, in a process of its own since it does not give memory back."""
 
+import json
 import multiprocessing
 from importlib.util import find_spec
 
@@ -27,7 +28,7 @@ def test_a_missing_vllm_is_named_with_the_command_that_installs_it(tmp_path, mon
 def sample_in_child(queue, policy, base, requests, settings):
     """Run in a process of its own."""
     sampler = open_sampler("vllm", policy, base=base, max_length=128)
-    queue.put([sampler.sample(part, settings) for part in requests])
+    queue.put([sampler.adapter is not None, *(sampler.sample(part, settings) for part in requests)])
     sampler.close()
 
 
@@ -58,7 +59,7 @@ def test_vllm_agrees_with_the_scorer_and_repeats_itself(tmp_path):
     folder = tiny_policy(tmp_path / "policy")
     ends = tuple(range(2, 40))
     asked = requests()
-    found, alone = sample(folder, None, [asked, asked[:1]], Settings(0.8, 0.95, 24, ends))
+    _, found, alone = sample(folder, None, [asked, asked[:1]], Settings(0.8, 0.95, 24, ends))
     expected = plain_sequence_logps(load_policy(folder), items(asked, found))
     np.testing.assert_allclose([response.logps for response in found], expected, atol=1e-3)
     assert alone[0].ids == found[0].ids
@@ -70,20 +71,29 @@ def test_vllm_agrees_with_the_scorer_and_repeats_itself(tmp_path):
         assert response.finish_reason == "stop" or len(response.ids) == 24
 
 
+def test_vllm_applies_the_adapters_that_it_knows(tmp_path):
+    def rank(**config: object) -> int | None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        return vllm_sampler.lora_rank(tmp_path)
+
+    assert [rank(r=4), rank(r=16), rank(r=17), rank(r=512), rank(r=513)] == [8, 16, 32, 512, None]
+    assert rank(r=8, use_dora=True) is None and rank(r=8, use_dora=False) == 8
+
+
 @pytest.mark.vllm
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_samples_from_an_adapter_merged_into_its_base(tmp_path):
+@pytest.mark.parametrize("kind", [{"use_rslora": True}, {"use_dora": True}], ids=["applied", "merged"])
+def test_vllm_samples_from_an_adapter_beside_its_base_or_merged(tmp_path, kind):
     import torch
     from peft import LoraConfig, get_peft_model
 
     base = tiny_policy(tmp_path / "base")
     torch.manual_seed(0)
-    adapted = get_peft_model(
-        load_policy(base), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-    )
-    adapter = save_policy(adapted, base, tmp_path / "adapter")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **kind)
+    adapter = save_policy(get_peft_model(load_policy(base), lora), base, tmp_path / "adapter")
     assert load_tokenizer(base)
-    (found,) = sample(adapter, base, [requests()], Settings(1.0, 1.0, 8, (END,)))
+    beside, found = sample(adapter, base, [requests()], Settings(1.0, 1.0, 8, (END,)))
+    assert beside == ("use_dora" not in kind)
     expected = plain_sequence_logps(load_policy(adapter, base=base), items(requests(), found))
     np.testing.assert_allclose([response.logps for response in found], expected, atol=1e-3)
     of_base = plain_sequence_logps(load_policy(base), items(requests(), found))

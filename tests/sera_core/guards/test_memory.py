@@ -99,6 +99,7 @@ def test_keys_and_values_in_one_matrix_with_the_queries_are_counted_too():
     tensors = {f"h.{n}.{name}": dims for n in range(2) for name, dims in layer.items()}
     found = shape_of({"wte.weight": [100, 8], **tensors})
     assert (found.cached, found.width, found.widest, found.vocabulary) == (32, 176, 88, 100)
+    assert found.boundaries == 2 * 8
 
 
 def test_estimates_grow_with_what_they_depend_on(tmp_path):
@@ -108,7 +109,11 @@ def test_estimates_grow_with_what_they_depend_on(tmp_path):
     assert scoring_memory(shape, "bfloat16", 0, 0) == LIBRARIES + 1.5 * weights
     assert training_memory(shape, "float32", shape.parameters, 0, 0) == LIBRARIES + 5 * weights
     adapter = training_memory(shape, "float32", shape.adapter(8), 0, 0)
-    assert adapter == LIBRARIES + 2 * weights + 12 * 8 * shape.width
+    assert adapter == LIBRARIES + 2 * weights + 16 * 8 * shape.width
+    half = training_memory(shape, "bfloat16", shape.adapter(8), 0, 0)
+    assert adapter - half == weights / 2  # the base has the dtype of the run
+    whole = [training_memory(shape, "float32", shape.parameters, 1000, 0, again) for again in (False, True)]
+    assert whole[0] > whole[1]  # activations computed again
     for estimate in (
         lambda n: scoring_memory(shape, "float32", 100 * n, 50),
         lambda n: scoring_memory(shape, "float32", 100, 50 * n),
@@ -135,16 +140,16 @@ def test_a_plan_says_what_each_step_needs_and_warns_if_less_is_free(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("method", "remedy"), [("full", 'train.method = "lora"'), ("lora", "a smaller model")]
+    ("method", "remedy"), [("full", 'train.method = "lora"'), ("lora", 'model.dtype = "bfloat16"')]
 )
 def test_training_that_cannot_fit_is_refused_before_anything_is_written(
     tmp_path, monkeypatch, sera, method, remedy
 ):
-    """Weights, gradients and two moments of 4 bytes each; an adapter adds the last three of its own alone."""
+    """Weights, gradients and two moments of 4 bytes each: of all weights, or beside them of an adapter."""
     experiment = tinyrun.experiment(tmp_path, train={"method": method})
     shape = folder_shape(tmp_path / "policy")
     trained = shape.parameters if method == "full" else shape.adapter(TrainConfig().lora_rank)
-    least = 4 * (shape.parameters + 3 * trained)
+    least = 16 * trained + (4 * shape.parameters if method == "lora" else 0)
     monkeypatch.setattr(memory, "main_memory", lambda: (least - 1, least - 1))
     for command in ("plan", "run"):
         said = sera(command, experiment, "--store", tmp_path / "store", code=2).err

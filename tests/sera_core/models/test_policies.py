@@ -320,6 +320,13 @@ def test_a_policy_saved_in_bfloat16_says_so_and_leaves_the_model_in_float32(tiny
     assert load_policy(folder, dtype="bfloat16").dtype == torch.bfloat16
 
 
+def test_in_bfloat16_the_rotary_frequencies_stay_exact(tiny):
+    """Rounded to bfloat16, the angle of position 500 would be wrong by a radian."""
+    exact, rounded = load_policy(tiny).model.rotary_emb, load_policy(tiny, dtype="bfloat16").model.rotary_emb
+    assert rounded.inv_freq.dtype == torch.float32
+    torch.testing.assert_close(rounded.inv_freq, exact.inv_freq, rtol=0, atol=0)
+
+
 def test_an_adapter_is_saved_without_its_base_and_loaded_merged(tiny, tmp_path):
     from peft import LoraConfig, get_peft_model
 
