@@ -500,8 +500,9 @@ class ExecutionConfig(Part):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on."""
     child: Literal["auto", "always", "never"] = "auto"
-    """Run scoring, sampling, training and evaluation each in its own process group, which frees all memory at
-    the end and stops when the run is cancelled. auto: only on an accelerator."""
+    """Run scoring, sampling, training and evaluation in process groups of their own, which free all memory at
+    the end and stop when the run is cancelled. Steps that only read a policy share one. auto: only on an
+    accelerator."""
     micro_batch: Positive = 4
     """Pairs per forward pass in training; gradients accumulate to `train.batch`."""
     gradient_checkpointing: bool = False

@@ -106,6 +106,7 @@ def load_policy(
             output_loading_info=True,
             device_map="meta" if device == "meta" else None,
         )
+        model: Any
         model, loading = loaded
         refuse_mismatched_weights(weights, loading)
         if adapter:

@@ -14,6 +14,7 @@ from commandline import process
 from safetensors import safe_open
 from tiny import tiny_policy
 
+from flows.experiments import load_experiment
 from flows.planning.plan import plan
 from sera_core.artifacts.manifest import find_record
 from sera_core.config import TrainConfig
@@ -23,6 +24,7 @@ from sera_core.models import memory_estimate
 from sera_core.models.memory_estimate import (
     LIBRARIES,
     folder_shape,
+    least_training_memory,
     sampling_memory,
     scoring_memory,
     shape_of,
@@ -122,6 +124,30 @@ def test_estimates_grow_with_what_they_depend_on(tmp_path):
         lambda n: training_memory(shape, "float32", 10, 100 * n, 50),
     ):
         assert estimate(1) < estimate(2) < estimate(20)
+
+
+def test_an_adapter_on_seven_billion_bfloat16_weights_fits_on_80_gb_and_all_weights_do_not():
+    """Mistral-7B's matrices, with the longest pairs and the settings of bundled:mistral-7b."""
+    config = load_experiment("bundled:mistral-7b")
+    hidden, feed, heads = 4096, 14336, 1024
+    sizes = {
+        "q": (hidden, hidden),
+        "k_proj": (heads, hidden),
+        "v_proj": (heads, hidden),
+        "o": (hidden, hidden),
+    }
+    sizes |= {"gate": (feed, hidden), "up": (feed, hidden), "down": (hidden, feed)}
+    layers = {f"model.layers.{n}.{name}.weight": dims for n in range(32) for name, dims in sizes.items()}
+    shape = shape_of({"embed": (32000, hidden), "head": (32000, hidden), **layers})
+    assert shape.parameters == pytest.approx(7.24e9, rel=1e-3)
+    prompt, answer = config.data.max_prompt_tokens, config.data.max_response_tokens
+    tokens, row = config.execution.micro_batch * 2 * (prompt + answer), prompt + 2 * answer
+    trained = shape.adapter(config.train.lora_rank)
+    recompute = config.execution.gradient_checkpointing
+    assert training_memory(shape, config.model.dtype, trained, tokens, row, recompute) < 80e9
+    assert training_memory(shape, config.model.dtype, trained, tokens, row) > 80e9
+    assert scoring_memory(shape, config.model.dtype, config.execution.tokens_per_batch, row) < 80e9
+    assert least_training_memory(shape, config.model.dtype, shape.parameters) > 80e9
 
 
 def test_a_plan_says_what_each_step_needs_and_warns_if_less_is_free(tmp_path, monkeypatch):
