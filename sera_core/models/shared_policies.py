@@ -9,7 +9,7 @@ from sera_core.models.policies import Dtype, load_policy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KEPT_ON_CPU = 3
+KEPT_ON_CPU = 2
 KEPT_ON_ACCELERATOR = 1
 _Key = tuple[Path, Dtype, str, Path | None]
 _kept: "dict[_Key, PreTrainedModel]" = {}
@@ -17,7 +17,7 @@ _kept: "dict[_Key, PreTrainedModel]" = {}
 
 
 def shared_policy(folder: Path, dtype: Dtype, device: str, base: Path | None = None) -> "PreTrainedModel":
-    """`load_policy` for read-only use; the last policies are kept, three on a CPU, one on an accelerator.
+    """`load_policy` for read-only use; the last two are kept on a CPU, one on an accelerator.
 
     A round scores several files under each policy and samples from it. A step's folder never changes, so its
     path is a valid key.
@@ -37,8 +37,10 @@ def release_policies() -> None:
 
 
 def _keep_at_most(count: int) -> None:
-    devices = {_kept.pop(key, None) and key[2] for key in list(_kept)[: max(0, len(_kept) - count)]}
-    if devices - {"cpu", None}:
+    oldest = list(_kept)[: max(0, len(_kept) - count)]
+    for key in oldest:
+        _kept.pop(key, None)
+    if any(device != "cpu" for _, _, device, _ in oldest):
         import torch
 
         gc.collect()

@@ -105,6 +105,30 @@ def test_the_kept_logps_are_the_policys(world):
     np.testing.assert_allclose([row["policy_logps"] for row in rows], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("fills", [False, True])
+def test_the_probe_waits_for_an_engine_that_leaves_no_room_beside_it(world, monkeypatch, fills):
+    order = []
+
+    def noted(name, function):
+        return lambda *args: (order.append(name), function(*args))
+
+    monkeypatch.setattr(sampling._Work, "fills_device", fills)
+    monkeypatch.setattr(sampling._Work, "close", noted("close", sampling._Work.close))
+    monkeypatch.setattr(sampling, "_probe", noted("probe", sampling._probe))
+    record = world.sample()
+    assert order == (["close", "probe"] if fills else ["probe", "close"])
+    assert "parity/max_nats" in record.metrics
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "fills"),
+    [("vllm", "cuda", True), ("vllm", "cpu", False), ("transformers", "cuda", False)],
+)
+def test_only_vllm_on_an_accelerator_leaves_no_room(engine, device, fills):
+    attempt = SimpleNamespace(fields={"engine": engine}, execution=ExecutionConfig(device=device))
+    assert sampling._Work.fills_device.fget(SimpleNamespace(attempt=attempt)) is fills
+
+
 def test_reruns_and_other_file_orders_give_the_same_bytes(tmp_path):
     digests = {
         World(tmp_path / name, order=order).sample().digest for name, order in [("a", 1), ("b", 1), ("c", -1)]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sera_core.artifacts.manifest import Artifact, StepRecord
 from sera_core.config import TrainConfig
 from sera_core.errors import InputError, SeraError
 from sera_core.models.policies import load_policy, weights_digest
+from sera_core.models.shared_policies import shared_policy
 from tasks.engines.training_data import training_order
 from tasks.training import TrainingRun, warmup_factor
 
@@ -325,6 +327,18 @@ def test_in_bfloat16_the_scorers_own_noise_is_allowed_and_no_more(bench: Bench) 
     wrong = bench.mixture(dtype="bfloat16", **{third: {"ref_chosen_logps": -100.0}})
     with pytest.raises(SeraError, match=rf"pair {third}: margin"):
         bench.run(bench.spec(wrong, FULL, dtype="bfloat16"))
+
+
+@slow
+def test_training_begins_without_the_policies_that_were_scored(bench: Bench) -> None:
+    spec, held = bench.spec(bench.mixture(), FULL, rate=3e-3), []
+
+    def progress(*_: Any) -> None:
+        held.append(scored())
+
+    scored = weakref.ref(shared_policy(bench.folder / "tiny", "float32", "cpu"))
+    bench.run(spec, progress=progress)
+    assert held and held[0] is None
 
 
 @slow
