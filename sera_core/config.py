@@ -44,6 +44,7 @@ def _or_own(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 OR_OWN = (WrapValidator(_or_own), PlainSerializer(str, return_type=str))
 """Makes a choice of built-in names one of `module:function` too (`sera_core.extensions`)."""
 Dtype = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "nf4"]
 Loss = Annotated[
     Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sppo_hard", "simpo", "sft"], *OR_OWN
 ]
@@ -130,10 +131,12 @@ class ModelConfig(Part):
     template_kwargs: dict[str, JsonValue] = {}
     """Arguments for the chat template, for example `{enable_thinking = false}` for Qwen3. Prompts and answers
     get the same ones. An argument that the template does not use is refused."""
-    dtype: Dtype = "float32"
+    dtype: Precision = "float32"
     """Precision of scoring and training, for policy and reference alike. bfloat16 halves the memory and is
     fast on hardware that supports it, but adds about half a nat of rounding noise per response: the margins
-    of a policy that has moved little are then meaningless."""
+    of a policy that has moved little are then meaningless. nf4 keeps the base of an adapter in four bits
+    (QLoRA, arXiv 2305.14314): it is trained, scored and sampled through the same rounded base. It needs the
+    extra `qlora` and train.method = "lora"."""
 
 
 class Source(Part):
@@ -564,6 +567,7 @@ class SeraConfig(Part):
             return self
         self.check_own_code()
         refuse_ineffective(self)
+        self._check_precision()
         self._check_judge()
         decide = self.decide
         if decide.review == "always" and decide.review_default in ("hold", "roll_back"):
@@ -625,6 +629,20 @@ class SeraConfig(Part):
             raise ValueError("data.heldout_fraction and data.test_fraction leave nothing to train on")
         return self
 
+    def _check_precision(self) -> None:
+        if self.model.dtype != "nf4":
+            return
+        if self.train.method != "lora":
+            raise ValueError(
+                'model.dtype = "nf4" rounds the weights to four bits, which cannot be trained; set '
+                'train.method = "lora"'
+            )
+        if self.sampling.dtype is not None or self.sampling.engine == "vllm":
+            raise ValueError(
+                'with model.dtype = "nf4" answers are sampled through the same four-bit base as they are '
+                'scored; leave sampling.dtype out, and set sampling.engine = "transformers"'
+            )
+
     def _check_judge(self) -> None:
         if self.decide.metric != "win-rate":
             return
@@ -681,10 +699,11 @@ class SeraConfig(Part):
     def scores_samples_again(self) -> bool:
         """Whether samples are scored again because the sampler's log-probabilities cannot be used.
 
-        In bfloat16 two code paths differ by about half a nat per response, which would swamp the rewards. In
-        float32 a probe in the sampling step checks that sampler and scorer agree.
+        In bfloat16, which four-bit weights are multiplied in too, two code paths differ by about half a nat
+        per response, which would swamp the rewards. In float32 a probe in the sampling step checks that
+        sampler and scorer agree.
         """
-        return self.model.dtype == "bfloat16" or self.sampling.dtype not in (None, self.model.dtype)
+        return self.model.dtype != "float32" or self.sampling.dtype not in (None, self.model.dtype)
 
     @property
     def anchored(self) -> bool:

@@ -39,7 +39,7 @@ VERSIONS = {
     "decide": 4,
     "report": 5,
 }
-PARITY_NATS = {"float32": 0.01, "bfloat16": 4.0}
+PARITY_NATS = {"float32": 0.01, "bfloat16": 4.0, "nf4": 4.0}
 """Default bound of the sampler's parity probe: rounding alone stays below it."""
 PROBED_ROWS = {"train.parquet": 6, "responses.parquet": 12}
 """Rows of a file that its noise is measured on: twelve responses either way, for a pair has two."""

@@ -73,7 +73,7 @@ class TrainingRun:
         """`first_margin`: margin at step 0, in nats, with which the first try was refused; else None."""
         fields = attempt.fields
         self.attempt, self.train = attempt, TrainConfig.model_validate(fields["train"])
-        self.bf16 = fields["dtype"] == "bfloat16"
+        self.bf16 = fields["dtype"] != "float32"
         path = attempt.input("mixture").path("mixture.parquet")
         self.consistency = heads_consistency(attempt)
         smoothing = self._smoothing()
@@ -272,7 +272,7 @@ class TrainingRun:
             dataloader_pin_memory=False,
             max_grad_norm=self.train.max_grad_norm,
             seed=self.seed,
-            bf16=self.bf16 and self.train.method == "full",  # an adapter's base has bfloat16 weights
+            bf16=self.bf16 and self.train.method == "full",  # an adapter's base is computed in it anyway
             use_cpu=self.device == "cpu",
             gradient_checkpointing=self.attempt.execution.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},

@@ -15,7 +15,7 @@ from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec
 from sera_core.artifacts.step import Attempt, no_progress, run_step
 from sera_core.artifacts.store import Store, open_store
 from sera_core.config import ExecutionConfig, TrainConfig
-from sera_core.models.policies import load_policy
+from sera_core.models.policies import Precision, load_policy
 from tasks.training import train_policy
 
 CPU = ExecutionConfig(device="cpu", micro_batch=2, checkpoint_steps=0)
@@ -73,7 +73,7 @@ class Bench:
 
         return run_step(self.store, StepSpec(step=step, version=1, fields=fields, inputs={}), work, CPU).ref
 
-    def mixture(self, dtype: str = "float32", **changes: Any) -> StepRef:
+    def mixture(self, dtype: Precision = "float32", **changes: Any) -> StepRef:
         """The rows with the model's log-probabilities; `changes` by pair_id, or of `every` row."""
         policy = load_policy(self.folder / "tiny", dtype)
         rows = []

@@ -135,7 +135,8 @@ def export_policy(records: RunStore, manifest: RoundManifest, target: Path) -> N
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
         folder = Path(scratch) / "policy"
         if policy.is_adapter:
-            _merge_adapter(policy.policy_path(), folder)
+            four_bits = records.configs()[0].settings.model.dtype == "nf4"
+            _merge_adapter(policy.policy_path(), folder, four_bits)
         else:
             policy.copy_policy(folder)
         text = shown_json(chain.model_dump(mode="json"), indent=1, sort_keys=True)
@@ -148,8 +149,12 @@ def export_policy(records: RunStore, manifest: RoundManifest, target: Path) -> N
         folder.rename(target)
 
 
-def _merge_adapter(source: Path, folder: Path) -> None:
+def _merge_adapter(source: Path, folder: Path, four_bits: bool) -> None:
+    """Merge an adapter into its base; four_bits: into the rounded weights that it was trained on."""
+    from sera_core.models.four_bits import write_rounded
     from sera_core.models.policies import load_policy, save_policy
 
-    base = json.loads((source / "adapter_config.json").read_text())["base_model_name_or_path"]
-    save_policy(load_policy(source, base=base), base, folder)
+    base = Path(json.loads((source / "adapter_config.json").read_text())["base_model_name_or_path"])
+    with tempfile.TemporaryDirectory(prefix="sera-") as scratch:
+        trained_on = write_rounded(base, Path(scratch)) if four_bits else base
+        save_policy(load_policy(source, base=trained_on), base, folder)

@@ -289,8 +289,8 @@ def refuse_what_cannot_fit(config: SeraConfig, shape: ModelShape | None) -> None
     smaller = ""
     if config.train.method == "full":
         smaller = 'set train.method = "lora", or '
-    elif config.model.dtype == "float32":
-        smaller = 'set model.dtype = "bfloat16", or '
+    elif config.model.dtype != "nf4":
+        smaller = 'set model.dtype = "bfloat16" or "nf4", or '
     raise InputError(
         f"training a model of {shape.parameters / 1e9:.3g} billion parameters cannot fit: weights, "
         f"gradients and optimizer states alone need {least / 2**30:.1f} GiB, and there are "

@@ -27,6 +27,7 @@ from sera_core.effects import samples
 from sera_core.errors import InputError
 from sera_core.judges.named import Asking, find_judge, find_rater
 from sera_core.judges.names import FILE, IMPLICIT
+from sera_core.models.four_bits import refuse_missing_four_bits
 from sera_core.models.model_sources import resolve_source
 from sera_core.models.model_sources import source_digest as model_digest
 from sera_core.models.policies import read_settings
@@ -118,6 +119,7 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
     config = with_engine(config, records)
     if records.state() == "open":  # a stopped run does not train
         refuse_missing(config.execution.tracking)
+        refuse_missing_four_bits(config.model.dtype)
         refuse_what_cannot_fit(config, shape_of_source(config))
     digests = source_digests(config)
     check_template(config)
@@ -136,7 +138,9 @@ def with_engine(config: SeraConfig, records: RunStore | None = None) -> SeraConf
     begun = [] if records is None else records.configs()
     if begun:
         return config.with_engine(begun[-1].settings.sampling.engine)
-    return config.with_engine(engine_here(config.execution.device)[0]) if samples(config) else config
+    if not samples(config):
+        return config
+    return config.with_engine(engine_here(config.execution.device, config.model.dtype)[0])
 
 
 def check_template(config: SeraConfig) -> None:

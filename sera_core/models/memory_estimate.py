@@ -19,7 +19,10 @@ KEPT = 1.25
 """Values kept for the backward pass, as a share of the inputs and outputs of all matrices (inferred from two
 peaks of SmolLM2-135M: 0.7 to 1.2)."""
 FLOAT32 = 4
-BYTES = {"float32": FLOAT32, "bfloat16": 2}
+BYTES = {"float32": FLOAT32, "bfloat16": 2, "nf4": 2}
+"""Of a value that is computed."""
+FOUR_BITS = 0.5 + FLOAT32 / 64
+"""Bytes of a weight in nf4, with its share of the scale of 64."""
 _LAYER = re.compile(r"\.(\d+)\.")
 _CACHED = re.compile(r"(k_proj|v_proj|attn_k|attn_v)\.weight$")
 
@@ -38,6 +41,15 @@ class ModelShape:
     vocabulary: int
     boundaries: int
     """Hidden states between the layers of one token: what training keeps with gradient checkpointing."""
+
+    outside: int
+    """Parameters outside the layers: embeddings and the output layer."""
+
+    def weights(self, dtype: str) -> int:
+        """Bytes of the weights in memory."""
+        if dtype == "nf4":
+            return int(FOUR_BITS * (self.parameters - self.outside)) + 2 * self.outside
+        return self.parameters * BYTES[dtype]
 
     def adapter(self, rank: int) -> int:
         """Parameters of a LoRA adapter on all matrices but the embeddings."""
@@ -63,7 +75,8 @@ def shape_of(tensors: Mapping[str, Sequence[int]]) -> ModelShape:
     vocabulary = max((max(dims) for name, dims in matrices.items() if not _LAYER.search(name)), default=0)
     hidden = max((min(dims) for name, dims in matrices.items() if not _LAYER.search(name)), default=0)
     widest = max(layers.values(), default=0)
-    return ModelShape(count, sum(layers.values()), widest, cached, vocabulary, len(layers) * hidden)
+    outside = sum(math.prod(dims) for name, dims in tensors.items() if not _LAYER.search(name))
+    return ModelShape(count, sum(layers.values()), widest, cached, vocabulary, len(layers) * hidden, outside)
 
 
 def folder_shape(folder: Path) -> ModelShape:
@@ -137,7 +150,7 @@ def training_memory(
     """
     states = least_training_memory(shape, dtype, trained)
     states += LIBRARIES + shape.parameters * FLOAT32  # and the pages of the file
-    states += shape.parameters * BYTES[dtype] if trained == shape.parameters and dtype != "float32" else 0
+    states += shape.weights(dtype) if trained == shape.parameters and dtype != "float32" else 0
     kept = shape.boundaries + KEPT * shape.widest if recompute else KEPT * shape.width
     activations = int(tokens * kept) * FLOAT32 + row * row * FLOAT32
     return states + activations + _logits(shape, tokens)
@@ -153,13 +166,13 @@ def least_training_memory(shape: ModelShape, dtype: str, trained: int) -> int:
         dtype: its dtype.
         trained: trained parameters: all of them, or an adapter's.
     """
-    base = 0 if trained == shape.parameters else shape.parameters * BYTES[dtype]
+    base = 0 if trained == shape.parameters else shape.weights(dtype)
     return base + 4 * trained * FLOAT32
 
 
 def _loaded(shape: ModelShape, dtype: str) -> int:
     """The libraries, the weights, and the pages of the file they are read from."""
-    return LIBRARIES + shape.parameters * (BYTES[dtype] + FLOAT32)
+    return LIBRARIES + shape.weights(dtype) + shape.parameters * FLOAT32
 
 
 def _logits(shape: ModelShape, rows: int) -> int:

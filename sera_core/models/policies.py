@@ -20,6 +20,7 @@ from sera_core.artifacts.canonical import files_digest, sha256_file
 from sera_core.data.file_checks import placeholder_problem, refuse_special
 from sera_core.errors import InputError, SeraError
 from sera_core.guards.shown import one_line
+from sera_core.models.four_bits import four_bits, refuse_missing_four_bits
 from sera_core.models.weights import (
     refuse_mismatched_tensors,
     refuse_mismatched_weights,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "nf4"]
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -55,7 +57,7 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
 def load_policy(
     folder: Path | str,
-    dtype: Dtype = "float32",
+    dtype: Precision = "float32",
     device: str = "cpu",
     base: Path | str | None = None,
 ) -> PreTrainedModel:
@@ -63,10 +65,11 @@ def load_policy(
 
     Args:
         folder: a policy folder, or an adapter folder (adapter_config.json), which needs `base`.
-        dtype: dtype of the weights in memory.
+        dtype: dtype of the weights in memory. `nf4` rounds all linear layers but the output to four bits (in
+            blocks of 64, arXiv 2305.14314), which are multiplied in bfloat16.
         device: device of the model.
-        base: the adapter's base policy folder. In float32 the adapter is merged into it. In bfloat16 it stays
-            beside it in float32, as it was trained: rounding would swallow most of a merged adapter.
+        base: the adapter's base policy folder. In float32 the adapter is merged into it. Else it stays beside
+            it in float32, as it was trained: rounding would swallow most of a merged adapter.
 
     Raises:
         InputError: no policy folder, an adapter without its base, weights that do not fit config.json or are
@@ -75,6 +78,7 @@ def load_policy(
     import torch
     from transformers import AutoModelForCausalLM
 
+    refuse_missing_four_bits(dtype)
     folder = Path(folder)
     adapter = (folder / "adapter_config.json").is_file()
     weights = Path(base) if adapter and base is not None else folder
@@ -98,13 +102,14 @@ def load_policy(
     with _quiet_transformers(), _refusing(weights):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             weights,
-            dtype=getattr(torch, dtype),
+            dtype=torch.bfloat16 if dtype == "nf4" else getattr(torch, dtype),
+            quantization_config=four_bits() if dtype == "nf4" else None,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # refused below, with the shapes in the message
             output_loading_info=True,
-            device_map="meta" if device == "meta" else None,
+            device_map={"": device} if dtype == "nf4" or device == "meta" else None,
         )
         model: Any
         model, loading = loaded
@@ -115,7 +120,7 @@ def load_policy(
             model = PeftModel.from_pretrained(model, str(folder))
             refuse_mismatched_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model))
             model = model.merge_and_unload() if dtype == "float32" else model.get_base_model()
-    model = model.to(device=device).eval()
+    model = model.eval() if dtype == "nf4" else model.to(device=device).eval()
     if device != "meta":
         refuse_not_finite(weights, model)
         with _quiet_transformers(), _refusing(weights), torch.no_grad():

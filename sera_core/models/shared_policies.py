@@ -4,19 +4,19 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sera_core.models.policies import Dtype, load_policy
+from sera_core.models.policies import Precision, load_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEPT_ON_CPU = 2
 KEPT_ON_ACCELERATOR = 1
-_Key = tuple[Path, Dtype, str, Path | None]
+_Key = tuple[Path, Precision, str, Path | None]
 _kept: "dict[_Key, PreTrainedModel]" = {}
 """The last one used is at the end."""
 
 
-def shared_policy(folder: Path, dtype: Dtype, device: str, base: Path | None = None) -> "PreTrainedModel":
+def shared_policy(folder: Path, dtype: Precision, device: str, base: Path | None = None) -> "PreTrainedModel":
     """`load_policy` for read-only use; the last two are kept on a CPU, one on an accelerator.
 
     A round scores several files under each policy and samples from it. A step's folder never changes, so its

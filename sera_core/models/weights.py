@@ -128,7 +128,9 @@ def refuse_not_finite(folder: Path, model: Any) -> None:
     Raises:
         InputError: names the first tensor.
     """
-    for name, tensor in model.named_parameters():
+    for name, parameter in model.named_parameters():
+        four_bits = getattr(parameter, "quant_state", None)  # its scales are the largest weights of blocks
+        tensor = parameter if four_bits is None else four_bits.absmax
         if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
             raise InputError(
                 f"policy folder {folder}: the tensor {name} holds NaN or infinity: copy its *.safetensors "

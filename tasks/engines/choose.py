@@ -5,7 +5,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sera_core.config import Dtype
+from sera_core.config import Precision
 from sera_core.extensions import Registry
 from sera_core.guards.memory import accelerator_here
 from tasks.engines.sampler import Sampler
@@ -16,7 +16,7 @@ def open_sampler(
     policy: Path,
     *,
     base: Path | None = None,
-    dtype: Dtype = "float32",
+    dtype: Precision = "float32",
     device: str = "cpu",
     batch: int = 32,
     max_length: int | None = None,
@@ -40,12 +40,15 @@ def open_sampler(
     )
 
 
-def engine_here(device: str) -> tuple[str, str]:
+def engine_here(device: str, dtype: Precision = "float32") -> tuple[str, str]:
     """The engine that `sampling.engine = "auto"` takes on this machine, and why.
 
     Args:
         device: `execution.device`.
+        dtype: `model.dtype`.
     """
+    if dtype == "nf4":
+        return "transformers", "samples through the same four-bit weights as it scores"
     if device == "cpu":
         return "transformers", "on a CPU"
     if not accelerator_here(device):

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from sera_core.config import Dtype
+from sera_core.config import Precision
 from sera_core.errors import InputError
 from sera_core.models.shared_policies import shared_policy
 from tasks.engines.sampler import Finished, Request, Sampled, Settings, check_requests, no_progress
@@ -44,7 +44,7 @@ class HFSampler:
         policy: Path,
         *,
         base: Path | None = None,
-        dtype: Dtype = "float32",
+        dtype: Precision = "float32",
         device: str = "cpu",
         batch: int = 32,
     ) -> None:

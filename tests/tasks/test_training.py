@@ -16,7 +16,7 @@ from transformers import modeling_utils
 from sera_core.artifacts.manifest import Artifact, StepRecord
 from sera_core.config import TrainConfig
 from sera_core.errors import InputError, SeraError
-from sera_core.models.policies import load_policy, weights_digest
+from sera_core.models.policies import Precision, load_policy, weights_digest
 from sera_core.models.shared_policies import shared_policy
 from tasks.engines.training_data import training_order
 from tasks.training import TrainingRun, warmup_factor
@@ -342,19 +342,18 @@ def test_training_begins_without_the_policies_that_were_scored(bench: Bench) -> 
 
 
 @slow
-def test_an_adapter_is_scored_in_bfloat16_as_it_was_trained(bench: Bench) -> None:
-    """Its base has bfloat16 weights in both, and the adapter stays beside it.
-
-    A rate of 1e-5 moves a weight by less than bfloat16 can hold, so rounding would change a merged one.
-    """
-    spec = bench.spec(bench.mixture(dtype="bfloat16"), LORA, dtype="bfloat16", rate=1e-5)
+@pytest.mark.parametrize("dtype", ["bfloat16", "nf4"])
+def test_an_adapter_is_scored_beside_the_base_that_it_was_trained_on(bench: Bench, dtype: Precision) -> None:
+    """A rate of 1e-5 moves a weight by less than bfloat16 can hold, so rounding would change a merged one."""
+    spec = bench.spec(bench.mixture(dtype=dtype), LORA, dtype=dtype, rate=1e-5)
     record = bench.run(spec)
     assert record.metrics["step0/largest_margin"] <= record.metrics["step0/probe"] * 4 + 1e-3
     folder, base = Artifact(bench.store, record.ref).folder("policy"), bench.folder / "tiny"
-    policy, start = load_policy(folder, "bfloat16", base=base), load_policy(base, "bfloat16")
+    policy, start = load_policy(folder, dtype, base=base), load_policy(base, dtype)
     kinds = {name: value.dtype for name, value in policy.named_parameters()}
     assert {kind for name, kind in kinds.items() if "lora_" in name} == {torch.float32}
-    assert {kind for name, kind in kinds.items() if "lora_" not in name} == {torch.bfloat16}
+    base_kinds = {"bfloat16": {torch.bfloat16}, "nf4": {torch.bfloat16, torch.uint8}}
+    assert {kind for name, kind in kinds.items() if "lora_" not in name} == base_kinds[dtype]
     weight = "model.layers.0.mlp.up_proj.base_layer.weight"
     torch.testing.assert_close(
         dict(policy.named_parameters())[weight],
@@ -364,10 +363,9 @@ def test_an_adapter_is_scored_in_bfloat16_as_it_was_trained(bench: Bench) -> Non
     )
     layer = policy.get_submodule("model.layers.0.mlp.up_proj")
     assert layer.get_delta_weight("default").abs().max() > 0
-    exact = load_policy(folder, base=base)
     row = bench.rows[0]
     given = (row["prompt_ids"], row["chosen_ids"])
-    assert logps(policy, *given) == pytest.approx(logps(exact, *given), abs=0.5)
+    assert logps(policy, *given) == pytest.approx(logps(start, *given), abs=0.5)
 
 
 @slow

@@ -114,6 +114,9 @@ def test_estimates_grow_with_what_they_depend_on(tmp_path):
     assert adapter == LIBRARIES + 2 * weights + 16 * 8 * shape.width
     half = training_memory(shape, "bfloat16", shape.adapter(8), 0, 0)
     assert adapter - half == weights / 2  # the base has the dtype of the run
+    assert shape.outside == 512 * 64 + 64  # embeddings, which are the output layer too, and the last norm
+    four_bits = training_memory(shape, "nf4", shape.adapter(8), 0, 0)
+    assert half - four_bits == int((2 - 0.5625) * (shape.parameters - shape.outside))
     whole = [training_memory(shape, "float32", shape.parameters, 1000, 0, again) for again in (False, True)]
     assert whole[0] > whole[1]  # activations computed again
     for estimate in (

@@ -327,6 +327,23 @@ def test_in_bfloat16_the_rotary_frequencies_stay_exact(tiny):
     torch.testing.assert_close(rounded.inv_freq, exact.inv_freq, rtol=0, atol=0)
 
 
+def test_four_bits_hold_the_weights_but_those_outside_the_layers_and_nan_is_still_found(tiny, copy):
+    from safetensors.torch import load_file, save_file
+
+    rounded = load_policy(tiny, "nf4")
+    kinds = {name: tensor.dtype for name, tensor in rounded.named_parameters()}
+    assert {name for name, kind in kinds.items() if kind == torch.uint8} == {
+        name for name in kinds if name.endswith("proj.weight")
+    }
+    exact = sequence_logps(load_policy(tiny), ITEMS)
+    assert 0 < np.abs(sequence_logps(rounded, ITEMS) - exact).max() < 5
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        load_policy(copy, "nf4")
+
+
 def test_an_adapter_is_saved_without_its_base_and_loaded_merged(tiny, tmp_path):
     from peft import LoraConfig, get_peft_model
 
