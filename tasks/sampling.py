@@ -162,8 +162,13 @@ class _Work:
         longest = max(len(prompt.ids) for shard in self.shards for prompt in shard)
         row = longest + fields["max_tokens"]
         if fields["engine"] == "transformers":  # vLLM takes a fixed share of the memory
-            needed = sampling_memory(folder_shape(base), fields["dtype"], execution.sampling_batch, row)
-            self.attempt.memory.planned = needed
+            self.attempt.memory.planned = sampling_memory(
+                folder_shape(base),
+                fields["dtype"],
+                execution.sampling_batch,
+                row,
+                device_of(execution.device),
+            )
         return open_sampler(
             fields["engine"],
             policy,

@@ -158,7 +158,8 @@ def _plan_memory(attempt: Attempt, shape: ModelShape, texts: Sequence[Text]) -> 
     """Plan the memory of the next batches; it may only grow."""
     longest = max(len(text.prompt_ids) + len(text.response_ids) for text in texts)
     tokens = longest if "probe" in attempt.fields else max(attempt.execution.tokens_per_batch, longest)
-    needed = scoring_memory(shape, attempt.fields["dtype"], tokens, longest)
+    device = device_of(attempt.execution.device)
+    needed = scoring_memory(shape, attempt.fields["dtype"], tokens, longest, device)
     attempt.memory.planned = max(attempt.memory.planned or 0, needed)
 
 

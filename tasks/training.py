@@ -209,6 +209,7 @@ class TrainingRun:
             sum(largest),
             self.mixture.longest,
             self.attempt.execution.gradient_checkpointing,
+            self.device,
         )
 
     def _make_optimizer(self, checkpoint: dict[str, Path] | None) -> Any:

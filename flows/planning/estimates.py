@@ -16,7 +16,7 @@ from sera_core.artifacts.store import Store
 from sera_core.config import SeraConfig
 from sera_core.counts import RoundCounts
 from sera_core.errors import InputError
-from sera_core.guards.memory import device_memory
+from sera_core.guards.memory import accelerator_here, device_memory
 from sera_core.method.pairing import expected_pairs, sampled_policies
 from sera_core.models.memory_estimate import (
     ModelShape,
@@ -249,19 +249,20 @@ class Estimator:
         if (shape := size.shape) is None:
             return None
         prompt, sampled = size.longest_prompt, self.config.sampling.max_tokens
+        device = "cuda" if accelerator_here(execution.device) else "cpu"
         if spec.step == "logps":
             answers = max(sampled, self.config.evaluate.max_tokens)
             row = max(prompt + answers, *(pair[0] + max(pair[1:]) for pair in size.longest))
-            return scoring_memory(shape, fields["dtype"], max(execution.tokens_per_batch, row), row)
+            return scoring_memory(shape, fields["dtype"], max(execution.tokens_per_batch, row), row, device)
         if spec.step == "sample" and fields["engine"] == "transformers":
             row = prompt + fields["max_tokens"]
-            return sampling_memory(shape, fields["dtype"], execution.sampling_batch, row)
+            return sampling_memory(shape, fields["dtype"], execution.sampling_batch, row, device)
         if spec.step == "train":
             human = sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in size.longest)
             tokens = max(human, execution.micro_batch * 2 * (prompt + sampled))
             pair = max(prompt + 2 * sampled, *map(sum, size.longest))
-            recompute = execution.gradient_checkpointing
-            return training_memory(shape, fields["dtype"], self._trained(shape), tokens, pair, recompute)
+            trained, recompute = self._trained(shape), execution.gradient_checkpointing
+            return training_memory(shape, fields["dtype"], trained, tokens, pair, recompute, device)
         return None
 
 

@@ -107,7 +107,7 @@ def _shapes(file: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
-def scoring_memory(shape: ModelShape, dtype: str, tokens: int, row: int) -> int:
+def scoring_memory(shape: ModelShape, dtype: str, tokens: int, row: int, device: str = "cpu") -> int:
     """Bytes to score a batch.
 
     Args:
@@ -116,12 +116,13 @@ def scoring_memory(shape: ModelShape, dtype: str, tokens: int, row: int) -> int:
         tokens: tokens of the largest batch.
         row: tokens of the longest prompt with a response; its mask is square, and a model that changes its
             logits computes all of them at once.
+        device: where the model is.
     """
     activations = 2 * tokens * shape.widest * BYTES[dtype]
-    return _loaded(shape, dtype) + activations + row * row * FLOAT32 + _logits(shape, row)
+    return _loaded(shape, dtype, device) + activations + row * row * FLOAT32 + _logits(shape, row)
 
 
-def sampling_memory(shape: ModelShape, dtype: str, responses: int, row: int) -> int:
+def sampling_memory(shape: ModelShape, dtype: str, responses: int, row: int, device: str = "cpu") -> int:
     """Bytes to sample a batch, with transformers.
 
     Args:
@@ -129,14 +130,21 @@ def sampling_memory(shape: ModelShape, dtype: str, responses: int, row: int) -> 
         dtype: its dtype.
         responses: responses sampled at once.
         row: tokens of the longest prompt and response.
+        device: where the model is.
     """
     cache = 2 * responses * row * shape.cached * BYTES[dtype]  # twice: it grows by copying
     prompts = 2 * responses * row * shape.widest * BYTES[dtype]
-    return _loaded(shape, dtype) + cache + prompts + _logits(shape, responses)
+    return _loaded(shape, dtype, device) + cache + prompts + _logits(shape, responses)
 
 
 def training_memory(
-    shape: ModelShape, dtype: str, trained: int, tokens: int, row: int, recompute: bool = False
+    shape: ModelShape,
+    dtype: str,
+    trained: int,
+    tokens: int,
+    row: int,
+    recompute: bool = False,
+    device: str = "cpu",
 ) -> int:
     """Bytes to train: weights, gradients and Adam's moments, and the activations of a micro-batch.
 
@@ -147,9 +155,10 @@ def training_memory(
         tokens: tokens of the largest micro-batch.
         row: tokens of its longest pair.
         recompute: whether activations are computed again (`execution.gradient_checkpointing`).
+        device: where it is trained.
     """
     states = least_training_memory(shape, dtype, trained)
-    states += LIBRARIES + shape.parameters * FLOAT32  # and the pages of the file
+    states += LIBRARIES + _pages(shape, device)
     states += shape.weights(dtype) if trained == shape.parameters and dtype != "float32" else 0
     kept = shape.boundaries + KEPT * shape.widest if recompute else KEPT * shape.width
     activations = int(tokens * kept) * FLOAT32 + row * row * FLOAT32
@@ -170,9 +179,13 @@ def least_training_memory(shape: ModelShape, dtype: str, trained: int) -> int:
     return base + 4 * trained * FLOAT32
 
 
-def _loaded(shape: ModelShape, dtype: str) -> int:
-    """The libraries, the weights, and the pages of the file they are read from."""
-    return LIBRARIES + shape.weights(dtype) + shape.parameters * FLOAT32
+def _loaded(shape: ModelShape, dtype: str, device: str) -> int:
+    return LIBRARIES + shape.weights(dtype) + _pages(shape, device)
+
+
+def _pages(shape: ModelShape, device: str) -> int:
+    """Bytes of the file that the weights are read from, which on a CPU stay mapped beside them."""
+    return shape.parameters * FLOAT32 if device == "cpu" else 0
 
 
 def _logits(shape: ModelShape, rows: int) -> int:

@@ -165,5 +165,5 @@ def test_a_form_drops_what_the_preset_says_in_vain_and_refuses_what_the_person_s
 
 
 def test_the_bundled_experiments_say_nothing_in_vain():
-    for name in ("demo", "demo-quick", "lab", "lab-ultrafeedback", "mistral-7b"):
+    for name in ("demo", "demo-quick", "lab", "lab-ultrafeedback", "mistral-7b", "mistral-7b-qlora"):
         assert json.loads(load_experiment(f"bundled:{name}").model_dump_json())

@@ -129,9 +129,10 @@ def test_estimates_grow_with_what_they_depend_on(tmp_path):
         assert estimate(1) < estimate(2) < estimate(20)
 
 
-def test_an_adapter_on_seven_billion_bfloat16_weights_fits_on_80_gb_and_all_weights_do_not():
-    """Mistral-7B's matrices, with the longest pairs and the settings of bundled:mistral-7b."""
-    config = load_experiment("bundled:mistral-7b")
+@pytest.mark.parametrize(("name", "card"), [("mistral-7b", 80e9), ("mistral-7b-qlora", 24e9)])
+def test_the_experiments_of_seven_billion_weights_fit_on_their_cards(name, card):
+    """Mistral-7B's matrices, with the longest pairs that the settings allow."""
+    config = load_experiment(f"bundled:{name}")
     hidden, feed, heads = 4096, 14336, 1024
     sizes = {
         "q": (hidden, hidden),
@@ -143,14 +144,17 @@ def test_an_adapter_on_seven_billion_bfloat16_weights_fits_on_80_gb_and_all_weig
     layers = {f"model.layers.{n}.{name}.weight": dims for n in range(32) for name, dims in sizes.items()}
     shape = shape_of({"embed": (32000, hidden), "head": (32000, hidden), **layers})
     assert shape.parameters == pytest.approx(7.24e9, rel=1e-3)
+    dtype, execution = config.model.dtype, config.execution
     prompt, answer = config.data.max_prompt_tokens, config.data.max_response_tokens
-    tokens, row = config.execution.micro_batch * 2 * (prompt + answer), prompt + 2 * answer
-    trained = shape.adapter(config.train.lora_rank)
-    recompute = config.execution.gradient_checkpointing
-    assert training_memory(shape, config.model.dtype, trained, tokens, row, recompute) < 80e9
-    assert training_memory(shape, config.model.dtype, trained, tokens, row) > 80e9
-    assert scoring_memory(shape, config.model.dtype, config.execution.tokens_per_batch, row) < 80e9
-    assert least_training_memory(shape, config.model.dtype, shape.parameters) > 80e9
+    tokens, row = execution.micro_batch * 2 * (prompt + answer), prompt + 2 * answer
+    trained, recompute = shape.adapter(config.train.lora_rank), execution.gradient_checkpointing
+    assert recompute and training_memory(shape, dtype, trained, tokens, row, recompute, "cuda") < card
+    assert training_memory(shape, dtype, trained, tokens, row, False, "cuda") > card
+    assert scoring_memory(shape, dtype, execution.tokens_per_batch, row, "cuda") < card
+    assert least_training_memory(shape, dtype, shape.parameters) > card
+    if config.sampling.engine != "vllm":
+        longest = prompt + config.sampling.max_tokens
+        assert sampling_memory(shape, dtype, execution.sampling_batch, longest, "cuda") < card
 
 
 def test_a_plan_says_what_each_step_needs_and_warns_if_less_is_free(tmp_path, monkeypatch):
