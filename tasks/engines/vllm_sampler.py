@@ -160,7 +160,7 @@ def _engine(folder: Path, dtype: Dtype, device: str, length: int, **lora: Any) -
     """vLLM's offline engine."""
     from vllm import LLM
 
-    settings: dict[str, Any] = {"gpu_memory_utilization": 0.7}  # the rest is for the parity probe's model
+    settings: dict[str, Any] = {"gpu_memory_utilization": 0.7}  # the rest is for what others hold
     if device == "cpu":
         settings = {
             "enforce_eager": True,
