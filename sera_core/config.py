@@ -66,6 +66,9 @@ def _number_or_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         raise ValueError(f'give a whole number above 0, or "{AUTO}"') from None
 
 
+Size = Annotated[Positive | Literal["auto"], WrapValidator(_number_or_auto)]
+
+
 def _share_or_consistency(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     try:
         return check(value)
@@ -506,15 +509,17 @@ class ExecutionConfig(Part):
     """Run scoring, sampling, training and evaluation in process groups of their own, which free all memory at
     the end and stop when the run is cancelled. Steps that only read a policy share one. auto: only on an
     accelerator."""
-    micro_batch: Positive = 4
-    """Pairs per forward pass in training; gradients accumulate to `train.batch`."""
+    micro_batch: Size = AUTO
+    """Pairs per forward pass in training; gradients accumulate to `train.batch`. auto: 1 on a CPU, where more
+    are no faster; on an accelerator what its free memory holds."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: training takes less memory and
     about a third more time."""
-    tokens_per_batch: Positive = 2048
-    """Maximum tokens per scoring batch."""
-    sampling_batch: Positive = 32
-    """Responses that the transformers engine samples at once."""
+    tokens_per_batch: Size = AUTO
+    """Maximum tokens per scoring batch. auto: 2048 on a CPU; on an accelerator what its free memory holds."""
+    sampling_batch: Size = AUTO
+    """Responses that the transformers engine samples at once. auto: 32 on a CPU; on an accelerator what its
+    free memory holds, at most 256."""
     limit: str | None = None
     """Prefect concurrency limit. A deployed run holds one of its slots while a step uses the device; empty:
     `sera-device` on an accelerator, none on CPU."""

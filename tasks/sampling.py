@@ -20,6 +20,7 @@ from sera_core.artifacts.step import Attempt
 from sera_core.data.rendering import Renderer
 from sera_core.errors import SeraError
 from sera_core.method.rewards import quantise
+from sera_core.models.batch_sizes import few_tokens, sampling_batch
 from sera_core.models.devices import device_of
 from sera_core.models.memory_estimate import folder_shape, sampling_memory
 from sera_core.models.shared_policies import shared_policy
@@ -160,14 +161,12 @@ class _Work:
         fields, execution = self.attempt.fields, self.attempt.execution
         policy, base = _folders(self.attempt)
         longest = max(len(prompt.ids) for shard in self.shards for prompt in shard)
-        row = longest + fields["max_tokens"]
+        row, batch = longest + fields["max_tokens"], 1
         if fields["engine"] == "transformers":  # vLLM takes a fixed share of the memory
+            shape = folder_shape(base)
+            batch = sampling_batch(execution, shape, fields["dtype"], row)
             self.attempt.memory.planned = sampling_memory(
-                folder_shape(base),
-                fields["dtype"],
-                execution.sampling_batch,
-                row,
-                device_of(execution.device),
+                shape, fields["dtype"], batch, row, device_of(execution.device)
             )
         return open_sampler(
             fields["engine"],
@@ -175,7 +174,7 @@ class _Work:
             base=base,
             dtype=fields["dtype"],
             device=device_of(execution.device),
-            batch=execution.sampling_batch,
+            batch=batch,
             max_length=row,
         )
 
@@ -291,7 +290,7 @@ def _probe(attempt: Attempt, prompts: Sequence[Prompt], sampled: pa.Table) -> No
     items = [(ids[row["prompt_id"]], row["response_ids"]) for row in rows]
     policy, base = _folders(attempt)
     scorer = shared_policy(policy, fields["model_dtype"], device_of(attempt.execution.device), base)
-    scored = sequence_logps(scorer, items, tokens_per_batch=attempt.execution.tokens_per_batch)
+    scored = sequence_logps(scorer, items, tokens_per_batch=few_tokens(attempt.execution))
     differences = np.abs(scored - np.array([row["policy_logps"] for row in rows]))
     worst = int(np.argmax(np.nan_to_num(differences, nan=np.inf)))
     attempt.metrics["parity/max_nats"] = float(quantise(differences)[worst])

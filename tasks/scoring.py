@@ -12,6 +12,7 @@ from sera_core.artifacts.streaming import Lookup, Rows, Writer, strings
 from sera_core.data.folds import fold_of
 from sera_core.errors import SeraError
 from sera_core.method.rewards import length_desensitised, quantise
+from sera_core.models.batch_sizes import tokens_per_batch
 from sera_core.models.devices import device_of
 from sera_core.models.memory_estimate import ModelShape, folder_shape, scoring_memory
 from sera_core.models.shared_policies import shared_policy
@@ -49,9 +50,9 @@ def score_texts(attempt: Attempt) -> list[str]:
         policy, shape = policy or _load(attempt), shape or _shape(attempt)
         first = number * SHARD_ROWS
         shard = texts.read(texts.rows[first : first + SHARD_ROWS])
-        _plan_memory(attempt, shape, shard)
+        size = _plan_memory(attempt, shape, shard)
         done, total = first * texts.per_row, len(texts.rows) * texts.per_row
-        parts.append(_score_shard(attempt, policy, number, shard, done, total))
+        parts.append(_score_shard(attempt, policy, number, shard, size, done, total))
     _merge(attempt, parts)
     return ["logps.parquet"]
 
@@ -154,23 +155,26 @@ def _shape(attempt: Attempt) -> ModelShape:
     return folder_shape(attempt.input("model").folder("policy"))
 
 
-def _plan_memory(attempt: Attempt, shape: ModelShape, texts: Sequence[Text]) -> None:
-    """Plan the memory of the next batches; it may only grow."""
+def _plan_memory(attempt: Attempt, shape: ModelShape, texts: Sequence[Text]) -> int:
+    """Plan the memory of the next batches, which may only grow; returns their tokens."""
     longest = max(len(text.prompt_ids) + len(text.response_ids) for text in texts)
-    tokens = longest if "probe" in attempt.fields else max(attempt.execution.tokens_per_batch, longest)
+    size, dtype = longest, attempt.fields["dtype"]
+    if "probe" not in attempt.fields:
+        size = tokens_per_batch(attempt.execution, shape, dtype, longest)
     device = device_of(attempt.execution.device)
-    needed = scoring_memory(shape, attempt.fields["dtype"], tokens, longest, device)
+    needed = scoring_memory(shape, dtype, max(size, longest), longest, device)
     attempt.memory.planned = max(attempt.memory.planned or 0, needed)
+    return size
 
 
 def _score_shard(
-    attempt: Attempt, policy: Any, number: int, shard: Sequence[Text], done: int, total: int
+    attempt: Attempt, policy: Any, number: int, shard: Sequence[Text], size: int, done: int, total: int
 ) -> dict[str, Any]:
     from sera_core.models.logprobs import response_token_logps, score_tokens, sequence_logps
 
     items, alpha = [(text.prompt_ids, text.response_ids) for text in shard], attempt.fields.get("ld_alpha")
     how: dict[str, Any] = {
-        "tokens_per_batch": attempt.execution.tokens_per_batch,
+        "tokens_per_batch": size,
         "progress": lambda scored, _: attempt.progress(done + scored, total, "responses"),
     }
     if alpha is None:

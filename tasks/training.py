@@ -16,6 +16,7 @@ from sera_core.config import TrainConfig
 from sera_core.data.folds import fold_of
 from sera_core.errors import InputError, SeraError
 from sera_core.models.architecture import refuse_beyond_index_topk
+from sera_core.models.batch_sizes import few_tokens, micro_batch
 from sera_core.models.devices import device_of
 from sera_core.models.memory_estimate import folder_shape, training_memory
 from sera_core.models.policies import load_policy, load_tokenizer, save_policy, weights_digest
@@ -94,7 +95,7 @@ class TrainingRun:
         self.step0: dict[str, float] = {}
         self.start_check = StartCheck(self.mixture, self.rows_of(0), self.train.beta, self.bf16, first_margin)
         self.probe: Probe = {}
-        self.trainable = 0
+        self.trainable = self.micro_batch = 0
 
     def _smoothing(self) -> dict[str, float]:
         """Label smoothing ε of the pairs, by origin."""
@@ -171,7 +172,7 @@ class TrainingRun:
         from tasks.engines.pair_forward import can_share_prompt
 
         release_policies()
-        self._plan_memory()
+        self._plan_batches()
         checkpoint = self._last_checkpoint()
         if checkpoint is None:
             self.probe = self._score_probe()
@@ -193,21 +194,26 @@ class TrainingRun:
             tokenizer=load_tokenizer(self.start),
             optimizers=(self.optimizer, self._schedule(self.optimizer, first)),
             callbacks=[hooks, *trackers(tracking, logs)],
-            micro_batch=self.attempt.execution.micro_batch,
+            micro_batch=self.micro_batch,
             share=can_share_prompt(transformer, self.mixture.longest),
         )
         return self.trainer
 
-    def _plan_memory(self) -> None:
+    def _plan_batches(self) -> None:
+        """Choose the micro-batch, and plan its memory."""
         shape = folder_shape(self.attempt.input("model").folder("policy"))
         trained = shape.parameters if self.train.method == "full" else shape.adapter(self.train.lora_rank)
-        largest = sorted(self.mixture.tokens)[-self.attempt.execution.micro_batch :]
+        dtype, longest = self.attempt.fields["dtype"], self.mixture.longest
+        self.micro_batch = micro_batch(
+            self.attempt.execution, shape, dtype, trained, self.mixture.tokens, longest, self.train.batch
+        )
+        largest = sorted(self.mixture.tokens)[-self.micro_batch :]
         self.attempt.memory.planned = training_memory(
             shape,
-            self.attempt.fields["dtype"],
+            dtype,
             trained,
             sum(largest),
-            self.mixture.longest,
+            longest,
             self.attempt.execution.gradient_checkpointing,
             self.device,
         )
@@ -342,7 +348,7 @@ class TrainingRun:
             return {}
         base = self.attempt.input("model").folder("policy")
         policy = load_policy(self.start, self.attempt.fields["dtype"], self.device, base=base)
-        return self.start_check.score(policy, self.attempt.execution.tokens_per_batch)
+        return self.start_check.score(policy, few_tokens(self.attempt.execution))
 
     def _done(self, step: int, logs: dict[str, float]) -> None:
         """After an update: log a line, report progress, and write a checkpoint if due."""

@@ -12,12 +12,13 @@ from flows.commands.evaluation import evaluate
 from flows.commands.sample import sample
 from flows.commands.score import score
 from flows.commands.select import select
-from sera_core.config import ExecutionConfig, SamplingConfig, SelectConfig
+from sera_core.config import SamplingConfig, SelectConfig
 from sera_core.data.formats import FORMATS
 from sera_core.method.rewards import SCORES
 from sera_core.method.selection import DIRECTIONS, SELECTION_RULES
+from sera_core.models.batch_sizes import TOKENS_ON_CPU
 
-_SELECT, _SAMPLING, _EXECUTION = SelectConfig(), SamplingConfig(), ExecutionConfig()
+_SELECT, _SAMPLING = SelectConfig(), SamplingConfig()
 
 
 def add_score(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -63,7 +64,7 @@ def add_score(subparsers: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--tokens-per-batch",
         type=int,
-        default=_EXECUTION.tokens_per_batch,
+        default=TOKENS_ON_CPU,
         help="tokens per batch; more needs more memory (default: %(default)s)",
     )
     sub.set_defaults(command=score)

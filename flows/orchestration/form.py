@@ -75,19 +75,27 @@ class AutoEngine(FormPart):
         return {"sampling": {"engine": self.engine}}
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    """Drop the default, so that the form omits an empty field instead of sending null."""
+    schema.pop("default", None)
+
+
 class TransformersEngine(FormPart):
     """Samples with transformers, on CPU or GPU."""
 
     model_config = ConfigDict(title="transformers")
 
     engine: Literal["transformers"] = Field(default="transformers", description="Engine.")
-    batch: Annotated[int, Field(ge=1)] = Field(
-        default=32, description="Responses sampled at once; changes no result (at least 1)."
+    batch: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        json_schema_extra=_without_default,
+        description="Responses sampled at once (at least 1); empty: what fits. Changes no result.",
     )
 
     def settings(self) -> dict[str, Any]:
         """The SeraConfig settings of this choice."""
-        return {"sampling": {"engine": self.engine}, "execution": {"sampling_batch": self.batch}}
+        batch = {} if self.batch is None else {"execution": {"sampling_batch": self.batch}}
+        return {"sampling": {"engine": self.engine}, **batch}
 
 
 class VllmEngine(FormPart):
@@ -104,11 +112,6 @@ class VllmEngine(FormPart):
     def settings(self) -> dict[str, Any]:
         """The SeraConfig settings of this choice."""
         return {"sampling": {"engine": self.engine, "dtype": self.dtype}}
-
-
-def _without_default(schema: dict[str, Any]) -> None:
-    """Drop the default, so that the form omits an empty field instead of sending null."""
-    schema.pop("default", None)
 
 
 def _optional(field: FieldInfo) -> tuple[Any, Any]:

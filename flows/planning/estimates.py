@@ -18,6 +18,7 @@ from sera_core.counts import RoundCounts
 from sera_core.errors import InputError
 from sera_core.guards.memory import accelerator_here, device_memory
 from sera_core.method.pairing import expected_pairs, sampled_policies
+from sera_core.models.batch_sizes import micro_batch, sampling_batch, tokens_per_batch
 from sera_core.models.memory_estimate import (
     ModelShape,
     folder_shape,
@@ -93,7 +94,7 @@ def _tokens(characters: Sequence[float]) -> float:
 
 
 def _longest(table: Sequence[dict[str, Any]], config: SeraConfig) -> tuple[int, list[tuple[int, int, int]]]:
-    """Tokens of the longest prompt, and of prompt, chosen and rejected of the longest micro-batch.
+    """Tokens of the longest prompt, and of prompt, chosen and rejected of the longest batch.
 
     Without pairs that are over a limit, if those are dropped.
     """
@@ -109,7 +110,7 @@ def _longest(table: Sequence[dict[str, Any]], config: SeraConfig) -> tuple[int, 
             prompt, chosen, rejected = map(min, (int(_bytes_of(side) / DENSE) + 10 for side in sides), limits)
             found.append((prompt, chosen, rejected))
     found = found or [limits]
-    pairs = sorted(found, key=sum, reverse=True)[: config.execution.micro_batch]
+    pairs = sorted(found, key=sum, reverse=True)[: config.train.batch]
     return max(prompt for prompt, _, _ in found), pairs
 
 
@@ -253,16 +254,21 @@ class Estimator:
         if spec.step == "logps":
             answers = max(sampled, self.config.evaluate.max_tokens)
             row = max(prompt + answers, *(pair[0] + max(pair[1:]) for pair in size.longest))
-            return scoring_memory(shape, fields["dtype"], max(execution.tokens_per_batch, row), row, device)
+            tokens = tokens_per_batch(execution, shape, fields["dtype"], row)
+            return scoring_memory(shape, fields["dtype"], max(tokens, row), row, device)
         if spec.step == "sample" and fields["engine"] == "transformers":
             row = prompt + fields["max_tokens"]
-            return sampling_memory(shape, fields["dtype"], execution.sampling_batch, row, device)
+            responses = sampling_batch(execution, shape, fields["dtype"], row)
+            return sampling_memory(shape, fields["dtype"], responses, row, device)
         if spec.step == "train":
-            human = sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in size.longest)
-            tokens = max(human, execution.micro_batch * 2 * (prompt + sampled))
-            pair = max(prompt + 2 * sampled, *map(sum, size.longest))
+            generated, batch = 2 * (prompt + sampled), self.config.train.batch
+            human = [2 * prompt + chosen + rejected for prompt, chosen, rejected in size.longest]
+            pairs = [max(tokens, generated) for tokens in human] + [generated] * (batch - len(human))
+            row = max(prompt + 2 * sampled, *map(sum, size.longest))
             trained, recompute = self._trained(shape), execution.gradient_checkpointing
-            return training_memory(shape, fields["dtype"], trained, tokens, pair, recompute, device)
+            count = micro_batch(execution, shape, fields["dtype"], trained, pairs, row, batch)
+            tokens = sum(sorted(pairs)[-count:])
+            return training_memory(shape, fields["dtype"], trained, tokens, row, recompute, device)
         return None
 
 

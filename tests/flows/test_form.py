@@ -116,6 +116,8 @@ def test_every_field_of_the_form_reaches_the_configuration():
 def test_the_transformers_tab_sets_its_batch():
     form = {**TWO, "sampling": {"engine": {"engine": "transformers", "batch": 7}}}
     assert config_from_form(form).execution.sampling_batch == 7
+    form["sampling"]["engine"].pop("batch")
+    assert config_from_form(form).execution.sampling_batch == "auto"
 
 
 @pytest.mark.parametrize(

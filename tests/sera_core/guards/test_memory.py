@@ -17,10 +17,10 @@ from tiny import tiny_policy
 from flows.experiments import load_experiment
 from flows.planning.plan import plan
 from sera_core.artifacts.manifest import find_record
-from sera_core.config import TrainConfig
+from sera_core.config import ExecutionConfig, TrainConfig
 from sera_core.guards import memory
 from sera_core.guards.memory import MemoryWatch, count_again, count_without, used_memory
-from sera_core.models import memory_estimate
+from sera_core.models import batch_sizes, memory_estimate
 from sera_core.models.memory_estimate import (
     LIBRARIES,
     folder_shape,
@@ -140,9 +140,12 @@ def test_estimates_grow_with_what_they_depend_on(tmp_path):
         assert estimate(1) < estimate(2) < estimate(20)
 
 
-@pytest.mark.parametrize(("name", "card"), [("mistral-7b", 80e9), ("mistral-7b-qlora", 24e9)])
-def test_the_experiments_of_seven_billion_weights_fit_on_their_cards(name, card):
-    """Mistral-7B's matrices, with the longest pairs that the settings allow."""
+@pytest.mark.parametrize(
+    ("name", "card", "chosen"),
+    [("mistral-7b", 80e9, (8, 131072, 32)), ("mistral-7b-qlora", 24e9, (2, 32768, 8))],
+)
+def test_the_experiments_of_seven_billion_weights_fit_on_their_cards(monkeypatch, name, card, chosen):
+    """Mistral-7B's matrices, with the longest pairs that the settings allow, and the batches for the card."""
     config = load_experiment(f"bundled:{name}")
     hidden, feed, heads = 4096, 14336, 1024
     sizes = {
@@ -155,17 +158,38 @@ def test_the_experiments_of_seven_billion_weights_fit_on_their_cards(name, card)
     layers = {f"model.layers.{n}.{name}.weight": dims for n in range(32) for name, dims in sizes.items()}
     shape = shape_of({"embed": (32000, hidden), "head": (32000, hidden), **layers})
     assert shape.parameters == pytest.approx(7.24e9, rel=1e-3)
-    dtype, execution = config.model.dtype, config.execution
+    dtype, execution = config.model.dtype, config.execution.model_copy(update={"device": "cuda"})
+    monkeypatch.setattr(batch_sizes, "accelerator_here", lambda device: True)
+    monkeypatch.setattr(batch_sizes, "device_memory", lambda device: (int(card), int(card)))
     prompt, answer = config.data.max_prompt_tokens, config.data.max_response_tokens
-    tokens, row = execution.micro_batch * 2 * (prompt + answer), prompt + 2 * answer
-    trained, recompute = shape.adapter(config.train.lora_rank), execution.gradient_checkpointing
-    assert recompute and training_memory(shape, dtype, trained, tokens, row, recompute, "cuda") < card
-    assert training_memory(shape, dtype, trained, tokens, row, False, "cuda") > card
-    assert scoring_memory(shape, dtype, execution.tokens_per_batch, row, "cuda") < card
+    pair, row, trained = 2 * (prompt + answer), prompt + 2 * answer, shape.adapter(config.train.lora_rank)
+    assert execution.gradient_checkpointing
+    pairs = batch_sizes.micro_batch(execution, shape, dtype, trained, [pair] * 32, row, 32)
+    needed = partial(training_memory, shape, dtype, trained)
+    assert needed(pairs * pair, row, True, "cuda") < card < needed(pairs * pair, row, False, "cuda")
+    tokens = batch_sizes.tokens_per_batch(execution, shape, dtype, row)
+    assert scoring_memory(shape, dtype, tokens, row, "cuda") < card
     assert least_training_memory(shape, dtype, shape.parameters) > card
-    if config.sampling.engine != "vllm":
-        longest = prompt + config.sampling.max_tokens
-        assert sampling_memory(shape, dtype, execution.sampling_batch, longest, "cuda") < card
+    longest = prompt + config.sampling.max_tokens
+    responses = batch_sizes.sampling_batch(execution, shape, dtype, longest)
+    assert sampling_memory(shape, dtype, responses, longest, "cuda") < card
+    assert (pairs, tokens, responses) == chosen
+
+
+def test_batch_sizes_are_fixed_on_a_cpu_and_a_setting_is_kept(tmp_path):
+    shape, cpu = folder_shape(tiny_policy(tmp_path / "policy")), ExecutionConfig(device="cpu")
+
+    def sizes(execution: ExecutionConfig) -> tuple[int, ...]:
+        return (
+            batch_sizes.micro_batch(execution, shape, "float32", 10, [5] * 8, 9, 8),
+            batch_sizes.tokens_per_batch(execution, shape, "float32", 9),
+            batch_sizes.sampling_batch(execution, shape, "float32", 9),
+        )
+
+    assert sizes(cpu) == (1, 2048, 32)
+    own = {"micro_batch": 3, "tokens_per_batch": 77, "sampling_batch": 5}
+    for device in ("cpu", "cuda"):
+        assert sizes(ExecutionConfig.model_validate({"device": device, **own})) == (3, 77, 5)
 
 
 def test_a_plan_says_what_each_step_needs_and_warns_if_less_is_free(tmp_path, monkeypatch):
