@@ -12,6 +12,7 @@ plain loop is refused.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,7 +32,7 @@ from sera_core.models.architecture import (
     vocabulary,
     window,
 )
-from sera_core.models.response_batches import Item, Mode, batch_logps, response_batches
+from sera_core.models.response_batches import Group, Item, Mode, batch_logps, response_batches
 
 __all__ = [
     "UNSUPPORTED_ERRORS",
@@ -46,6 +47,7 @@ __all__ = [
     "sequence_logps",
 ]
 
+LOG = logging.getLogger("sera.logprobs")
 Progress = Callable[[int, int], None]
 
 TOKENS_PER_BATCH = 2048
@@ -196,13 +198,29 @@ def _token_logps(
 def _scored_batches(
     model: Any, items: Sequence[Any], mode: Mode, tokens_per_batch: int
 ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-    """For each batch its item indices, and the log-probabilities of each item's response tokens."""
-    for batch in response_batches(model, items, mode, tokens_per_batch):
-        with torch.inference_mode():
-            logps = batch_logps(model, batch, mode).double().cpu().numpy()
-        indices = [index for group in batch for index in group.indices]
-        ends = np.cumsum([len(response) for group in batch for response in group.responses])
-        yield indices, np.split(logps, ends[:-1])
+    """For each batch its item indices, and the log-probabilities of each item's response tokens.
+
+    If the device runs out of memory, the rest is scored in batches of half as many tokens.
+    """
+    left, size = list(range(len(items))), tokens_per_batch
+    while left:
+        scored: set[int] = set()
+        batch: list[Group] = []
+        try:
+            for batch in response_batches(model, [items[index] for index in left], mode, size):
+                with torch.inference_mode():
+                    logps = batch_logps(model, batch, mode).double().cpu().numpy()
+                indices = [left[place] for group in batch for place in group.indices]
+                ends = np.cumsum([len(response) for group in batch for response in group.responses])
+                scored.update(indices)
+                yield indices, np.split(logps, ends[:-1])
+        except torch.OutOfMemoryError:
+            if sum(len(group.responses) for group in batch) <= 1:
+                raise
+            size = max(1, min(size, sum(group.tokens for group in batch)) // 2)
+            LOG.warning("out of memory with %d tokens per batch; going on with %d", 2 * size, size)
+            torch.cuda.empty_cache()
+        left = [index for index in left if index not in scored]
 
 
 # -------------------------------------------------------------------------------------------------- probe

@@ -1,5 +1,6 @@
 """Response log-probabilities: the fast engine against the plain loop, on a tiny model and on the demo's."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tiny import VOCAB_SIZE, tiny_policy
 from transformers import BertConfig, BertLMHeadModel
 
 from sera_core.errors import InputError
+from sera_core.models import logprobs
 from sera_core.models.logprobs import (
     Item,
     _is_causal,
@@ -21,6 +23,7 @@ from sera_core.models.logprobs import (
     sequence_logps,
 )
 from sera_core.models.policies import load_policy
+from sera_core.models.response_batches import batch_logps
 
 DEMO_PAIRS = Path(__file__).parents[2] / "deployments" / "data" / "ultrafeedback_short.jsonl"
 LIKE = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -89,6 +92,44 @@ def test_the_batch_size_changes_values_by_float_noise_only(policy, groups, token
     items = flat(groups)
     cut = sequence_logps(policy, items, tokens_per_batch=tokens_per_batch)
     np.testing.assert_allclose(cut, sequence_logps(policy, items), atol=1e-4)
+
+
+@pytest.mark.parametrize("room", [30, 60])
+def test_out_of_memory_halves_the_batches_until_they_fit(policy, monkeypatch, caplog, room):
+    """A device that holds so many tokens at a time; the longest item has 30."""
+    draw = random.Random(0)
+    groups = [
+        (
+            [draw.randrange(VOCAB_SIZE) for _ in range(6)],
+            [[draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 24))] for _ in range(4)],
+        )
+        for _ in range(9)
+    ]
+    sizes = []
+
+    def short_of_memory(model, batch, mode):
+        sizes.append(sum(group.tokens for group in batch))
+        if sizes[-1] > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch_logps(model, batch, mode)
+
+    items, seen = flat(groups), []
+    expected = sequence_logps(policy, items)
+    monkeypatch.setattr(logprobs, "batch_logps", short_of_memory)
+    found = sequence_logps(policy, items, progress=lambda done, total: seen.append((done, total)))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    failed = [size for size in sizes if size > room]
+    assert 0 < len(failed) < 7 and "out of memory" in caplog.text  # it goes on with what fits
+    assert seen[-1] == (len(items), len(items)) and seen == sorted(seen)
+
+
+def test_an_item_that_does_not_fit_by_itself_is_out_of_memory(policy, monkeypatch):
+    def always(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(logprobs, "batch_logps", always)
+    with pytest.raises(torch.OutOfMemoryError):
+        sequence_logps(policy, [([3, 4], [5, 6]), ([3, 4], [7, 8, 9])])
 
 
 def test_a_response_does_not_see_the_others_of_its_prompt(policy):
