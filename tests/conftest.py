@@ -29,14 +29,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
 
 
-def pytest_collection_finish():
+_imported = [0]
+
+
+def freeze_imports():
     """What was imported stays: each training ends with a garbage collection, which need not go through it."""
-    gc.collect()
-    gc.freeze()
+    if len(sys.modules) > _imported[0] + 100:
+        _imported[0] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_runtest_setup():
     """transformers logs to the stderr of the test that imported it, which may be closed by now."""
+    freeze_imports()
     logs = sys.modules.get("transformers.utils.logging")
     handler = logs and logs._default_handler
     if handler and handler.stream.closed:

@@ -4,7 +4,6 @@ Another model gives the same scores each time it is opened, says how many are no
 digest than the one it was made from: no run takes one for the other.
 """
 
-import gc
 import json
 import os
 import shutil
@@ -69,7 +68,6 @@ def model(tmp_path_factory):
     told, model.margins = model.score(model.folder)
     model.digest = source_digest(str(model.folder))
     assert told.code == 0 and len(model.margins) == 2
-    gc.freeze()  # scoring collects garbage each time, and need not go through what is imported by now
     return model
 
 
