@@ -386,6 +386,9 @@ class TrainConfig(Part):
     """Scale the adapter by alpha / √rank (rsLoRA, arXiv 2312.03732)."""
     use_dora: bool = False
     """Train the size of each weight column beside its direction (DoRA, arXiv 2402.09353)."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps the moments of all but the embeddings in 8 bits, 2 bytes a weight instead of 8 (arXiv
+    2110.02861); it needs the extra `qlora`."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; empty: 5e-7 for full (DICE), 5e-6 for lora (ours)."""
     warmup: Fraction = 0.1
@@ -751,7 +754,7 @@ ADDED_LATER = {
     "model": ("template_kwargs",),
     "data": ("format", "columns", "completions", "on_bad_row"),
     "review": ("crossfit",),
-    "train": ("tokens", "ld_alpha", "pair_weights", "lora_targets", "use_rslora", "use_dora"),
+    "train": ("tokens", "ld_alpha", "pair_weights", "lora_targets", "use_rslora", "use_dora", "optimizer"),
     "evaluate": ("harness", "harness_items"),
     "decide": ("metric", "judge", "uncalibrated", "feature", "panel"),
     "pairing": ("by",),

@@ -18,6 +18,7 @@ from sera_core.errors import InputError, SeraError
 from sera_core.models.architecture import refuse_beyond_index_topk
 from sera_core.models.batch_sizes import few_tokens, micro_batch
 from sera_core.models.devices import device_of
+from sera_core.models.four_bits import ADAMW_8BIT
 from sera_core.models.memory_estimate import folder_shape, training_memory
 from sera_core.models.policies import load_policy, load_tokenizer, save_policy, weights_digest
 from sera_core.models.shared_policies import release_policies
@@ -202,16 +203,15 @@ class TrainingRun:
     def _plan_batches(self) -> None:
         """Choose the micro-batch, and plan its memory."""
         shape = folder_shape(self.attempt.input("model").folder("policy"))
-        trained = shape.parameters if self.train.method == "full" else shape.adapter(self.train.lora_rank)
         dtype, longest = self.attempt.fields["dtype"], self.mixture.longest
         self.micro_batch = micro_batch(
-            self.attempt.execution, shape, dtype, trained, self.mixture.tokens, longest, self.train.batch
+            self.attempt.execution, self.train, shape, dtype, self.mixture.tokens, longest
         )
         largest = sorted(self.mixture.tokens)[-self.micro_batch :]
         self.attempt.memory.planned = training_memory(
             shape,
             dtype,
-            trained,
+            self.train,
             sum(largest),
             longest,
             self.attempt.execution.gradient_checkpointing,
@@ -219,14 +219,13 @@ class TrainingRun:
         )
 
     def _make_optimizer(self, checkpoint: dict[str, Path] | None) -> Any:
-        """AdamW over the trainable parameters; restores weights, moments and log from a checkpoint."""
-        import torch
-
+        """The optimizer of the trainable parameters; restores weights, moments and log from a checkpoint."""
         from tasks.engines.checkpoints import load_checkpoint, trainable
+        from tasks.engines.optimizers import adamw, adamw_8bit
 
-        parameters, rate = trainable(self.model), self.attempt.fields["learning_rate"]
-        self.trainable = sum(parameter.numel() for parameter in parameters.values())
-        optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0, fused=True)
+        make = adamw_8bit if self.train.optimizer == ADAMW_8BIT else adamw
+        optimizer = make(self.model, self.attempt.fields["learning_rate"])
+        self.trainable = sum(parameter.numel() for parameter in trainable(self.model).values())
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.model, optimizer)
             self.lines, self.step0 = state["log"], state["step0"]

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from tiny import tiny_policy
+from torch.nn.utils import parameters_to_vector
 
 from sera_core.artifacts import schema
-from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec
+from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef, StepSpec
 from sera_core.artifacts.step import Attempt, no_progress, run_step
 from sera_core.artifacts.store import Store, open_store
 from sera_core.config import ExecutionConfig, TrainConfig
@@ -90,6 +91,12 @@ class Bench:
 
         fields = {"changes": repr(changes), "dtype": dtype}
         return run_step(self.store, StepSpec(step="mix", version=1, fields=fields, inputs={}), work, CPU).ref
+
+    def change(self, record: StepRecord) -> torch.Tensor:
+        """How far a round's training moved the weights, [parameters]."""
+        policies = (Artifact(self.store, record.ref).folder("policy"), self.folder / "tiny")
+        trained, start = (parameters_to_vector(load_policy(folder).parameters()) for folder in policies)
+        return trained - start
 
     def spec(
         self,

@@ -239,10 +239,9 @@ class Estimator:
             return 3_000 * (size.train + size.heldout + size.test)
         if size.shape is None:
             return None
-        return 4 * (size.shape.parameters if spec.step == "model" else self._trained(size.shape))
-
-    def _trained(self, shape: ModelShape) -> int:
-        return trained_parameters(self.config, shape)
+        if spec.step == "model":
+            return 4 * size.shape.parameters
+        return 4 * trained_parameters(self.config.train, size.shape)
 
     def _memory(self, spec: StepSpec) -> int | None:
         """Bytes of main memory and of the accelerator's."""
@@ -261,20 +260,14 @@ class Estimator:
             responses = sampling_batch(execution, shape, fields["dtype"], row)
             return sampling_memory(shape, fields["dtype"], responses, row, device)
         if spec.step == "train":
-            generated, batch = 2 * (prompt + sampled), self.config.train.batch
+            generated, train = 2 * (prompt + sampled), self.config.train
             human = [2 * prompt + chosen + rejected for prompt, chosen, rejected in size.longest]
-            pairs = [max(tokens, generated) for tokens in human] + [generated] * (batch - len(human))
+            pairs = [max(tokens, generated) for tokens in human] + [generated] * (train.batch - len(human))
             row = max(prompt + 2 * sampled, *map(sum, size.longest))
-            trained, recompute = self._trained(shape), execution.gradient_checkpointing
-            count = micro_batch(execution, shape, fields["dtype"], trained, pairs, row, batch)
-            tokens = sum(sorted(pairs)[-count:])
-            return training_memory(shape, fields["dtype"], trained, tokens, row, recompute, device)
+            count = micro_batch(execution, train, shape, fields["dtype"], pairs, row)
+            tokens, recompute = sum(sorted(pairs)[-count:]), execution.gradient_checkpointing
+            return training_memory(shape, fields["dtype"], train, tokens, row, recompute, device)
         return None
-
-
-def trained_parameters(config: SeraConfig, shape: ModelShape) -> int:
-    """Parameters that a round trains."""
-    return shape.parameters if config.train.method == "full" else shape.adapter(config.train.lora_rank)
 
 
 def refuse_what_cannot_fit(config: SeraConfig, shape: ModelShape | None) -> None:
@@ -290,7 +283,7 @@ def refuse_what_cannot_fit(config: SeraConfig, shape: ModelShape | None) -> None
     """
     if shape is None:
         return
-    least = least_training_memory(shape, config.model.dtype, trained_parameters(config, shape))
+    least = least_training_memory(shape, config.model.dtype, config.train)
     if least <= (total := device_memory(config.execution.device)[0]):
         return
     smaller = ""

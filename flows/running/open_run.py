@@ -27,7 +27,7 @@ from sera_core.effects import samples
 from sera_core.errors import InputError
 from sera_core.judges.named import Asking, find_judge, find_rater
 from sera_core.judges.names import FILE, IMPLICIT
-from sera_core.models.four_bits import refuse_missing_four_bits
+from sera_core.models.four_bits import refuse_missing_bitsandbytes
 from sera_core.models.model_sources import resolve_source
 from sera_core.models.model_sources import source_digest as model_digest
 from sera_core.models.policies import read_settings
@@ -119,7 +119,7 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
     config = with_engine(config, records)
     if records.state() == "open":  # a stopped run does not train
         refuse_missing(config.execution.tracking)
-        refuse_missing_four_bits(config.model.dtype)
+        refuse_missing_bitsandbytes(config.model.dtype, config.train.optimizer)
         refuse_what_cannot_fit(config, shape_of_source(config))
     digests = source_digests(config)
     check_template(config)

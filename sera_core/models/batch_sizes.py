@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from sera_core.config import AUTO, ExecutionConfig
+from sera_core.config import AUTO, ExecutionConfig, TrainConfig
 from sera_core.guards.memory import accelerator_here, device_memory
 from sera_core.models.memory_estimate import (
     ModelShape,
@@ -23,32 +23,30 @@ MOST_RESPONSES = 256
 
 def micro_batch(
     execution: ExecutionConfig,
+    train: TrainConfig,
     shape: ModelShape,
     dtype: str,
-    trained: int,
     tokens: Sequence[int],
     row: int,
-    batch: int,
 ) -> int:
     """Pairs per forward pass in training: the setting, or the largest power of two that fits.
 
     Args:
         execution: execution settings.
+        train: training settings; its batch is the most.
         shape: the model.
         dtype: `model.dtype`.
-        trained: trained parameters.
         tokens: tokens of each pair.
         row: tokens of the longest pair.
-        batch: pairs per optimizer step, which is the most.
     """
     device = _device(execution)
     longest = sorted(tokens, reverse=True)
 
     def needs(pairs: int) -> int:
         recompute = execution.gradient_checkpointing
-        return training_memory(shape, dtype, trained, sum(longest[:pairs]), row, recompute, device)
+        return training_memory(shape, dtype, train, sum(longest[:pairs]), row, recompute, device)
 
-    return _fitting(execution.micro_batch, device, PAIRS_ON_CPU, 1, batch, needs)
+    return _fitting(execution.micro_batch, device, PAIRS_ON_CPU, 1, train.batch, needs)
 
 
 def tokens_per_batch(execution: ExecutionConfig, shape: ModelShape, dtype: str, row: int) -> int:

@@ -6,18 +6,26 @@ from typing import Any
 
 from sera_core.errors import InputError
 
+ADAMW_8BIT = "adamw_8bit"
 
-def refuse_missing_four_bits(dtype: str) -> None:
-    """Refuse four-bit weights without the package.
+
+def refuse_missing_bitsandbytes(dtype: str, optimizer: str = "adamw") -> None:
+    """Refuse four-bit weights, and moments in 8 bits, without the package.
 
     Args:
         dtype: `model.dtype`.
+        optimizer: `train.optimizer`.
 
     Raises:
-        InputError: names the extra.
+        InputError: names the setting and the extra.
     """
-    if dtype == "nf4" and find_spec("bitsandbytes") is None:
-        raise InputError("model.dtype = \"nf4\" needs the extra `qlora`: pip install 'sera-flow[qlora]'")
+    if find_spec("bitsandbytes") is not None:
+        return
+    for setting, value, needs in (("model.dtype", dtype, "nf4"), ("train.optimizer", optimizer, ADAMW_8BIT)):
+        if value == needs:
+            raise InputError(
+                f"{setting} = \"{value}\" needs the extra `qlora`: pip install 'sera-flow[qlora]'"
+            )
 
 
 def four_bits() -> Any:

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sera_core.config import TrainConfig
 from sera_core.errors import InputError
+from sera_core.models.four_bits import ADAMW_8BIT
 
 LIBRARIES = 700 * 2**20
 """Bytes of torch, transformers and TRL once imported (measured: 0.55 GiB)."""
@@ -23,6 +25,8 @@ BYTES = {"float32": FLOAT32, "bfloat16": 2, "nf4": 2}
 """Of a value that is computed."""
 FOUR_BITS = 0.5 + FLOAT32 / 64
 """Bytes of a weight in nf4, with its share of the scale of 64."""
+EIGHT_BITS = 2 * (1 + FLOAT32 / 256)
+"""Bytes of the two moments of a weight in 8 bits, with its share of the scales of 256."""
 _LAYER = re.compile(r"\.(\d+)\.")
 _CACHED = re.compile(r"(k_proj|v_proj|attn_k|attn_v)\.weight$")
 
@@ -137,10 +141,15 @@ def sampling_memory(shape: ModelShape, dtype: str, responses: int, row: int, dev
     return _loaded(shape, dtype, device) + cache + prompts + _logits(shape, responses)
 
 
+def trained_parameters(train: TrainConfig, shape: ModelShape) -> int:
+    """Parameters that a round trains: all, or an adapter's."""
+    return shape.parameters if train.method == "full" else shape.adapter(train.lora_rank)
+
+
 def training_memory(
     shape: ModelShape,
     dtype: str,
-    trained: int,
+    train: TrainConfig,
     tokens: int,
     row: int,
     recompute: bool = False,
@@ -151,21 +160,21 @@ def training_memory(
     Args:
         shape: the model.
         dtype: its dtype. In bfloat16 training all weights casts a copy of the float32 ones.
-        trained: trained parameters: all of them, or an adapter's.
+        train: what is trained, with which optimizer.
         tokens: tokens of the largest micro-batch.
         row: tokens of its longest pair.
         recompute: whether activations are computed again (`execution.gradient_checkpointing`).
         device: where it is trained.
     """
-    states = least_training_memory(shape, dtype, trained)
+    states = least_training_memory(shape, dtype, train)
     states += LIBRARIES + _pages(shape, device)
-    states += shape.weights(dtype) if trained == shape.parameters and dtype != "float32" else 0
+    states += shape.weights(dtype) if train.method == "full" and dtype != "float32" else 0
     kept = shape.boundaries + KEPT * shape.widest if recompute else KEPT * shape.width
     activations = int(tokens * kept) * FLOAT32 + row * row * FLOAT32
     return states + activations + _logits(shape, tokens)
 
 
-def least_training_memory(shape: ModelShape, dtype: str, trained: int) -> int:
+def least_training_memory(shape: ModelShape, dtype: str, train: TrainConfig) -> int:
     """Bytes that training cannot do without: weights, and of what is trained gradients and moments.
 
     What is trained is float32, and an adapter's base has the run's dtype.
@@ -173,10 +182,14 @@ def least_training_memory(shape: ModelShape, dtype: str, trained: int) -> int:
     Args:
         shape: the model.
         dtype: its dtype.
-        trained: trained parameters: all of them, or an adapter's.
+        train: what is trained, with which optimizer.
     """
-    base = 0 if trained == shape.parameters else shape.weights(dtype)
-    return base + 4 * trained * FLOAT32
+    trained, full = trained_parameters(train, shape), train.method == "full"
+    in_8_bits = 0
+    if train.optimizer == ADAMW_8BIT:
+        in_8_bits = trained - shape.outside if full else trained
+    moments = 2 * FLOAT32 * (trained - in_8_bits) + int(EIGHT_BITS * in_8_bits)
+    return (0 if full else shape.weights(dtype)) + 2 * FLOAT32 * trained + moments
 
 
 def _loaded(shape: ModelShape, dtype: str, device: str) -> int:

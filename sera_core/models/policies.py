@@ -20,7 +20,7 @@ from sera_core.artifacts.canonical import files_digest, sha256_file
 from sera_core.data.file_checks import placeholder_problem, refuse_special
 from sera_core.errors import InputError, SeraError
 from sera_core.guards.shown import one_line
-from sera_core.models.four_bits import four_bits, refuse_missing_four_bits
+from sera_core.models.four_bits import four_bits, refuse_missing_bitsandbytes
 from sera_core.models.weights import (
     refuse_mismatched_tensors,
     refuse_mismatched_weights,
@@ -78,7 +78,7 @@ def load_policy(
     import torch
     from transformers import AutoModelForCausalLM
 
-    refuse_missing_four_bits(dtype)
+    refuse_missing_bitsandbytes(dtype)
     folder = Path(folder)
     adapter = (folder / "adapter_config.json").is_file()
     weights = Path(base) if adapter and base is not None else folder

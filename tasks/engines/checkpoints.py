@@ -30,7 +30,7 @@ def save_checkpoint(
     """Write `FILES` into a folder."""
     parameters = trainable(model)
     moments = {
-        f"{name}.{key}": value
+        f"{name}.{key}": torch.as_tensor(value)  # bitsandbytes counts steps in an int
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
     }
@@ -57,9 +57,8 @@ def load_checkpoint(
     for key, value in moments.items():
         name, entry = key.rsplit(".", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][entry] = value.to(
-            parameter.device
-        )  # including a fused optimizer's step count
+        counts = value.dtype == torch.int64
+        optimizer.state[parameter][entry] = int(value) if counts else value.to(parameter.device)
     return json.loads(paths["state.json"].read_text())
 
 

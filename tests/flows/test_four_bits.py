@@ -47,7 +47,10 @@ def test_what_four_bit_weights_cannot_do_is_refused(tmp_path, changes, said):
 def test_without_the_package_its_extra_is_named(sera, tmp_path, monkeypatch):
     monkeypatch.setattr(four_bits, "find_spec", lambda name: None)
     said = sera("run", tinyrun.experiment(tmp_path, **QLORA), "--store", tmp_path / "store", code=2).err
-    assert "pip install 'sera-flow[qlora]'" in said
+    assert "model.dtype" in said and "pip install 'sera-flow[qlora]'" in said
+    eight = tinyrun.experiment(tmp_path, train={"optimizer": "adamw_8bit"})
+    said = sera("run", eight, "--store", tmp_path / "store", code=2).err
+    assert "train.optimizer" in said and "pip install 'sera-flow[qlora]'" in said
     with pytest.raises(InputError, match="qlora"):
         load_policy(tmp_path / "policy", "nf4")
 

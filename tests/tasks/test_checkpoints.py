@@ -1,18 +1,26 @@
 """A checkpoint brings back weights, optimizer and generators exactly, and is no pickle."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from tasks.engines.checkpoints import FILES, load_checkpoint, restore_rng, save_checkpoint, trainable
+from tasks.engines.optimizers import adamw, adamw_8bit
 
 
-def model_and_optimizer(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def model_and_optimizer(seed: int, hidden: int = 4) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model = nn.Sequential(nn.Linear(3, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+    return model, adamw(model, 0.1)
+
+
+def in_8_bits(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Moments of the first layer in 8 bits, of the second in float32, as it is small."""
+    model, _ = model_and_optimizer(seed, hidden=2000)
+    return model, adamw_8bit(model, 0.1)
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
@@ -26,18 +34,32 @@ def paths(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in FILES}
 
 
-def test_training_goes_on_from_a_checkpoint_bit_by_bit(tmp_path: Path) -> None:
-    model, optimizer = model_and_optimizer(seed=0)
+@pytest.mark.parametrize("made", [model_and_optimizer, in_8_bits])
+def test_training_goes_on_from_a_checkpoint_bit_by_bit(tmp_path: Path, made: Any) -> None:
+    model, optimizer = made(seed=0)
     steps(model, optimizer, 3)
     save_checkpoint(tmp_path, model, optimizer, {"step": 3})
     steps(model, optimizer, 2)
 
-    other, other_optimizer = model_and_optimizer(seed=1)
+    other, other_optimizer = made(seed=1)
     assert load_checkpoint(paths(tmp_path), other, other_optimizer) == {"step": 3}
     restore_rng(tmp_path / "rng.safetensors")
     steps(other, other_optimizer, 2)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_moments_are_in_8_bits_but_those_of_embeddings_and_small_tensors() -> None:
+    model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 64))
+    optimizer = adamw_8bit(model, 0.1)
+    model(torch.tensor([3, 4])).square().mean().backward()
+    optimizer.step()
+    dtypes = {
+        name: {optimizer.state[parameter][key].dtype for key in ("state1", "state2")}
+        for name, parameter in model.named_parameters()
+    }
+    float32, eight = {torch.float32}, {torch.uint8}
+    assert dtypes == {"0.weight": float32, "1.weight": eight, "1.bias": float32}
 
 
 def test_only_trained_parameters_are_written(tmp_path: Path) -> None:

@@ -382,6 +382,19 @@ def test_gradient_checkpointing_gives_the_same_bytes(bench: Bench, train: TrainC
 
 
 @slow
+def test_moments_in_8_bits_resume_to_the_same_bytes_and_step_as_those_in_32(bench: Bench) -> None:
+    train = FULL.model_copy(update={"optimizer": "adamw_8bit"})
+    mixture = bench.mixture()
+    spec = bench.spec(mixture, train, rate=1e-3)
+    with pytest.raises(Killed):
+        bench.run(spec, CHECKPOINTS, kill_at(12))
+    resumed = bench.run(spec, CHECKPOINTS)
+    assert shas(resumed) == shas(bench.again(spec, name="8-bit"))
+    changes = [bench.change(record) for record in (resumed, bench.run(bench.spec(mixture, FULL, rate=1e-3)))]
+    assert 0.9 < torch.cosine_similarity(*changes, dim=0) < 1.0
+
+
+@slow
 @pytest.mark.parametrize(
     "change", [{"use_rslora": True}, {"use_dora": True}, {"lora_targets": ("q_proj",)}], ids=str
 )

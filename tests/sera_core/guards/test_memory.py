@@ -117,25 +117,30 @@ def test_keys_and_values_in_one_matrix_with_the_queries_are_counted_too():
 
 def test_estimates_grow_with_what_they_depend_on(tmp_path):
     shape = folder_shape(tiny_policy(tmp_path / "policy"))
-    weights = 4 * shape.parameters
+    weights, full, lora = 4 * shape.parameters, TrainConfig(), TrainConfig(method="lora", lora_rank=8)
     assert scoring_memory(shape, "float32", 0, 0) == LIBRARIES + 2 * weights
     assert scoring_memory(shape, "bfloat16", 0, 0) == LIBRARIES + 1.5 * weights
-    assert training_memory(shape, "float32", shape.parameters, 0, 0) == LIBRARIES + 5 * weights
-    adapter = training_memory(shape, "float32", shape.adapter(8), 0, 0)
+    assert training_memory(shape, "float32", full, 0, 0) == LIBRARIES + 5 * weights
+    adapter = training_memory(shape, "float32", lora, 0, 0)
     assert adapter == LIBRARIES + 2 * weights + 16 * 8 * shape.width
-    half = training_memory(shape, "bfloat16", shape.adapter(8), 0, 0)
+    half = training_memory(shape, "bfloat16", lora, 0, 0)
     assert adapter - half == weights / 2  # the base has the dtype of the run
     assert shape.outside == 512 * 64 + 64  # embeddings, which are the output layer too, and the last norm
-    four_bits = training_memory(shape, "nf4", shape.adapter(8), 0, 0)
+    four_bits = training_memory(shape, "nf4", lora, 0, 0)
     assert half - four_bits == int((2 - 0.5625) * (shape.parameters - shape.outside))
-    whole = [training_memory(shape, "float32", shape.parameters, 1000, 0, again) for again in (False, True)]
+    whole = [training_memory(shape, "float32", full, 1000, 0, again) for again in (False, True)]
     assert whole[0] > whole[1]  # activations computed again
+    small = full.model_copy(update={"optimizer": "adamw_8bit"})
+    most, least = (least_training_memory(shape, "float32", train) for train in (full, small))
+    assert most == 4 * weights and most - least == pytest.approx(
+        5.97 * (shape.parameters - shape.outside), 1e-3
+    )
     for estimate in (
         lambda n: scoring_memory(shape, "float32", 100 * n, 50),
         lambda n: scoring_memory(shape, "float32", 100, 50 * n),
         lambda n: sampling_memory(shape, "float32", n, 50),
         lambda n: sampling_memory(shape, "float32", 4, 50 * n),
-        lambda n: training_memory(shape, "float32", 10, 100 * n, 50),
+        lambda n: training_memory(shape, "float32", lora, 100 * n, 50),
     ):
         assert estimate(1) < estimate(2) < estimate(20)
 
@@ -162,14 +167,14 @@ def test_the_experiments_of_seven_billion_weights_fit_on_their_cards(monkeypatch
     monkeypatch.setattr(batch_sizes, "accelerator_here", lambda device: True)
     monkeypatch.setattr(batch_sizes, "device_memory", lambda device: (int(card), int(card)))
     prompt, answer = config.data.max_prompt_tokens, config.data.max_response_tokens
-    pair, row, trained = 2 * (prompt + answer), prompt + 2 * answer, shape.adapter(config.train.lora_rank)
+    pair, row, train = 2 * (prompt + answer), prompt + 2 * answer, config.train
     assert execution.gradient_checkpointing
-    pairs = batch_sizes.micro_batch(execution, shape, dtype, trained, [pair] * 32, row, 32)
-    needed = partial(training_memory, shape, dtype, trained)
+    pairs = batch_sizes.micro_batch(execution, train, shape, dtype, [pair] * 32, row)
+    needed = partial(training_memory, shape, dtype, train)
     assert needed(pairs * pair, row, True, "cuda") < card < needed(pairs * pair, row, False, "cuda")
     tokens = batch_sizes.tokens_per_batch(execution, shape, dtype, row)
     assert scoring_memory(shape, dtype, tokens, row, "cuda") < card
-    assert least_training_memory(shape, dtype, shape.parameters) > card
+    assert least_training_memory(shape, dtype, TrainConfig()) > card
     longest = prompt + config.sampling.max_tokens
     responses = batch_sizes.sampling_batch(execution, shape, dtype, longest)
     assert sampling_memory(shape, dtype, responses, longest, "cuda") < card
@@ -181,7 +186,7 @@ def test_batch_sizes_are_fixed_on_a_cpu_and_a_setting_is_kept(tmp_path):
 
     def sizes(execution: ExecutionConfig) -> tuple[int, ...]:
         return (
-            batch_sizes.micro_batch(execution, shape, "float32", 10, [5] * 8, 9, 8),
+            batch_sizes.micro_batch(execution, TrainConfig(), shape, "float32", [5] * 8, 9),
             batch_sizes.tokens_per_batch(execution, shape, "float32", 9),
             batch_sizes.sampling_batch(execution, shape, "float32", 9),
         )
