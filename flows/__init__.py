@@ -3,5 +3,5 @@
 import gc
 
 # torch, transformers and Prefect make half a million objects when they are imported. By default the garbage
-# collector walks through them 1,900 times and frees next to nothing: a sixth of the time until a process works.
+# collector walks through them 1,900 times and frees next to nothing: a sixth of a process's start.
 gc.set_threshold(50_000)

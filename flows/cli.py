@@ -36,6 +36,7 @@ ADDERS = (
     export.add_export,
     export.add_lineage,
     doctor.add_doctor,
+    capability_flags.add_data,
     capability_flags.add_score,
     capability_flags.add_select,
     capability_flags.add_sample,

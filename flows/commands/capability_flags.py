@@ -1,13 +1,14 @@
-"""Flags of the stand-alone commands `sera score`, `sera select`, `sera sample` and `sera evaluate`.
+"""Flags of the stand-alone commands `sera data`, `score`, `select`, `sample` and `evaluate`.
 
-The first three read a file and write a parquet file, without a run or Prefect. Flags, files and rows are
-checked before a model is loaded.
+All but the last read a file, without a run or Prefect. Flags, files and rows are checked before a model is
+loaded.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+from flows.commands.data import data
 from flows.commands.evaluation import evaluate
 from flows.commands.sample import sample
 from flows.commands.score import score
@@ -227,17 +228,33 @@ def add_evaluate(subparsers: Any, common: argparse.ArgumentParser) -> None:
     sub.set_defaults(command=evaluate)
 
 
+def add_data(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    """`sera data`."""
+    sub = subparsers.add_parser(
+        "data",
+        parents=[common],
+        help="show what a preference file holds: pairs, lengths, label conflicts, spurious features",
+        description="Read a preference file as a run would, and show its pairs, what is left out and why, "
+        "lengths, label conflicts, and how often the chosen answer is the longer one, has more lists, …: "
+        "features that a policy can learn instead of the preference.",
+    )
+    sub.add_argument(
+        "file", metavar="FILE", help="preference pairs: jsonl, json, csv or parquet; bundled:, hub:, URL"
+    )
+    sub.add_argument(
+        "--model",
+        help="show lengths in its tokens, and pairs in its chat template (default: words, plain text)",
+    )
+    sub.add_argument("--show", type=int, default=3, help="pairs to print (default: %(default)s)")
+    sub.add_argument("--out", type=Path, help="parquet file to write: the pairs in sera-flow's columns")
+    _add_template_flags(sub)
+    _add_force(sub)
+    _add_reading_flags(sub, on_bad_row="drop")
+    sub.set_defaults(command=data)
+
+
 def _add_model_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--chat-template",
-        metavar="T",
-        help="chatml, deepseek-r1, a Jinja file or Jinja text, instead of the policy's own template",
-    )
-    sub.add_argument(
-        "--template-kwargs",
-        metavar="JSON",
-        help="arguments for the chat template, for example '{\"enable_thinking\": false}' for Qwen3",
-    )
+    _add_template_flags(sub)
     sub.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="precision (default: float32)"
     )
@@ -250,7 +267,20 @@ def _add_model_flags(sub: argparse.ArgumentParser) -> None:
     _add_force(sub)
 
 
-def _add_reading_flags(sub: argparse.ArgumentParser) -> None:
+def _add_template_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--chat-template",
+        metavar="T",
+        help="chatml, deepseek-r1, a Jinja file or Jinja text, instead of the policy's own template",
+    )
+    sub.add_argument(
+        "--template-kwargs",
+        metavar="JSON",
+        help="arguments for the chat template, for example '{\"enable_thinking\": false}' for Qwen3",
+    )
+
+
+def _add_reading_flags(sub: argparse.ArgumentParser, on_bad_row: str = "refuse") -> None:
     """How rows are read, as `[data]` sets it in an experiment."""
     sub.add_argument(
         "--format",
@@ -281,8 +311,8 @@ def _add_reading_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--on-bad-row",
         choices=("refuse", "drop"),
-        default="refuse",
-        help="rows with an empty answer, no user turn, roles out of order, … (default: refuse)",
+        default=on_bad_row,
+        help="rows with an empty answer, no user turn, roles out of order, … (default: %(default)s)",
     )
 
 

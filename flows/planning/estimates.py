@@ -26,6 +26,7 @@ from sera_core.models.memory_estimate import (
     sampling_memory,
     scoring_memory,
     shape_of,
+    trained_parameters,
     training_memory,
 )
 from sera_core.models.model_sources import resolve_source

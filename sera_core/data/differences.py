@@ -38,9 +38,9 @@ def measure_differences(pairs: Path, features: Mapping[str, Feature]) -> pa.Tabl
     rows = list(schema.iter_rows(pairs, _COLUMNS))
     tokens = [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in rows]
     texts = (
-        [_last(row["prompt"], "user") for row in rows],
-        [_last(row["chosen"], "assistant") for row in rows],
-        [_last(row["rejected"], "assistant") for row in rows],
+        [last_text(row["prompt"], "user") for row in rows],
+        [last_text(row["chosen"], "assistant") for row in rows],
+        [last_text(row["rejected"], "assistant") for row in rows],
     )
     try:
         columns = feature_differences(dict(features), *texts)
@@ -51,7 +51,8 @@ def measure_differences(pairs: Path, features: Mapping[str, Feature]) -> pa.Tabl
     return pa.table([ids, *arrays], names=["pair_id", TOKENS, *columns])
 
 
-def _last(messages: Sequence[Message], role: str) -> str:
+def last_text(messages: Sequence[Message], role: str) -> str:
+    """Content of a role's last message; empty if there is none."""
     return next((m["content"] or "" for m in reversed(messages) if m["role"] == role), "")
 
 

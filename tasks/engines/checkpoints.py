@@ -21,6 +21,8 @@ from sera_core.errors import SeraError
 
 NAMED = 3
 """Maximum number of tensors in an error message."""
+SHARED = ("qmap1", "qmap2")
+"""Code tables of bitsandbytes: one tensor for all parameters, which safetensors does not write."""
 FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
@@ -30,7 +32,7 @@ def save_checkpoint(
     """Write `FILES` into a folder."""
     parameters = trainable(model)
     moments = {
-        f"{name}.{key}": torch.as_tensor(value)  # bitsandbytes counts steps in an int
+        f"{name}.{key}": value.clone() if key in SHARED else torch.as_tensor(value)  # step may be an int
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
     }

@@ -17,7 +17,7 @@ def adamw_8bit(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     Moments of embeddings stay in float32 (section 2.3: their gradients are uneven), and those of tensors of
     fewer than 4,096 weights (bitsandbytes).
     """
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim.adamw import AdamW8bit
 
     optimizer = AdamW8bit(trainable(model).values(), lr=rate, weight_decay=0.0)
     for module in model.modules():
