@@ -22,7 +22,7 @@ import sera_core
 
 pytestmark = pytest.mark.recovery
 LATEST = Path(__file__).with_name("latest.json")
-ROUNDS = 3
+ROUNDS = 2
 HOLD_SECONDS = 180
 """How long a healthy process holds the interpreter, sending no heartbeat."""
 
