@@ -30,7 +30,7 @@ VERSIONS = {
     "rate": 1,
     "pair": 2,
     "mix": 2,
-    "train": 3,
+    "train": 4,
     "capabilities": 2,
     "calibrate": 1,
     "judge": 1,

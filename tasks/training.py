@@ -171,6 +171,7 @@ class TrainingRun:
         from sera_core.models.dropout import disable_dropout
         from tasks.engines.dpo_trainer import ReviewedDPOTrainer, StepHooks
         from tasks.engines.pair_forward import can_share_prompt
+        from tasks.engines.trained_weights import TrainedWeights
 
         release_policies()
         self._plan_batches()
@@ -178,6 +179,7 @@ class TrainingRun:
         if checkpoint is None:
             self.probe = self._score_probe()
         self.model, transformer = self._load_model()
+        self.weights = TrainedWeights(self.model, self._exact_weights())
         disable_dropout(self.model)
         text_config = transformer.config.get_text_config()
         self.mixture.refuse_lengths(getattr(text_config, "max_position_embeddings", None))
@@ -197,6 +199,7 @@ class TrainingRun:
             callbacks=[hooks, *trackers(tracking, logs)],
             micro_batch=self.micro_batch,
             share=can_share_prompt(transformer, self.mixture.longest),
+            clip=self.weights.clip,
         )
         return self.trainer
 
@@ -219,28 +222,30 @@ class TrainingRun:
         )
 
     def _make_optimizer(self, checkpoint: dict[str, Path] | None) -> Any:
-        """The optimizer of the trainable parameters; restores weights, moments and log from a checkpoint."""
-        from tasks.engines.checkpoints import load_checkpoint, trainable
+        """The optimizer of the trained weights; restores weights, moments and log from a checkpoint."""
+        from tasks.engines.checkpoints import load_checkpoint
         from tasks.engines.optimizers import adamw, adamw_8bit
 
         make = adamw_8bit if self.train.optimizer == ADAMW_8BIT else adamw
-        optimizer = make(self.model, self.attempt.fields["learning_rate"])
-        self.trainable = sum(parameter.numel() for parameter in trainable(self.model).values())
+        optimizer = make(self.weights, self.attempt.fields["learning_rate"])
+        self.weights.follow(optimizer)
+        self.trainable = sum(weight.numel() for weight in self.weights.named.values())
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.model, optimizer)
+            state = load_checkpoint(checkpoint, self.weights.named, optimizer)
+            self.weights.to_model()
             self.lines, self.step0 = state["log"], state["step0"]
         return optimizer
 
     def _load_model(self) -> tuple[Any, Any]:
         """(model to train, its transformer).
 
-        Trained weights are float32, also with bfloat16 autocast. The base of an adapter has the run's dtype,
-        so that it is the same model in training, scoring and sampling.
+        It computes with weights of the run's dtype, the base of an adapter too, so that it is the same model
+        in training, scoring and sampling.
         """
         import torch
 
         if self.train.method == "full":
-            model = load_policy(self.start, "float32", self.device)
+            model = load_policy(self.start, self.attempt.fields["dtype"], self.device)
             return model, model
         from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -263,6 +268,12 @@ class TrainingRun:
         except ValueError as error:
             raise InputError(f"train.lora_targets = {list(self.train.lora_targets)}: {error}") from error
 
+    def _exact_weights(self) -> dict[str, Any] | None:
+        """The start policy's weights in float32, if the model to train has rounded them."""
+        if self.train.method == "lora" or not self.bf16:  # an adapter is in float32 anyway
+            return None
+        return dict(load_policy(self.start, "float32", self.device).named_parameters())
+
     def _arguments(self, scratch: Path) -> Any:
         from trl.trainer.dpo_config import DPOConfig
 
@@ -278,7 +289,7 @@ class TrainingRun:
             dataloader_pin_memory=False,
             max_grad_norm=self.train.max_grad_norm,
             seed=self.seed,
-            bf16=self.bf16 and self.train.method == "full",  # an adapter's base is computed in it anyway
+            bf16=False,  # no autocast: the weights have the dtype to compute in
             use_cpu=self.device == "cpu",
             gradient_checkpointing=self.attempt.execution.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -369,11 +380,11 @@ class TrainingRun:
     def _save_checkpoint(self, step: int) -> None:
         from tasks.engines.checkpoints import FILES, refuse_not_finite, save_checkpoint
 
-        refuse_not_finite(self.model, step - 1)
+        refuse_not_finite(self.weights.named, step - 1)
         folder = f"checkpoint-{step:06d}"
         path = self.attempt.write(f"{folder}/{FILES[0]}").parent
         state = {"step": step, "log": self.lines, "step0": self.step0}
-        save_checkpoint(path, self.model, self.optimizer, state)
+        save_checkpoint(path, self.weights.named, self.optimizer, state)
         parts = self.attempt.parts()
         files = [f"{folder}/{name}" for name in FILES]
         parts.append(self.attempt.commit_part(len(parts), files, {"step": step}))
@@ -393,7 +404,8 @@ class TrainingRun:
         """Write policy/…: weights from the model, everything else from the start policy."""
         from tasks.engines.checkpoints import refuse_not_finite
 
-        refuse_not_finite(model, self.steps - 1)
+        refuse_not_finite(self.weights.named, self.steps - 1)
+        self.weights.finish(model)
         folder = self.attempt.write("policy/config.json").parent
         start = self.attempt.input("start").folder("policy")  # check its files again after training
         save_policy(model, start, folder)

@@ -159,7 +159,7 @@ def training_memory(
 
     Args:
         shape: the model.
-        dtype: its dtype. In bfloat16 training all weights casts a copy of the float32 ones.
+        dtype: its dtype. In bfloat16 training all weights needs a rounded copy of the float32 ones.
         train: what is trained, with which optimizer.
         tokens: tokens of the largest micro-batch.
         row: tokens of its longest pair.

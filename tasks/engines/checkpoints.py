@@ -1,6 +1,6 @@
 """Training checkpoints without pickles: safetensors for tensors, JSON for numbers.
 
-    weights.safetensors     the trainable parameters (of an adapter only the adapter's)
+    weights.safetensors     the trained weights in float32 (of an adapter only the adapter's)
     optimizer.safetensors   the optimizer state, `<parameter>.<name>`: moments and step
     rng.safetensors         states of the random generators
     state.json              step, learning rate, tokens and the log so far
@@ -27,10 +27,12 @@ FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "sta
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
 ) -> None:
-    """Write `FILES` into a folder."""
-    parameters = trainable(model)
+    """Write `FILES` into a folder; the parameters are those of `TrainedWeights.named`."""
     moments = {
         f"{name}.{key}": value.clone() if key in SHARED else torch.as_tensor(value)  # step may be an int
         for name, parameter in parameters.items()
@@ -43,11 +45,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    paths: Mapping[str, Path], model: nn.Module, optimizer: torch.optim.Optimizer
+    paths: Mapping[str, Path], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Restore weights and optimizer state; returns `state`. For the random generators see `restore_rng`."""
     weights, moments = load_file(paths["weights.safetensors"]), load_file(paths["optimizer.safetensors"])
-    parameters = trainable(model)
     if set(weights) != set(parameters):
         odd = sorted(set(weights) ^ set(parameters))
         raise ValueError(
@@ -64,24 +65,18 @@ def load_checkpoint(
     return json.loads(paths["state.json"].read_text())
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name; tied ones once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def refuse_not_finite(model: nn.Module, step: int) -> None:
+def refuse_not_finite(parameters: Mapping[str, nn.Parameter], step: int) -> None:
     """Refuse weights that are infinite or NaN after an update.
 
     The loss is checked before each update, so an error in the last update would otherwise go unnoticed.
 
     Args:
-        model: the model in training.
+        parameters: the trained weights.
         step: number of the last update, from 0.
 
     Raises:
         SeraError: some trained weights are not finite.
     """
-    parameters = trainable(model)
     odd = [name for name, parameter in parameters.items() if not torch.isfinite(parameter).all()]
     if odd:
         more = ", …" if len(odd) > NAMED else ""

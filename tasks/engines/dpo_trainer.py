@@ -96,8 +96,10 @@ class ReviewedDPOTrainer(DPOTrainer):
         callbacks: list[TrainerCallback],
         micro_batch: int,
         share: bool,
+        clip: Callable[[float], Tensor] | None = None,
     ) -> None:
-        self.train_config = train
+        """`clip`: clips the gradient to a norm and returns its norm before; None: that of the model."""
+        self.train_config, self.clip = train, clip
         self.own_losses = _own_losses(train)
         self.batch_pairs: dict[str, Tensor] = {}
         super().__init__(
@@ -129,6 +131,10 @@ class ReviewedDPOTrainer(DPOTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: batches are lists here."""
         return 0
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        norm = self.args.max_grad_norm
+        return super()._clip_grad_norm(model) if self.clip is None else self.clip(norm)
 
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Tensor]], num_items_in_batch: Any = None

@@ -1,17 +1,16 @@
-"""The optimizers of `train.optimizer`, over a model's trainable parameters, without weight decay."""
+"""The optimizers of `train.optimizer`, without weight decay."""
 
 import torch
-from torch import nn
 
-from tasks.engines.checkpoints import trainable
+from tasks.engines.trained_weights import TrainedWeights
 
 
-def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+def adamw(weights: TrainedWeights, rate: float) -> torch.optim.Optimizer:
     """torch's fused AdamW, moments in float32."""
-    return torch.optim.AdamW(trainable(model).values(), lr=rate, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(weights.named.values(), lr=rate, weight_decay=0.0, fused=True)
 
 
-def adamw_8bit(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+def adamw_8bit(weights: TrainedWeights, rate: float) -> torch.optim.Optimizer:
     """AdamW with moments in 8 bits, scaled in blocks of 256 (arXiv 2110.02861).
 
     Moments of embeddings stay in float32 (section 2.3: their gradients are uneven), and those of tensors of
@@ -19,11 +18,8 @@ def adamw_8bit(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     """
     from bitsandbytes.optim.adamw import AdamW8bit
 
-    optimizer = AdamW8bit(trainable(model).values(), lr=rate, weight_decay=0.0)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.weight.requires_grad:
-            zeros = torch.zeros_like(
-                module.weight
-            )  # set for this optimizer alone; its own registry is the process's
-            optimizer.state[module.weight] = {"step": 0, "state1": zeros, "state2": zeros.clone()}
+    optimizer = AdamW8bit(weights.named.values(), lr=rate, weight_decay=0.0)
+    for name in weights.embeddings & weights.named.keys():
+        zeros = torch.zeros_like(weights.named[name])  # set here: the library's registry is the process's
+        optimizer.state[weights.named[name]] = {"step": 0, "state1": zeros, "state2": zeros.clone()}
     return optimizer

@@ -189,17 +189,25 @@ def kill_at(pairs: int) -> Any:
 
 
 @slow
-@pytest.mark.parametrize("train", [FULL, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("pairs", [4, 12, 16])
-def test_a_killed_round_resumes_to_the_same_bytes(bench: Bench, train: TrainConfig, pairs: int) -> None:
+@pytest.mark.parametrize(
+    ("train", "dtype", "pairs"),
+    [
+        *((FULL, "float32", pairs) for pairs in (4, 12, 16)),
+        *((LORA, "float32", pairs) for pairs in (4, 12, 16)),
+        (FULL, "bfloat16", 12),
+    ],
+)
+def test_a_killed_round_resumes_to_the_same_bytes(
+    bench: Bench, train: TrainConfig, dtype: Precision, pairs: int
+) -> None:
     """Killed in step 0 (no checkpoint yet), in step 2 (one after step 1) and in step 3 (before its own)."""
-    spec = bench.spec(bench.mixture(), train, rate=1e-3 + pairs * 1e-9)
+    spec = bench.spec(bench.mixture(dtype=dtype), train, dtype=dtype, rate=1e-3 + pairs * 1e-9)
     with pytest.raises(Killed):
         bench.run(spec, CHECKPOINTS, kill_at(pairs))
     parts = list((bench.folder / "store" / spec.path).glob("part-*.json"))
     assert len(parts) == (0 if pairs == 4 else 1)
     resumed = bench.run(spec, CHECKPOINTS)
-    whole = bench.again(spec, name=f"whole-{train.method}-{pairs}")
+    whole = bench.again(spec, name=f"whole-{train.method}-{dtype}-{pairs}")
     assert shas(resumed) == shas(whole)
     assert resumed.metrics == whole.metrics
 
@@ -319,7 +327,10 @@ def test_in_bfloat16_the_scorers_own_noise_is_allowed_and_no_more(bench: Bench) 
     """The reference as the scorer computes it in bfloat16; then one pair 50 nats away."""
     scored = bench.mixture(dtype="bfloat16")
     record = bench.run(bench.spec(scored, FULL, dtype="bfloat16"))
-    assert 0 < record.metrics["step0/probe"] < 2
+    assert (
+        0 < record.metrics["step0/probe"] < 0.15
+    )  # the model of the scorer, not float32 weights rounded late
+    assert bench.log(record)[0]["loss"] == pytest.approx(math.log(2), abs=2e-3)
     assert record.metrics["step0/largest_margin"] <= record.metrics["step0/bound"]
     exact = [row["ref_chosen_logps"] for row in pairs_of(bench, bench.mixture())[:4]]
     assert abs(bench.log(record)[0]["logps/chosen"] - sum(exact) / 4) > 1e-3, "the arithmetic was float32"
