@@ -10,7 +10,19 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flows.commands import capability_flags, compare, deploy, doctor, export, lab, review, run, show, store
+from flows.commands import (
+    capability_flags,
+    compare,
+    deploy,
+    doctor,
+    export,
+    init,
+    lab,
+    review,
+    run,
+    show,
+    store,
+)
 from flows.orchestration.embedded_server import bypass_loopback_proxy
 from flows.start import entry
 from sera_core import __version__
@@ -20,6 +32,7 @@ from sera_core.guards.shown import shown
 from sera_core.guards.urls import without_secrets_in
 
 ADDERS = (
+    init.add_init,
     run.add_run,
     run.add_demo,
     run.add_advance,

@@ -134,7 +134,7 @@ def plan_command(args: argparse.Namespace) -> int:
     rows = [[*(row[name] for name in columns[:-1]), gibibytes(row["memory"])] for row in found["steps"]]
     print_table(f"plan of {found['run']}", columns, rows)
     print_table("pairs of each round", PLANNED_COLUMNS, [planned_cells(row) for row in found["rounds"]])
-    print_text(_forecast(found))
+    print_text(forecast(found))
     return 0
 
 
@@ -156,7 +156,7 @@ def _run_experiment(config: SeraConfig, name: str, args: argparse.Namespace) -> 
 
 def _print_forecast(config: SeraConfig, name: str, args: argparse.Namespace) -> None:
     found = plan(config, name, args.store)
-    print_note(_forecast(found))
+    print_note(forecast(found))
     _print_warnings(found)
 
 
@@ -191,7 +191,8 @@ def finishing(args: argparse.Namespace) -> Iterator[Finish]:
         yield finish
 
 
-def _forecast(found: dict[str, Any]) -> str:
+def forecast(found: dict[str, Any]) -> str:
+    """A plan in one line: steps, tokens, bytes, time, memory, cost."""
     todo = found["run_now"] + found["depends"]
     if not todo:
         return f"run {found['run']}: all {found['reuse']} steps are in the store; nothing to do."

@@ -173,6 +173,7 @@ def meet(chromium, place, tmp_path_factory) -> Iterator[Callable[[], Person]]:
 
     def new() -> Person:
         context = chromium.new_context(viewport={"width": 1200, "height": 1000}, timezone_id="UTC")
+        context.set_default_timeout(120_000)  # a machine with other tests at work is slow
         contexts.append(context)
         return Person(context, place.server.url.removesuffix("/api"), album)
 

@@ -94,6 +94,7 @@ def test_a_page_of_another_origin_starts_nothing_although_the_person_is_logged_i
     chromium, up, client, page_of_another
 ):
     context = chromium.new_context()
+    context.set_default_timeout(120_000)
     page = context.new_page()
     page.goto(f"{up['ui']}/deployments")
     page.locator("input[type=password]").fill(client["PREFECT_API_AUTH_STRING"])  # asked once
