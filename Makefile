@@ -49,7 +49,7 @@ check: .venv/dev            ## check format, lint, types and import directions
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-fuzz: .venv/dev             ## 10,000 damaged records, data files and model folders each (make test: 500, the same ones)
+fuzz: .venv/dev             ## 10,000 damaged records, data files and model folders each (make test: 250, the same ones)
 	SERA_FUZZ_CASES=10000 $(BIN)/python -m pytest -q tests/fuzzing
 
 recovery: system .venv/dev  ## test recovery after kills and write its table, tests/recovery/latest.json

@@ -14,9 +14,10 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sera_core.artifacts.canonical import files_digest, sha256_file
+from sera_core.config import Dtype, Precision
 from sera_core.data.file_checks import placeholder_problem, refuse_special
 from sera_core.errors import InputError, SeraError
 from sera_core.guards.shown import one_line
@@ -32,8 +33,6 @@ from sera_core.models.weights import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Dtype = Literal["float32", "bfloat16"]
-Precision = Literal["float32", "bfloat16", "nf4"]
 
 TOKENIZER_FILES = (
     "added_tokens.json",

@@ -2,7 +2,7 @@
 
     SERA_FUZZ_CASES=10000 python -m pytest tests/fuzzing      # make fuzz
 
-Without the variable there are 500 cases of a kind, the same ones each time.
+Without the variable there are 250 cases of a kind, the same ones each time.
 """
 
 import copy
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from flows.cli import main
 
-CASES = int(os.environ.get("SERA_FUZZ_CASES", "500"))
+CASES = int(os.environ.get("SERA_FUZZ_CASES", "250"))
 SECONDS = 10.0
 """A case that takes longer hangs."""
 DEEP = 200_000
