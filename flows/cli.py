@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from flows.commands import (
     capability_flags,
+    chat,
     compare,
     deploy,
     doctor,
@@ -41,6 +42,7 @@ ADDERS = (
     lab.add_lab,
     show.add_list,
     show.add_show,
+    chat.add_chat,
     review.add_review,
     store.add_diff,
     store.add_gc,

@@ -2,9 +2,9 @@
 
 import argparse
 import os
+import secrets
 import sys
 import tempfile
-import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 from flows.commands.capability_inputs import InputPair, find_policy, policy_folder, tokenize_pairs
 from flows.commands.output import check_output, print_note, print_result, quiet_stdout
 from flows.commands.run import forecast
-from flows.experiments import load_experiment, parse_config
+from flows.experiments import load_experiment
 from flows.planning.first_experiment import Seen, Setting, as_toml, proposed
 from flows.planning.plan import plan
 from sera_core.artifacts.run_records import check_name
+from sera_core.config import SeraConfig
 from sera_core.data import loading
 from sera_core.data.formats import Reading
 from sera_core.data.parsing import KINDS
@@ -58,10 +59,7 @@ def init(args: argparse.Namespace) -> int:
     name = check_name(args.out.stem)
     seen = _look(_given(args, "model"), _given(args, "data"), args.out)
     settings = proposed(seen)
-    text = as_toml(settings)
-    parse_config(tomllib.loads(text), str(args.out))  # nothing is written that a run would refuse
-    args.out.write_text(text, encoding="utf-8")
-    found = plan(load_experiment(str(args.out)), name, args.store)
+    found = plan(_written(args.out, as_toml(settings)), name, args.store)
     for warning in found["warnings"]:
         print_note(f"sera: warning: {warning}")
     value = {
@@ -71,6 +69,18 @@ def init(args: argparse.Namespace) -> int:
     }
     print_result(args, value, _lines(args.out, settings, found))
     return 0
+
+
+def _written(out: Path, text: str) -> SeraConfig:
+    """Write the file, unless a run would refuse it."""
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        config = load_experiment(str(temporary))
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return config
 
 
 def _lines(out: Path, settings: list[Setting], found: dict[str, Any]) -> list[str]:
