@@ -104,7 +104,7 @@ class _Speaker:
         base = Path(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else None
         self.label, self.args = label, args
         self.renderer = Renderer(base or folder, model.chat_template, model.template_kwargs)
-        self.model = load_policy(folder, model.dtype, device_of("auto"), base=base)
+        self.model: Any = load_policy(folder, model.dtype, device_of("auto"), base=base)
         self.positions = position_limit(base or folder)
         self.messages: list[Message] = []
         self.begin()
