@@ -5,6 +5,7 @@ run.rounds; run[2].pairs(); run[2].ledger(); run[2].policy_path(); run.history(p
 """
 
 import json
+from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +17,9 @@ from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.errors import InputError
+
+SHOWN = ("round", "decision", "reason", "human", "generated", "generated_share", "accuracy")
+"""Columns of `Run.rounds` that a notebook shows."""
 
 
 class Run:
@@ -62,6 +66,19 @@ class Run:
     def __len__(self) -> int:
         return len(self._records.rounds())
 
+    def __repr__(self) -> str:
+        count = len(self)
+        state = "open" if (reason := self.stop_reason) is None else f"stopped: {reason}"
+        best = "" if self.best_round is None else f", best round {self.best_round}"
+        rounds = "1 round" if count == 1 else f"{count} rounds"
+        return f"<run {self.name} in {self._records.store.url}: {rounds}, {state}{best}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the run in a line, and its rounds."""
+        rounds = self.rounds
+        table = rounds[[name for name in SHOWN if name in rounds]].to_html(index=False, float_format="%.3f")
+        return f"<p>{escape(repr(self))}</p>{table}"
+
     def __getitem__(self, round: int) -> "Round":
         rounds = self._records.rounds()
         if not -len(rounds) <= round < len(rounds):
@@ -82,6 +99,10 @@ class Round:
 
     def __init__(self, records: RunStore, manifest: RoundManifest) -> None:
         self._store, self.manifest = records.store, manifest
+
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        return f"<round {manifest.round} of {manifest.run}: {manifest.decision}>"
 
     def pairs(self) -> pd.DataFrame:
         """The pairs trained on in this round, human and generated, in training order, with their margins."""

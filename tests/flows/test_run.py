@@ -95,6 +95,10 @@ def test_python_reads_what_the_command_line_shows(finished):
     assert len(run[0].responses()) == 0
     pair = run[1].scored()["pair_id"][0]
     assert list(run.history(pair)["round"]) == [0, 1, 2]
+    assert repr(run).startswith("<run tiny in ") and "3 rounds, stopped: max_rounds" in repr(run)
+    assert repr(run[1]) == f"<round 1 of tiny: {run.rounds.loc[1, 'decision']}>"
+    shown = run._repr_html_()
+    assert shown.count("<tr") == 4 and "&lt;run tiny" in shown and "<run" not in shown
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(run[2].policy_path()).num_parameters() > 0
