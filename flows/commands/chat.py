@@ -94,6 +94,8 @@ class _Speaker:
     """A policy and its conversation."""
 
     def __init__(self, records: RunStore, args: argparse.Namespace, label: str, folder: Path) -> None:
+        from transformers import GenerationConfig
+
         from sera_core.data.rendering import Renderer
         from sera_core.models.devices import device_of
         from sera_core.models.policies import load_policy
@@ -105,6 +107,9 @@ class _Speaker:
         self.label, self.args = label, args
         self.renderer = Renderer(base or folder, model.chat_template, model.template_kwargs)
         self.model: Any = load_policy(folder, model.dtype, device_of("auto"), base=base)
+        self.model.generation_config = (
+            GenerationConfig()
+        )  # as a run samples: without penalties of the model's
         self.positions = position_limit(base or folder)
         self.messages: list[Message] = []
         self.begin()

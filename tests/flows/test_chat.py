@@ -1,6 +1,7 @@
 """`sera chat`: its answers are those of the policy that the round left."""
 
 import io
+import json
 
 import pytest
 import tinyrun
@@ -18,6 +19,8 @@ def made(tmp_path_factory):
     """A run of two rounds that move the policy far: (store, start policy's folder)."""
     folder = tmp_path_factory.mktemp("made")
     config = tinyrun.config(folder, limits={"rounds": 2}, train={"learning_rate": 1e-2, "epochs": 3})
+    settings = folder / "policy" / "generation_config.json"  # with a penalty that sampling in a run ignores
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"repetition_penalty": 9.0}))
     tinyrun.work(config, folder / "store")
     return folder / "store", folder / "policy"
 
