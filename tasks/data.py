@@ -31,7 +31,6 @@ from sera_core.data.loading import (
 from sera_core.data.preferences import (
     Drop,
     Message,
-    Pair,
     drop_degenerate,
     drop_repeated_prompts,
     sort_key,
@@ -83,7 +82,7 @@ def load_pairs(attempt: Attempt) -> list[str]:
 
     columns = _write_columns(attempt, sides)
     for side in PAIR_SIDES:
-        rows = [_pair_row(pair) for pair in sorted(sides[side], key=sort_key)]
+        rows = [pair.row for pair in sorted(sides[side], key=sort_key)]
         schema.write_table(schema.from_rows(schema.PAIRS, rows), attempt.write(f"{side}.parquet"))
     prompts = [{"prompt_id": p.prompt_id, "prompt": p.prompt} for p in sorted(sides["prompts"], key=sort_key)]
     schema.write_table(schema.from_rows(schema.PROMPTS, prompts), attempt.write("prompts.parquet"))
@@ -215,11 +214,6 @@ def _measure_groups(attempt: Attempt, sides: Mapping[str, Sequence[Any]], flippe
     others = groups["heldout"] | groups["test"] | groups["prompts"]
     attempt.metrics["groups_shared_with_train"] = len(groups["train"] & others)
     attempt.metrics["flipped"] = flipped
-
-
-def _pair_row(pair: Pair) -> dict[str, Any]:
-    names = ("pair_id", "prompt_id", "format", "prompt", "chosen", "rejected")
-    return {name: getattr(pair, name) for name in names} | {"origin": "human", "round": 0}
 
 
 # ----------------------------------------------------------------------------------------------------- shared

@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -70,7 +69,7 @@ def data(args: argparse.Namespace) -> int:
         differences = {TOKENS: chosen - rejected} | differences
     more = chosen_has_more(differences, [pair.prompt_id for pair in pairs])
     if args.out is not None:
-        write_output(schema.from_rows(schema.PAIRS, [_row(pair) for pair in pairs]), args.out)
+        write_output(schema.from_rows(schema.PAIRS, [pair.row for pair in pairs]), args.out)
     _print(args, read, pairs, dropped, as_read, more)
     return 0
 
@@ -116,11 +115,6 @@ def _by_model(args: argparse.Namespace, pairs: Sequence[Pair]) -> _AsRead:
         )
     counts = {part: [len(row[number]) for row in ids] for number, part in enumerate(PARTS)}
     return _AsRead(TOKENS, counts, texts, special)
-
-
-def _row(pair: Pair) -> dict[str, Any]:
-    names = ("pair_id", "prompt_id", "format", "prompt", "chosen", "rejected")
-    return {name: getattr(pair, name) for name in names} | {"origin": "human", "round": 0}
 
 
 # ------------------------------------------------------------------------------------------------- the output

@@ -68,6 +68,12 @@ class Pair:
         return canonical.prompt_id(self.prompt)
 
     @property
+    def row(self) -> dict[str, Any]:
+        """The pair's columns in `schema.PAIRS`, but for token ids."""
+        names = ("pair_id", "prompt_id", "format", "prompt", "chosen", "rejected")
+        return {name: getattr(self, name) for name in names} | {"origin": "human", "round": 0}
+
+    @property
     def turned(self) -> "Pair":
         """The pair with chosen and rejected swapped."""
         values = {name: (rejected, chosen) for name, (chosen, rejected) in self.values.items()}
