@@ -107,9 +107,7 @@ class _Speaker:
         self.label, self.args = label, args
         self.renderer = Renderer(base or folder, model.chat_template, model.template_kwargs)
         self.model: Any = load_policy(folder, model.dtype, device_of("auto"), base=base)
-        self.model.generation_config = (
-            GenerationConfig()
-        )  # as a run samples: without penalties of the model's
+        self.model.generation_config = GenerationConfig()  # a run samples without the model's own penalties
         self.positions = position_limit(base or folder)
         self.messages: list[Message] = []
         self.begin()
