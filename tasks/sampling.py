@@ -1,7 +1,9 @@
 """Sample R responses per prompt from a policy, each with token ids, seed and log-probability.
 
 Prompts are split into shards of fixed size in prompt_id order; finished shards are committed and not sampled
-again. Batches never span shards, so an interrupted run gives the same bytes as an uninterrupted one.
+again. Batches of the transformers engine never span shards, so an interrupted run gives the same bytes as an
+uninterrupted one. vLLM begins with the next shards while a shard's last responses are unfinished; after an
+interruption its responses are the same up to float noise.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from sera_core.models.shared_policies import shared_policy
 from tasks.engines.choose import open_sampler
 from tasks.engines.sampler import (
     Finished,
+    LooksAhead,
     Request,
     Sampler,
     Settings,
@@ -67,20 +70,19 @@ def sample_prompts(
         prompts: the prompts.
         settings: sampling settings.
         responses: R, responses per prompt.
-        seed: seed of the run; each response's seed is derived from (seed, round, prompt_id, sample).
+        seed: seed of the run.
         round: the current round.
         finished: called with the number of complete responses.
     """
-    keys = [(prompt, number) for prompt in prompts for number in range(responses)]
-    seeds = [derived_seed(seed, round, prompt.prompt_id, number) for prompt, number in keys]
-    requests = [Request(prompt.ids, own) for (prompt, _), own in zip(keys, seeds, strict=True)]
+    keys = requests_of(prompts, responses, seed, round)
+    requests = [request for _, _, request in keys]
     found = sampler.sample(requests, settings, finished) if requests else []
     columns = {
-        "prompt_id": [prompt.prompt_id for prompt, _ in keys],
-        "sample": [number for _, number in keys],
+        "prompt_id": [prompt_id for prompt_id, _, _ in keys],
+        "sample": [number for _, number, _ in keys],
         "response": [renderer.text(response.ids) for response in found],
         "response_ids": [response.ids for response in found],
-        "seed": seeds,
+        "seed": [request.seed for request in requests],
         "finish_reason": [response.finish_reason for response in found],
         "tokens": [len(response.ids) for response in found],
         "policy_logps": quantise(np.array([response.logps for response in found], dtype=np.float64)),
@@ -88,6 +90,17 @@ def sample_prompts(
         "past_ref_logps": [[] for _ in found],
     }
     return schema.table(schema.RESPONSES, columns)
+
+
+def requests_of(
+    prompts: Sequence[Prompt], responses: int, seed: int, round: int
+) -> list[tuple[str, int, Request]]:
+    """(prompt_id, sample, request) of every response; these and the round decide the request's seed."""
+    return [
+        (prompt.prompt_id, number, Request(prompt.ids, derived_seed(seed, round, prompt.prompt_id, number)))
+        for prompt in prompts
+        for number in range(responses)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ step
@@ -129,14 +142,16 @@ class _Work:
     def sample_shard(self, number: int) -> dict[str, Any]:
         """Sample one shard and commit it."""
         attempt, fields = self.attempt, self.attempt.fields
-        self.sampler = self.sampler or self._open()
+        if self.sampler is None:
+            self.sampler = self._open()
+            self._look_ahead(self.sampler, number)
         before = sum(map(len, self.shards[:number])) * fields["responses"]
         total = sum(map(len, self.shards)) * fields["responses"]
         table = sample_prompts(
             self.sampler,
             self.renderer,
             self.shards[number],
-            Settings(fields["temperature"], fields["top_p"], fields["max_tokens"], self.renderer.stop_ids),
+            self._settings(),
             responses=fields["responses"],
             seed=fields["seed"],
             round=fields["round"],
@@ -145,6 +160,19 @@ class _Work:
         relative = f"part-{number:05d}.parquet"
         schema.write_table(table, attempt.write(relative))
         return attempt.commit_part(number, [relative], {"responses": table.num_rows})
+
+    def _settings(self) -> Settings:
+        fields = self.attempt.fields
+        stop_ids = self.renderer.stop_ids
+        return Settings(fields["temperature"], fields["top_p"], fields["max_tokens"], stop_ids)
+
+    def _look_ahead(self, sampler: Sampler, number: int) -> None:
+        """Let an engine that can begin with all responses from this shard on."""
+        if isinstance(sampler, LooksAhead):
+            fields = self.attempt.fields
+            for shard in self.shards[number:]:
+                keys = requests_of(shard, fields["responses"], fields["seed"], fields["round"])
+                sampler.enqueue([request for _, _, request in keys], self._settings())
 
     @property
     def fills_device(self) -> bool:

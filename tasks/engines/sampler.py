@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from sera_core.errors import InputError
 
@@ -76,6 +76,15 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Free the memory."""
+        ...
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """An engine that begins with later requests before the earlier ones are complete."""
+
+    def enqueue(self, requests: Sequence[Request], settings: Settings) -> None:
+        """Begin with requests that later calls of `sample` will ask for, with the same settings."""
         ...
 
 

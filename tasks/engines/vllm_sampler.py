@@ -2,7 +2,8 @@
 
 Every response is a separate request (n = 1) with its own seed, because with n > 1 vLLM derives the seeds.
 Prompts are token ids, never text, and log-probabilities are raw, before temperature and top_p. vLLM frees an
-accelerator's memory only when the process ends, so such a step runs in a child process.
+accelerator's memory only when the process ends, so such a step runs in a child process. The engine may begin
+with all requests of a step, so that it is not idle between two shards.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ class VLLMSampler:
             )
         weights = policy if base is None or not adapter else base
         self.positions = position_limit(weights)
+        self.waiting: dict[str, Request] = {}  # by vLLM's id
+        self.complete: dict[Request, Sampled] = {}
         release_policies()  # vLLM takes a share of the whole device
         for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {})).items():
             os.environ.setdefault(name, value)  # before vLLM is imported
@@ -97,9 +100,26 @@ class VLLMSampler:
         self, requests: Sequence[Request], settings: Settings, finished: Finished = no_progress
     ) -> list[Sampled]:
         """See `Sampler.sample`."""
+        begun = {*self.waiting.values(), *self.complete}
+        self.enqueue([request for request in requests if request not in begun], settings)
+        missing = set(requests) - self.complete.keys()
+        while missing:
+            self._step()
+            if ended := missing & self.complete.keys():
+                missing -= ended
+                finished(len(requests) - len(missing))
+        found = [self.complete[request] for request in requests]
+        for request in set(requests):
+            del self.complete[request]
+        finished(len(requests))
+        return found
+
+    def enqueue(self, requests: Sequence[Request], settings: Settings) -> None:
+        """See `LooksAhead.enqueue`."""
         from vllm import SamplingParams
 
         check_requests(requests, settings, self.positions)
+        requests = list(dict.fromkeys(requests))
         params = [
             SamplingParams(
                 n=1,
@@ -115,9 +135,14 @@ class VLLMSampler:
             for request in requests
         ]
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self.adapter)
-        finished(len(requests))
-        return [_sampled(output.outputs[0]) for output in outputs]
+        ids = self.llm.enqueue(prompts, params, use_tqdm=False, lora_request=self.adapter)
+        self.waiting |= dict(zip(map(_asked_as, ids), requests, strict=True))
+
+    def _step(self) -> None:
+        """One forward pass of all sequences that fit; keeps the responses that it completes."""
+        for output in self.llm.llm_engine.step():
+            if output.finished:
+                self.complete[self.waiting.pop(output.request_id)] = _sampled(output.outputs[0])
 
     def close(self) -> None:
         """Free memory: all of it on CPU, only part of it on an accelerator."""
@@ -127,6 +152,11 @@ class VLLMSampler:
         self.llm = None
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def _asked_as(request_id: str) -> str:
+    """The id of a request in vLLM's outputs; the id that a new request gets also has random characters."""
+    return request_id.partition("-")[0]
 
 
 def lora_rank(policy: Path) -> int | None:

@@ -225,6 +225,34 @@ def test_cut_and_empty_responses_are_kept_and_counted(world, monkeypatch):
     assert record.metrics["samples/share_cut"] == 0.3
 
 
+def test_an_engine_that_looks_ahead_gets_all_shards_that_are_left_at_once(world, monkeypatch):
+    monkeypatch.setattr(sampling, "SHARD_PROMPTS", 2)
+    begun, asked = [], []
+
+    class Ahead:
+        def enqueue(self, requests, settings):
+            begun.append(requests)
+
+        def sample(self, requests, settings, finished):
+            if len(asked) == 1 and len(begun) == 3:  # three shards of two, two and one prompts
+                raise KeyboardInterrupt
+            asked.append(requests)
+            return [Sampled((request.seed % 97, 2), -1.0, "stop") for request in requests]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(sampling, "open_sampler", lambda *args, **kwargs: Ahead())
+    with pytest.raises(KeyboardInterrupt):
+        world.sample(max_parity_nats=1e9)
+    assert sum(map(len, begun)) == 10 and len(asked[0]) == 4
+    record = world.sample(max_parity_nats=1e9)  # the first shard is kept
+    assert [len(requests) for requests in begun] == [4, 4, 2, 4, 2] == [4, 4, 2, *map(len, asked[1:])]
+    seeds = [request.seed for requests in asked for request in requests]
+    assert [row["seed"] for row in world.rows(record)] == seeds
+    assert [row["response_ids"][0] for row in world.rows(record)] == [seed % 97 for seed in seeds]
+
+
 def wrong_by(nats):
     """The real engine, its log-probability of one response wrong by so many nats."""
     real = sampling.open_sampler

@@ -28,7 +28,10 @@ def test_a_missing_vllm_is_named_with_the_command_that_installs_it(tmp_path, mon
 def sample_in_child(queue, policy, base, requests, settings):
     """Run in a process of its own."""
     sampler = open_sampler("vllm", policy, base=base, max_length=128)
-    queue.put([sampler.adapter is not None, *(sampler.sample(part, settings) for part in requests)])
+    sampler.enqueue([request for part in requests[:2] for request in part], settings)
+    heard = []
+    found = [sampler.sample(part, settings, heard.append) for part in requests]
+    queue.put([(sampler.adapter is not None, heard), *found])
     sampler.close()
 
 
@@ -59,7 +62,12 @@ def test_vllm_agrees_with_the_scorer_and_repeats_itself(tmp_path):
     folder = tiny_policy(tmp_path / "policy")
     ends = tuple(range(2, 40))
     asked = requests()
-    _, found, alone = sample(folder, None, [asked, asked[:1]], Settings(0.8, 0.95, 24, ends))
+    parts = [asked[4:], asked[:4], asked, asked[:1]]
+    (_, heard), *ahead, found, alone = sample(folder, None, parts, Settings(0.8, 0.95, 24, ends))
+    assert [response.ids for part in ahead for response in part] == [
+        response.ids for response in (*found[4:], *found[:4])
+    ]
+    assert heard[0] < 8 <= max(heard) == len(asked) and len(heard) > 8  # not only at the end of a part
     expected = plain_sequence_logps(load_policy(folder), items(asked, found))
     np.testing.assert_allclose([response.logps for response in found], expected, atol=1e-3)
     assert alone[0].ids == found[0].ids
@@ -92,7 +100,7 @@ def test_vllm_samples_from_an_adapter_beside_its_base_or_merged(tmp_path, kind):
     lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **kind)
     adapter = save_policy(get_peft_model(load_policy(base), lora), base, tmp_path / "adapter")
     assert load_tokenizer(base)
-    beside, found = sample(adapter, base, [requests()], Settings(1.0, 1.0, 8, (END,)))
+    (beside, _), found = sample(adapter, base, [requests()], Settings(1.0, 1.0, 8, (END,)))
     assert beside == ("use_dora" not in kind)
     expected = plain_sequence_logps(load_policy(adapter, base=base), items(requests(), found))
     np.testing.assert_allclose([response.logps for response in found], expected, atol=1e-3)
