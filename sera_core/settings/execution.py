@@ -1,0 +1,45 @@
+"""How the work is done."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sera_core.settings.kinds import AUTO, Part, Positive, Size
+
+
+class ExecutionConfig(Part):
+    """How the work is done. These settings change no result, so changing them recomputes nothing."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to compute on."""
+    child: Literal["auto", "always", "never"] = "auto"
+    """Run scoring, sampling, training and evaluation in process groups of their own, which free all memory at
+    the end and stop when the run is cancelled. Steps that only read a policy share one. auto: only on an
+    accelerator."""
+    micro_batch: Size = AUTO
+    """Pairs per forward pass in training; gradients accumulate to `train.batch`. auto: 1 on a CPU, where more
+    are no faster; on an accelerator what its free memory holds."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: training takes less memory and
+    about a third more time."""
+    tokens_per_batch: Size = AUTO
+    """Maximum tokens per scoring batch. auto: 2048 on a CPU; on an accelerator what its free memory holds."""
+    sampling_batch: Size = AUTO
+    """Responses that the transformers engine samples at once. auto: 32 on a CPU; on an accelerator what its
+    free memory holds, at most 256."""
+    limit: str | None = None
+    """Prefect concurrency limit. A deployed run holds one of its slots while a step uses the device; empty:
+    `sera-device` on an accelerator, none on CPU."""
+    accept_racy_store: bool = False
+    """Accept an object store in which two racing writers can both succeed (a test before first use detects
+    this; `sera doctor` repeats it). Safe only with a single process: a second one may silently replace
+    records."""
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 50
+    """Optimizer steps between training checkpoints (0: none)."""
+    keep_checkpoints: Positive = 2
+    """Checkpoints kept in the store during training, each three times the size of the trained weights. All
+    are deleted when training is done."""
+    tracking: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
+    """Where TRL logs training curves, as one tracker run `<run>-round-<n>` per round (`…-fold-<i>` for a fold
+    policy). tensorboard writes to `./sera-logs/<run>/round-<n>`; the others follow their own settings
+    (WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_DIR). With none, nothing is sent anywhere."""
