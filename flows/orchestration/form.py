@@ -1,7 +1,7 @@
 """The form for starting a run in Prefect's UI: a few fields with the demo's values; the rest are `overrides`.
 
 At Submit, Prefect's UI has its server check the form by a schema that lacks keys such as `minimum` and
-`pattern`, but keeps `allOf` as it is. So ranges and patterns stand in an `allOf`: the UI then marks the field.
+`pattern`, but keeps `allOf` as it is. So ranges and patterns stand in an `allOf`: the UI marks the field.
 """
 
 import re
