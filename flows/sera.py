@@ -49,7 +49,7 @@ def sera(
     run. A finished run, or one identical to a finished run, ends at once with `nothing new`.
 
     Args:
-        config: As it stands, the demo: about ten minutes on two cores.
+        config: As it is, Submit runs the demo: about ten minutes on two cores.
         run: Name of the run, in place of Run Name above; `{date}` and `{data}` (a hash of it) are filled in.
         store: Folder or s3://bucket/prefix for the artifacts. Empty: the worker's SERA_STORE.
         dry_run: Only publish the plan as an artifact.

@@ -135,7 +135,9 @@ class RunForm(BaseModel):
     @classmethod
     def _is_text(cls, given: Any) -> Any:
         if isinstance(given, Mapping):
-            raise ValueError("give one text; in the form of earlier versions this was a section")
+            raise ValueError(
+                "give one text: it was a section in earlier versions (`sera deploy` renews the form)"
+            )
         return given
 
     def settings(self) -> dict[str, Any]:

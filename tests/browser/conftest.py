@@ -51,7 +51,7 @@ def connections(home) -> Path:
 def place(home, connections) -> Iterator[places.Place]:
     """Postgres, Prefect server, deployments and worker, every one of their processes watched."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", str(Path(__file__).parent / "watched"))
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent / "watched"), prepend=os.pathsep)
         patched.setenv("SERA_TEST_CONNECTIONS", str(connections))
         patched.setenv("SERA_CACHE", str(home / "cache"))
         with places.place(home) as place:

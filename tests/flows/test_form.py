@@ -182,7 +182,7 @@ def test_a_wrong_override_is_refused_in_the_form_before_anything_starts(override
         ({"data": "pairs.jsonl"}, "config.data: 'pairs.jsonl' is a relative path"),
         ({"modell": "m"}, "config.modell: no field of the form, which has model, data"),
         ({"select": {"fraction": 0.5}}, "config.select: no field of the form: give its settings as"),
-        ({"model": {"source": "/m"}}, "config.model: give one text; in the form of earlier versions"),
+        ({"model": {"source": "/m"}}, "config.model: give one text: it was a section in earlier versions"),
         ({"data": {"train": "/p.jsonl"}}, "config.data: give one text"),
     ],
 )  # fmt: skip
