@@ -12,7 +12,7 @@ from flows.display.compared import as_json, compared
 from flows.display.judged_arms import judged_json
 from flows.display.logs import run_log
 from flows.judged_arms import check_judged, judge_arms
-from flows.orchestration.form import FormConfig
+from flows.orchestration.form import FormConfig, StoreName
 from flows.orchestration.limits import run_slot
 from flows.running import open_run
 from flows.sera import check_restarts, is_finished, run_until_stopped
@@ -33,7 +33,7 @@ def sera_compare(
     seeds: list[int] = SEEDS,
     judge: str | None = None,
     mode: Literal["pairwise", "single"] = "pairwise",
-    store: str | None = None,
+    store: StoreName = "",
 ) -> State[dict[str, Any]]:
     """Run arms of one experiment with equal training tokens, and publish how they compare.
 

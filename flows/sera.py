@@ -17,7 +17,7 @@ from flows.display import cards, events
 from flows.display.deployed import in_deployed_run
 from flows.display.logs import escape_prefect_logs, library_logs, run_log
 from flows.display.progress import reporter
-from flows.orchestration.form import FormConfig
+from flows.orchestration.form import FormConfig, RunName, StoreName
 from flows.orchestration.limits import device_slot, run_slot
 from flows.orchestration.reviews import ask_person
 from flows.planning.plan import plan
@@ -41,7 +41,7 @@ RESTARTS = 5
 
 @flow(name="sera", flow_run_name="{run}", persist_result=False)
 def sera(
-    config: FormConfig, run: str = "sera-{data}", store: str | None = None, dry_run: bool = False
+    config: FormConfig, run: RunName = "sera-{data}", store: StoreName = "", dry_run: bool = False
 ) -> State[str]:
     """Align a policy in self-reviewed rounds until it converges or reaches a limit.
 
@@ -49,8 +49,8 @@ def sera(
     run. A finished run, or one identical to a finished run, ends at once with `nothing new`.
 
     Args:
-        config: Model, data and settings.
-        run: Name of the run; `{date}` and `{data}` (a hash of the data) are filled in.
+        config: As it is, Submit runs the demo: about ten minutes on two cores.
+        run: Name of the run, in place of Run Name above; `{date}` and `{data}` (a hash of it) are filled in.
         store: Folder or s3://bucket/prefix for the artifacts. Empty: the worker's SERA_STORE.
         dry_run: Only publish the plan as an artifact.
     """

@@ -75,10 +75,14 @@ def config(folder: Path, **sections: dict) -> SeraConfig:
 
 
 def form(folder: Path, **sections: dict) -> dict:
-    """The same as Prefect's form takes it: two fields, the rest as overrides."""
+    """The same as Prefect's form takes it: three fields, the rest as overrides."""
     given = settings(folder, **sections)
-    two = {"model": given.pop("model"), "data": {"train": given["data"].pop("train")[0]["path"]}}
-    return {**two, "preset": "full", "overrides": given}
+    three = {
+        "model": given["model"].pop("source"),
+        "data": given["data"].pop("train")[0]["path"],
+        "rounds": given["limits"].pop("rounds"),
+    }
+    return {**three, "preset": "full", "overrides": given}
 
 
 def experiment(folder: Path, **sections: dict) -> Path:

@@ -1,6 +1,7 @@
-"""The form for starting a run in Prefect's UI: a few settings, generated from SeraConfig's fields.
+"""The form for starting a run in Prefect's UI: a few fields with the demo's values; the rest are `overrides`.
 
-An empty field takes the preset's value; all other settings go into `overrides`.
+At Submit, Prefect's UI has its server check the form by a schema that lacks keys such as `minimum` and
+`pattern`, but keeps `allOf` as it is. So ranges and patterns stand in an `allOf`: the UI marks the field.
 """
 
 import re
@@ -9,44 +10,32 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
     TypeAdapter,
+    ValidationError,
     WithJsonSchema,
-    create_model,
+    field_validator,
 )
-from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
-from flows.experiments import load_settings, merged, parse_config, without_idle
+from flows.experiments import SIDES, load_settings, merged, parse_config, without_idle
+from flows.orchestration.form_overrides import by_section, overrides_schema
 from sera_core.config import SeraConfig
 from sera_core.errors import InputError
 from sera_core.guards.urls import CLEAN_PATTERN, refuse_secrets
 
 Preset = Literal["quick", "demo", "full"]
 
-SHOWN = {
-    "model": ("dtype",),
-    "review": ("gamma", "show_text"),
-    "select": ("rule", "fraction"),
-    "sampling": ("responses", "temperature", "max_tokens"),
-    "mix": ("shares",),
-    "train": ("losses", "method", "beta", "learning_rate"),
-    "decide": ("review", "review_hours"),
-    "limits": ("rounds",),
-}
-"""Settings shown in the form, by section; at most 25 with the extra fields below."""
+_DEMO = load_settings("bundled:demo")
+_QUICK = merged(load_settings("bundled:demo-quick"), {"data": {"train_pairs": 8, "heldout_pairs": 4}})
+"""With any data as small as with its own."""
+_PRESETS: dict[str, dict[str, Any]] = {"quick": _QUICK, "demo": _DEMO, "full": {}}
 
-_BOUNDS = {
-    "minimum": "at least {}",
-    "exclusiveMinimum": "above {}",
-    "maximum": "at most {}",
-    "exclusiveMaximum": "below {}",
-}
-
-_EMPTY = re.compile(r"[.;] [Ee]mpty: .*(?=\.$)")
-"""A help text's sentence on empty values in a file; in the form, empty means the preset's value."""
+NUMBER = r"^(?=[0.]*[1-9])[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$"
+"""A number above 0 as text. Prefect's number input drops the e of 2e-5, and then the whole value."""
 
 
 def _in_order(schema: dict[str, Any]) -> None:
@@ -55,88 +44,10 @@ def _in_order(schema: dict[str, Any]) -> None:
         field["position"] = position
 
 
-class FormPart(BaseModel):
-    """A section of the form: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=_in_order
-    )
-
-
-class AutoEngine(FormPart):
-    """vLLM where the worker has it and a GPU, else transformers."""
-
-    model_config = ConfigDict(title="auto")
-
-    engine: Literal["auto"] = Field(default="auto", description="Engine.")
-
-    def settings(self) -> dict[str, Any]:
-        """The SeraConfig settings of this choice."""
-        return {"sampling": {"engine": self.engine}}
-
-
-def _without_default(schema: dict[str, Any]) -> None:
-    """Drop the default, so that the form omits an empty field instead of sending null."""
-    schema.pop("default", None)
-
-
-class TransformersEngine(FormPart):
-    """Samples with transformers, on CPU or GPU."""
-
-    model_config = ConfigDict(title="transformers")
-
-    engine: Literal["transformers"] = Field(default="transformers", description="Engine.")
-    batch: Annotated[int, Field(ge=1)] | None = Field(
-        default=None,
-        json_schema_extra=_without_default,
-        description="Responses sampled at once (at least 1); empty: what fits. Changes no result.",
-    )
-
-    def settings(self) -> dict[str, Any]:
-        """The SeraConfig settings of this choice."""
-        batch = {} if self.batch is None else {"execution": {"sampling_batch": self.batch}}
-        return {"sampling": {"engine": self.engine}, **batch}
-
-
-class VllmEngine(FormPart):
-    """Samples with vLLM; the worker must have it installed."""
-
-    model_config = ConfigDict(title="vllm")
-
-    engine: Literal["vllm"] = Field(description="Engine.")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="Precision of sampling; if it differs from the model's, samples are scored again.",
-    )
-
-    def settings(self) -> dict[str, Any]:
-        """The SeraConfig settings of this choice."""
-        return {"sampling": {"engine": self.engine, "dtype": self.dtype}}
-
-
-def _optional(field: FieldInfo) -> tuple[Any, Any]:
-    """A SeraConfig setting as an optional form field, with its range in words."""
-    if field.annotation is bool:  # a switch cannot be empty
-        return bool, Field(default=field.default, description=" ".join((field.description or "").split()))
-    schema = TypeAdapter(field.rebuild_annotation()).json_schema()
-    if "anyOf" in schema:
-        schema = next(kind for kind in schema["anyOf"] if kind.get("type") != "null")
-    words = [text.format(schema[bound]) for bound, text in _BOUNDS.items() if bound in schema]
-    text = _EMPTY.sub("", " ".join((field.description or "").split()))
-    text += f" Range: {', '.join(words)}." if any(word not in text for word in words) else ""
-    kind = Annotated[field.annotation | None, WithJsonSchema(schema)]
-    return kind, Field(
-        default=None, description=f"{text} Empty: the preset's.", json_schema_extra=_without_default
-    )
-
-
-def _section(name: str, **named: Any) -> type[FormPart]:
-    """A section of the form with SeraConfig's help texts."""
-    part = SeraConfig.model_fields[name].annotation
-    assert isinstance(part, type) and issubclass(part, BaseModel)
-    fields: dict[str, Any] = {key: _optional(part.model_fields[key]) for key in SHOWN.get(name, ())}
-    doc = " ".join((part.__doc__ or "").split())
-    return create_model(f"{name.capitalize()}Section", __base__=FormPart, __doc__=doc, **named, **fields)
+def _number(given: Any) -> Any:
+    if isinstance(given, str) and not re.match(NUMBER, given):
+        raise ValueError(f"{given!r} is no number above 0; write it as 2e-5 or 0.00002")
+    return given
 
 
 _NO_CREDENTIALS: dict[str, Any] = {"pattern": CLEAN_PATTERN}
@@ -153,107 +64,143 @@ def _no_credentials(depth: int) -> dict[str, Any]:
     return {**_NO_CREDENTIALS, **inner}
 
 
-def _optional_no_credentials(schema: dict[str, Any]) -> None:
-    _without_default(schema)
-    schema.update(_NO_CREDENTIALS)
+def _without_default(schema: dict[str, Any]) -> None:
+    """Drop the default, so that the form omits an empty field instead of sending null."""
+    schema.pop("default", None)
 
 
-_SOURCE = (
-    str,
-    Field(
-        description="Hub id, absolute folder, URL, or `package:<distribution>/<file>.gguf`.",
-        json_schema_extra=_NO_CREDENTIALS,
-    ),
-)
-_TRAIN = (
-    str,
-    Field(
+def _presets_rates() -> str:
+    """The learning rate of each preset, for the help text."""
+    named = {"model": {"source": "m"}, "data": {"train": [{"path": "/p"}]}}
+    rates = {
+        name: parse_config(merged(preset, named), name).learning_rate for name, preset in _PRESETS.items()
+    }
+    return ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+
+
+class RunForm(BaseModel):
+    """Model, data and a few settings of a run."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=_in_order
+    )
+
+    model: str = Field(
+        description="Start policy: hub id, absolute folder, URL, or `package:<distribution>/<file>.gguf`.",
+        json_schema_extra={"default": _DEMO["model"]["source"], **_NO_CREDENTIALS},
+    )
+    data: str = Field(
         description="Preference pairs: absolute path or URL of a jsonl, json, csv or parquet file, "
         "`hub:<id>`, or `bundled:<name>`.",
-        json_schema_extra=_NO_CREDENTIALS,
-    ),
-)
-_HELDOUT = (
-    Annotated[str | None, WithJsonSchema({"type": "string"})],
-    Field(
+        json_schema_extra={
+            "default": _DEMO["data"]["train"][0]["path"],
+            "allOf": [{"pattern": "^/|:"}],
+            **_NO_CREDENTIALS,
+        },
+    )
+    preset: Preset = Field(
+        default="demo",
+        description="All other settings: quick (1 to 3 minutes on two cores), demo (ten minutes), "
+        "full (all pairs; needs a GPU).",
+    )
+    rounds: Annotated[
+        int,
+        Field(ge=1),
+        WithJsonSchema({"type": "integer", "allOf": [{"minimum": 1}]}),
+    ] = Field(
+        description="Number of rounds, including round 0.",
+        json_schema_extra={"default": _DEMO["limits"]["rounds"]},
+    )
+    learning_rate: Annotated[
+        float | None,
+        Field(gt=0, allow_inf_nan=False),
+        BeforeValidator(_number),
+        WithJsonSchema({"type": "string", "allOf": [{"pattern": NUMBER}]}),
+    ] = Field(
         default=None,
-        description="Held-out pairs, same forms. Empty: split off the train pairs.",
-        json_schema_extra=_optional_no_credentials,
-    ),
-)
-_ENGINE = (
-    AutoEngine | TransformersEngine | VllmEngine,
-    Field(default_factory=AutoEngine, description="Sampling engine."),
-)
+        description=f"Peak learning rate, such as 2e-5. Empty: the preset's ({_presets_rates()}).",
+        json_schema_extra=_without_default,
+    )
+    overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description='Any other setting, such as `{"train.beta": 0.2}` or `{"train": {"beta": 0.2}}`; '
+        "wins over the fields above.",
+        json_schema_extra={
+            "additionalProperties": _no_credentials(3),  # data, train, first, path
+            "allOf": [overrides_schema()],
+        },
+    )
 
+    @field_validator("model", "data", mode="before")
+    @classmethod
+    def _is_text(cls, given: Any) -> Any:
+        if isinstance(given, Mapping):
+            raise ValueError(
+                "give one text: it was a section in earlier versions (`sera deploy` renews the form)"
+            )
+        return given
 
-def _section_field(name: str, **named: Any) -> tuple[Any, Any]:
-    section = _section(name, **named)
-    return section, Field(default_factory=section, description=section.__doc__)
-
-
-_EXTRA_FIELDS: dict[str, dict[str, Any]] = {"sampling": {"engine": _ENGINE}}
-"""Extra fields that SeraConfig does not have."""
-
-_SECTIONS: dict[str, Any] = {
-    "model": (_section("model", source=_SOURCE), Field(description="The start policy.")),
-    "data": (_section("data", train=_TRAIN, heldout=_HELDOUT), Field(description="The preference pairs.")),
-    "preset": (
-        Preset,
-        Field(
-            default="demo",
-            description="Values of empty fields: quick (1 to 3 minutes on two cores), demo (ten minutes; "
-            "at most 64 train pairs), full (the method's defaults: all pairs, long responses; needs a GPU).",
-        ),
-    ),
-    **{name: _section_field(name, **_EXTRA_FIELDS.get(name, {})) for name in SHOWN if name != "model"},
-    "overrides": (
-        dict[str, Any],
-        Field(
-            default_factory=dict,
-            description="Other settings of the configuration, as JSON by section: "
-            '{"train": {"epochs": 2}}. Overrides the fields above.',
-            json_schema_extra={"additionalProperties": _no_credentials(3)},  # data, train, first, path
-        ),
-    ),
-}
-
-RunForm: type[FormPart] = create_model(
-    "RunForm",
-    __base__=FormPart,
-    __doc__="A run: give a model and a data set; all other fields have defaults.",
-    **_SECTIONS,
-)
-"""The form in the browser and in the API."""
-
-_PRESETS = {"quick": "bundled:demo-quick", "demo": "bundled:demo"}
+    def settings(self) -> dict[str, Any]:
+        """The SeraConfig settings that the fields above `overrides` give."""
+        rate = {} if self.learning_rate is None else {"train": {"learning_rate": self.learning_rate}}
+        return {
+            "model": {"source": self.model},
+            "data": {"train": [{"path": self.data}]},
+            "limits": {"rounds": self.rounds},
+            **rate,
+        }
 
 
 def config_from_form(given: Mapping[str, Any]) -> SeraConfig:
     """Turn a filled-in form into a configuration: preset, then fields, then overrides.
 
     Raises:
-        InputError: an unknown setting, a value out of range, or a relative path.
+        InputError: an unknown setting, a value out of range, or a relative path; it names the form's field.
     """
-    form = RunForm.model_validate(given)
-    fields = form.model_dump(mode="json", exclude_none=True, exclude={"preset", "overrides"})
-    if isinstance(losses := fields["train"].get("losses"), str):
-        fields["train"]["losses"] = [losses]
-    fields["sampling"].pop("engine")
-    preset = getattr(form, "preset")  # noqa: B009 - the model is made at run time
-    base = load_settings(_PRESETS[preset]) if preset in _PRESETS else {}
-    base.pop("model", None)
-    base.get("data", {}).pop("train", None)
-    changes: dict[str, Any] = {}
-    for more in (form.sampling.engine.settings(), fields, form.overrides):  # type: ignore[attr-defined]
-        base, changes = merged(base, more), merged(changes, more)
-    for side in ("train", "heldout", "test", "prompts"):
-        given_side = base["data"].get(side)
-        if isinstance(given_side, str):
-            base["data"][side] = [{"path": given_side}]
-        for source in base["data"].get(side, ()):
-            _check_absolute(source["path"] if isinstance(source, dict) else source, f"data.{side}")
-    return parse_config(without_idle(base, changes), "form")
+    form = _checked(given)
+    overrides = by_section(form.overrides)
+    changes = merged(form.settings(), overrides)
+    base = merged(_PRESETS[form.preset], changes)
+    refuse_secrets(form.model, "config.model")
+    for side in SIDES:
+        held = overrides.get("data")
+        field = f"config.overrides.data.{side}" if isinstance(held, dict) and side in held else "config.data"
+        _anchor(base["data"], side, field)
+    return parse_config(without_idle(base, changes), "config.overrides")
+
+
+def _checked(given: Mapping[str, Any]) -> RunForm:
+    try:
+        return RunForm.model_validate(given)
+    except ValidationError as error:
+        lines = [
+            f"config.{'.'.join(map(str, problem['loc']))}: {_said(problem)}" for problem in error.errors()
+        ]
+        raise InputError("\n".join(lines)) from None
+
+
+def _said(problem: Any) -> str:
+    """What is wrong with a field of the form."""
+    if problem["type"] == "missing":
+        return "missing; every run needs it"
+    if problem["type"] == "extra_forbidden":
+        name = problem["loc"][0]
+        if name in SeraConfig.model_fields:
+            return f'no field of the form: give its settings as overrides, {{"{name}": …}}'
+        return f"no field of the form, which has {', '.join(RunForm.model_fields)}"
+    return str(problem["msg"]).removeprefix("Value error, ")
+
+
+def _anchor(data: Any, side: str, field: str) -> None:
+    """Turn plain paths of a side into sources, and refuse relative ones and those with credentials."""
+    if not isinstance(data, dict) or side not in data:
+        return
+    if isinstance(data[side], str):
+        data[side] = [{"path": data[side]}]
+    for source in data[side] if isinstance(data[side], list) else ():
+        path = source.get("path") if isinstance(source, dict) else source
+        if isinstance(path, str):
+            _check_absolute(path, field)
 
 
 def _check_absolute(path: str, field: str) -> None:
@@ -281,6 +228,20 @@ class _Form:
 
 FormConfig = Annotated[SeraConfig, _Form()]
 """A SeraConfig that Prefect's form and API show as RunForm."""
+
+RunName = Annotated[
+    str,
+    Field(
+        json_schema_extra={
+            "title": "name",  # Prefect's own field above is called Run Name
+            "allOf": [{"pattern": r"^([A-Za-z0-9]|\{(data|date)\})([A-Za-z0-9._-]|\{(data|date)\})*$"}],
+        }
+    ),
+]
+"""The name of a run, which may hold `{date}` and `{data}`."""
+
+StoreName = Annotated[str | None, WithJsonSchema({"type": "string"})]
+"""A store as one text field, without the form's tab for None; empty is the worker's."""
 
 
 if __name__ == "__main__":  # python -m flows.orchestration.form > tests/flows/form_schema.json

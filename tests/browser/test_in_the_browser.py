@@ -9,11 +9,14 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import servers
 import tinyrun
 
+from flows.experiments import load_experiment
+from flows.orchestration.form import config_from_form
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 
@@ -36,18 +39,32 @@ def form(place) -> str:
 
 @pytest.fixture(scope="module")
 def finished(meet, place, form, inputs) -> dict[str, str]:
-    """A run started with two fields and Submit, everything else as the form has it; its id and name."""
+    """A run started with three fields and Submit, everything else as the form has it; its id and name."""
     person = meet()
     person.open(form)
-    person.write(inputs["model"], "Model", "Source")
-    person.write(inputs["pairs"], "Data", "Train")
-    person.page.get_by_text("config", exact=True).evaluate("label => label.scrollIntoView()")
-    person.picture("form")
+    person.write(inputs["model"], "Model")
+    person.write(inputs["pairs"], "Data")
+    person.write("3e-5", "Learning Rate")
     flow_run = person.submit()
     person.wait_for_state("Completed")
     assert person.foreign_requests() == []
     person.rest()
     return {"id": flow_run, "name": servers.api(place.environment, f"/flow_runs/{flow_run}")["name"]}
+
+
+@pytest.fixture
+def no_worker(place) -> Iterator[None]:
+    """Nothing that is submitted is started."""
+    pool = "/work_pools/sera"
+    servers.api(place.environment, pool, {"is_paused": True}, method="PATCH")
+    yield
+    servers.api(place.environment, pool, {"is_paused": False}, method="PATCH")
+
+
+def runs_of_the_form(place) -> int:
+    """How many flow runs of the deployment there are."""
+    wanted = {"deployments": {"id": {"any_": [deployment(place)]}}}
+    return servers.api(place.environment, "/flow_runs/count", wanted)
 
 
 def deployment(place) -> str:
@@ -78,8 +95,21 @@ def open_card(person, round: int) -> None:
     open_newest(person)
 
 
-def test_two_fields_and_submit_make_a_run_with_a_bar_for_each_round(finished, person):
+def test_submit_as_the_form_opens_is_the_demo(person, place, form, no_worker):
+    person.open(form)
+    person.page.get_by_text("config", exact=True).evaluate("label => label.scrollIntoView()")
+    person.picture("form")
+    flow_run = f"/flow_runs/{person.submit()}"
+    parameters = servers.api(place.environment, flow_run)["parameters"]
+    servers.api(place.environment, flow_run, method="DELETE")
+    assert config_from_form(parameters["config"]) == load_experiment("bundled:demo")
+    assert parameters["run"] == "sera-{data}" and not parameters["store"] and not parameters["dry_run"]
+
+
+def test_three_fields_and_submit_make_a_run_with_a_bar_for_each_round(finished, person, home):
     assert finished["name"].startswith("sera-")
+    records = RunStore(open_store(str(home / "store")), finished["name"])
+    assert records.configs()[0].settings.train.learning_rate == 3e-5  # typed as that
     person.open(f"/runs/flow-run/{finished['id']}")
     person.wait_for_state("Completed")
     person.tab("Subflow Runs")
@@ -116,27 +146,50 @@ def test_the_report_a_card_names_opens_in_the_browser(finished, person, place, t
     assert person.page.locator("svg").count() >= 1
 
 
-def test_a_wrong_value_is_refused_by_the_fields_name_and_nothing_runs(person, place, form, inputs):
-    wanted = {"deployments": {"id": {"any_": [deployment(place)]}}}
-    before = servers.api(place.environment, "/flow_runs/count", wanted)
+def test_wrong_values_are_marked_at_their_fields_and_nothing_runs(person, place, form):
+    before = runs_of_the_form(place)
     person.open(form)
-    person.write(inputs["model"], "Model", "Source")
-    person.write(inputs["pairs"], "Data", "Train")
-    person.write("2", "Select", "Fraction")
+    person.write("", "Model")
+    person.write("pairs.jsonl", "Data")
+    person.write("0", "Rounds")
+    person.write("2-5", "Learning Rate")
+    person.write('{"train": {"betta": 1}, "select.fraction": 2}', "Overrides")
+    person.write("two words", "name")
     person.page.get_by_role("button", name="Submit").click()
-    person.page.get_by_text("config.select.fraction").first.wait_for()
+    assert "'model' is a required property" in person.message("Model")
+    assert "'pairs.jsonl' does not match" in person.message("Data")
+    assert "0 is less than the minimum of 1" in person.message("Rounds")
+    assert "'2-5' does not match" in person.message("Learning Rate")
+    overrides = person.message("Overrides")
+    assert (
+        "'betta' is not one of ['losses'" in overrides and "2 is greater than the maximum of 1" in overrides
+    )
+    assert "'two words' does not match" in person.message("name")
     assert person.page.url.endswith(form)  # what was filled in stays
-    assert servers.api(place.environment, "/flow_runs/count", wanted) == before
+    assert runs_of_the_form(place) == before
+
+
+def test_a_name_twice_with_another_setting_fails_and_says_which(finished, person, form, inputs, home):
+    person.open(form)
+    person.write(inputs["model"], "Model")
+    person.write(inputs["pairs"], "Data")
+    person.write('{"train.beta": 0.2}', "Overrides")
+    person.write("3e-5", "Learning Rate")
+    person.write(finished["name"], "name")
+    person.submit()
+    person.wait_for_state("Failed")
+    person.page.get_by_text("exists with another configuration").first.wait_for()
+    assert len(RunStore(open_store(str(home / "store")), finished["name"]).configs()) == 1
 
 
 def test_a_person_answers_the_review_in_its_form_and_the_run_goes_on_from_the_answer(
     person, place, form, inputs, home
 ):
     person.open(form)
-    person.write(inputs["model"], "Model", "Source")
-    person.write(inputs["pairs"], "Data", "Train")
-    person.choose("always", "Decide", "Review")
-    person.write("asked", "run")
+    person.write(inputs["model"], "Model")
+    person.write(inputs["pairs"], "Data")
+    person.write('{"decide.review": "always"}', "Overrides")
+    person.write("asked", "name")
     person.submit()
     person.wait_for_state("Suspended")
     person.page.get_by_role("button", name="Resume").click()

@@ -156,12 +156,12 @@ def test_a_control_of_a_sound_file_need_not_take_out_what_the_change_robs_of_its
 
 
 def test_a_form_drops_what_the_preset_says_in_vain_and_refuses_what_the_person_says_in_vain():
-    two = {"model": {"source": "tiny"}, "data": {"train": "/pairs.jsonl"}, "preset": "demo"}
-    assert config_from_form({**two, "mix": {"shares": [0.0]}}).sampling.responses == 8
+    three = {"model": "tiny", "data": "/pairs.jsonl", "rounds": 3, "preset": "demo"}
+    assert config_from_form({**three, "overrides": {"mix": {"shares": [0.0]}}}).sampling.responses == 8
     with pytest.raises(ValueError, match=r"sampling\.responses = 5"):
-        config_from_form({**two, "mix": {"shares": [0.0]}, "sampling": {"responses": 5}})
+        config_from_form({**three, "overrides": {"mix.shares": [0.0], "sampling.responses": 5}})
     with pytest.raises(ValueError, match=r"train\.lora_rank"):
-        config_from_form({**two, "train": {"method": "full"}, "overrides": {"train": {"lora_rank": 4}}})
+        config_from_form({**three, "overrides": {"train": {"method": "full", "lora_rank": 4}}})
 
 
 def test_the_bundled_experiments_say_nothing_in_vain():

@@ -138,13 +138,18 @@ def test_a_deadline_that_passed_is_answered_by_the_schedule(place, tmp_path):
 
 def test_an_unknown_setting_and_a_wrong_value_are_refused_by_name(place, tmp_path):
     form = tinyrun.form(tmp_path)
-    refused = trigger(
-        place, config={**form, "overrides": {"train": {"betta": 1}}}, run="bad", store=str(tmp_path / "s")
-    )
+    unsound = {**form, "overrides": {"data.heldout_fraction": 0.6, "data.test_fraction": 0.6}}
+    refused = trigger(place, config=unsound, run="bad", store=str(tmp_path / "s"))
+    for wrong in (
+        {"overrides": {"train": {"betta": 1}}},
+        {"overrides": {"select.fraction": 2}},
+        {"rounds": 0},
+    ):
+        with pytest.raises(OSError, match=r"409|422"):
+            trigger(place, config={**form, **wrong}, run="bad", store=str(tmp_path / "s"))
     found = servers.wait_for_state(place.environment, refused, seconds=200)
-    assert found["state"]["type"] == "FAILED" and "train.betta" in found["state"]["message"]
-    with pytest.raises(OSError, match=r"409|422"):
-        trigger(place, config={**form, "select": {"fraction": 2}}, run="bad", store=str(tmp_path / "s"))
+    assert found["state"]["type"] == "FAILED"
+    assert "config.overrides: data.heldout_fraction and data.test_fraction" in found["state"]["message"]
 
 
 def test_a_comparison_is_triggered_shown_and_resumed_and_its_run_is_judged(place, tmp_path):

@@ -99,10 +99,11 @@ def test_a_flag_that_does_not_exist_is_told_without_credentials(capfd):
 
 @pytest.mark.parametrize("url", URLS + ENCODED)
 def test_the_form_refuses_credentials_in_fields_and_overrides(url):
-    two = {"model": {"source": "/m"}, "data": {"train": "/p.jsonl"}}
-    for more in ({"data": {"train": url}}, {"overrides": {"data": {"test": [{"path": url}]}}}):
+    three = {"model": "/m", "data": "/p.jsonl", "rounds": 3}
+    planted = [{"model": url}, {"data": url}, {"overrides": {"data": {"test": [{"path": url}]}}}]
+    for more in (*planted, {"overrides": {"data.heldout": url}}):
         with pytest.raises(InputError, match="must not contain credentials") as refused:
-            config_from_form({**two, **more})
+            config_from_form({**three, **more})
         assert SECRET not in str(refused.value)
 
 
@@ -128,9 +129,10 @@ def test_a_run_of_an_older_version_is_shown_without_its_credentials(old_run, tmp
 def test_prefects_server_refuses_credentials_before_it_stores_them(place, tmp_path, url):
     form = tinyrun.form(tmp_path)
     planted = [
-        {**form, "data": {"train": url}},
-        {**form, "model": {"source": url}},
+        {**form, "data": url},
+        {**form, "model": url},
         {**form, "overrides": {"data": {"heldout": url}}},
+        {**form, "overrides": {"data.heldout": url}},
         {**form, "overrides": {"data": {"test": [{"path": url}]}}},
     ]
     for config in planted:
@@ -142,7 +144,7 @@ def test_prefects_server_refuses_credentials_before_it_stores_them(place, tmp_pa
 
 @pytest.mark.flow
 def test_a_run_that_fails_leaves_no_character_that_acts_with_prefect(place, tmp_path):
-    config = {**tinyrun.form(tmp_path), "data": {"train": f"/none/{ACTING}/pairs.jsonl"}}
+    config = {**tinyrun.form(tmp_path), "data": f"/none/{ACTING}/pairs.jsonl"}
     run = servers.trigger(place.environment, "sera/sera", {"config": config, "run": "failing"})
     ended = servers.wait_for_state(place.environment, run, ("FAILED", "CRASHED"))
     asked, deadline = {"logs": {"flow_run_id": {"any_": [run]}}}, time.monotonic() + 60
