@@ -71,7 +71,9 @@ class Comparison:
         parts = [f"<p><b>{escape(self._heading())}</b></p>"]
         if len(self.settings):
             parts.append(html(_named(self.settings, self.left, self.right)))
-        parts += [html(self._rounds_shown()), *(f"<p>{escape(note)}</p>" for note in self.notes)]
+        if len(self.rounds):
+            parts.append(html(self._rounds_shown()))
+        parts += [f"<p>{escape(note)}</p>" for note in self.notes]
         return "\n".join(parts)
 
     def _heading(self) -> str:

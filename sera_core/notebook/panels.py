@@ -94,6 +94,7 @@ def margins(part: SubFigure, rounds: Rounds) -> None:
         empty.set_visible(False)
     axes[0].legend(fontsize=7, frameon=False)
     part.supxlabel("ensemble margin of human pairs, nats", fontsize=9)
+    part.supylabel("pairs", fontsize=9)
 
 
 def human_margins(axes: Axes, ledger: pd.DataFrame) -> None:
@@ -177,7 +178,8 @@ def pairs(part: SubFigure, rounds: Rounds) -> None:
             axes.annotate(
                 words.percent(m.generated_share), (m.round, top), ha="center", va="bottom", fontsize=7
             )
-    axes.margins(y=0.15)
+    axes.set_ylim(0, 1.15 * max(1, *start))
+    axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.legend(fontsize=7, frameon=False)
     _by_round(axes, rounds, "pairs trained on\n(%: generated share)")
 
@@ -191,6 +193,7 @@ def _margins_of_one(axes: Axes, found: Margins, what: str) -> None:
         return
     _histogram(axes, found, edges, what)
     axes.set_xlabel("ensemble margin, nats", fontsize=8)
+    axes.set_ylabel("pairs", fontsize=8)
     axes.legend(fontsize=7, frameon=False)
 
 
@@ -199,7 +202,8 @@ def _histogram(axes: Axes, found: Margins, edges: Sequence[float], what: str) ->
     sides = [np.clip(found[fate], edges[0], edges[-1]) for fate, _ in FATES]
     labels = [FATE_WORDS.get(fate, fate) for fate, _ in FATES]
     axes.hist(sides, bins=list(edges), stacked=True, color=[colour for _, colour in FATES], label=labels)
-    axes.axvline(0, color=INK, linestyle="--", linewidth=0.8)
+    if edges[0] <= 0 <= edges[-1]:
+        axes.axvline(0, color=INK, linestyle="--", linewidth=0.8)
     cut = cut_of(found)
     if cut is not None:
         axes.axvline(cut, color=LINES[1], linewidth=1.2, label="smallest margin selected")
