@@ -163,9 +163,9 @@ def _comparison(
         notes.append(f"{_rounds_words(a, b)}: {_words(a, b, changed)}")
     return Comparison(
         *names,
-        pd.DataFrame(found["config"], columns=["key", "left", "right", "changes_result"]),
-        pd.DataFrame(found["steps"], columns=["role", "left", "right", "why"]),
-        pd.DataFrame(found["metrics"], columns=["metric", "left", "right"]),
+        pd.DataFrame(found["config"], columns=["key", "left", "right", "changes_result"], dtype=object),
+        pd.DataFrame(found["steps"], columns=["role", "left", "right", "why"], dtype=object),
+        pd.DataFrame(found["metrics"], columns=["metric", "left", "right"], dtype=object),
         rounds,
         pd.DataFrame(rows, columns=list(HELDOUT)),
         tuple(notes or ["No two rounds with a trained policy to compare on held-out pairs."]),

@@ -85,9 +85,10 @@ def series(axes, name: str) -> tuple[dict[int, float], dict[int, tuple[float, fl
 
 @pytest.fixture(scope="module")
 def two_runs(_present_store, tmp_path_factory):
-    """A store of this version: run `first` with two rounds, `third` with other cuts and three."""
+    """A store of this version: run `first` with two rounds, `third` with wrong labels, which ranks worse."""
     store = Path(shutil.copytree(_present_store, tmp_path_factory.mktemp("two") / "store"))
-    settings = {**make_store.SMALL, "limits": {"rounds": 3}, "select": {"fraction": 0.4}}
+    settings = {**make_store.SMALL, "limits": {"rounds": 3}, "train": {"learning_rate": 3e-4}}
+    settings["data"] = {**settings["data"], "flip_fraction": 0.4}
     tinyrun.work(tinyrun.config(_present_store.parent, **settings), store, "third")
     return store
 
@@ -273,29 +274,33 @@ def test_the_policies_are_compared_on_the_same_heldout_pairs(two_runs):
     missing = third.compare(first).rounds.loc[2]
     assert missing["human", "left"] == third.rounds.loc[2, "human"] and np.isnan(missing["accuracy", "right"])
     assert "Round 2 | 1: held-out balanced accuracy" in repr(third.compare(first))
+    assert (rows.xs("accuracy", level="quantity")["difference"] < 0).all()  # the labels were wrong
 
 
 @pytest.mark.slow
-def test_two_rounds_of_a_run_are_compared_the_same_way(two_runs):
-    third = sera_core.open_run(str(two_runs), "third")
+def test_two_rounds_of_a_run_are_compared_the_same_way(two_runs, tmp_path):
+    store = Path(shutil.copytree(two_runs, tmp_path / "store"))
+    rewrite_heldout(store, "third", 2, "margin", lambda margins: [-abs(m) for m in margins])  # all wrong
+    third = sera_core.open_run(str(store), "third")
     found = third[2].compare(third[0])
     assert not len(found.settings) and found.left == "third:2" and found.right == "third:0"
     assert found.rounds["round"].to_dict("records") == [{"left": 2, "right": 0}]
-    now, then = (balanced(two_runs, manifest(two_runs, "third", number))[0] for number in (2, 0))
-    assert found.heldout["difference"][0] == pytest.approx(now - then)
-    assert third[0].compare(third[2]).heldout["difference"][0] == pytest.approx(then - now)
+    now, then = (balanced(store, manifest(store, "third", number))[0] for number in (2, 0))
+    assert found.heldout["difference"][0] == pytest.approx(now - then) == -then < 0
+    assert third[0].compare(third[2]).heldout["difference"][0] == pytest.approx(then)
     assert third[0].compare(third[0]).notes == ("Round 0: the same policy",)
 
 
 def test_only_heldout_pairs_that_both_have_count(kept_store):
     """A run whose evidence lacks a held-out pair of the other is compared on the rest."""
     first, second = (sera_core.open_run(str(kept_store), name) for name in ("first", "second"))
-    rewrite_heldout(kept_store, "second", lambda ids: ["f" * 16, *ids[1:]])
+    rewrite_heldout(kept_store, "second", 1, "pair_id", lambda ids: ["f" * 16, *ids[1:]])
     found = first[1].compare(second[1])
     accuracy = found.heldout.set_index("quantity").loc["accuracy"]
     assert accuracy["pairs"] == 7 and accuracy["left_out"] == 2
     assert "2 held-out pairs that only one side has left out" in found.notes[0]
-    rewrite_heldout(kept_store, "second", lambda ids: [f"{number:016x}" for number in range(len(ids))])
+    other = [f"{number:016x}" for number in range(8)]
+    rewrite_heldout(kept_store, "second", 1, "pair_id", lambda ids: other)
     none = first[1].compare(second[1])
     assert "no held-out pair in common" in repr(none) and not len(none.heldout)
 
@@ -315,16 +320,17 @@ def test_a_run_is_compared_as_far_as_it_came(kept_store):
     assert "select.fraction" in first.compare(second)._repr_html_()
 
 
-def rewrite_heldout(store: Path, run: str, ids) -> None:
-    """Give the held-out pairs of a run's round 1 other ids, in the evidence and its records."""
-    path = store / "runs" / run / "round-001.json"
+def rewrite_heldout(store: Path, run: str, number: int, column: str, change) -> None:
+    """Change a column of the held-out pairs of a round's evidence, with the records of it."""
+    path = store / "runs" / run / f"round-{number:03d}.json"
     record = json.loads(path.read_text())
     ref = record["steps"]["evidence"]
     step = store / "steps" / ref["step"] / ref["key"]
     done = json.loads((step / "done.json").read_text())
     (file,) = step.glob("*/heldout.parquet")
     table = pq.read_table(file)
-    table = table.set_column(0, "pair_id", [ids(table["pair_id"].to_pylist())])
+    place = table.column_names.index(column)
+    table = table.set_column(place, column, [change(table[column].to_pylist())])
     file.unlink()
     pq.write_table(table, file)
     data = file.read_bytes()
