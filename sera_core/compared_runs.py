@@ -87,7 +87,8 @@ def change(
     a, b = (np.array([[ranks[id] for id in common]]) for ranks in (then, now))
     values = [values_of(correct, pairs.difference) for correct in (a, b)]
     return Change(
-        *({name: found[name] for name in COMPARED} for found in values),
+        {name: values[0][name] for name in COMPARED},
+        {name: values[1][name] for name in COMPARED},
         changes_from(a, b, pairs.difference, pairs.groups, COMPARED, seed=SEED, resamples=resamples),
         len(then.keys() | now.keys()) - len(common),
     )

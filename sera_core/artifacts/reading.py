@@ -68,7 +68,7 @@ class Run:
     def _repr_html_(self) -> str:
         """What a notebook shows: the run in a line, and its rounds."""
         rounds = self.rounds
-        table = html(rounds[[name for name in SHOWN if name in rounds]])
+        table = html(rounds.filter(items=list(SHOWN)))
         return f"<p>{escape(repr(self))}</p>{table}"
 
     def __getitem__(self, round: int) -> "Round":

@@ -82,15 +82,15 @@ class Comparison:
         return f"{self.left} against {self.right}: {settings} {differ}"
 
     def _settings_lines(self) -> Iterator[str]:
-        for row in self.settings.itertuples():
-            yield shown_line(f"{row.key}: {row.left!r} | {row.right!r}")
+        for key, left, right in zip(*(self.settings[name] for name in ("key", "left", "right")), strict=True):
+            yield shown_line(f"{key}: {left!r} | {right!r}")
 
     def _rounds_shown(self) -> pd.DataFrame:
         """The quantities of SHOWN, each above the two sides."""
         names = {"left": self.left, "right": self.right, "difference": "difference"}
         wanted = [(quantity, side) for quantity in SHOWN for side in names if (quantity, side) in self.rounds]
         shown = [key for key in wanted if key[1] != "difference" or key[0] in DIFFERENCES]
-        table = self.rounds[shown].copy()
+        table = pd.DataFrame(self.rounds[shown])
         heads = [(SHOWN[quantity], names[side]) for quantity, side in shown]
         table.columns = pd.MultiIndex.from_tuples(heads)
         if "round" not in self.rounds:
@@ -100,8 +100,8 @@ class Comparison:
 
 def compare_runs(left: Side, right: Side) -> Comparison:
     """Two runs, each given with its last finished round: rounds of the same number, and the last ones."""
-    rounds = [side.records.rounds() for side in (left, right)]
-    pairings: list[Pairing] = list(zip_longest(*rounds))
+    rounds = left.records.rounds(), right.records.rounds()
+    pairings: list[Pairing] = list(zip_longest(rounds[0], rounds[1]))
     numbers = pd.RangeIndex(len(pairings), name="round")
     table = side_by_side(pairings, [name for name in _quantities(pairings) if name != "round"], numbers)
     held = [*pairings]
@@ -126,7 +126,7 @@ def side_by_side(pairings: Sequence[Pairing], quantities: Sequence[str], index: 
         values = [(left.get(name), right.get(name)) for left, right in rows]
         for at, side in enumerate(("left", "right")):
             columns[name, side] = _column([both[at] for both in values], index)
-        less = [a - b if _is_number(a) and _is_number(b) else None for a, b in values]
+        less = [_less(a, b) for a, b in values]
         if name != "round" and any(value is not None for value in less):
             columns[name, "difference"] = _column(less, index)
     return pd.DataFrame(columns, index=index)
@@ -142,6 +142,10 @@ def _quantities(pairings: Sequence[Pairing]) -> list[str]:
     """Names of all columns, in the order of the first round that has them."""
     rows = [round_row(manifest) for both in pairings for manifest in both if manifest is not None]
     return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _less(left: Any, right: Any) -> Any:
+    return left - right if _is_number(left) and _is_number(right) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -3,7 +3,7 @@
 import io
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase, SubFigure
 
 from sera_core.errors import InputError
 from sera_core.notebook import panels
@@ -49,14 +49,14 @@ def run_figure(run: str, rounds: Rounds, panel: str | None = None) -> RunFigure:
             raise InputError(f"no panel {panel!r}; there are {', '.join(PANEL)}, and plot() shows them all")
         size = (WIDTH, _height(rounds)) if panel == "margins" else (WIDTH / 2, 3.4)
         figure = RunFigure(figsize=size, layout="constrained")
-        PANEL[panel](figure.subfigures(1, 1), rounds)
+        PANEL[panel](_parts(figure, 1, 1)[0], rounds)
         return figure
     heights = (_height(rounds), 3.2)
     figure = RunFigure(figsize=(WIDTH, sum(heights) + 0.3), layout="constrained")
     figure.suptitle(panels.plain(f"run {run}"), fontsize=11)
-    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    top, bottom = _parts(figure, 2, 1, height_ratios=heights)
     panels.margins(top, rounds)
-    for part, name in zip(bottom.subfigures(1, 3), list(PANEL)[1:], strict=True):
+    for part, name in zip(_parts(bottom, 1, 3), list(PANEL)[1:], strict=True):
         PANEL[name](part, rounds)
     return figure
 
@@ -66,12 +66,16 @@ def round_figure(round: "Round") -> RunFigure:
     figure = RunFigure(figsize=(WIDTH, 3.4), layout="constrained")
     figure.suptitle(panels.plain(f"run {round.manifest.run}, round {round.manifest.round}"), fontsize=11)
     ledger = round.ledger()
-    for part, draw in zip(figure.subfigures(1, 3), ROUND, strict=True):
+    for part, draw in zip(_parts(figure, 1, 3), ROUND, strict=True):
         draw(part.subplots(), ledger)
     return figure
 
 
 ROUND = (panels.human_margins, panels.generated_margins, panels.reasons)
+
+
+def _parts(figure: FigureBase, rows: int, columns: int, **layout: Any) -> list[SubFigure]:
+    return list(figure.subfigures(rows, columns, squeeze=False, **layout).flatten())
 
 
 def _height(rounds: Rounds) -> float:

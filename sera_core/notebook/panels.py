@@ -92,7 +92,8 @@ def margins(part: SubFigure, rounds: Rounds) -> None:
         _histogram(place, found, edges or [], f"round {number}")
     for empty in axes[len(rounds.reviewed) :]:
         empty.set_visible(False)
-    axes[0].legend(fontsize=7, frameon=False)
+    named = {one.get_label(): one for place in axes for one in place.get_legend_handles_labels()[0]}
+    part.legend(handles=[*named.values()], loc="outside upper right", ncols=4, fontsize=7, frameon=False)
     part.supxlabel("ensemble margin of human pairs, nats", fontsize=9)
     part.supylabel("pairs", fontsize=9)
 
@@ -117,7 +118,7 @@ def reasons(axes: Axes, ledger: pd.DataFrame) -> None:
             axes.barh(range(len(counts)), counts[origin], left=start, color=colour, label=origin)
             start += counts[origin].to_numpy()
     axes.set_yticks(range(len(counts)), [plain(str(reason)) for reason in counts.index])
-    axes.legend(fontsize=7, frameon=False)
+    _legend(axes)
     _frame(axes, "pairs and prompts by reason")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
@@ -180,7 +181,7 @@ def pairs(part: SubFigure, rounds: Rounds) -> None:
             )
     axes.set_ylim(0, 1.15 * max(1, *start))
     axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.legend(fontsize=7, frameon=False)
+    _legend(axes)
     _by_round(axes, rounds, "pairs trained on\n(%: generated share)")
 
 
@@ -194,7 +195,7 @@ def _margins_of_one(axes: Axes, found: Margins, what: str) -> None:
     _histogram(axes, found, edges, what)
     axes.set_xlabel("ensemble margin, nats", fontsize=8)
     axes.set_ylabel("pairs", fontsize=8)
-    axes.legend(fontsize=7, frameon=False)
+    _legend(axes)
 
 
 def _histogram(axes: Axes, found: Margins, edges: Sequence[float], what: str) -> None:
@@ -242,9 +243,17 @@ def _series(axes: Axes, series: Sequence[tuple[str, Rates]]) -> None:
             axes.vlines([at for at, _ in whole], *ends, colors=colour, linewidth=1.2)
         handles.append(Line2D([], [], color=colour, marker="o", markersize=4, label=plain(name)))
     if any(not up for _, found in present for _, _, up in found):
-        hollow = {"marker": "o", "markerfacecolor": "white", "linestyle": ""}
-        handles.append(Line2D([], [], color=INK, markersize=4, label="not promoted", **hollow))
-    axes.legend(handles=handles, fontsize=7, frameon=False)
+        dot = Line2D([], [], color=INK, marker="o", markersize=4, linestyle="", label="not promoted")
+        dot.set_markerfacecolor("white")
+        handles.append(dot)
+    _legend(axes, handles)
+
+
+def _legend(axes: Axes, handles: Sequence[Any] | None = None) -> None:
+    """Below the drawing, where it covers nothing."""
+    handles = axes.get_legend_handles_labels()[0] if handles is None else handles
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+    axes.legend(handles=handles, ncols=2, fontsize=7, frameon=False, **below)
 
 
 def _by_round(axes: Axes, rounds: Rounds, title: str) -> None:

@@ -35,7 +35,7 @@ def html(table: pd.DataFrame) -> str:
     """A table for a notebook: texts whole and escaped, numbers with three digits, a dash for nothing."""
     told = table.map(_cell).rename(columns=lambda name: shown_line(str(name)))
     with pd.option_context("display.max_colwidth", None):
-        return told.to_html(index=False, border=0)
+        return f'<div style="overflow-x: auto">{told.to_html(index=False, border=0)}</div>'
 
 
 def _single(value: object) -> object:
