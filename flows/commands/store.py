@@ -6,8 +6,9 @@ from typing import Any
 
 from flows.commands.output import print_result
 from flows.commands.tables import metric_cell, print_table, print_text
-from flows.store_tools.diff import difference, side_of
+from flows.store_tools.diff import side_of
 from flows.store_tools.garbage import collect, collected_lines, parse_age
+from sera_core.artifacts.differing import difference
 from sera_core.artifacts.store import open_store
 
 

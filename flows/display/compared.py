@@ -6,34 +6,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from flows.compare import Runs, tokens_of, trained_rounds
 from flows.display.compared_alarm import Alarms, alarms_of
-from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import finite
-from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
-from sera_core.data.differences import read_differences
+from sera_core.compared_runs import SEED, HeldoutPairs, heldout_pairs, ranked
 from sera_core.errors import StoreError
 from sera_core.method.comparison import VALUES, Difference, difference_from_first, values_of
-from sera_core.method.diagnostics import correctness_of_all
-from sera_core.reviewers import prompt_groups
-
-SEED = 0
-"""Seed of the bootstrap; seeds of the runs have no part in it."""
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The held-out pairs of all runs."""
-
-    ids: list[str]
-    difference: Float[np.ndarray, " pair"]
-    """Of the feature `decide.feature`, chosen answer less rejected one."""
-    groups: Int[np.ndarray, " pair"]
-    """Number of each pair's prompt."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +35,7 @@ class Compared:
     """Arms on the same held-out pairs: the first, and the others against it."""
 
     feature: str
-    pairs: Pairs
+    pairs: HeldoutPairs
     arms: dict[str, dict[int, Measured]]
     """Arm -> seed -> run; the first arm first."""
     differences: dict[str, Difference]
@@ -83,7 +65,7 @@ def compared(runs: Runs) -> Compared:
     """
     first = next(iter(next(iter(runs.values())).values()))
     settings = first.configs()[-1].settings
-    pairs = _pairs(first, settings.decide.feature)
+    pairs = heldout_pairs(first.store, trained_rounds(first)[-1], settings.decide.feature)
     arms = {
         arm: {seed: _measured(records, pairs.ids) for seed, records in by_seed.items()}
         for arm, by_seed in runs.items()
@@ -101,16 +83,6 @@ def compared(runs: Runs) -> Compared:
     return found
 
 
-def _pairs(records: RunStore, feature: str) -> Pairs:
-    evidence = _evidence(records, trained_rounds(records)[-1])
-    ids = _heldout(evidence)["pair_id"].to_pylist()
-    features, rendered = (
-        Artifact(records.store, evidence.record.inputs[name]).path("heldout.parquet")
-        for name in ("features", "rendered")
-    )
-    return Pairs(ids, read_differences(features, ids)[feature], prompt_groups(rendered, ids))
-
-
 def _measured(records: RunStore, ids: Sequence[str]) -> Measured:
     rounds = trained_rounds(records)
     correct = [_correct(records, manifest, ids) for manifest in rounds]
@@ -118,21 +90,13 @@ def _measured(records: RunStore, ids: Sequence[str]) -> Measured:
 
 
 def _correct(records: RunStore, manifest: RoundManifest, ids: Sequence[str]) -> Float[np.ndarray, " pair"]:
-    table = _heldout(_evidence(records, manifest))
-    if table["pair_id"].to_pylist() != list(ids):
+    found, correct = ranked(records.store, manifest)
+    if found != list(ids):
         raise StoreError(
             f"run {records.run!r}, round {manifest.round}: its held-out pairs are not those of the first "
             "run, so they cannot be compared; start the comparison under another --name"
         )
-    return correctness_of_all(table["margin"].to_numpy())
-
-
-def _evidence(records: RunStore, manifest: RoundManifest) -> Artifact:
-    return Artifact(records.store, manifest.steps["evidence"])
-
-
-def _heldout(evidence: Artifact) -> Any:
-    return schema.read_table(evidence.path("heldout.parquet"), schema.SCORED)
+    return correct
 
 
 def as_json(found: Compared) -> dict[str, Any]:
@@ -157,7 +121,7 @@ def as_json(found: Compared) -> dict[str, Any]:
     }
 
 
-def _one(run: Measured, pairs: Pairs) -> dict[str, Any]:
+def _one(run: Measured, pairs: HeldoutPairs) -> dict[str, Any]:
     last = run.rounds[-1]
     return {
         "run": run.run,

@@ -2,21 +2,29 @@
 
 run = sera_core.open_run("./sera-store", "demo")
 run.rounds; run[2].pairs(); run[2].ledger(); run[2].policy_path(); run.history(pair_id)
+run.plot(); run.compare("other"); run[2].compare(run[1])  # in a notebook
 """
 
 import json
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
 
 import pandas as pd
 import pyarrow.parquet as pq
 
+from sera_core.artifacts.differing import Side
 from sera_core.artifacts.folders import assemble
 from sera_core.artifacts.manifest import Artifact, StepRef
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.errors import InputError
+from sera_core.notebook.tables import html, rounds_table
+
+if TYPE_CHECKING:
+    from sera_core.notebook.comparison import Comparison
+    from sera_core.notebook.figures import RunFigure
 
 SHOWN = ("round", "decision", "reason", "human", "generated", "generated_share", "accuracy")
 """Columns of `Run.rounds` that a notebook shows."""
@@ -34,23 +42,7 @@ class Run:
     @property
     def rounds(self) -> pd.DataFrame:
         """One row per finished round: decision, reason, pairs, shares, and every single-valued metric."""
-        rows = []
-        for r in self._records.rounds():
-            numbers = {name: _single(value) for name, value in r.metrics.items()}
-            rows.append(
-                {
-                    "round": r.round,
-                    "decision": r.decision,
-                    "reason": r.reason,
-                    "human": r.pairs["human"],
-                    "generated": r.pairs["generated"],
-                    "target_share": r.target_share,
-                    "generated_share": r.generated_share,
-                    "accuracy": r.accuracy,
-                    **{name: value for name, value in numbers.items() if name not in ("reason",)},
-                }
-            )
-        return pd.DataFrame(rows)
+        return rounds_table(self._records.rounds())
 
     @property
     def stop_reason(self) -> str | None:
@@ -76,7 +68,7 @@ class Run:
     def _repr_html_(self) -> str:
         """What a notebook shows: the run in a line, and its rounds."""
         rounds = self.rounds
-        table = rounds[[name for name in SHOWN if name in rounds]].to_html(index=False, float_format="%.3f")
+        table = html(rounds.filter(items=list(SHOWN)))
         return f"<p>{escape(repr(self))}</p>{table}"
 
     def __getitem__(self, round: int) -> "Round":
@@ -86,6 +78,47 @@ class Run:
                 f"run {self.name!r} has rounds 0 to {len(rounds) - 1}; round {round} is not finished"
             )
         return Round(self._records, rounds[round])
+
+    def plot(self, panel: str | None = None) -> "RunFigure":
+        """A matplotlib figure of all panels, or of one: `margins`, `accuracy`, `reliance`, `pairs`.
+
+        `margins`: those of the human pairs in each reviewed round, by what became of the pairs. `accuracy`:
+        held-out accuracy by round, balanced and plain. `reliance`: on the features the policies rely on most.
+        `pairs`: trained on, by origin, with the generated share. Where something is not recorded, the panel
+        says so.
+
+        Raises:
+            InputError: no such panel, or matplotlib is not installed.
+        """
+        figures = _figures()
+        from sera_core.notebook.panels import Rounds
+
+        feature = self._records.configs()[-1].settings.decide.feature
+        rounds = [self[number] for number in range(len(self))]
+        return figures.run_figure(self.name, Rounds(rounds, feature, self.best_round), panel)
+
+    def compare(self, other: Union["Run", str]) -> "Comparison":
+        """This run beside another one: settings that differ, rounds side by side, the policies' differences.
+
+        Args:
+            other: a run, or the name of one in the same store.
+
+        Raises:
+            InputError: no such run, or something that is no run.
+        """
+        from sera_core.notebook.comparison import compare_runs
+
+        if isinstance(other, str):
+            other = Run(self._records.store.url, other)
+        if not isinstance(other, Run):
+            raise InputError(
+                f"compare({other!r:.100}): give a run (open_run) or the name of one in this store"
+            )
+        return compare_runs(self._side(), other._side())
+
+    def _side(self) -> Side:
+        rounds = self._records.rounds()
+        return Side(self._records, rounds[-1] if rounds else None)
 
     def history(self, pair_id: str) -> pd.DataFrame:
         """One pair in every round: margin, rank, kept or dropped, and why."""
@@ -98,7 +131,7 @@ class Round:
     """One finished round of a run, read-only."""
 
     def __init__(self, records: RunStore, manifest: RoundManifest) -> None:
-        self._store, self.manifest = records.store, manifest
+        self._records, self._store, self.manifest = records, records.store, manifest
 
     def __repr__(self) -> str:
         manifest = self.manifest
@@ -121,6 +154,26 @@ class Round:
     def responses(self) -> pd.DataFrame:
         """The policy's responses with their rewards (an empty table in a round that sampled none)."""
         return self._frame("responses")
+
+    def plot(self) -> "RunFigure":
+        """A matplotlib figure: margins of this round's human and generated pairs, and the ledger's reasons.
+
+        Raises:
+            InputError: matplotlib is not installed.
+        """
+        return _figures().round_figure(self)
+
+    def compare(self, other: "Round") -> "Comparison":
+        """This round beside another one, of the same run or of another, such as `run[2].compare(run[1])`.
+
+        Raises:
+            InputError: something that is no round.
+        """
+        from sera_core.notebook.comparison import compare_rounds
+
+        if not isinstance(other, Round):
+            raise InputError(f"compare({other!r:.100}): give a round, such as run[1]")
+        return compare_rounds(Side(self._records, self.manifest), Side(other._records, other.manifest))
 
     def evidence(self) -> dict:
         """The evidence the decision rests on."""
@@ -167,6 +220,21 @@ class Round:
         return next(ref.digest for ref in self.manifest.steps.values() if ref.key == key)
 
 
+def _figures() -> Any:
+    """The module that draws.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        from sera_core.notebook import figures
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise InputError("a plot needs the extra `plot`: pip install 'sera-flow[plot]'") from error
+    return figures
+
+
 def _adapter_beside(policy: Artifact, base: Path) -> Path:
     """A cached copy of the adapter whose config has the local path of its base (the store has no paths)."""
     names = [name for name in policy.record.files if name.startswith("policy/")]
@@ -174,8 +242,3 @@ def _adapter_beside(policy: Artifact, base: Path) -> Path:
     config = json.loads(files.pop("adapter_config.json").read_text())
     beside = json.dumps(config | {"base_model_name_or_path": str(base)}, indent=2, sort_keys=True) + "\n"
     return assemble(f"{policy.ref.digest}-adapter", files, {"adapter_config.json": beside})
-
-
-def _single(value: object) -> object:
-    """A single value for a table cell: of a rate, its value."""
-    return value.get("value") if isinstance(value, dict) and "value" in value else value

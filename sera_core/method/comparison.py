@@ -8,6 +8,7 @@ pairs of a prompt under every seed are drawn together, because they are ranked a
 held-out prompts decide; the seeds stay those that were run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,20 +68,39 @@ def difference_from_first(
     resamples: int = 2000,
     level: float = 0.95,
 ) -> Difference:
-    """An arm's balanced accuracy and reliance less the first arm's, with cluster bootstrap intervals.
+    """An arm's balanced accuracy and reliance less the first arm's: `changes_from` of DIFFERENCES."""
+    changes = changes_from(
+        first, arm, difference, groups, DIFFERENCES, seed=seed, resamples=resamples, level=level
+    )
+    return Difference(**changes)
+
+
+def changes_from(
+    first: Float[np.ndarray, "seed pair"],
+    other: Float[np.ndarray, "seed pair"],
+    difference: Float[np.ndarray, " pair"],
+    groups: Int[np.ndarray, " pair"],
+    quantities: Sequence[str],
+    *,
+    seed: int,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> dict[str, Estimate]:
+    """Each quantity of the other less that of the first, with cluster bootstrap intervals.
 
     Args:
-        arm, first: as `correct` of `values_of`, the same pairs in the same order.
+        first, other: as `correct` of `values_of`, the same pairs in the same order.
         difference: as in `values_of`.
         groups: number of each pair's prompt.
+        quantities: some of VALUES.
         seed: of the resamples; the same arrays and seed give the same intervals.
 
     Raises:
         ValueError: as `values_of`.
     """
-    rounds = [_pooled(correct, difference) for correct in (arm, first)]
+    rounds = [_pooled(correct, difference) for correct in (other, first)]
     sides = sides_of(rounds, difference, groups, seed=seed, resamples=resamples)
-    return Difference(*(sides.change(quantity, 1, level) for quantity in DIFFERENCES))
+    return {quantity: sides.change(quantity, 1, level) for quantity in quantities}
 
 
 def _pooled(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from jaxtyping import Float
 from markupsafe import Markup, escape
 
 from sera_core.guards.shown import shown_line
@@ -68,14 +69,19 @@ def ticks(low: float, high: float, pieces: int = 5) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
+def bins(values: Float[np.ndarray, " value"]) -> list[float] | None:
+    """Round edges of about 24 bins; the outer ones also hold outliers of many values. None without spread."""
+    if not values.size or values.min() == values.max():
+        return None
+    low, high = np.quantile(values, (0.005, 0.995)) if values.size >= 200 else (values.min(), values.max())
+    return ticks(float(low), float(high), 24)
+
+
 def histogram(kept: Sequence[float], dropped: Sequence[float], label: str) -> Markup | None:
     """Counts of kept and dropped values, stacked; outer bins hold what lies beyond. None without spread."""
     sides = [np.asarray(values, dtype=np.float64) for values in (kept, dropped)]
-    every = np.concatenate(sides)
-    if not every.size or every.min() == every.max():
+    if (edges := bins(np.concatenate(sides))) is None:
         return None
-    low, high = np.quantile(every, (0.005, 0.995)) if every.size >= 200 else (every.min(), every.max())
-    edges = ticks(float(low), float(high), 24)
     inside = [np.clip(side, edges[0], edges[-1]) for side in sides]
     heights = [np.histogram(side, bins=np.asarray(edges))[0].tolist() for side in inside]
     tallest = max(a + b for a, b in zip(*heights, strict=True))
