@@ -101,8 +101,8 @@ def compare_logps(
     difference = Difference(float(apart.mean()), float(apart.max()), len(apart))
     if not difference.mean <= LARGEST_MEAN[file_type]:
         raise Refused(
-            f"the GGUF file's log-probabilities are {difference.mean:.3g} nats a token from the policy's, more "
-            f"than {LARGEST_MEAN[file_type]:g} of rounding to {file_type}; the file is not written"
+            f"the GGUF file's log-probabilities are {difference.mean:.3g} nats a token from the policy's, "
+            f"more than {LARGEST_MEAN[file_type]:g} of rounding to {file_type}; the file is not written"
         )
     return difference
 
