@@ -145,7 +145,10 @@ def _reliance(manifest: RoundManifest) -> list[str]:
     if not found:
         return []
     heads = ["feature", *(head for head, *_ in RELIANCE[:2]), "pairs"]
-    rows = [[escape(row.feature), *(cell.value for cell in row.cells[:2]), row.cells[0].n] for row in found]
+    rows = [
+        [escape(row.feature), *(cell.value for cell in row.cells[:2]), words.count(row.cells[0].n)]
+        for row in found
+    ]
     return [
         "## Reliance",
         "Accuracy on held-out pairs whose chosen answer has more of the feature, minus accuracy where it has "

@@ -1,5 +1,6 @@
 """`sera export --gguf`, `--adapter`, and the printed command that serves the policy."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -161,6 +162,7 @@ def test_the_printed_command_serves_the_policy_greedy_answer_and_all(kept_store,
     command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    settings["PYTHONPATH"] = str(named_vllm(tmp_path / "site"))
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | settings, start_new_session=True
@@ -175,17 +177,29 @@ def test_the_printed_command_serves_the_policy_greedy_answer_and_all(kept_store,
         asked = {"model": "first-1", "messages": chat, "temperature": 0, "max_tokens": 16}
         answer = ask(port, asked)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(30)
-        finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGKILL)
+        stop(server)
     tokenizer = load_tokenizer(to)
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     made = load_policy(to).generate(torch.tensor([ids]), do_sample=False, max_new_tokens=16)  # pyright: ignore
     expected = tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
     assert answer is not None and answer["choices"][0]["message"]["content"] == expected != ""
+
+
+def named_vllm(site: Path) -> Path:
+    """The CPU build is the package `vllm-cpu`, but vLLM's command line asks for the version of `vllm`."""
+    info = site / "vllm-0.30.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.30.0\n")
+    return site
+
+
+def stop(server: subprocess.Popen) -> None:
+    """End a server and everything that it started."""
+    for wanted in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, wanted)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(30)
 
 
 def ask(port: int, body: dict | None) -> dict | None:
