@@ -1,36 +1,50 @@
 """`sera export`, `sera lineage`: a policy as a Hugging Face folder, and its lineage."""
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flows.commands.output import print_note, print_result
+from flows.commands.output import print_note, print_result, quiet_stdout
 from flows.display.run_view import run_records
+from flows.exports.export import SUFFIX, Export, export_policy
+from flows.exports.folder import base_of, refuse_no_adapter
+from flows.exports.gguf import check_gguf
 from flows.exports.hub import check_target, push
-from flows.exports.lineage import Lineage, lineage
-from flows.exports.model_card import model_card
+from flows.exports.lineage import Lineage, lineage, start_of
 from flows.outputs import check_new
 from sera_core.artifacts.reading import Round
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
 from sera_core.errors import InputError
-from sera_core.guards.shown import shown_json
+from sera_core.models.gguf_writing import FILE_TYPES
 
 
 def add_export(commands: Any, common: argparse.ArgumentParser) -> None:
-    """`sera export RUN [--round N] [--to DIR] [--push-to ORG/NAME]`."""
+    """`sera export RUN [--round N] [--to DIR] [--gguf TYPE] [--adapter] [--push-to ORG/NAME]`."""
     sub = commands.add_parser(
         "export",
         parents=[common],
-        help="write a round's policy as a Hugging Face folder, with its lineage and a model card",
+        help="write a round's policy as a Hugging Face folder with lineage and model card, or for llama.cpp",
     )
     sub.add_argument("run")
     sub.add_argument("--round", type=int, help="round number (default: the best round)")
-    sub.add_argument("--to", help="folder to create; it must not exist")
+    sub.add_argument(
+        "--to", help="folder to create; it must not exist (or a file NAME.gguf, with --gguf: only that)"
+    )
+    sub.add_argument(
+        "--gguf",
+        choices=FILE_TYPES,
+        help="also write a GGUF file for llama.cpp, policy-TYPE.gguf in the folder, and compare it with the "
+        "policy",
+    )
+    sub.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a LoRA run: write the adapter for peft, without its base (default: merged into it)",
+    )
     sub.add_argument(
         "--push-to", metavar="ORG/NAME", help="push to the Hugging Face hub, private (token: HF_TOKEN)"
     )
@@ -49,37 +63,75 @@ def add_lineage(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def export_command(args: argparse.Namespace) -> int:
-    """Write the policy (an adapter merged into its base), and push it with --push-to."""
-    if args.to is None and args.push_to is None:
-        raise InputError("sera export: give a folder with --to, a repository with --push-to, or both")
-    if args.public and args.push_to is None:
-        raise InputError("--public: only with --push-to; give that too")
+    """Write the policy as a folder, an adapter or a GGUF file, and push the folder with --push-to."""
+    _check_flags(args)
     records = run_records(open_store(args.store), args.run)
     manifest = round_of(records, args.round)
+    _check_policy(args, records, Round(records, manifest))
     if args.to is not None:
         check_new("--to", Path(args.to))
     if args.push_to is not None:
         check_target(args.push_to)
     with tempfile.TemporaryDirectory(prefix="sera-export-") as scratch:
-        folder = Path(args.to) if args.to is not None else Path(scratch) / "policy"
-        export_policy(records, manifest, folder)
-        url = None if args.push_to is None else push(folder, args.push_to, args.public, print_note)
-    found = {
-        "run": args.run,
-        "round": manifest.round,
-        "to": args.to,
-        "pushed_to": url,
-        "policy_sha256": manifest.artifacts["policy"]["sha256"],
-    }
-    print_result(args, found, _exported(found))
+        target = Path(args.to) if args.to is not None else Path(scratch) / "policy"
+        with quiet_stdout():
+            place = args.push_to if args.to is None else args.to
+            export = export_policy(records, manifest, target, str(place), args.gguf, args.adapter)
+        url = None if args.push_to is None else push(target, args.push_to, args.public, print_note)
+        found = {
+            "run": args.run,
+            "round": manifest.round,
+            "to": args.to,
+            "pushed_to": url,
+            "policy_sha256": manifest.artifacts["policy"]["sha256"],
+            "gguf": None if export.gguf is None else export.gguf.record(),
+            "serve": export.serve,
+        }
+    print_result(args, found, _exported(found, export))
     return 0
 
 
-def _exported(found: dict[str, Any]) -> Iterator[str]:
+def _check_flags(args: argparse.Namespace) -> None:
+    one_file = args.to is not None and args.to.endswith(SUFFIX)
+    if args.to is None and args.push_to is None:
+        raise InputError("sera export: give a folder with --to, a repository with --push-to, or both")
+    if args.public and args.push_to is None:
+        raise InputError("--public: only with --push-to; give that too")
+    if args.adapter and args.gguf is not None:
+        raise InputError("--gguf: a GGUF file holds all weights; leave --adapter out")
+    if one_file and args.gguf is None:
+        raise InputError(
+            f"--to {args.to}: for a GGUF file give its type too ({', '.join(FILE_TYPES)}): --gguf f16"
+        )
+    if one_file and args.push_to is not None:
+        raise InputError(
+            f"--to {args.to}: --push-to pushes a folder; name a folder, which will hold the GGUF file"
+        )
+
+
+def _check_policy(args: argparse.Namespace, records: RunStore, policy: Round) -> None:
+    """Refuse what this policy cannot be written as, before anything is written."""
+    if args.adapter:
+        refuse_no_adapter(policy)
+        if args.push_to is not None and not start_of(records).is_on_hub:
+            raise InputError(
+                "--adapter with --push-to: the adapter's base is not on the hub, so nobody could load it; "
+                "push without --adapter"
+            )
+    if args.gguf is not None:
+        folder = policy.policy_path()
+        check_gguf(base_of(folder) if policy.is_adapter else folder)
+
+
+def _exported(found: dict[str, Any], export: Export) -> Iterator[str]:
     for place in (found["to"], found["pushed_to"]):
         if place is not None:
             sha = found["policy_sha256"][:12]
             yield f"wrote round {found['round']} of {found['run']} to {place} (policy sha256 {sha}…)"
+    if export.gguf is not None:
+        yield f"{export.gguf.file}: {export.gguf.words()}"
+    for command in found["serve"].values():
+        yield f"to serve it: {command}"
 
 
 def lineage_command(args: argparse.Namespace) -> int:
@@ -123,38 +175,3 @@ def round_of(records: RunStore, number: int | None) -> RoundManifest:
         have = f"rounds 0 to {len(rounds) - 1}" if rounds else "no finished round"
         raise InputError(f"--round {number}: run {records.run!r} has {have}")
     return rounds[number]
-
-
-def export_policy(records: RunStore, manifest: RoundManifest, target: Path) -> None:
-    """Write a complete Hugging Face folder: built in a temporary folder, then renamed to `target`.
-
-    Only files named in the policy's record are copied.
-    """
-    chain, policy = lineage(records, manifest), Round(records, manifest)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
-        folder = Path(scratch) / "policy"
-        if policy.is_adapter:
-            four_bits = records.configs()[0].settings.model.dtype == "nf4"
-            _merge_adapter(policy.policy_path(), folder, four_bits)
-        else:
-            policy.copy_policy(folder)
-        text = shown_json(chain.model_dump(mode="json"), indent=1, sort_keys=True)
-        (folder / "lineage.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(records, manifest, chain), encoding="utf-8")
-        for file in folder.rglob("*"):
-            file.chmod(
-                0o755 if file.is_dir() else 0o644
-            )  # safetensors makes files readable by the owner only
-        folder.rename(target)
-
-
-def _merge_adapter(source: Path, folder: Path, four_bits: bool) -> None:
-    """Merge an adapter into its base; four_bits: into the rounded weights that it was trained on."""
-    from sera_core.models.four_bits import write_rounded
-    from sera_core.models.policies import load_policy, save_policy
-
-    base = Path(json.loads((source / "adapter_config.json").read_text())["base_model_name_or_path"])
-    with tempfile.TemporaryDirectory(prefix="sera-") as scratch:
-        trained_on = write_rounded(base, Path(scratch)) if four_bits else base
-        save_policy(load_policy(source, base=trained_on), base, folder)

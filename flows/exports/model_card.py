@@ -12,12 +12,14 @@ from dataclasses import asdict
 from flows.display.markdown import escape, table
 from flows.display.round_card import alarm_words, with_interval
 from flows.display.run_view import Since, since_round_0
+from flows.exports.gguf import GgufReport
 from flows.exports.lineage import Lineage
 from flows.running.open_run import test_record
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
 from sera_core.guards.shown import shown_line
 from sera_core.reporting import words
+from sera_core.reporting.evidence import RELIANCE, reliance_rows
 
 ROUND_METRICS = ("heldout/rewards/accuracies", "heldout/accuracy_change", "samples/kl_reference")
 LIMITS = (
@@ -27,10 +29,24 @@ LIMITS = (
 )
 
 
-def model_card(records: RunStore, manifest: RoundManifest, chain: Lineage) -> str:
-    """Write README.md of an exported policy."""
+def model_card(
+    records: RunStore,
+    manifest: RoundManifest,
+    chain: Lineage,
+    adapter: bool = False,
+    gguf: GgufReport | None = None,
+) -> str:
+    """Write README.md of an exported policy.
+
+    Args:
+        records: of the run.
+        manifest: of the round.
+        chain: of the policy.
+        adapter: whether the folder holds an adapter without its base.
+        gguf: the GGUF file in the folder, if there is one.
+    """
     parts = [
-        _front_matter(chain),
+        _front_matter(chain, adapter),
         f"# {escape(records.run)}, round {manifest.round}",
         "A policy aligned by self-review (SeRA, self-reviewing and alignment): direct alignment on "
         "preference pairs reviewed by the policy itself, and on pairs of its own answers. Made with "
@@ -42,12 +58,15 @@ def model_card(records: RunStore, manifest: RoundManifest, chain: Lineage) -> st
         _rounds(records, manifest),
         "Values with 95 % intervals and the number of pairs or answers. KL is to the start policy, in nats "
         "per answer.",
+        "\n".join(f"* {line}" for line in _decisions(records, manifest)),
+        *_reliance(manifest),
         "## Sources",
         "\n".join(f"* {line}" for line in _sources(chain)),
         "## Settings",
         table(["setting", "value"], _settings(records)),
         "## Use",
-        _use(),
+        _use(adapter),
+        *([] if gguf is None else [f"`{gguf.file}` is the policy for llama.cpp: {gguf.words()}."]),
         "## Limits",
         "\n".join(f"* {line}" for line in LIMITS),
         "## Licence",
@@ -59,11 +78,14 @@ def model_card(records: RunStore, manifest: RoundManifest, chain: Lineage) -> st
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(chain: Lineage) -> str:
+def _front_matter(chain: Lineage, adapter: bool) -> str:
     """Metadata for the hub. Names are JSON strings, which are valid YAML."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if chain.start.is_on_hub:
-        lines += [f"base_model: {json.dumps(chain.start.name)}", "base_model_relation: finetune"]
+        lines += [
+            f"base_model: {json.dumps(chain.start.name)}",
+            f"base_model_relation: {'adapter' if adapter else 'finetune'}",
+        ]
     hub = sorted({s.name.removeprefix("hub:").split("@")[0] for s in chain.data if s.is_on_hub})
     lines += ["datasets:", *(f"  - {json.dumps(name)}" for name in hub)] if hub else []
     return "\n".join([*lines, "tags:", "  - sera-flow", "  - sera", "  - preference-optimization", "---"])
@@ -111,6 +133,30 @@ def _rounds(records: RunStore, manifest: RoundManifest) -> str:
     return table([*header, "change since the previous head", "KL"], rows)
 
 
+def _decisions(records: RunStore, manifest: RoundManifest) -> Iterator[str]:
+    """Why each round was decided as it was."""
+    for r in records.rounds()[: manifest.round + 1]:
+        yield f"Round {r.round}, {r.decision}: {escape(r.reason)}."
+
+
+def _reliance(manifest: RoundManifest) -> list[str]:
+    """How far the policy goes by each feature; nothing where it was not measured."""
+    found = [row for row in reliance_rows(manifest.metrics) if row.cells]
+    if not found:
+        return []
+    heads = ["feature", *(head for head, *_ in RELIANCE[:2]), "pairs"]
+    rows = [
+        [escape(row.feature), *(cell.value for cell in row.cells[:2]), words.count(row.cells[0].n)]
+        for row in found
+    ]
+    return [
+        "## Reliance",
+        "Accuracy on held-out pairs whose chosen answer has more of the feature, minus accuracy where it has "
+        "less: 0 if the policy does not go by it. Balanced accuracy is the mean of both.",
+        table(heads, rows),
+    ]
+
+
 def _sources(chain: Lineage) -> Iterator[str]:
     yield f"start policy: {_code(chain.start.name)}, digest {_code(chain.start.digest)}"
     for source in chain.data:
@@ -137,15 +183,21 @@ def _settings(records: RunStore) -> list[list[str]]:
     return [list(row) for row in rows]
 
 
-def _use() -> str:
+def _use(adapter: bool) -> str:
+    kind, package = (
+        ("AutoPeftModelForCausalLM", "peft") if adapter else ("AutoModelForCausalLM", "transformers")
+    )
+    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if adapter:
+        imports = [f"from {package} import {kind}", "from transformers import AutoTokenizer"]
     return "\n".join(
         [
             "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            *imports,
             "",
             'folder = "."  # or the name of this repository',
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
-            "policy = AutoModelForCausalLM.from_pretrained(folder)",
+            f"policy = {kind}.from_pretrained(folder)",
             "```",
         ]
     )

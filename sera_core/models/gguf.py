@@ -157,12 +157,12 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> dict[str, np.ndarray
                 f"GGUF tensor {tensor.name!r} is unknown for a llama model: use the model as safetensors."
             )
         if block[2] in heads:
-            weight = _rotary_order(weight, heads[block[2]])
+            weight = rotary_order(weight, heads[block[2]])
         tensors[f"model.layers.{block[1]}.{_BLOCK[block[2]]}.weight"] = weight
     return tensors
 
 
-def _rotary_order(weight: np.ndarray, heads: int) -> np.ndarray:
+def rotary_order(weight: np.ndarray, heads: int) -> np.ndarray:
     """Undo llama.cpp's interleaving of each head's two halves; weight is [heads · head_dim, hidden]."""
     import numpy as np
 

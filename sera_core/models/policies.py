@@ -98,7 +98,7 @@ def load_policy(
             "save the unwrapped model, or use the folder as a run's model.source, which removes the prefix"
         )
     refuse_oversized(weights, read_settings(weights / "config.json"))
-    with _quiet_transformers(), _refusing(weights):
+    with quiet_transformers(), _refusing(weights):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             weights,
             dtype=torch.bfloat16 if dtype == "nf4" else getattr(torch, dtype),
@@ -122,7 +122,7 @@ def load_policy(
     model = model.eval() if dtype == "nf4" else model.to(device=device).eval()
     if device != "meta":
         refuse_not_finite(weights, model)
-        with _quiet_transformers(), _refusing(weights), torch.no_grad():
+        with quiet_transformers(), _refusing(weights), torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
     return model
 
@@ -190,7 +190,7 @@ def save_policy(
         _save_adapter(model, folder)
     else:
         state = _cast(model.state_dict(), getattr(torch, dtype))
-        with _quiet_transformers():
+        with quiet_transformers():
             model.save_pretrained(folder, state_dict=state)
         write_settings(folder / "config.json", read_settings(start / "config.json") | {"dtype": dtype})
         (folder / "generation_config.json").unlink(missing_ok=True)
@@ -227,7 +227,7 @@ def _copy_present(origin: Path, folder: Path, names: Iterable[str]) -> None:
             shutil.copyfile(origin / name, folder / name)
 
 
-def _quiet_transformers() -> Any:
+def quiet_transformers() -> Any:
     """Hide transformers' progress bars and load reports inside the block."""
     from transformers.utils import logging
 
