@@ -512,6 +512,9 @@ class ExecutionConfig(Part):
     """Run scoring, sampling, training and evaluation in process groups of their own, which free all memory at
     the end and stop when the run is cancelled. Steps that only read a policy share one. auto: only on an
     accelerator."""
+    processes: Size = 1
+    """Processes of this machine that train a round together, each on a GPU of its own (on a CPU, with its part
+    of the threads). `train.batch` stays the batch of all of them. auto: one for each visible GPU."""
     micro_batch: Size = AUTO
     """Pairs per forward pass in training; gradients accumulate to `train.batch`. auto: 1 on a CPU, where more
     are no faster; on an accelerator what its free memory holds."""
@@ -608,6 +611,11 @@ class SeraConfig(Part):
             raise ValueError("train.losses names a loss twice; give it once, with a larger weight")
         if train.tokens and not any(train.tokens):
             raise ValueError("train.tokens holds no number above 0; leave it empty, and train.epochs decides")
+        if self.execution.processes != AUTO and int(self.execution.processes) > train.batch:
+            raise ValueError(
+                f"execution.processes = {self.execution.processes}, but a step of training has "
+                f"{train.batch} pairs (train.batch), so some processes would have none; lower it"
+            )
         if len(set(self.evaluate.harness)) != len(self.evaluate.harness):
             raise ValueError("evaluate.harness names a task file twice; give each once")
         if len(set(self.decide.panel)) != len(self.decide.panel):
