@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from tasks.engines.ranks import Ranks
 
 LOG = logging.getLogger("sera.train")
-NOTHING = contextlib.nullcontext()
 
 
 def train_policy(attempt: Attempt) -> list[str]:
@@ -70,7 +69,7 @@ def train_as_rank(request: dict[str, Any], channel: Channel) -> dict[str, Any]:
         channel: to the owner of the attempt.
 
     Returns:
-        files, counts, metrics (of the first process), and grown: bytes by which memory grew on a GPU.
+        files, counts, metrics (of the first process), and grown: bytes by which memory grew.
     """
     rank = request["rank"]
     if rank["gpu"] is not None:  # before the device is opened
@@ -80,7 +79,7 @@ def train_as_rank(request: dict[str, Any], channel: Channel) -> dict[str, Any]:
     attempt, folder = SharedAttempt(request, channel), Path(rank["folder"])
     device = device_of(attempt.execution.device)
     ranks = meet(folder / "meeting", rank["rank"], rank["count"], device)
-    with speaking(channel, ranks.first), NOTHING if device == "cpu" else attempt.memory:
+    with speaking(channel, ranks.first), attempt.memory:
         try:
             run = TrainingRun(attempt, rank["first_margin"], ranks)
             files = _train(run, folder)
@@ -298,7 +297,7 @@ class TrainingRun:
         largest = sorted(self.mixture.tokens)[-self.micro_batch :]
         recompute = self.attempt.execution.gradient_checkpointing
         planned = training_memory(shape, dtype, self.train, sum(largest), longest, recompute, self.device)
-        self.attempt.plan_memory(planned)
+        self.attempt.memory.planned = planned
 
     def _make_optimizer(self, checkpoint: dict[str, Path] | None) -> Any:
         """The optimizer of the trained weights; restores weights, moments and log from a checkpoint."""

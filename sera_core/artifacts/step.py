@@ -152,10 +152,6 @@ class Attempt:
         """Whether a part of this attempt is already in the store."""
         return bool(self._committed)
 
-    def plan_memory(self, planned: int) -> None:
-        """Set the bytes by which memory may grow; more is warned of."""
-        self.memory.planned = planned
-
     def use_parts(self, parts: list[dict[str, Any]]) -> None:
         """Set the parts that the result is made from."""
         self._used = [_part_name(number) for number in range(len(parts))]

@@ -3,10 +3,13 @@
     python -P -m tasks.engines.child_step CHANNEL_FD PARENT_PID
 
 A request is JSON: work (step function as `module:function`), store, spec, execution, threads, talkative
-(whether libraries log in detail). With `rank` the process is one of several that do the step together, and work
-is a function (request, channel) -> result (`tasks.engines.processes`). Progress, completion and errors go to the channel, a socket, as JSON lines;
+(whether libraries log in detail). Progress, completion and errors go to the channel, a socket, as JSON lines;
 the result is in the store. After a finished step the process reads the next request from the channel, and
 leaves at its end.
+
+With `rank` in the request the process is one of several that do the step together: work is a function
+(request, channel) -> result, told at its end, and only the owner of the step's attempt commits
+(`tasks.engines.processes`).
 """
 
 import contextlib

@@ -153,7 +153,7 @@ class ReviewedDPOTrainer(DPOTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Tensor]], num_items_in_batch: Any = None
     ) -> Tensor:
-        """One global batch: gradients of the mean loss over its pairs, added over micro-batches and processes.
+        """One global batch: gradients of the mean loss over its pairs, added up over all micro-batches.
 
         Returns this process's part of the loss.
         """

@@ -25,9 +25,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from sera_core.artifacts.manifest import StepSpec
 from sera_core.artifacts.step import Attempt
 from sera_core.artifacts.store import open_store
-from sera_core.artifacts.manifest import StepSpec
 from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
 from sera_core.guards.shown import shown
@@ -82,8 +82,9 @@ def _train(attempt: Attempt, count: int, work: str, first_margin: float | None) 
         requests = [_request(attempt, work, rank, count, folder, first_margin) for rank in range(count)]
         with _started(attempt, requests) as members:
             _listen(members)
-            attempt.memory.grown = max(attempt.memory.grown, *(member.done["grown"] for member in members))
-            return members[0].done
+        grown = [member.done["grown"] for member in members]  # each watched its own
+        attempt.memory.grown = sum(grown) if device_of(attempt.execution.device) == "cpu" else max(grown)
+        return members[0].done
 
 
 def _request(
@@ -158,10 +159,6 @@ class _Member:
     def _hear_log(self, record: list[Any]) -> None:
         name, level, text = record
         logging.getLogger(name).log(level, "%s", text)
-
-    def _hear_planned(self, planned: int) -> None:
-        if device_of(self.attempt.execution.device) == "cpu":  # else each process watches its own
-            self.attempt.plan_memory(planned * self.count)
 
     def _hear_commit(self, part: list[Any]) -> None:
         self._answer(self.attempt.commit_part(*part))
@@ -277,11 +274,6 @@ class SharedAttempt(Attempt):
     def _tell_progress(self, *report: Any) -> None:
         if self.first:
             self.channel.tell(progress=report)
-
-    def plan_memory(self, planned: int) -> None:
-        super().plan_memory(planned)
-        if self.first:
-            self.channel.tell(planned=planned)
 
     def commit_part(self, number: int, files: list[str], info: dict[str, Any]) -> dict[str, Any]:
         assert self.first, "only the first process commits"

@@ -64,7 +64,9 @@ class Ranks:
     def whole(
         self, sizes: Sequence[int], names: Sequence[str], parts: Sequence[Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The values of all pairs of a global batch, each float64 [pair], in the order of the micro-batches.
+        """The values of all pairs of a global batch, each [pair], in the order of the micro-batches.
+
+        `row` is a whole number, all others are float64.
 
         Args:
             sizes: pairs in each micro-batch.
@@ -76,7 +78,7 @@ class Ranks:
         for slot, part in zip(slots, parts, strict=True):
             slot.copy_(torch.stack([part[name].double().cpu() for name in names]))
         dist.all_reduce(table)  # exact: all but one process have zero there
-        return dict(zip(names, table, strict=True))
+        return {name: v.long() if name == "row" else v for name, v in zip(names, table, strict=True)}
 
     @torch.no_grad()
     def refuse_apart(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
@@ -97,11 +99,13 @@ class Ranks:
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         if not torch.equal(least, most):
-            odd = [name for name, same in zip(parameters, (least == most)[1:].tolist(), strict=True) if not same]
+            odd = [
+                name for name, same in zip(parameters, (least == most)[1:].tolist(), strict=True) if not same
+            ]
             raise SeraError(
                 f"after {step} steps the {self.count} processes do not hold the same weights ({odd[:3]}); "
-                "nothing more is written: run the same command again to continue from the last checkpoint, or "
-                "with execution.processes = 1"
+                "nothing more is written: run the same command again to continue from the last checkpoint, "
+                "or with execution.processes = 1"
             )
 
 
