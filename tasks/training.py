@@ -74,7 +74,7 @@ def train_as_rank(request: dict[str, Any], channel: Channel) -> dict[str, Any]:
     rank = request["rank"]
     if rank["gpu"] is not None:  # before the device is opened
         os.environ["CUDA_VISIBLE_DEVICES"] = rank["gpu"]
-    from tasks.engines.ranks import meet
+    from tasks.engines.ranks import meet, part
 
     attempt, folder = SharedAttempt(request, channel), Path(rank["folder"])
     device = device_of(attempt.execution.device)
@@ -91,6 +91,7 @@ def train_as_rank(request: dict[str, Any], channel: Channel) -> dict[str, Any]:
             if (trouble := disk_full_error(error, attempt.folder)) is None:
                 raise
             raise trouble from error
+    part()
     return {
         "files": files,
         "counts": attempt.counts,

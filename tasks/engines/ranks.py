@@ -133,3 +133,8 @@ def meet(file: Path, rank: int, count: int, device: str) -> Ranks:
     )
     assert (dist.get_rank(), dist.get_world_size()) == (rank, count), "not the processes that were started"
     return Ranks(rank, count)
+
+
+def part() -> None:
+    """Leave the other processes, at the end of a training."""
+    dist.destroy_process_group()

@@ -26,6 +26,7 @@ slow = pytest.mark.slow
 TRAIN = TrainConfig(batch=3, epochs=1, beta=0.2, max_grad_norm=0.5)
 """Of 10 pairs: three steps of 3 pairs, which two processes cannot share evenly, and one of a single pair."""
 LORA = TRAIN.model_copy(update={"method": "lora", "lora_rank": 4, "lora_alpha": 8})
+EIGHT_BITS = TRAIN.model_copy(update={"optimizer": "adamw_8bit"})
 ONE = CPU.model_copy(update={"micro_batch": 1, "checkpoint_steps": 2})
 TWO = ONE.model_copy(update={"processes": 2})
 TESTS = Path(__file__).parents[1]
@@ -109,12 +110,13 @@ def test_two_processes_take_the_steps_of_one(
 @slow
 @pytest.mark.parametrize(
     ("train", "dtype", "bound"),
-    [(LORA, "float32", 1e-5), (TRAIN, "bfloat16", 2e-2)],
-    ids=["lora", "bfloat16"],
+    [(LORA, "float32", 1e-5), (TRAIN, "bfloat16", 2e-2), (EIGHT_BITS, "float32", 1e-3)],
+    ids=["lora", "bfloat16", "8-bit"],
 )
-def test_two_processes_train_adapters_and_float32_copies_and_the_first_one_tracks(
+def test_two_processes_train_adapters_rounded_weights_and_moments_and_the_first_one_tracks(
     bench: Bench, train: TrainConfig, dtype: Any, bound: float
 ) -> None:
+    """A sum in another order may be rounded to the next bfloat16 weight, or the next of 256 moments."""
     spec = bench.spec(bench.mixture(dtype=dtype), train, dtype=dtype)
     name = f"{train.method}-{dtype}"
     spec = spec.model_copy(update={"where": {"logs": str(bench.folder / f"logs-{name}")}})
