@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -72,8 +71,6 @@ def train_as_rank(request: dict[str, Any], channel: Channel) -> dict[str, Any]:
         files, counts, metrics (of the first process), and grown: bytes by which memory grew.
     """
     rank = request["rank"]
-    if rank["gpu"] is not None:  # before the device is opened
-        os.environ["CUDA_VISIBLE_DEVICES"] = rank["gpu"]
     from tasks.engines.ranks import meet, part
 
     attempt, folder = SharedAttempt(request, channel), Path(rank["folder"])

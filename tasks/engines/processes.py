@@ -79,34 +79,40 @@ def train_in_processes(attempt: Attempt, count: int, work: str) -> list[str]:
 def _train(attempt: Attempt, count: int, work: str, first_margin: float | None) -> dict[str, Any]:
     """One try; returns the first process's result."""
     with tempfile.TemporaryDirectory(prefix="sera-processes-") as folder:
-        requests = [_request(attempt, work, rank, count, folder, first_margin) for rank in range(count)]
-        with _started(attempt, requests) as members:
+        with _started(attempt, requests_of(attempt, count, work, folder, first_margin)) as members:
             _listen(members)
         grown = [member.done["grown"] for member in members]  # each watched its own
         attempt.memory.grown = sum(grown) if device_of(attempt.execution.device) == "cpu" else max(grown)
         return members[0].done
 
 
-def _request(
-    attempt: Attempt, work: str, rank: int, count: int, folder: str, first_margin: float | None
-) -> dict[str, Any]:
+def requests_of(
+    attempt: Attempt, count: int, work: str, folder: str, first_margin: float | None
+) -> list[dict[str, Any]]:
+    """What each of `count` processes is asked to do.
+
+    Args:
+        attempt, count, work: as in `train_in_processes`.
+        folder: where they meet and put temporary files.
+        first_margin: margin at step 0, in nats, with which the first try was refused; else None.
+    """
     device, threads = device_of(attempt.execution.device), torch_threads(attempt.execution)
-    return {
+    same = {
         "work": work,
         "store": attempt.store.url,
         "spec": attempt.spec.model_dump(),
         "execution": attempt.execution.model_dump(),
         "threads": max(1, (threads or os.cpu_count() or 1) // count) if device == "cpu" else None,
         "talkative": False,
-        "rank": {
-            "rank": rank,
-            "count": count,
-            "folder": folder,
-            "attempt": [attempt.id, str(attempt.folder)],
-            "gpu": None if device == "cpu" else _visible(rank),
-            "first_margin": first_margin,
-        },
     }
+    shared = {"count": count, "folder": folder, "first_margin": first_margin}
+    shared["attempt"] = [attempt.id, str(attempt.folder)]
+    return [
+        same
+        | {"rank": {"rank": rank, **shared}}
+        | {"environment": {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": _visible(rank)}}
+        for rank in range(count)
+    ]
 
 
 def _visible(rank: int) -> str:

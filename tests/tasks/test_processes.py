@@ -13,7 +13,9 @@ import pytest
 import torch
 from trainable import CPU, Bench
 
-from sera_core.artifacts.manifest import StepRecord
+from sera_core.artifacts.manifest import StepRecord, StepSpec
+from sera_core.artifacts.step import Attempt
+from sera_core.artifacts.store import open_store
 from sera_core.config import ExecutionConfig, TrainConfig
 from sera_core.errors import SeraError
 from sera_core.models import devices
@@ -243,3 +245,18 @@ def test_as_many_processes_as_visible_gpus_and_pairs(monkeypatch: pytest.MonkeyP
     assert (count(), count(processes=3), count(processes="auto"), count(2, processes="auto")) == (1, 3, 4, 2)
     with pytest.raises(SeraError, match=r"execution\.processes = 5, but 4 GPUs are visible"):
         count(processes=5)
+
+
+def test_each_process_sees_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = Attempt(open_store(str(tmp_path)), StepSpec(step="train", version=1, fields={}, inputs={}), TWO)
+
+    def seen() -> list[dict[str, str]]:
+        asked = processes.requests_of(attempt, 2, "module:function", str(tmp_path), None)
+        return [request["environment"] for request in asked]
+
+    assert seen() == [{}, {}]
+    monkeypatch.setattr(processes, "device_of", lambda _: "cuda")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert seen() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8a")
+    assert seen() == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "GPU-8a"}]
