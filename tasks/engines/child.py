@@ -78,7 +78,7 @@ def run_in_child(
         "talkative": log is not to_stderr,
     }
     heard = _Heard(progress)
-    printed = Lines(lambda line: log(_last_state(line)))
+    printed = Lines(lambda line: log(last_state(line)))
     with child_for(request, may_stay) as child:
         _listen(child, heard, printed)
         if printed.rest:
@@ -130,7 +130,7 @@ class _Heard:
         return self.ended is not None and time.monotonic() > self.ended + LEAVE_SECONDS
 
 
-def _last_state(line: str) -> str:
+def last_state(line: str) -> str:
     """A line as a terminal would show it: the last state of a progress bar."""
     return line.rstrip("\r").rpartition("\r")[2]
 

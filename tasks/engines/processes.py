@@ -19,6 +19,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -33,7 +34,7 @@ from sera_core.errors import SeraError
 from sera_core.guards.shown import shown
 from sera_core.models.devices import device_of
 from sera_core.models.shared_policies import release_policies
-from tasks.engines.child import LEAVE_SECONDS, Lines, describe_exit, read_some, torch_threads
+from tasks.engines.child import LEAVE_SECONDS, Lines, describe_exit, last_state, read_some, torch_threads
 from tasks.engines.child_process import Child, release_process, signal_group, start
 from tasks.engines.child_step import Channel
 from tasks.engines.fork_server import WAKE_SECONDS
@@ -42,6 +43,8 @@ from tasks.engines.start_check import StartDiffersError
 LOG = logging.getLogger("sera.train")
 EXPLAIN_SECONDS = 5
 """Time after the first sign of trouble in which its cause may show: others fail when one dies."""
+LAST_LINES = 40
+"""Lines of a failed process's output that are shown: the traceback of an unexpected error."""
 CHATTER = "[Gloo] "
 """What gloo prints about every connection."""
 
@@ -136,6 +139,8 @@ class _Member:
     """Of a `StartDiffersError`, in nats."""
     failed_at: float | None = None
     """Time of the first sign of its failure."""
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    """What it printed last."""
 
     @property
     def name(self) -> str:
@@ -190,8 +195,10 @@ class _Member:
 
     def printed(self, line: str) -> None:
         """Take one line of its output."""
+        line = shown(last_state(line))
         if line.strip() and not line.startswith(CHATTER):
-            LOG.info("%s: %s", self.name, shown(line))
+            self.lines.append(line)
+            LOG.info("%s: %s", self.name, line)
 
 
 @contextlib.contextmanager
@@ -252,6 +259,8 @@ def _listen(members: list[_Member]) -> None:
 def _explanation(failed: list[_Member]) -> SeraError:
     """What to say about processes that failed: one that was killed made others fail, else the first did."""
     cause = min(failed, key=lambda member: (not member.was_killed, member.failed_at))
+    if cause.lines:
+        LOG.warning("%s printed last:\n%s", cause.name, "\n".join(cause.lines))
     if cause.error is not None:
         return cause.error
     return SeraError(

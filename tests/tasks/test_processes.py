@@ -217,6 +217,17 @@ def test_a_wrong_reference_is_refused_by_two_processes_too_after_a_second_try(
     assert len(started) == 4
 
 
+@slow
+def test_an_unexpected_error_is_told_with_its_traceback(
+    bench: Bench, started: list[psutil.Process], caplog: pytest.LogCaptureFixture
+) -> None:
+    attempt = Attempt(bench.copy("unexpected"), bench.spec(bench.mixture(), TRAIN), TWO)
+    with pytest.raises(SeraError, match=r"step train: AttributeError: .* no attribute 'no_such'"):
+        processes.train_in_processes(attempt, 2, "tasks.training:no_such")
+    assert "printed last:\nTraceback (most recent call last)" in caplog.text
+    gone_within(5, started)
+
+
 def test_weights_that_differ_between_processes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other process holds 1 where this one holds 2, in the second of two tensors."""
     other = torch.tensor([0, 0, int(torch.ones(1).view(torch.int32))])
