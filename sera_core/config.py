@@ -96,6 +96,11 @@ class SeraConfig(Part):
             raise ValueError("train.losses names a loss twice; give it once, with a larger weight")
         if train.tokens and not any(train.tokens):
             raise ValueError("train.tokens holds no number above 0; leave it empty, and train.epochs decides")
+        if self.execution.processes != AUTO and int(self.execution.processes) > train.batch:
+            raise ValueError(
+                f"execution.processes = {self.execution.processes}, but a step of training has "
+                f"{train.batch} pairs (train.batch), so some processes would have none; lower it"
+            )
         if len(set(self.evaluate.harness)) != len(self.evaluate.harness):
             raise ValueError("evaluate.harness names a task file twice; give each once")
         if len(set(self.decide.panel)) != len(self.decide.panel):

@@ -8,7 +8,7 @@ from sera_core.artifacts.manifest import StepRecord, StepSpec
 from sera_core.artifacts.step import Progress, Work, make_step, no_progress
 from sera_core.artifacts.store import open_store
 from sera_core.config import ExecutionConfig
-from sera_core.models.devices import device_of
+from sera_core.models.devices import device_of, training_processes
 from tasks.engines.child import Log, run_in_child, to_stderr
 
 WORK = {
@@ -78,7 +78,7 @@ def do_work(
         if record is not None:
             return record
         with device:
-            if spec.step in CHILD_STEPS and in_child(execution):
+            if spec.step in CHILD_STEPS and in_child(execution) and not _starts_its_own(spec, execution):
                 may_stay = device is NOTHING and _only_reads(spec)  # whoever gets a slot needs its memory
                 return run_in_child(WORK[spec.step], store_url, spec, execution, progress, log, may_stay)
             return make_step(store, spec, work_of(spec.step), execution, progress)
@@ -87,6 +87,11 @@ def do_work(
 def _only_reads(spec: StepSpec) -> bool:
     """Whether a step's process can do the next step: vLLM's gives its memory back only when it ends."""
     return spec.step in READING_STEPS and spec.fields.get("engine") != "vllm"
+
+
+def _starts_its_own(spec: StepSpec, execution: ExecutionConfig) -> bool:
+    """Whether a step starts its own processes, which a child process would only wait for."""
+    return spec.step == "train" and training_processes(execution, spec.fields["train"]["batch"]) > 1
 
 
 def in_child(execution: ExecutionConfig) -> bool:

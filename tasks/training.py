@@ -8,26 +8,32 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sera_core.artifacts.canonical import derived_seed
+from sera_core.artifacts.local_store import disk_full_error
 from sera_core.artifacts.step import Attempt
 from sera_core.config import TrainConfig
 from sera_core.data.folds import fold_of
 from sera_core.errors import InputError, SeraError
 from sera_core.models.architecture import refuse_beyond_index_topk
 from sera_core.models.batch_sizes import few_tokens, micro_batch
-from sera_core.models.devices import device_of
+from sera_core.models.devices import device_of, training_processes
 from sera_core.models.four_bits import ADAMW_8BIT
 from sera_core.models.memory_estimate import folder_shape, training_memory
 from sera_core.models.policies import load_policy, load_tokenizer, save_policy, weights_digest
 from sera_core.models.shared_policies import release_policies
 from sera_core.steps import FOLD_TOKENS
+from tasks.engines.child_step import Channel
 from tasks.engines.heads_consistency import heads_consistency
 from tasks.engines.library_logs import is_forwarded
+from tasks.engines.processes import SharedAttempt, speaking, train_in_processes
 from tasks.engines.start_check import Probe, StartCheck, StartDiffersError
 from tasks.engines.tracking import PROJECT, ended, refuse_missing, report_to, trackers
 from tasks.engines.training_data import ORIGINS, Mixture, fold_order, training_order
+
+if TYPE_CHECKING:
+    from tasks.engines.ranks import Ranks
 
 LOG = logging.getLogger("sera.train")
 
@@ -42,25 +48,70 @@ def train_policy(attempt: Attempt) -> list[str]:
     """
     run = TrainingRun(attempt)
     run.refuse_unusable()
+    count = training_processes(attempt.execution, run.train.batch)
+    if count > 1:
+        return train_in_processes(attempt, count, f"{__name__}:train_as_rank")
     try:
         files = _train(run)
     except StartDiffersError as error:
         LOG.warning("%s; retrying once", error)
         run = TrainingRun(attempt, first_margin=error.margin)
         files = _train(run)
-    attempt.write("log.jsonl").write_text(
-        "".join(json.dumps(line, sort_keys=True) + "\n" for line in run.lines)
-    )
-    run.report()
-    return [*files, "log.jsonl"]
+    return _finish(run, files)
 
 
-def _train(run: "TrainingRun") -> list[str]:
-    with tempfile.TemporaryDirectory(prefix="sera-train-") as scratch, hide_library_notices():
+def train_as_rank(request: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Train as one of several processes; only the first one writes the files.
+
+    Args:
+        request: see `tasks.engines.processes`.
+        channel: to the owner of the attempt.
+
+    Returns:
+        files, counts, metrics (of the first process), and grown: bytes by which memory grew.
+    """
+    rank = request["rank"]
+    from tasks.engines.ranks import meet, part
+
+    attempt, folder = SharedAttempt(request, channel), Path(rank["folder"])
+    device = device_of(attempt.execution.device)
+    ranks = meet(folder / "meeting", rank["rank"], rank["count"], device)
+    with speaking(channel, ranks.first), attempt.memory:
+        try:
+            run = TrainingRun(attempt, rank["first_margin"], ranks)
+            files = _train(run, folder)
+            files = _finish(run, files) if ranks.first else []
+        except StartDiffersError as error:
+            channel.tell(margin=error.margin)
+            raise
+        except OSError as error:
+            if (trouble := disk_full_error(error, attempt.folder)) is None:
+                raise
+            raise trouble from error
+    part()
+    return {
+        "files": files,
+        "counts": attempt.counts,
+        "metrics": attempt.metrics,
+        "grown": attempt.memory.grown,
+    }
+
+
+def _train(run: "TrainingRun", folder: Path | None = None) -> list[str]:
+    """Train and write the policy; temporary files go below `folder`."""
+    with tempfile.TemporaryDirectory(prefix="sera-train-", dir=folder) as scratch, hide_library_notices():
         trainer = run.build(Path(scratch))
-        with ended(run.attempt.execution.tracking):
+        with ended(run.tracking):
             trainer.train()
         return run.write_policy(trainer.model)
+
+
+def _finish(run: "TrainingRun", files: list[str]) -> list[str]:
+    """Write the log and set the record's metrics; returns all files."""
+    lines = (json.dumps(line, sort_keys=True) + "\n" for line in run.lines)
+    run.attempt.write("log.jsonl").write_text("".join(lines))
+    run.report()
+    return [*files, "log.jsonl"]
 
 
 def warmup_factor(step: int, warmup_steps: int) -> float:
@@ -71,9 +122,17 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
 class TrainingRun:
     """State of one training attempt: settings, data, log and checkpoint position."""
 
-    def __init__(self, attempt: Attempt, first_margin: float | None = None) -> None:
-        """`first_margin`: margin at step 0, in nats, with which the first try was refused; else None."""
-        fields = attempt.fields
+    def __init__(
+        self, attempt: Attempt, first_margin: float | None = None, ranks: "Ranks | None" = None
+    ) -> None:
+        """State of a try.
+
+        Args:
+            attempt: the step's.
+            first_margin: margin at step 0, in nats, with which the first try was refused; else None.
+            ranks: the processes that train together; None: this one alone.
+        """
+        fields, self.ranks = attempt.fields, ranks
         self.attempt, self.train = attempt, TrainConfig.model_validate(fields["train"])
         self.bf16 = fields["dtype"] != "float32"
         path = attempt.input("mixture").path("mixture.parquet")
@@ -103,6 +162,16 @@ class TrainingRun:
         if isinstance(fixed := self.train.label_smoothing, float):
             return dict.fromkeys(ORIGINS, fixed)
         return {"human": 0.0, "generated": 0.0 if self.consistency is None else 1 - self.consistency}
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and reports: it trains alone, or is the first of several."""
+        return self.ranks is None or self.ranks.first
+
+    @property
+    def tracking(self) -> str:
+        """`execution.tracking` of this process."""
+        return self.attempt.execution.tracking if self.first else "none"
 
     @property
     def must_start_at_zero(self) -> bool:
@@ -176,7 +245,7 @@ class TrainingRun:
         release_policies()
         self._plan_batches()
         checkpoint = self._last_checkpoint()
-        if checkpoint is None:
+        if checkpoint is None and self.first:
             self.probe = self._score_probe()
         self.model, transformer = self._load_model()
         self.weights = TrainedWeights(self.model, self._exact_weights())
@@ -185,7 +254,8 @@ class TrainingRun:
         self.mixture.refuse_lengths(getattr(text_config, "max_position_embeddings", None))
         refuse_beyond_index_topk(transformer, self.mixture.longest_sequence)
         self.optimizer = self._make_optimizer(checkpoint)
-        first, tracking = len(self.lines), self.attempt.execution.tracking
+        first, tracking = len(self.lines), self.tracking
+        self._refuse_apart(first)
         logs = self.attempt.spec.where.get("logs") or str(scratch)
         rows = Dataset(InMemoryTable(self.mixture.table.combine_chunks()))
         hooks = StepHooks(first, lambda: self._begin(checkpoint), self._check, self._done)
@@ -199,27 +269,33 @@ class TrainingRun:
             callbacks=[hooks, *trackers(tracking, logs)],
             micro_batch=self.micro_batch,
             share=can_share_prompt(transformer, self.mixture.longest),
-            clip=self.weights.clip,
+            weights=self.weights,
+            ranks=self.ranks,
         )
         return self.trainer
+
+    def _refuse_apart(self, step: int) -> None:
+        """Check that all processes hold the same weights after so many steps."""
+        if self.ranks is not None:
+            self.ranks.refuse_apart(self.weights.named, step)
 
     def _plan_batches(self) -> None:
         """Choose the micro-batch, and plan its memory."""
         shape = folder_shape(self.attempt.input("model").folder("policy"))
         dtype, longest = self.attempt.fields["dtype"], self.mixture.longest
         self.micro_batch = micro_batch(
-            self.attempt.execution, self.train, shape, dtype, self.mixture.tokens, longest
-        )
-        largest = sorted(self.mixture.tokens)[-self.micro_batch :]
-        self.attempt.memory.planned = training_memory(
+            self.attempt.execution,
+            self.train,
             shape,
             dtype,
-            self.train,
-            sum(largest),
+            self.mixture.tokens,
             longest,
-            self.attempt.execution.gradient_checkpointing,
-            self.device,
+            1 if self.ranks is None else self.ranks.count,
         )
+        largest = sorted(self.mixture.tokens)[-self.micro_batch :]
+        recompute = self.attempt.execution.gradient_checkpointing
+        planned = training_memory(shape, dtype, self.train, sum(largest), longest, recompute, self.device)
+        self.attempt.memory.planned = planned
 
     def _make_optimizer(self, checkpoint: dict[str, Path] | None) -> Any:
         """The optimizer of the trained weights; restores weights, moments and log from a checkpoint."""
@@ -305,7 +381,7 @@ class TrainingRun:
             logging_steps=1,
             logging_nan_inf_filter=False,
             save_strategy="no",
-            report_to=report_to(self.attempt.execution.tracking),
+            report_to=report_to(self.tracking),
             project=PROJECT,
             run_name=self._tracked_as(),
             disable_tqdm=True,
@@ -345,7 +421,7 @@ class TrainingRun:
                     f"step {step}, pair {self.pair_id(pair)}: log-probabilities or loss are not finite "
                     f"({pair}); lower train.learning_rate, or drop the pair"
                 )
-        if step == 0:
+        if step == 0 and self.first:
             self._check_start(pairs)
 
     def _check_start(self, pairs: list[dict[str, Any]]) -> None:
@@ -381,13 +457,17 @@ class TrainingRun:
         from tasks.engines.checkpoints import FILES, refuse_not_finite, save_checkpoint
 
         refuse_not_finite(self.weights.named, step - 1)
+        self._refuse_apart(step)
+        if not self.first:
+            return
         folder = f"checkpoint-{step:06d}"
         path = self.attempt.write(f"{folder}/{FILES[0]}").parent
         state = {"step": step, "log": self.lines, "step0": self.step0}
         save_checkpoint(path, self.weights.named, self.optimizer, state)
         parts = self.attempt.parts()
         files = [f"{folder}/{name}" for name in FILES]
-        parts.append(self.attempt.commit_part(len(parts), files, {"step": step}))
+        several = {} if self.ranks is None else {"processes": self.ranks.count}
+        parts.append(self.attempt.commit_part(len(parts), files, {"step": step, **several}))
         for number in superseded(parts, self.attempt.execution.keep_checkpoints):
             self.attempt.drop_part(number)
 
@@ -405,6 +485,9 @@ class TrainingRun:
         from tasks.engines.checkpoints import refuse_not_finite
 
         refuse_not_finite(self.weights.named, self.steps - 1)
+        self._refuse_apart(self.steps)
+        if not self.first:
+            return []
         self.weights.finish(model)
         folder = self.attempt.write("policy/config.json").parent
         start = self.attempt.input("start").folder("policy")  # check its files again after training

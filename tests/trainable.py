@@ -142,16 +142,23 @@ class Bench:
 
     def again(self, spec: StepSpec, execution: ExecutionConfig = CPU, name: str = "other") -> StepRecord:
         """Train in a copy of the store that has no train step: the same work done a second time."""
-        copy = self.folder / name
-        ignore = shutil.ignore_patterns("train")
-        shutil.copytree(self.folder / "store", copy, ignore=ignore)
-        return self.run(spec, execution, store=open_store(str(copy)))
+        return self.run(spec, execution, store=self.copy(name))
 
-    def log(self, record: StepRecord) -> list[dict[str, Any]]:
+    def copy(self, name: str) -> Store:
+        """A copy of the store that has no train step."""
+        ignore = shutil.ignore_patterns("train")
+        shutil.copytree(self.folder / "store", self.folder / name, ignore=ignore)
+        return open_store(str(self.folder / name))
+
+    def log(self, record: StepRecord, store: str = "store") -> list[dict[str, Any]]:
         """Lines of log.jsonl."""
-        file = record.files["log.jsonl"]
-        path = self.folder / "store" / "steps" / "train" / record.key / file.attempt / "log.jsonl"
+        path = self.result(record, store) / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def result(self, record: StepRecord, store: str = "store") -> Path:
+        """The folder that a training wrote."""
+        attempt = record.files["log.jsonl"].attempt
+        return self.folder / store / "steps" / "train" / record.key / attempt
 
 
 def shas(record: StepRecord) -> dict[str, str]:

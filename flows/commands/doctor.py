@@ -288,7 +288,8 @@ def check_accelerator() -> Check:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
         bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
-        count = f" (1 of {torch.cuda.device_count()})" if torch.cuda.device_count() > 1 else ""
+        several = ', execution.processes = "auto" trains on all'
+        count = f" (1 of {torch.cuda.device_count()}{several})" if torch.cuda.device_count() > 1 else ""
         memory = f"{device.total_memory / _GIB:.0f} GiB"
         return Check(
             "accelerator", "ok", f"torch {torch.__version__}, {device.name}{count}, {memory}, {bf16}"

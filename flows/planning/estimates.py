@@ -19,6 +19,7 @@ from sera_core.errors import InputError
 from sera_core.guards.memory import accelerator_here, device_memory
 from sera_core.method.pairing import expected_pairs, sampled_policies
 from sera_core.models.batch_sizes import micro_batch, sampling_batch, tokens_per_batch
+from sera_core.models.devices import training_processes
 from sera_core.models.memory_estimate import (
     ModelShape,
     folder_shape,
@@ -265,9 +266,11 @@ class Estimator:
             human = [2 * prompt + chosen + rejected for prompt, chosen, rejected in size.longest]
             pairs = [max(tokens, generated) for tokens in human] + [generated] * (train.batch - len(human))
             row = max(prompt + 2 * sampled, *map(sum, size.longest))
-            count = micro_batch(execution, train, shape, fields["dtype"], pairs, row)
+            processes = training_processes(execution, train.batch)
+            count = micro_batch(execution, train, shape, fields["dtype"], pairs, row, processes)
             tokens, recompute = sum(sorted(pairs)[-count:]), execution.gradient_checkpointing
-            return training_memory(shape, fields["dtype"], train, tokens, row, recompute, device)
+            each = training_memory(shape, fields["dtype"], train, tokens, row, recompute, device)
+            return each * (processes if device == "cpu" else 1)  # GPUs have a memory of their own
         return None
 
 
@@ -280,11 +283,13 @@ def refuse_what_cannot_fit(config: SeraConfig, shape: ModelShape | None) -> None
 
     Raises:
         InputError: weights, gradients and optimizer states alone need more than the machine or its
-            accelerator has.
+            accelerator has; or there are fewer GPUs than processes.
     """
     if shape is None:
         return
-    least = least_training_memory(shape, config.model.dtype, config.train)
+    processes = training_processes(config.execution, config.train.batch)
+    apart = accelerator_here(config.execution.device)
+    least = least_training_memory(shape, config.model.dtype, config.train) * (1 if apart else processes)
     if least <= (total := device_memory(config.execution.device)[0]):
         return
     smaller = ""
@@ -292,6 +297,8 @@ def refuse_what_cannot_fit(config: SeraConfig, shape: ModelShape | None) -> None
         smaller = 'set train.method = "lora", or '
     elif config.model.dtype != "nf4":
         smaller = 'set model.dtype = "bfloat16" or "nf4", or '
+    if processes > 1 and not apart:
+        smaller = f"lower execution.processes = {processes}, or {smaller}"
     raise InputError(
         f"training a model of {shape.parameters / 1e9:.3g} billion parameters cannot fit: weights, "
         f"gradients and optimizer states alone need {least / 2**30:.1f} GiB, and there are "

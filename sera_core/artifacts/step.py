@@ -54,11 +54,19 @@ class Attempt:
     """One attempt at a step: its configuration, inputs and parts, and its own folder to write into."""
 
     def __init__(
-        self, store: Store, spec: StepSpec, execution: ExecutionConfig, progress: Progress = no_progress
+        self,
+        store: Store,
+        spec: StepSpec,
+        execution: ExecutionConfig,
+        progress: Progress = no_progress,
+        shared: tuple[str, Path] | None = None,
     ) -> None:
+        """`shared`: id and folder of an attempt that another process began; None: a new one."""
         self.store, self.spec, self.execution, self.progress = store, spec, execution, progress
-        self.id = secrets.token_hex(8)
-        self.folder = store.workspace(f"{spec.path}/{self.id}")
+        self.id = secrets.token_hex(8) if shared is None else shared[0]
+        self.folder = store.workspace(f"{spec.path}/{self.id}") if shared is None else shared[1]
+        self.environment: dict[str, Any] = {}
+        """What the record's environment says beside the software and hardware."""
         self.counts: Counter[str] = Counter()
         self.metrics: dict[str, Any] = {}
         self.part_metrics: list[dict[str, Any]] = []
@@ -185,7 +193,7 @@ class Attempt:
             parts=self._used,
             counts=dict(sorted(self.counts.items())),
             metrics=finite(self.metrics),
-            environment=environment(),
+            environment={**environment(), **self.environment},
             started=started.isoformat(timespec="seconds"),
             seconds=round(seconds, 3),
             memory=self.memory.grown,

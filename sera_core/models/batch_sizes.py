@@ -1,5 +1,6 @@
 """Batch sizes that `auto` stands for: fixed on a CPU, on an accelerator what fits into its free memory."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from sera_core.config import AUTO, ExecutionConfig, TrainConfig
@@ -28,16 +29,18 @@ def micro_batch(
     dtype: str,
     tokens: Sequence[int],
     row: int,
+    processes: int = 1,
 ) -> int:
     """Pairs per forward pass in training: the setting, or the largest power of two that fits.
 
     Args:
         execution: execution settings.
-        train: training settings; its batch is the most.
+        train: training settings; the most is a process's part of its batch.
         shape: the model.
         dtype: `model.dtype`.
         tokens: tokens of each pair.
         row: tokens of the longest pair.
+        processes: number of processes that share a batch.
     """
     device = _device(execution)
     longest = sorted(tokens, reverse=True)
@@ -46,7 +49,8 @@ def micro_batch(
         recompute = execution.gradient_checkpointing
         return training_memory(shape, dtype, train, sum(longest[:pairs]), row, recompute, device)
 
-    return _fitting(execution.micro_batch, device, PAIRS_ON_CPU, 1, train.batch, needs)
+    most = math.ceil(train.batch / processes)
+    return _fitting(execution.micro_batch, device, PAIRS_ON_CPU, 1, most, needs)
 
 
 def tokens_per_batch(execution: ExecutionConfig, shape: ModelShape, dtype: str, row: int) -> int:

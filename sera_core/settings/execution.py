@@ -16,6 +16,9 @@ class ExecutionConfig(Part):
     """Run scoring, sampling, training and evaluation in process groups of their own, which free all memory at
     the end and stop when the run is cancelled. Steps that only read a policy share one. auto: only on an
     accelerator."""
+    processes: Size = 1
+    """Processes of this machine that train a round together, each on a GPU of its own (on a CPU: with its
+    part of the threads). `train.batch` is shared by all of them. auto: one for each visible GPU."""
     micro_batch: Size = AUTO
     """Pairs per forward pass in training; gradients accumulate to `train.batch`. auto: 1 on a CPU, where more
     are no faster; on an accelerator what its free memory holds."""

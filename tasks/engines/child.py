@@ -74,11 +74,11 @@ def run_in_child(
         "store": store_url,
         "spec": spec.model_dump(),
         "execution": execution.model_dump(),
-        "threads": _threads(execution),
+        "threads": torch_threads(execution),
         "talkative": log is not to_stderr,
     }
     heard = _Heard(progress)
-    printed = _Lines(lambda line: log(_last_state(line)))
+    printed = Lines(lambda line: log(last_state(line)))
     with child_for(request, may_stay) as child:
         _listen(child, heard, printed)
         if printed.rest:
@@ -88,13 +88,13 @@ def run_in_child(
     record = find_record(open_store(store_url), spec.step, spec.key)
     if record is None:
         raise SeraError(
-            f"step {spec.step}: its process {_describe_exit(child.process.wait())}; run the same command "
+            f"step {spec.step}: its process {describe_exit(child.process.wait())}; run the same command "
             "again to continue from the last finished part"
         )
     return record
 
 
-def _threads(execution: ExecutionConfig) -> int | None:
+def torch_threads(execution: ExecutionConfig) -> int | None:
     """torch's number of threads in this process, which can change the last bits of results on CPU."""
     torch = sys.modules.get("torch")
     return torch.get_num_threads() if torch and device_of(execution.device) == "cpu" else None
@@ -130,12 +130,12 @@ class _Heard:
         return self.ended is not None and time.monotonic() > self.ended + LEAVE_SECONDS
 
 
-def _last_state(line: str) -> str:
+def last_state(line: str) -> str:
     """A line as a terminal would show it: the last state of a progress bar."""
     return line.rstrip("\r").rpartition("\r")[2]
 
 
-class _Lines:
+class Lines:
     """Splits bytes into lines; the last one may be incomplete."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -147,19 +147,19 @@ class _Lines:
             self.tell(line.decode(errors="replace"))
 
 
-def _listen(child: Child, heard: _Heard, printed: _Lines) -> None:
+def _listen(child: Child, heard: _Heard, printed: Lines) -> None:
     """Pass on the child's messages and output until it exits, or waits for its next step.
 
     Wakes up often to handle signals.
     """
     with selectors.DefaultSelector() as selector:
-        selector.register(child.channel, selectors.EVENT_READ, _Lines(heard))
+        selector.register(child.channel, selectors.EVENT_READ, Lines(heard))
         selector.register(child.output, selectors.EVENT_READ, printed)
         while selector.get_map() and not heard.overdue:
             child.waits = child.stays and heard.done
             ready = selector.select(0 if child.waits else WAKE_SECONDS)
             for key, _ in ready:
-                if data := _read(key.fd):
+                if data := read_some(key.fd):
                     key.data.take(data)
                 else:
                     selector.unregister(key.fileobj)
@@ -172,14 +172,16 @@ def _listen(child: Child, heard: _Heard, printed: _Lines) -> None:
         child.process.wait(0 if heard.overdue else LEAVE_SECONDS)
 
 
-def _read(file: int) -> bytes:
+def read_some(file: int) -> bytes:
+    """What there is to read; empty at the end."""
     try:
         return os.read(file, 1 << 16)
     except ConnectionResetError:  # it was killed before it read the request
         return b""
 
 
-def _describe_exit(code: int) -> str:
+def describe_exit(code: int) -> str:
+    """How a process ended, to follow its name."""
     if code >= 0:
         return f"ended with exit code {code}"
     what = "killed, perhaps out of memory" if code == -signal.SIGKILL else signal.strsignal(-code)

@@ -98,7 +98,7 @@ def child_for(request: dict[str, Any], may_stay: bool) -> Iterator[Child]:
         child.end()
         child = None
     if child is None:
-        child = _start(request, stays)
+        child = start(request, stays)
     try:
         yield child
     except BaseException:
@@ -108,7 +108,13 @@ def child_for(request: dict[str, Any], may_stay: bool) -> Iterator[Child]:
         child.end()
 
 
-def _start(request: dict[str, Any], stays: bool) -> Child:
+def start(request: dict[str, Any], stays: bool) -> Child:
+    """Start a process group for a request.
+
+    Args:
+        request: see `tasks.engines.child_step`.
+        stays: whether more will be said to it.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     output, to_output = os.pipe()
     printed = os.fdopen(output, "rb", buffering=0)

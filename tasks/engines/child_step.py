@@ -6,6 +6,10 @@ A request is JSON: work (step function as `module:function`), store, spec, execu
 (whether libraries log in detail). Progress, completion and errors go to the channel, a socket, as JSON lines;
 the result is in the store. After a finished step the process reads the next request from the channel, and
 leaves at its end.
+
+With `rank` in the request the process is one of several that do the step together: work is a function
+(request, channel) -> result, told at its end, and only the owner of the step's attempt commits
+(`tasks.engines.processes`).
 """
 
 import contextlib
@@ -15,9 +19,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import IO, Any
 
 from sera_core.artifacts.manifest import StepSpec
 from sera_core.artifacts.step import run_step
@@ -26,6 +33,20 @@ from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
 from sera_core.guards.orphans import exit_with_parent, guarded_group
 from tasks.engines.library_logs import VERBOSE_LIBRARIES, forward_library_logs
+
+
+@dataclass(frozen=True)
+class Channel:
+    """How a process speaks with the one that started it."""
+
+    tell: Callable[..., None]
+    """tell(name=value): send a message."""
+    answers: IO[bytes]
+
+    def ask(self, **question: Any) -> Any:
+        """Send a message and wait for its answer."""
+        self.tell(**question)
+        return json.loads(self.answers.readline())
 
 
 def main() -> None:
@@ -45,17 +66,18 @@ def run_request(request: dict[str, Any], channel: int, parent: int) -> None:
     with guarded_group(), socket.socket(fileno=channel) as messages, messages.makefile("rb") as requests:
         exit_with_parent(parent)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up, then exit
-        while _serve(request, messages) and (line := requests.readline()):
+        while _serve(request, messages, requests) and (line := requests.readline()):
             request = json.loads(line)
 
 
-def _serve(request: dict[str, Any], messages: socket.socket) -> bool:
+def _serve(request: dict[str, Any], messages: socket.socket, requests: Any) -> bool:
     """Run the step, and report completion or the error to the parent; returns whether it was completed."""
 
     def tell(**message: Any) -> None:
-        messages.sendall(json.dumps(message).encode() + b"\n")
+        with speaking:
+            messages.sendall(json.dumps(message).encode() + b"\n")
 
-    spec = StepSpec.model_validate(request["spec"])
+    spec, speaking = StepSpec.model_validate(request["spec"]), threading.Lock()
     try:
         _use_threads(request["threads"])
         module, name = request["work"].split(":")
@@ -66,16 +88,20 @@ def _serve(request: dict[str, Any], messages: socket.socket) -> bool:
             if request["talkative"]
             else contextlib.nullcontext()
         ):
-            run_step(
-                open_store(request["store"], remember=True),
-                spec,
-                getattr(import_module(module), name),
-                ExecutionConfig.model_validate(request["execution"]),
-                lambda *report: tell(progress=report),
-            )
+            work, result = getattr(import_module(module), name), True
+            if "rank" in request:
+                result = work(request, Channel(tell, requests))
+            else:
+                run_step(
+                    open_store(request["store"], remember=True),
+                    spec,
+                    work,
+                    ExecutionConfig.model_validate(request["execution"]),
+                    lambda *report: tell(progress=report),
+                )
         sys.stdout.flush()
         sys.stderr.flush()
-        tell(done=True)
+        tell(done=result)
         return True
     except SeraError as error:
         tell(error=[type(error).__module__, type(error).__qualname__, str(error)])

@@ -28,6 +28,11 @@ from sera_core.errors import InputError
 from sera_core.extensions import is_own, own_function
 from sera_core.models.losses import cdpo_loss, sft_loss, simpo_loss, slic_hinge_loss
 from tasks.engines.pair_forward import PairCollator, add_pair_forward
+from tasks.engines.ranks import ALONE, Ranks
+from tasks.engines.trained_weights import TrainedWeights
+
+VALUES = ("row", "chosen", "rejected", "chosen_score", "rejected_score", "loss")
+"""What is kept of each pair; WPO's weight beside them."""
 
 
 class StepHooks(TrainerCallback):
@@ -96,23 +101,30 @@ class ReviewedDPOTrainer(DPOTrainer):
         callbacks: list[TrainerCallback],
         micro_batch: int,
         share: bool,
-        clip: Callable[[float], Tensor] | None = None,
+        weights: TrainedWeights | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`clip`: clips the gradient to a norm and returns its norm before; None: that of the model."""
-        self.train_config, self.clip = train, clip
+        """Build the trainer.
+
+        Args:
+            weights: the weights that the optimizer changes; None: the model's own.
+            ranks: the processes that train together; None: this one alone.
+        """
+        self.train_config, self.weights = train, weights or TrainedWeights(model)
+        self.ranks = ranks or ALONE
         self.own_losses = _own_losses(train)
         self.batch_pairs: dict[str, Tensor] = {}
         super().__init__(
             model=model,
             args=args,
-            data_collator=cast(Any, PairCollator(micro_batch, share)),  # a list of batches, see training_step
+            data_collator=cast(Any, PairCollator(micro_batch, share, self.ranks.count)),  # a list of batches
             train_dataset=rows,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         assert self.ref_model is None, "a second model was loaded"
-        assert self.accelerator.num_processes == 1, "several processes would need sharded checkpoints"
+        assert self.accelerator.num_processes == 1, "processes are added up here, not by TRL (`Ranks`)"
         assert len(self.train_dataset) == len(rows), "TRL dropped rows"
         if is_adapter := hasattr(model, "peft_config"):
             model.delete_adapter("ref")  # TRL's frozen copy of the adapter, never read here
@@ -133,21 +145,31 @@ class ReviewedDPOTrainer(DPOTrainer):
         return 0
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        norm = self.args.max_grad_norm
-        return super()._clip_grad_norm(model) if self.clip is None else self.clip(norm)
+        return self.weights.clip(self.args.max_grad_norm)
+
+    def _sync_replicated_trainable_parameters(self, model: torch.nn.Module) -> None:
+        """Nothing: gradients are added up once for each batch, in `training_step`."""
 
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Tensor]], num_items_in_batch: Any = None
     ) -> Tensor:
-        """One global batch: gradients of the mean loss over its pairs, accumulated over micro-batches."""
+        """One global batch: gradients of the mean loss over its pairs, added up over all micro-batches.
+
+        Returns this process's part of the loss.
+        """
         pairs, self._parts = sum(len(micro["row"]) for micro in inputs), []
         loss = torch.zeros((), device=self.args.device)
-        for micro in inputs:
+        for micro in self.ranks.share(inputs):
             self._share = len(micro["row"]) / pairs
             loss += super().training_step(model, micro)
-        self.batch_pairs = {
-            name: torch.cat([part[name] for part in self._parts]).cpu() for name in self._parts[0]
-        }
+        if self.ranks.count == 1:
+            self.batch_pairs = {
+                name: torch.cat([part[name] for part in self._parts]).cpu() for name in self._parts[0]
+            }
+            return loss
+        self.ranks.add_gradients(list(self.weights.named.values()))
+        names = VALUES + ("weight",) * self.use_weighting
+        self.batch_pairs = self.ranks.whole([len(micro["row"]) for micro in inputs], names, self._parts)
         return loss
 
     def _compute_loss(

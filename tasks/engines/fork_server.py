@@ -167,14 +167,15 @@ def fork(request: dict[str, Any], channel: int, output: int) -> ForkedProcess:
     """Fork a process that runs the step of a request, with this process's environment and working directory.
 
     Args:
-        request: see `tasks.engines.child_step`.
+        request: see `tasks.engines.child_step`; variables in its `environment` are set besides.
         channel: file descriptor of a socket for messages and further requests.
         output: file descriptor for everything that it prints.
 
     Raises:
         SeraError: the server died.
     """
-    here = {"environment": dict(os.environ), "directory": working_directory()}
+    environment = {**os.environ, **request.get("environment", {})}
+    here = {"environment": environment, "directory": working_directory()}
     return _running().fork({**request, **here}, channel, output)
 
 

@@ -6,6 +6,7 @@ responses, and positions restart for the second one.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -38,11 +39,14 @@ class PairCollator:
 
     micro_batch: int
     share: bool
+    processes: int = 1
+    """Processes that share a batch: none gets more than its part in one micro-batch."""
 
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
         ordered = sorted(rows, key=packed_length, reverse=True)
-        starts = range(0, len(ordered), self.micro_batch)
-        return [self.micro(ordered[start : start + self.micro_batch]) for start in starts]
+        size = min(self.micro_batch, math.ceil(len(ordered) / self.processes))
+        starts = range(0, len(ordered), size)
+        return [self.micro(ordered[start : start + size]) for start in starts]
 
     def micro(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Inputs of TRL's loss (responses after their prompt's last token) and of the model."""

@@ -5,6 +5,7 @@ trainer's only by noise. A much larger margin means that the mixture's reference
 another policy, dtype or text.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ Probe = dict[int, tuple[float, float]]
 class StartDiffersError(SeraError):
     """Policy and reference should be equal at step 0 but differ; `margin` in nats."""
 
-    def __init__(self, message: str, margin: float) -> None:
+    def __init__(self, message: str, margin: float = math.nan) -> None:  # nan: told by another process
         super().__init__(message)
         self.margin = margin
 

@@ -71,6 +71,11 @@ def test_losses_that_do_not_go_together_are_refused(refused, losses, smoothing, 
     assert message in refused(*settings)
 
 
+def test_more_processes_than_a_step_has_pairs_are_refused(refused):
+    said = refused("--set", "train.batch=3", "--set", "execution.processes=4")
+    assert "execution.processes = 4, but a step of training has 3 pairs" in said
+
+
 def test_anchors_and_a_file_of_candidates_are_refused(refused, folder):
     (folder / "candidates.jsonl").write_text('{"prompt": "?", "response": "a", "rating": 1}\n')
     by = f"file:{folder / 'candidates.jsonl'}"

@@ -1,5 +1,7 @@
 """Every rule, loss, reference and form of the method, from the command line to a finished run's ledger."""
 
+import json
+
 import numpy as np
 import pytest
 import tinyrun
@@ -61,13 +63,17 @@ COMBINATIONS = {
     },
 }
 
+FLAGS = {"hinge": ["--set", "execution.processes=2"]}
+"""Added on the command line."""
+
 
 @pytest.fixture(scope="module", params=COMBINATIONS)
 def option_run(request, prefect_server, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     settings = COMBINATIONS[request.param]
     experiment = tinyrun.experiment(folder, **settings)
-    assert main(["run", str(experiment), "--store", str(folder / "store"), "--json"]) == 0
+    flags = FLAGS.get(request.param, [])
+    assert main(["run", str(experiment), "--store", str(folder / "store"), "--json", *flags]) == 0
     return request.param, settings, sera_core.open_run(str(folder / "store"), "tiny"), folder
 
 
@@ -211,3 +217,12 @@ def test_the_lora_policy_of_each_round_grows_out_of_the_one_before(option_run, t
     assert not (tmp_path / "p" / "adapter_config.json").exists()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "p")
     assert merged.num_parameters() > 0
+
+
+def test_every_round_was_trained_by_the_processes_asked_for(option_run):
+    name, _, _, folder = option_run
+    records = (
+        json.loads(path.read_text()) for path in (folder / "store" / "steps" / "train").glob("*/done.json")
+    )
+    found = {record["environment"].get("processes", 1) for record in records}
+    assert found == {2 if name in FLAGS else 1}

@@ -15,9 +15,11 @@ from safetensors import safe_open
 from tiny import tiny_policy
 
 from flows.experiments import load_experiment
+from flows.planning.estimates import refuse_what_cannot_fit
 from flows.planning.plan import plan
 from sera_core.artifacts.manifest import find_record
 from sera_core.config import ExecutionConfig, TrainConfig
+from sera_core.errors import InputError
 from sera_core.guards import memory
 from sera_core.guards.memory import MemoryWatch, count_again, count_without, used_memory
 from sera_core.models import batch_sizes, memory_estimate
@@ -210,6 +212,22 @@ def test_a_plan_says_what_each_step_needs_and_warns_if_less_is_free(tmp_path, mo
     monkeypatch.setattr(memory, "main_memory", lambda: (2**31, 2**29))
     (warning,) = _of_memory(plan(config, "planned", str(tmp_path / "none")))
     assert "may need 0.7 GiB of memory, but 0.5 GiB are free: lower execution." in warning
+
+
+def test_on_a_cpu_each_process_of_a_training_needs_its_memory(tmp_path, monkeypatch):
+    def train(processes: int) -> int:
+        found = plan(
+            tinyrun.config(tmp_path, execution={"processes": processes}), "planned", str(tmp_path / "none")
+        )
+        return next(row["memory"] for row in found["steps"] if row["step"] == "train")
+
+    assert train(3) == 3 * train(1)
+    config = tinyrun.config(tmp_path, execution={"processes": 3})
+    shape = folder_shape(tmp_path / "policy")
+    total = 3 * 16 * shape.parameters - 1
+    monkeypatch.setattr(memory, "main_memory", lambda: (total, total))
+    with pytest.raises(InputError, match=r"lower execution\.processes = 3, or set train\.method"):
+        refuse_what_cannot_fit(config, shape)
 
 
 @pytest.mark.parametrize(
