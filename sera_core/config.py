@@ -55,6 +55,8 @@ AUTO = "auto"
 """`sampling.prompts`: as many as the round's share needs. `sampling.engine`: the one for this machine."""
 
 
+NO_SFT, CHOSEN = "none", "chosen"
+"""`start.sft`: no supervised fine-tuning; or on the chosen answers of the train pairs."""
 CONSISTENCY = "consistency"
 """`train.label_smoothing`: as far as two reviewers disagree about the generated pairs."""
 
@@ -140,6 +142,35 @@ class ModelConfig(Part):
     of a policy that has moved little are then meaningless. nf4 keeps the base of an adapter in four bits
     (QLoRA, arXiv 2305.14314): it is trained, scored and sampled through the same rounded base. It needs the
     extra `qlora` and train.method = "lora"."""
+
+
+class StartConfig(Part):
+    """Supervised fine-tuning of the model before round 0 (off by default). Its result is the start policy and
+    the initial reference. It trains all weights or an adapter as `train.method` says, with the adapter,
+    optimizer, warmup and max_grad_norm of [train]; an adapter is merged afterwards."""
+
+    sft: SourceName = NO_SFT
+    """none: the model is the start policy. chosen: fine-tune it on the chosen answers of the train pairs. A
+    file, URL or `hub:<id>` (as in `data.train`): on its conversations, rows with `messages`, or `prompt` and
+    `completion`. Only the tokens of the assistant's turns are in the loss."""
+    sft_split: str = "train"
+    """Split of a hub data set; ignored for files."""
+    sft_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate; empty: 2e-5 for full, 2e-4 for lora (both ours)."""
+    sft_epochs: Positive = 1
+    """Epochs over the conversations."""
+    sft_batch: Positive = 16
+    """Conversations per optimizer step."""
+
+    @property
+    def tunes(self) -> bool:
+        """Whether there is supervised fine-tuning."""
+        return self.sft != NO_SFT
+
+    @property
+    def file(self) -> str | None:
+        """The source of conversations; None without, and for the chosen answers."""
+        return None if self.sft in (NO_SFT, CHOSEN) else self.sft
 
 
 class Source(Part):
@@ -545,6 +576,7 @@ class SeraConfig(Part):
     """One experiment: one model aligned on one set of preferences."""
 
     model: ModelConfig
+    start: StartConfig = StartConfig()
     data: DataConfig
     review: ReviewConfig = ReviewConfig()
     select: SelectConfig = SelectConfig()
@@ -645,6 +677,12 @@ class SeraConfig(Part):
                 'model.dtype = "nf4" rounds the weights to four bits, which cannot be trained; set '
                 'train.method = "lora"'
             )
+        if self.start.tunes:
+            raise ValueError(
+                'start.sft makes whole weights, which model.dtype = "nf4" would round to four bits; '
+                'set model.dtype = "bfloat16", or leave start.sft out and name a fine-tuned model as '
+                "model.source"
+            )
         if self.sampling.dtype is not None or self.sampling.engine == "vllm":
             raise ValueError(
                 'with model.dtype = "nf4" answers are sampled through the same four-bit base as they are '
@@ -735,6 +773,13 @@ class SeraConfig(Part):
             return self.train.learning_rate
         return 5e-7 if self.train.method == "full" else 5e-6
 
+    @property
+    def sft_learning_rate(self) -> float:
+        """Peak learning rate of the supervised fine-tuning (defaults: 2e-5 full, 2e-4 LoRA)."""
+        if self.start.sft_learning_rate is not None:
+            return self.start.sft_learning_rate
+        return 2e-5 if self.train.method == "full" else 2e-4
+
     def result_fields(self) -> dict[str, Any]:
         """The settings that change a result: all but `execution`, `limits` and `review.show_text`.
 
@@ -747,11 +792,14 @@ class SeraConfig(Part):
             for name in names:
                 if getattr(part, name) == type(part).model_fields[name].default:
                     del fields[section][name]
+            if not fields[section]:
+                del fields[section]
         return fields
 
 
 ADDED_LATER = {
     "model": ("template_kwargs",),
+    "start": ("sft", "sft_split", "sft_learning_rate", "sft_epochs", "sft_batch"),
     "data": ("format", "columns", "completions", "on_bad_row"),
     "review": ("crossfit",),
     "train": ("tokens", "ld_alpha", "pair_weights", "lora_targets", "use_rslora", "use_dora", "optimizer"),

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from flows.experiments import load_settings, merged, parse_config, without_idle
-from sera_core.config import SeraConfig
+from sera_core.config import CHOSEN, NO_SFT, SeraConfig
 from sera_core.errors import InputError
 from sera_core.guards.urls import CLEAN_PATTERN, refuse_secrets
 
@@ -253,6 +253,8 @@ def config_from_form(given: Mapping[str, Any]) -> SeraConfig:
             base["data"][side] = [{"path": given_side}]
         for source in base["data"].get(side, ()):
             _check_absolute(source["path"] if isinstance(source, dict) else source, f"data.{side}")
+    if (sft := base.get("start", {}).get("sft", NO_SFT)) not in (NO_SFT, CHOSEN):
+        _check_absolute(sft, "start.sft")
     return parse_config(without_idle(base, changes), "form")
 
 
