@@ -37,8 +37,8 @@ class FineTuned:
         left = f" Left out: {reasons(Counter(self.dropped))}." if self.dropped else ""
         return (
             f"Before round 0 the model was fine-tuned on {what}: {self.examples:,} sequences, "
-            f"{len(self.losses):,} steps; the loss went from {self.losses[0]:.3f} to {self.losses[-1]:.3f} nats "
-            f"per answer token.{left}"
+            f"{len(self.losses):,} steps; the loss went from {self.losses[0]:.3f} to {self.losses[-1]:.3f} "
+            f"nats per answer token.{left}"
         )
 
     @property

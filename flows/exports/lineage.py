@@ -159,7 +159,7 @@ def start_of(records: RunStore) -> Source:
 
 
 def fine_tuned_on(records: RunStore) -> Source | None:
-    """What the model was fine-tuned on before round 0: conversations, or the chosen answers, by their step."""
+    """What the model was fine-tuned on before round 0: conversations, or the step with the chosen answers."""
     config = records.configs()[0]
     start = config.settings.start
     if not start.tunes:
