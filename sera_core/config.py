@@ -216,8 +216,9 @@ class DataConfig(Part):
     lower-rated one is rejected. A row in which none is rated lower is dropped (`tied_ratings`)."""
     on_bad_row: Literal["refuse", "drop"] = "refuse"
     """What to do with invalid rows: an empty answer or turn, no user turn, roles out of order, a system
-    message that is not first, or conversations that diverge. Refuse the file and name the rows, or drop and
-    count them."""
+    message that is not first, or conversations that diverge; in the conversations of `start.sft` also no turn
+    of an assistant, and what the chat template rejects or exceeds the model's positions. Refuse the file and
+    name the rows, or drop and count them."""
     split_seed: int = 0
     """Seed of the split, of subsets, of flipped labels, and of the held-out halves that choose and report the
     best round; independent of the run's seed."""
@@ -235,7 +236,8 @@ class DataConfig(Part):
     conversations at the first difference."""
     on_overlap: Literal["refuse", "drop", "keep"] = "refuse"
     """What to do when a held-out, test or prompt-only source shares prompts with train: refuse, drop them
-    from train, or keep them (they are counted; for synthetic data whose prompts are templates)."""
+    from train, or keep them (they are counted; for synthetic data whose prompts are templates). The same for
+    conversations of `start.sft` that share prompts with held-out or test pairs."""
     flip_fraction: Fraction = 0.0
     """For experiments only: flip this fraction of the train labels. The ledger reports how many of them were
     dropped."""

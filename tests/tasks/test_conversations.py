@@ -91,7 +91,7 @@ BAD = [
     {"messages": said("alone")},
     {"messages": []},
     {"prompt": "Why?", "completion": " "},
-    {"messages": said("one", "two")[::-1]},
+    {"messages": [*said("one"), *said("two", "three")]},
 ]
 
 
