@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import sha256_json
+from sera_core.artifacts.schema import IGNORED
 from sera_core.artifacts.step import Attempt
 from sera_core.data.formats import Reading
 from sera_core.data.loading import read_conversations
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from sera_core.data.rendering import Renderer
 
 KEPT_APART = ("heldout", "test")
-IGNORED = -100
-"""Label of a token that the loss leaves out."""
 LEFT_OUT = ("too_long", "duplicate")
 """Reasons that leave a conversation out whatever `data.on_bad_row` says."""
 PROGRESS_ROWS = 256
@@ -80,12 +79,12 @@ def render_examples(attempt: Attempt) -> list[str]:
         InputError: a conversation cannot be rendered or exceeds the model's positions (unless such rows are
             dropped), or none is left.
     """
-    policy = attempt.input("model").folder("policy")
-    sources = "pairs" if "pairs" in attempt.spec.inputs else "messages"
-    positions, kept, lost, problems = _positions(policy), dict[str, Example](), list[tuple[str, str]](), []
-    given = _from_pairs(attempt) if sources == "pairs" else _from_messages(attempt)
+    of_pairs, positions = "pairs" in attempt.spec.inputs, _positions(attempt.input("model").folder("policy"))
+    kept: dict[str, Example] = {}
+    lost: list[tuple[str, str]] = []
+    problems: list[str] = []
     rows = 0
-    for source, examples, problem in given:
+    for source, examples, problem in _from_pairs(attempt) if of_pairs else _from_messages(attempt):
         rows += 1
         reason = "not_rendered" if problem else _too_long(attempt, examples, positions)
         new = {sha256_json([one.ids, one.labels])[:16]: one for one in examples}
@@ -102,7 +101,7 @@ def render_examples(attempt: Attempt) -> list[str]:
         for _, one in sorted(kept.items())
     ]
     schema.write_table(schema.from_rows(schema.EXAMPLES, found), attempt.write("examples.parquet"))
-    _write_dropped(attempt, "examples", "pair_id" if sources == "pairs" else "prompt_id", lost)
+    _write_dropped(attempt, "examples", "pair_id" if of_pairs else "prompt_id", lost)
     _count(attempt, rows, rows - len(lost), [reason for _, reason in lost])
     attempt.metrics["examples"] = len(found)
     attempt.metrics["answer_tokens"] = sum(label != IGNORED for one in kept.values() for label in one.labels)

@@ -14,6 +14,7 @@ from typing import Any
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
+from sera_core.artifacts.schema import IGNORED
 from sera_core.artifacts.step import Attempt
 from sera_core.config import TrainConfig
 from sera_core.errors import InputError, SeraError
@@ -30,8 +31,6 @@ from tasks.engines.tracking import ended, refuse_missing, trackers
 from tasks.engines.trainer_arguments import trainer_arguments
 
 LOG = logging.getLogger("sera.train")
-IGNORED = -100
-"""Label of a token that the loss leaves out."""
 RATE = "start.sft_learning_rate"
 START_BOUND = {"float32": 1e-3, "bfloat16": 0.05}
 """Largest difference between trainer and scorer at step 0 by dtype, in nats per answer token."""

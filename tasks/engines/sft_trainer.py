@@ -20,8 +20,8 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-IGNORED = -100
-"""Label of a token that the loss leaves out."""
+from sera_core.artifacts.schema import IGNORED
+
 Row = dict[str, list[int]]
 
 

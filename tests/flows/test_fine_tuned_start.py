@@ -14,6 +14,7 @@ from flows.display.run_view import show
 from flows.experiments import load_experiment
 from flows.exports.lineage import lineage
 from flows.exports.model_card import model_card
+from flows.orchestration.form import config_from_form
 from flows.planning.plan import plan
 from flows.running.open_run import resolved, source_digests
 from flows.store_tools.verify import verify
@@ -94,6 +95,14 @@ def test_a_relative_path_is_beside_the_experiment(place, tmp_path):
     file = tinyrun.experiment(tmp_path, start={"sft": "chats.jsonl"})
     assert load_experiment(str(file)).start.sft == str(tmp_path / "chats.jsonl")
     assert load_experiment(str(file), ["start.sft=chosen"]).start.sft == "chosen"
+
+
+def test_a_worker_gets_no_relative_path(place):
+    form = tinyrun.form(place, start={"sft": "chosen"})
+    assert config_from_form(form).start.sft == "chosen"
+    form["overrides"]["start"]["sft"] = "chats.jsonl"
+    with pytest.raises(InputError, match=r"start\.sft: 'chats\.jsonl' is a relative path"):
+        config_from_form(form)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import tinyrun
 from flows.running.open_run import source_digests
 from sera_core import steps
 from sera_core.artifacts.manifest import Artifact, StepRecord
+from sera_core.artifacts.schema import IGNORED
 from sera_core.artifacts.step import run_step
 from sera_core.artifacts.store import open_store
 from sera_core.data.rendering import Renderer
 from sera_core.errors import InputError
-from tasks.conversations import IGNORED, rendered
+from tasks.conversations import rendered
 from tasks.step_functions import work_of
 
 
