@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sera_core.artifacts.run_records import flatten
-from sera_core.config import SeraConfig
+from sera_core.config import CHOSEN, NO_SFT, SeraConfig
 from sera_core.data.file_checks import refuse_special
 from sera_core.data.sources import bundled_file
 from sera_core.effects import ineffective_settings
@@ -176,6 +176,10 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
             given = section[side]
             sources = given if isinstance(given, list) else [given]
             section[side] = [_source(source, folder) for source in sources]
+    start = data.get("start")
+    given = start.get("sft") if isinstance(start, dict) else None
+    if isinstance(given, str) and ":" not in given and given not in (NO_SFT, CHOSEN):
+        data["start"] = {**start, "sft": str((folder / given).absolute())}
     pairing = data.get("pairing")
     if isinstance(pairing, dict) and isinstance(pairing.get("by"), str):
         kind, _, path = pairing["by"].partition(":")

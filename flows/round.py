@@ -73,7 +73,7 @@ class Reviewers:
 
 
 def prepare(config: SeraConfig, sources: Mapping[str, Any], do: Do) -> Sides:
-    """Load the data and the start policy, and render the pairs to token ids.
+    """Load the data and the model, render the pairs to token ids, and fine-tune the model if asked to.
 
     Args:
         config: the run's configuration.
@@ -83,10 +83,20 @@ def prepare(config: SeraConfig, sources: Mapping[str, Any], do: Do) -> Sides:
     data = do(steps.data(config, sources["data"]))
     model = do(steps.model(config, sources["model"]))
     pairs = do(steps.render(config, data, model))
+    if config.start.tunes:
+        model = fine_tuned(config, sources, data, model, pairs, do)
     features, judge = do(steps.features(config, pairs, data)), sources.get("judge")
     calibration = None if judge is None else do(steps.calibrate(config, judge, pairs))
     tasks = sources.get("harness", ())
     return Sides(data, model, pairs, features, sources.get("rater"), judge, tasks, calibration)
+
+
+def fine_tuned(
+    config: SeraConfig, sources: Mapping[str, Any], data: Ref, model: Ref, pairs: Ref, do: Do
+) -> Ref:
+    """The start policy: the model after supervised fine-tuning on conversations, or on the chosen answers."""
+    messages = do(steps.messages(config, data, sources["sft"])) if config.start.file is not None else None
+    return do(steps.sft(config, model, do(steps.examples(config, model, pairs, messages))))
 
 
 def self_review(config: SeraConfig, sides: Sides, past: Past, round: int, do: Do, look: Look) -> Steps:

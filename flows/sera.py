@@ -175,7 +175,7 @@ def task_runner(records: RunStore) -> Runner:
 def _logged_as(spec: StepSpec) -> str:
     """Folder of a step's training curves."""
     fold = f"-fold-{spec.fields['fold']['out']}" if "fold" in spec.fields else ""
-    return f"round-{spec.fields.get('round')}{fold}"
+    return "sft" if spec.step == "sft" else f"round-{spec.fields.get('round')}{fold}"
 
 
 # Runs resume from the store's records, so Prefect's result cache is off.
@@ -190,6 +190,9 @@ TITLES = {
     "data": "load pairs",
     "model": "import policy",
     "render": "render to token ids",
+    "messages": "load conversations",
+    "examples": "render conversations",
+    "sft": "fine-tune the model",
     "features": "measure features",
     "logps": "score responses",
     "review": "review pairs",

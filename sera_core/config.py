@@ -15,17 +15,35 @@ from sera_core.judges.names import candidates_file, is_model
 from sera_core.method.pairing import ANCHORED
 from sera_core.method.panel import column_of
 from sera_core.method.selection import BY_VARIANCE
-from sera_core.settings.data import DataConfig, ModelConfig, Source
+from sera_core.settings.data import DataConfig, ModelConfig, Source, StartConfig
 from sera_core.settings.deciding import DecideConfig, EvaluateConfig, LimitsConfig
 from sera_core.settings.execution import ExecutionConfig
-from sera_core.settings.kinds import AUTO, Dtype, Loss, Part, Precision
+from sera_core.settings.kinds import AUTO, CHOSEN, NO_SFT, Dtype, Loss, Part, Precision
 from sera_core.settings.review import MixConfig, PairingConfig, ReviewConfig, SamplingConfig, SelectConfig
 from sera_core.settings.training import TrainConfig
 
 __all__ = [
-    "AUTO", "DataConfig", "DecideConfig", "Dtype", "EvaluateConfig", "ExecutionConfig", "LimitsConfig",
-    "Loss", "MixConfig", "ModelConfig", "PairingConfig", "Precision", "ReviewConfig", "SamplingConfig",
-    "SelectConfig", "SeraConfig", "Source", "TrainConfig",
+    "AUTO",
+    "CHOSEN",
+    "NO_SFT",
+    "DataConfig",
+    "DecideConfig",
+    "Dtype",
+    "EvaluateConfig",
+    "ExecutionConfig",
+    "LimitsConfig",
+    "Loss",
+    "MixConfig",
+    "ModelConfig",
+    "PairingConfig",
+    "Precision",
+    "ReviewConfig",
+    "SamplingConfig",
+    "SelectConfig",
+    "SeraConfig",
+    "Source",
+    "StartConfig",
+    "TrainConfig",
 ]  # fmt: skip
 
 
@@ -33,6 +51,7 @@ class SeraConfig(Part):
     """One experiment: one model aligned on one set of preferences."""
 
     model: ModelConfig
+    start: StartConfig = StartConfig()
     data: DataConfig
     review: ReviewConfig = ReviewConfig()
     select: SelectConfig = SelectConfig()
@@ -138,6 +157,12 @@ class SeraConfig(Part):
                 'model.dtype = "nf4" rounds the weights to four bits, which cannot be trained; set '
                 'train.method = "lora"'
             )
+        if self.start.tunes:
+            raise ValueError(
+                'start.sft makes whole weights, which model.dtype = "nf4" would round to four bits; '
+                'set model.dtype = "bfloat16", or leave start.sft out and name a fine-tuned model as '
+                "model.source"
+            )
         if self.sampling.dtype is not None or self.sampling.engine == "vllm":
             raise ValueError(
                 'with model.dtype = "nf4" answers are sampled through the same four-bit base as they are '
@@ -228,6 +253,13 @@ class SeraConfig(Part):
             return self.train.learning_rate
         return 5e-7 if self.train.method == "full" else 5e-6
 
+    @property
+    def sft_learning_rate(self) -> float:
+        """Peak learning rate of the supervised fine-tuning (defaults: 2e-5 full, 2e-4 LoRA)."""
+        if self.start.sft_learning_rate is not None:
+            return self.start.sft_learning_rate
+        return 2e-5 if self.train.method == "full" else 2e-4
+
     def result_fields(self) -> dict[str, Any]:
         """The settings that change a result: all but `execution`, `limits` and `review.show_text`.
 
@@ -240,11 +272,14 @@ class SeraConfig(Part):
             for name in names:
                 if getattr(part, name) == type(part).model_fields[name].default:
                     del fields[section][name]
+            if not fields[section]:
+                del fields[section]
         return fields
 
 
 ADDED_LATER = {
     "model": ("template_kwargs",),
+    "start": ("sft", "sft_split", "sft_learning_rate", "sft_epochs", "sft_batch"),
     "data": ("format", "columns", "completions", "on_bad_row"),
     "review": ("crossfit",),
     "train": ("tokens", "ld_alpha", "pair_weights", "lora_targets", "use_rslora", "use_dora", "optimizer"),

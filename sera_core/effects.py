@@ -117,10 +117,19 @@ EFFECTS: tuple[Row, ...] = (
         _draws,
         "only if a split, held-out halves, a subset, a completion or flipped labels are drawn",
     ),
+    *(
+        Row(f"start.{name}", lambda c: c.start.tunes, 'only with start.sft: "chosen", or conversations')
+        for name in ("sft_learning_rate", "sft_epochs", "sft_batch")
+    ),
+    Row(
+        "start.sft_split",
+        lambda c: c.start.sft.startswith("hub:"),
+        "only for a hub data set (hub:<id>); files have no splits",
+    ),
     Row(
         "data.on_overlap",
-        lambda c: bool(c.data.heldout or c.data.test or c.data.prompts),
-        "only if data.heldout, data.test or data.prompts is given",
+        lambda c: bool(c.data.heldout or c.data.test or c.data.prompts or c.start.file),
+        "only if data.heldout, data.test, data.prompts or a file of conversations (start.sft) is given",
     ),
     Row(
         "review.reference",

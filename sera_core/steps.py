@@ -21,6 +21,9 @@ VERSIONS = {
     "data": 2,
     "model": 2,
     "render": 2,
+    "messages": 1,
+    "examples": 1,
+    "sft": 1,
     "features": 1,
     "logps": 3,
     "review": 2,
@@ -87,6 +90,49 @@ def render(config: SeraConfig, data: Ref, model: Ref) -> StepSpec:
     if config.model.template_kwargs:
         fields["template_kwargs"] = config.model.template_kwargs
     return _spec("render", fields, {"data": data, "model": model})
+
+
+def messages(config: SeraConfig, data: Ref, digest: str) -> StepSpec:
+    """Read and check the conversations of `start.sft`, apart from held-out and test prompts.
+
+    `digest`: content digest of the source.
+    """
+    start, columns = config.start, config.data.columns
+    fields = {
+        "digest": digest,
+        "split": start.sft_split,
+        "columns": {ours: theirs for ours, theirs in columns.items() if ours in ("prompt", "system")},
+        "on_bad_row": config.data.on_bad_row,
+        "on_overlap": config.data.on_overlap,
+    }
+    return _spec("messages", fields, {"data": data}, source=start.sft)
+
+
+def examples(config: SeraConfig, model: Ref, pairs: Ref, messages: Ref) -> StepSpec:
+    """What `start.sft` trains on, as token ids: conversations, or (None) the chosen answers of the pairs."""
+    fields: dict[str, Any] = {"on_bad_row": config.data.on_bad_row}
+    if messages is None:
+        return _spec("examples", fields, {"model": model, "pairs": pairs})
+    fields["max_tokens"] = config.data.max_prompt_tokens + config.data.max_response_tokens
+    if config.model.template_kwargs:
+        fields["template_kwargs"] = config.model.template_kwargs
+    return _spec("examples", fields, {"model": model, "messages": messages})
+
+
+def sft(config: SeraConfig, model: Ref, examples: Ref) -> StepSpec:
+    """Supervised fine-tuning of the model: its result is the start policy."""
+    settings, names = config.result_fields()["train"], ["method", "optimizer", "warmup", "max_grad_norm"]
+    if config.train.method == "lora":
+        names += ["lora_rank", "lora_alpha", "lora_targets", "use_rslora", "use_dora"]
+    fields = {
+        "train": {name: settings[name] for name in names if name in settings},
+        "learning_rate": config.sft_learning_rate,
+        "epochs": config.start.sft_epochs,
+        "batch": config.start.sft_batch,
+        "dtype": config.model.dtype,
+        "seed": config.seed,
+    }
+    return _spec("sft", fields, {"model": model, "examples": examples})
 
 
 def features(config: SeraConfig, rendered: Ref, data: Ref) -> StepSpec:

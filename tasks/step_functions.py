@@ -15,6 +15,9 @@ WORK = {
     "data": "tasks.data:load_pairs",
     "model": "tasks.model_import:import_model",
     "render": "tasks.data:render_pairs",
+    "messages": "tasks.conversations:read_messages",
+    "examples": "tasks.conversations:render_examples",
+    "sft": "tasks.fine_tuning:fine_tune",
     "features": "tasks.measuring:measure_features",
     "logps": "tasks.scoring:score_texts",
     "review": "tasks.reviewing:review_pairs",
@@ -35,7 +38,7 @@ WORK = {
 }
 """Imported on first use, because trl and torch take seconds."""
 
-DEVICE_STEPS = frozenset({"logps", "sample", "rate", "train", "capabilities", "calibrate", "judge"})
+DEVICE_STEPS = frozenset({"sft", "logps", "sample", "rate", "train", "capabilities", "calibrate", "judge"})
 """Steps that may load a model onto the device."""
 CHILD_STEPS = DEVICE_STEPS | {"evaluate", "test"}
 """Steps that may run in a child process group."""

@@ -1,12 +1,9 @@
 """Train one round: start policy and mixture in, policy and log out; resumes from checkpoints."""
 
-import contextlib
 import json
 import logging
 import math
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +23,12 @@ from sera_core.models.shared_policies import release_policies
 from sera_core.steps import FOLD_TOKENS
 from tasks.engines.child_step import Channel
 from tasks.engines.heads_consistency import heads_consistency
-from tasks.engines.library_logs import is_forwarded
+from tasks.engines.library_logs import hide_library_notices
 from tasks.engines.processes import SharedAttempt, speaking, train_in_processes
 from tasks.engines.start_check import Probe, StartCheck, StartDiffersError
-from tasks.engines.tracking import PROJECT, ended, refuse_missing, report_to, trackers
+from tasks.engines.stored_checkpoints import latest_checkpoint, store_checkpoint
+from tasks.engines.tracking import ended, refuse_missing, trackers
+from tasks.engines.trainer_arguments import trainer_arguments
 from tasks.engines.training_data import ORIGINS, Mixture, fold_order, training_order
 
 if TYPE_CHECKING:
@@ -112,11 +111,6 @@ def _finish(run: "TrainingRun", files: list[str]) -> list[str]:
     run.attempt.write("log.jsonl").write_text("".join(lines))
     run.report()
     return [*files, "log.jsonl"]
-
-
-def warmup_factor(step: int, warmup_steps: int) -> float:
-    """Fraction of the peak learning rate at a step (from 0): rises linearly to 1 during warm-up, never 0."""
-    return min(1.0, (step + 1) / max(1, warmup_steps))
 
 
 class TrainingRun:
@@ -238,13 +232,15 @@ class TrainingRun:
         from datasets.table import InMemoryTable
 
         from sera_core.models.dropout import disable_dropout
-        from tasks.engines.dpo_trainer import ReviewedDPOTrainer, StepHooks
+        from tasks.engines.dpo_trainer import ReviewedDPOTrainer
+        from tasks.engines.optimizers import warmup_schedule
         from tasks.engines.pair_forward import can_share_prompt
+        from tasks.engines.step_hooks import StepHooks
         from tasks.engines.trained_weights import TrainedWeights
 
         release_policies()
         self._plan_batches()
-        checkpoint = self._last_checkpoint()
+        checkpoint = latest_checkpoint(self.attempt)
         if checkpoint is None and self.first:
             self.probe = self._score_probe()
         self.model, transformer = self._load_model()
@@ -265,7 +261,10 @@ class TrainingRun:
             args=self._arguments(scratch),
             rows=rows.select(self.order[first * self.train.batch :]),
             tokenizer=load_tokenizer(self.start),
-            optimizers=(self.optimizer, self._schedule(self.optimizer, first)),
+            optimizers=(
+                self.optimizer,
+                warmup_schedule(self.optimizer, self.train.warmup * self.steps, first),
+            ),
             callbacks=[hooks, *trackers(tracking, logs)],
             micro_batch=self.micro_batch,
             share=can_share_prompt(transformer, self.mixture.longest),
@@ -318,31 +317,18 @@ class TrainingRun:
         It computes with weights of the run's dtype, the base of an adapter too, so that it is the same model
         in training, scoring and sampling.
         """
-        import torch
-
         if self.train.method == "full":
             model = load_policy(self.start, self.attempt.fields["dtype"], self.device)
             return model, model
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import PeftModel
+
+        from tasks.engines.adapters import new_adapter
 
         folder = self.attempt.input("model").folder("policy")
         base = load_policy(folder, self.attempt.fields["dtype"], self.device)
         if self.starts_from_adapter:
             return PeftModel.from_pretrained(base, str(self.start), is_trainable=True), base
-        torch.manual_seed(self.seed)
-        config = LoraConfig(
-            r=self.train.lora_rank,
-            lora_alpha=self.train.lora_alpha,
-            lora_dropout=0.0,
-            target_modules=list(self.train.lora_targets) or "all-linear",
-            use_rslora=self.train.use_rslora,
-            use_dora=self.train.use_dora,
-            task_type="CAUSAL_LM",
-        )
-        try:
-            return get_peft_model(base, config), base
-        except ValueError as error:
-            raise InputError(f"train.lora_targets = {list(self.train.lora_targets)}: {error}") from error
+        return new_adapter(base, self.train, self.seed), base
 
     def _exact_weights(self) -> dict[str, Any] | None:
         """The start policy's weights in float32, if the model to train has rounded them."""
@@ -356,36 +342,17 @@ class TrainingRun:
         from tasks.engines.dpo_trainer import trl_losses
 
         (losses, weights), smoothing = trl_losses(self.train), self.train.label_smoothing
+        execution = self.attempt.execution.model_copy(update={"tracking": self.tracking})
         arguments = DPOConfig(
-            output_dir=str(scratch),
-            per_device_train_batch_size=self.train.batch,
-            num_train_epochs=1,
-            train_sampling_strategy="sequential",
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            max_grad_norm=self.train.max_grad_norm,
-            seed=self.seed,
-            bf16=False,  # no autocast: the weights have the dtype to compute in
-            use_cpu=self.device == "cpu",
-            gradient_checkpointing=self.attempt.execution.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            **trainer_arguments(scratch, self.train, self.seed, execution, self._tracked_as()),
             max_length=None,
             precompute_ref_log_probs=True,
-            router_aux_loss_coef=0.0,
             beta=self.train.beta,
             loss_type=losses,
             loss_weights=weights or None,
             ld_alpha=None if self.train.ld_alpha == 1 else self.train.ld_alpha,
             use_weighting=self.train.pair_weights == "wpo",
             label_smoothing=smoothing if isinstance(smoothing, float) else 0.0,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to=report_to(self.tracking),
-            project=PROJECT,
-            run_name=self._tracked_as(),
-            disable_tqdm=True,
-            log_level="error",
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # train on one device, even if more are visible
         return arguments
@@ -394,14 +361,6 @@ class TrainingRun:
         """Name of the tracker's run."""
         fold = "" if self.fold is None else f"-fold-{self.fold.out}"
         return f"{self.attempt.spec.where.get('run', 'sera')}-round-{self.attempt.fields['round']}{fold}"
-
-    def _schedule(self, optimizer: Any, first: int) -> Any:
-        from torch.optim.lr_scheduler import LambdaLR
-
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-        warmup = math.ceil(self.train.warmup * self.steps)
-        return LambdaLR(optimizer, lambda step: warmup_factor(step, warmup), last_epoch=first - 1)
 
     # ----------------------------------------------------------------------------------------- each step
 
@@ -451,32 +410,12 @@ class TrainingRun:
         if every and (step + 1) % every == 0 and step + 1 < self.steps:
             self._save_checkpoint(step + 1)
 
-    # --------------------------------------------------------------------------------------- checkpoints
-
     def _save_checkpoint(self, step: int) -> None:
-        from tasks.engines.checkpoints import FILES, refuse_not_finite, save_checkpoint
-
-        refuse_not_finite(self.weights.named, step - 1)
         self._refuse_apart(step)
-        if not self.first:
-            return
-        folder = f"checkpoint-{step:06d}"
-        path = self.attempt.write(f"{folder}/{FILES[0]}").parent
-        state = {"step": step, "log": self.lines, "step0": self.step0}
-        save_checkpoint(path, self.weights.named, self.optimizer, state)
-        parts = self.attempt.parts()
-        files = [f"{folder}/{name}" for name in FILES]
-        several = {} if self.ranks is None else {"processes": self.ranks.count}
-        parts.append(self.attempt.commit_part(len(parts), files, {"step": step, **several}))
-        for number in superseded(parts, self.attempt.execution.keep_checkpoints):
-            self.attempt.drop_part(number)
-
-    def _last_checkpoint(self) -> dict[str, Path] | None:
-        parts = self.attempt.parts()
-        if not parts:
-            return None
-        part = max(parts, key=lambda part: part["info"]["step"])
-        return {Path(name).name: self.attempt.part_path(part, name) for name in part["files"]}
+        if self.first:
+            state = {"step": step, "log": self.lines, "step0": self.step0}
+            count = None if self.ranks is None else self.ranks.count
+            store_checkpoint(self.attempt, self.weights.named, self.optimizer, state, processes=count)
 
     # -------------------------------------------------------------------------------------------- result
 
@@ -517,24 +456,3 @@ class TrainingRun:
         }
         if self.train.smooths_by_consistency:
             self.attempt.metrics["consistency"] = self.consistency
-
-
-def superseded(parts: Sequence[dict[str, Any]], keep: int) -> list[int]:
-    """Numbers of all checkpoints but the `keep` latest."""
-    return sorted(range(len(parts)), key=lambda number: parts[number]["info"]["step"])[:-keep]
-
-
-@contextlib.contextmanager
-def hide_library_notices() -> Iterator[None]:
-    """Hide the libraries' notices on the terminal; libraries with an attached log handler keep theirs."""
-    names = [n for n in ("transformers", "trl", "accelerate", "peft", "datasets") if not is_forwarded(n)]
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

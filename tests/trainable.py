@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef, StepSpec
-from sera_core.artifacts.step import Attempt, no_progress, run_step
+from sera_core.artifacts.step import Attempt, Work, no_progress, run_step
 from sera_core.artifacts.store import Store, open_store
 from sera_core.config import ExecutionConfig, TrainConfig
 from sera_core.models.policies import Precision, load_policy
@@ -136,17 +136,57 @@ class Bench:
         execution: ExecutionConfig = CPU,
         progress: Any = no_progress,
         store: Store | None = None,
+        work: Work = train_policy,
     ) -> StepRecord:
         """Train."""
-        return run_step(store or self.store, spec, train_policy, execution, progress)
+        return run_step(store or self.store, spec, work, execution, progress)
 
-    def again(self, spec: StepSpec, execution: ExecutionConfig = CPU, name: str = "other") -> StepRecord:
-        """Train in a copy of the store that has no train step: the same work done a second time."""
-        return self.run(spec, execution, store=self.copy(name))
+    def again(
+        self,
+        spec: StepSpec,
+        execution: ExecutionConfig = CPU,
+        name: str = "other",
+        work: Work = train_policy,
+    ) -> StepRecord:
+        """Train in a copy of the store without such steps: the same work done a second time."""
+        return self.run(spec, execution, store=self.copy(name), work=work)
+
+    def examples(self) -> StepRef:
+        """The chosen answers of the rows, to fine-tune on."""
+        rows = [
+            {
+                "conversation_id": row["pair_id"],
+                "ids": row["prompt_ids"] + row["chosen_ids"],
+                "labels": [-100] * len(row["prompt_ids"]) + row["chosen_ids"],
+            }
+            for row in self.rows
+        ]
+
+        def work(attempt: Attempt) -> list[str]:
+            schema.write_table(schema.from_rows(schema.EXAMPLES, rows), attempt.write("examples.parquet"))
+            return ["examples.parquet"]
+
+        return run_step(self.store, StepSpec(step="examples", version=1, fields={}, inputs={}), work, CPU).ref
+
+    def tuning(self, batch: int = 4, dtype: str = "float32", rate: float = 1e-3, **train: Any) -> StepSpec:
+        """The step of fine-tuning as flows build it: two epochs over `examples`."""
+        return StepSpec(
+            step="sft",
+            version=1,
+            fields={
+                "train": {"method": "full", "warmup": 0.1, "max_grad_norm": 1.0, **train},
+                "learning_rate": rate,
+                "epochs": 2,
+                "batch": batch,
+                "dtype": dtype,
+                "seed": 0,
+            },
+            inputs={"model": self.model, "examples": self.examples()},
+        )
 
     def copy(self, name: str) -> Store:
-        """A copy of the store that has no train step."""
-        ignore = shutil.ignore_patterns("train")
+        """A copy of the store without steps that train."""
+        ignore = shutil.ignore_patterns("train", "sft")
         shutil.copytree(self.folder / "store", self.folder / name, ignore=ignore)
         return open_store(str(self.folder / name))
 
@@ -158,7 +198,7 @@ class Bench:
     def result(self, record: StepRecord, store: str = "store") -> Path:
         """The folder that a training wrote."""
         attempt = record.files["log.jsonl"].attempt
-        return self.folder / store / "steps" / "train" / record.key / attempt
+        return self.folder / store / "steps" / record.step / record.key / attempt
 
 
 def shas(record: StepRecord) -> dict[str, str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from flows.commands.tables import print_table
 from flows.display.dropped import dropped_human, dropped_on_other_sides, over_share_words, reasons
+from flows.display.fine_tuning import fine_tuning
 from flows.display.round_card import with_interval
 from flows.display.run_view import best_words, verdict_words
 from flows.running.open_run import test_record
@@ -54,6 +55,8 @@ def _compared(r: RoundManifest, measure: str | None) -> str:
 def closing_lines(records: RunStore) -> Iterator[str]:
     """The run in sentences."""
     history, state = records.history(), records.stop_reason()
+    if (tuned := fine_tuning(records)) is not None:
+        yield tuned.words
     apart = dropped_on_other_sides(records.store, history.rounds[0]) if history.rounds else {}
     for manifest in history.rounds:
         yield from _round_lines(manifest, apart)

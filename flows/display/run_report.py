@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flows.display.fine_tuning import FineTuned, fine_tuning
 from flows.display.run_view import best_words, verdict_words
 from flows.outputs import check_place
 from flows.running.open_run import test_record
@@ -127,7 +128,7 @@ def _index(records: RunStore, store_url: str, sampled: bool) -> str:
     configs, history = records.configs(), records.history()
     config = configs[-1].settings
     stop_reason, best, test = records.stop_reason(), history.best, test_record(records)
-    rounds = [_row(manifest, best) for manifest in history.rounds]
+    rounds, tuned = [_row(manifest, best) for manifest in history.rounds], fine_tuning(records)
     return render(
         "run.html.j2",
         run=records.run,
@@ -135,13 +136,14 @@ def _index(records: RunStore, store_url: str, sampled: bool) -> str:
         state=records.state(),
         state_words=_state_words(records, config, stop_reason),
         verdict=verdict_words(records),
+        tuned=None if tuned is None else tuned.words,
         best=None if best is None else best.round,
         best_words=_best_words(history),
         overlap_words=_overlap_words(history),
         rounds=rounds,
         answers=ANSWERS if sampled else None,
         increment=config.review.reference == "previous",
-        plots=trends(history.rounds) + _lengths(history.rounds),
+        plots=trends(history.rounds) + _lengths(history.rounds) + _losses(tuned),
         lesson=_margin_note(history),
         test=None if test is None else _test_lines(test["metrics"]),
         test_round=None if test is None else test["round"],
@@ -303,6 +305,17 @@ def _lengths(rounds: Sequence[RoundManifest]) -> list[tuple[Any, str]]:
         ),
     ]
     return [(plot, caption) for plot, caption in wanted if plot is not None]
+
+
+def _losses(tuned: FineTuned | None) -> list[tuple[Any, str]]:
+    """(plot, caption) of the loss of the fine-tuning before round 0."""
+    points = (
+        [] if tuned is None else [Point(step, loss, None, None) for step, loss in enumerate(tuned.losses)]
+    )
+    series = [Series("conversations", "b", points)] if points else []
+    plot = lines(series, "step", "nats a token")
+    caption = "Loss of the fine-tuning before round 0, by optimizer step: nats per answer token of the batch."
+    return [] if plot is None else [(plot, caption)]
 
 
 def _margin_note(history: History) -> list[str]:

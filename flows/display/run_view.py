@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
+from flows.display.fine_tuning import fine_tuning
 from flows.display.token_use import token_use
 from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import Artifact, find_record
@@ -55,6 +56,7 @@ def show(records: RunStore, with_token_use: bool = True) -> dict[str, Any]:
         "waiting": records.waiting(),
         "head": history.head.round if history.head else None,
         "best_round": history.best.round if history.best else None,
+        "fine_tuning": None if (tuned := fine_tuning(records)) is None else tuned.facts,
         "rounds": rounds,
     }
 

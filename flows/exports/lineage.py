@@ -104,6 +104,8 @@ class Lineage(StrictModel):
     """Settings that change results, with digests for sources."""
     seed: int
     start: Source
+    fine_tuned_on: Source | None = None
+    """What the model was fine-tuned on before round 0; None without."""
     data: list[DataSource]
     code: list[Code]
     rounds: list[LineageRound]
@@ -140,6 +142,7 @@ def lineage(records: RunStore, manifest: RoundManifest) -> Lineage:
         config=config.resolved,
         seed=config.resolved["seed"],
         start=start_of(records),
+        fine_tuned_on=fine_tuned_on(records),
         data=data_of(records),
         code=_codes(made),
         rounds=rounds,
@@ -153,6 +156,19 @@ def start_of(records: RunStore) -> Source:
     digest = config.resolved["digests"]["model"]
     name = display_name(config.settings.model.source, digest)
     return Source(name=name, digest=digest)
+
+
+def fine_tuned_on(records: RunStore) -> Source | None:
+    """What the model was fine-tuned on before round 0: conversations, or the step with the chosen answers."""
+    config = records.configs()[0]
+    start = config.settings.start
+    if not start.tunes:
+        return None
+    if start.file is not None:
+        digest = config.resolved["digests"]["sft"]
+        return Source(name=display_name(start.file, digest), digest=digest)
+    record = Artifact(records.store, records.rounds()[0].steps["model"]).record
+    return Source(name=start.sft, digest=record.inputs["examples"].digest)
 
 
 def data_of(records: RunStore) -> list[DataSource]:

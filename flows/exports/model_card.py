@@ -17,6 +17,7 @@ from flows.exports.lineage import Lineage
 from flows.running.open_run import test_record
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
+from sera_core.config import CHOSEN
 from sera_core.guards.shown import shown_line
 from sera_core.reporting import words
 from sera_core.reporting.evidence import RELIANCE, reliance_rows
@@ -86,7 +87,8 @@ def _front_matter(chain: Lineage, adapter: bool) -> str:
             f"base_model: {json.dumps(chain.start.name)}",
             f"base_model_relation: {'adapter' if adapter else 'finetune'}",
         ]
-    hub = sorted({s.name.removeprefix("hub:").split("@")[0] for s in chain.data if s.is_on_hub})
+    tuned = [chain.fine_tuned_on] if chain.fine_tuned_on is not None else []
+    hub = sorted({s.name.removeprefix("hub:").split("@")[0] for s in (*chain.data, *tuned) if s.is_on_hub})
     lines += ["datasets:", *(f"  - {json.dumps(name)}" for name in hub)] if hub else []
     return "\n".join([*lines, "tags:", "  - sera-flow", "  - sera", "  - preference-optimization", "---"])
 
@@ -159,6 +161,9 @@ def _reliance(manifest: RoundManifest) -> list[str]:
 
 def _sources(chain: Lineage) -> Iterator[str]:
     yield f"start policy: {_code(chain.start.name)}, digest {_code(chain.start.digest)}"
+    if (tuned := chain.fine_tuned_on) is not None:
+        what = "the chosen answers of the train data" if tuned.name == CHOSEN else _code(tuned.name)
+        yield f"fine-tuned before round 0 on {what}, digest {_code(tuned.digest)}"
     for source in chain.data:
         share = "" if source.weight == 1.0 else f", weight {source.weight:g}"
         yield f"{source.side} data: {_code(source.name)}{share}, digest {_code(source.digest)}"

@@ -23,7 +23,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from flows.experiments import SIDES, load_settings, merged, parse_config, without_idle
 from flows.orchestration.form_overrides import by_section, overrides_schema
-from sera_core.config import SeraConfig
+from sera_core.config import CHOSEN, NO_SFT, SeraConfig
 from sera_core.errors import InputError
 from sera_core.guards.urls import CLEAN_PATTERN, refuse_secrets
 
@@ -166,6 +166,9 @@ def config_from_form(given: Mapping[str, Any]) -> SeraConfig:
         held = overrides.get("data")
         field = f"config.overrides.data.{side}" if isinstance(held, dict) and side in held else "config.data"
         _anchor(base["data"], side, field)
+    sft = base["start"].get("sft") if isinstance(base.get("start"), dict) else None
+    if isinstance(sft, str) and sft not in (NO_SFT, CHOSEN):
+        _check_absolute(sft, "config.overrides.start.sft")
     return parse_config(without_idle(base, changes), "config.overrides")
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from sera_core.method.pairing import expected_pairs, sampled_policies
 from sera_core.models.batch_sizes import micro_batch, sampling_batch, tokens_per_batch
 from sera_core.models.devices import training_processes
 from sera_core.models.memory_estimate import (
+    BYTES,
     ModelShape,
+    fine_tuning_memory,
     folder_shape,
     least_training_memory,
     sampling_memory,
@@ -36,7 +38,7 @@ from sera_core.steps import FOLD_TOKENS
 CHARACTERS_A_TOKEN = 4.2
 DENSE = 3.5
 """Bytes (UTF-8) a token of dense text, for the longest pairs: Chinese and Japanese have three a character."""
-COST = {"logps": 1.0, "sample": 2.5, "train": 3.0}
+COST = {"logps": 1.0, "sample": 2.5, "train": 3.0, "sft": 3.0}
 """Cost per token relative to one forward pass, measured on two CPU cores.
 
 Training is full fine-tuning; an adapter saves a third."""
@@ -63,6 +65,8 @@ class Workload:
     longest_prompt: int
     longest: list[tuple[int, int, int]]
     shape: ModelShape | None
+    conversations: list[int] = field(default_factory=list)
+    """Tokens of each conversation that `start.sft` trains on."""
 
 
 def _length_of(messages: Sequence[dict[str, Any]]) -> int:
@@ -70,8 +74,10 @@ def _length_of(messages: Sequence[dict[str, Any]]) -> int:
     return sum(len(message["content"]) + len(message.get("reasoning_content") or "") for message in messages)
 
 
-def workload(config: SeraConfig, data: StepRecord, store: Store) -> Workload:
-    """Sizes from the data step's record and texts."""
+def workload(
+    config: SeraConfig, data: StepRecord, store: Store, messages: StepRecord | None = None
+) -> Workload:
+    """Sizes from the records and texts of the steps that read data, and conversations to fine-tune on."""
     table = pq.read_table(
         Artifact(store, data.ref).path("train.parquet"), columns=["prompt_id", "prompt", "chosen", "rejected"]
     ).to_pylist()
@@ -88,7 +94,26 @@ def workload(config: SeraConfig, data: StepRecord, store: Store) -> Workload:
         _tokens(answer),
         *_longest(table, config),
         shape_of_source(config),
+        _conversations(table, config, store, messages),
     )
+
+
+def _conversations(
+    table: Sequence[dict[str, Any]], config: SeraConfig, store: Store, messages: StepRecord | None
+) -> list[int]:
+    """Tokens of each conversation to fine-tune on; those over the limit are dropped."""
+    limit = config.data.max_prompt_tokens + config.data.max_response_tokens
+    if not config.start.tunes:
+        return []
+    if config.start.file is None:
+        distinct = {str((row["prompt"], row["chosen"])): row["prompt"] + row["chosen"] for row in table}
+        found = list(distinct.values())
+    else:
+        assert messages is not None, "its conversations are read before"
+        path = Artifact(store, messages.ref).path("messages.parquet")
+        found = pq.read_table(path, columns=["messages"]).column("messages").to_pylist()
+    tokens = [int(_tokens([_length_of(messages)])) for messages in found]
+    return [count for count in tokens if count <= limit]
 
 
 def _tokens(characters: Sequence[float]) -> float:
@@ -192,6 +217,8 @@ class Estimator:
             return prompts * spec.fields["responses"] * spec.fields["max_tokens"] * SAMPLED_SHARE
         if spec.step == "train":
             return self._trained_on(spec, counts) / _folds(spec)
+        if spec.step == "sft":
+            return sum(self.size.conversations) * self.config.start.sft_epochs
         return 0.0
 
     def _trained_on(self, spec: StepSpec, counts: RoundCounts | None) -> float:
@@ -232,17 +259,20 @@ class Estimator:
             return 1.0
         if self.size.shape is None:
             return None
-        cost = COST[step] * (0.7 if step == "train" and self.config.train.method == "lora" else 1.0)
+        adapter = step in ("train", "sft") and self.config.train.method == "lora"
+        cost = COST[step] * (0.7 if adapter else 1.0)
         return round(tokens * 2 * self.size.shape.parameters * cost / self.rate + 2, 1)
 
     def _bytes(self, spec: StepSpec) -> int | None:
         size = self.size
-        if spec.step not in ("model", "train"):
+        if spec.step not in ("model", "train", "sft"):
             return 3_000 * (size.train + size.heldout + size.test)
         if size.shape is None:
             return None
         if spec.step == "model":
             return 4 * size.shape.parameters
+        if spec.step == "sft":
+            return BYTES[self.config.model.dtype] * size.shape.parameters
         return 4 * trained_parameters(self.config.train, size.shape)
 
     def _memory(self, spec: StepSpec) -> int | None:
@@ -271,6 +301,11 @@ class Estimator:
             tokens, recompute = sum(sorted(pairs)[-count:]), execution.gradient_checkpointing
             each = training_memory(shape, fields["dtype"], train, tokens, row, recompute, device)
             return each * (processes if device == "cpu" else 1)  # GPUs have a memory of their own
+        if spec.step == "sft" and size.conversations:
+            train = self.config.train.model_copy(update={"batch": fields["batch"]})
+            row, recompute = max(size.conversations), execution.gradient_checkpointing
+            count = micro_batch(execution, train, shape, fields["dtype"], size.conversations, row)
+            return fine_tuning_memory(shape, fields["dtype"], train, count * row, row, recompute, device)
         return None
 
 
@@ -336,6 +371,11 @@ def _measured(store: Store, records: RunStore) -> dict[str, float]:
 
 
 def _counted(record: StepRecord) -> int:
-    names = {"logps": "tokens/scored", "sample": "tokens/sampled", "train": "tokens/trained"}
+    names = {
+        "logps": "tokens/scored",
+        "sample": "tokens/sampled",
+        "train": "tokens/trained",
+        "sft": "tokens/fine_tuned",
+    }
     name = FOLD_TOKENS if record.step == "train" and "fold" in record.fields else names.get(record.step, "")
     return int(record.metrics.get(name, 0))

@@ -15,7 +15,14 @@ from flows.planning.estimates import (
 )
 from flows.planning.forecast import PlannedRound, forecast, warnings_of
 from flows.round import Past, Ref, Steps
-from flows.running.open_run import check_template, load_data, resolved, source_digests, with_engine
+from flows.running.open_run import (
+    check_template,
+    load_data,
+    load_messages,
+    resolved,
+    source_digests,
+    with_engine,
+)
 from sera_core import steps
 from sera_core.artifacts.canonical import sha256_json
 from sera_core.artifacts.history import History
@@ -114,8 +121,9 @@ def plan(config: SeraConfig, run: str, store_url: str) -> dict[str, Any]:
     check_template(config)
     history, note = _history(config, records, digests)
     with tempfile.TemporaryDirectory(prefix="sera-plan-") as scratch:
-        data = load_data(open_store(scratch), config, digests)
-        size = workload(config, data, open_store(scratch))
+        aside = open_store(scratch)
+        data = load_data(aside, config, digests)
+        size = workload(config, data, aside, load_messages(aside, config, digests, data.ref))
     refuse_what_cannot_fit(config, size.shape)
     walk = Walk(store_url)
     planned = walk_rounds(config, digests, history, walk, records.given_answer)

@@ -39,7 +39,8 @@ Digests = dict[str, Any]
 
 
 def source_digests(config: SeraConfig) -> Digests:
-    """Content digests of the model and of every data source, by side; of rater, judge and capability tasks.
+    """Content digests of the model and of every data source, by side; of rater, judge, capability tasks
+    and conversations to fine-tune on.
 
     Raises:
         InputError: a source is missing or cannot be read, or the rater, the judge or a capability task cannot
@@ -50,7 +51,12 @@ def source_digests(config: SeraConfig) -> Digests:
         for side in steps.SIDES
     }
     model = model_digest(resolve_source(config.model.source, config.model.revision))
-    named = {"rater": rater_of(config), "judge": judge_of(config), "harness": harness_of(config)}
+    named = {
+        "rater": rater_of(config),
+        "judge": judge_of(config),
+        "harness": harness_of(config),
+        "sft": config.start.file and source_digest(config.start.file, config.start.sft_split),
+    }
     return {"data": data, "model": model, **{what: found for what, found in named.items() if found}}
 
 
@@ -99,6 +105,8 @@ def resolved(config: SeraConfig, digests: Digests) -> dict[str, Any]:
         fields["decide"].pop("judge")
     if "harness" in digests:
         fields["evaluate"].pop("harness")
+    if "sft" in digests:
+        fields["start"].pop("sft")
     for side in steps.SIDES:
         for source in fields["data"][side]:
             source.pop("path")
@@ -172,7 +180,7 @@ def check_template(config: SeraConfig) -> None:
 
 
 def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> StepRecord:
-    """Do the data step, which checks every row.
+    """Do the data step, which checks every row, and the one that reads conversations to fine-tune on.
 
     Raises:
         InputError: a bad row, an overlap between sides, an empty side, or an empty fold.
@@ -190,7 +198,24 @@ def load_data(store: Store, config: SeraConfig, digests: Mapping[str, Any]) -> S
             "(decisions need pairs the policy was not trained on)"
         )
     check_folds(store, config, record.ref, "of the data")
+    load_messages(store, config, digests, record.ref)
     return record
+
+
+def load_messages(
+    store: Store, config: SeraConfig, digests: Mapping[str, Any], data: Ref
+) -> StepRecord | None:
+    """Do the step that reads the conversations of `start.sft`; None without a source of them.
+
+    Raises:
+        InputError: a bad row, or a prompt that the held-out or the test side has too.
+    """
+    from tasks.step_functions import work_of
+
+    if config.start.file is None:
+        return None
+    spec = steps.messages(config, data, digests["sft"])
+    return run_step(store, spec, work_of("messages"), config.execution)
 
 
 def check_folds(store: Store, config: SeraConfig, pairs: Ref, left: str) -> None:

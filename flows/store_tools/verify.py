@@ -15,7 +15,7 @@ from sera_core.artifacts.canonical import canonical_json, files_digest
 from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import Artifact, StepRecord, StepRef, find_record, parse_part
 from sera_core.artifacts.records import read_record, read_series
-from sera_core.artifacts.run_records import BEST, CANDIDATES, HEAD, RoundManifest, RunRecord, changes
+from sera_core.artifacts.run_records import BEST, CANDIDATES, HEAD, SFT, RoundManifest, RunRecord, changes
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.upkeep import upkeep
 from sera_core.errors import StoreError
@@ -167,8 +167,8 @@ class Chain:
         for side in SIDES:
             found = [source["digest"] for source in data[side]]
             self._check(found == digests["data"][side], path, f"uses other {side} data")
-        model = self.steps[manifest.steps["model"].key].fields
-        self._check(model["source_digest"] == digests["model"], path, "uses another start policy")
+        model = self._model(manifest, digests, path)
+        self._check(model.fields["source_digest"] == digests["model"], path, "uses another start policy")
         if (rated := manifest.steps.get("ratings")) is not None:
             rater = self.steps[rated.key].fields["rater"]
             self._check(rater == digests.get("rater"), path, "uses another rater")
@@ -179,6 +179,20 @@ class Chain:
         if (verdicts := manifest.steps.get("verdicts")) is not None:
             judge = self.steps[verdicts.key].fields["judge"]
             self._check(judge == digests.get("judge"), path, "uses another judge")
+
+    def _model(self, manifest: RoundManifest, digests: Mapping[str, Any], path: str) -> StepRecord:
+        """The step that imported the model; if it was fine-tuned, on what the configuration names."""
+        record = self.steps[manifest.steps["model"].key]
+        if record.step != SFT:
+            return record
+        examples = self.steps[record.inputs["examples"].key]
+        if "messages" in examples.inputs:
+            given = self.steps[examples.inputs["messages"].key].fields["digest"]
+            self._check(given == digests.get("sft"), path, "was fine-tuned on other conversations")
+        else:
+            own = examples.inputs["pairs"].digest == manifest.steps["pairs"].digest
+            self._check(own and "sft" not in digests, path, "was fine-tuned on other pairs")
+        return self.steps[record.inputs["model"].key]
 
     def _check_policies(self, manifest: RoundManifest, before: History) -> None:
         """Start and sampling policy are the head of that time, or the start policy."""
@@ -346,7 +360,7 @@ def _measured(artifact: Artifact) -> dict[str, Any]:
         return json.loads(artifact.path("evidence.json").read_text())
     if step == "decide":
         return _decided(json.loads(artifact.path("decision.json").read_text()))
-    if step == "train":
+    if step in ("train", SFT):
         weights = {name.removeprefix("policy/"): f.sha256 for name, f in files.items() if _is_weights(name)}
         return {"weights/result": files_digest(weights)}
     return {}

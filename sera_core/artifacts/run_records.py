@@ -44,6 +44,8 @@ STEP_OF = {
     "report": "report",
 }
 """Step name of each role."""
+SFT = "sft"
+"""The step that gives the start policy where the model is fine-tuned before round 0."""
 CANDIDATES = "candidates"
 """The step that gives samples and ratings where they come from a file."""
 ACCURACY = "heldout/rewards/accuracies"
@@ -162,6 +164,8 @@ class RoundManifest(StrictModel):
             raise ValueError(f"stop_reason: {self.stop_reason!r:.60} is unknown")
         for role, ref in self.steps.items():
             if role in ("samples", "ratings") and ref.step == CANDIDATES:
+                continue
+            if role == "model" and ref.step == SFT:
                 continue
             if ref.step != STEP_OF.get(role, ref.step):
                 raise ValueError(f"steps.{role}: is a step {ref.step!r:.60}, not {STEP_OF[role]!r}")

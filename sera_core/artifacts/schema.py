@@ -32,6 +32,12 @@ PAIRS = pa.schema(_PAIR)
 MIXTURE = pa.schema([*_PAIR, ("ref_chosen_logps", NATS), ("ref_rejected_logps", NATS)])
 PROMPTS = pa.schema([("prompt_id", pa.string()), ("prompt", MESSAGES), ("prompt_ids", IDS)])
 """Prompts available for sampling, one row each."""
+CONVERSATIONS = pa.schema([("conversation_id", pa.string()), ("messages", MESSAGES)])
+"""Conversations for supervised fine-tuning, each ending with an answer."""
+IGNORED = -100
+"""Label of a token that the loss leaves out."""
+EXAMPLES = pa.schema([("conversation_id", pa.string()), ("ids", IDS), ("labels", IDS)])
+"""The same as token ids. `labels` are the ids of the answers' tokens, and IGNORED elsewhere."""
 LOGPS = pa.schema([("id", pa.string()), ("logps", NATS), ("tokens", pa.int32())])
 """Log-probabilities of responses; `id` is the response's key (see `tasks.scoring.response_key`)."""
 RESPONSES = pa.schema(

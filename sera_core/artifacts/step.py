@@ -42,6 +42,7 @@ MEMORY_SETTINGS = {
     "logps": "execution.tokens_per_batch",
     "sample": "execution.sampling_batch",
     "train": "execution.micro_batch",
+    "sft": "execution.micro_batch",
 }
 """The setting that a step's memory depends on."""
 

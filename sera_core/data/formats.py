@@ -88,6 +88,22 @@ def normal_form(row: Row, reading: Reading) -> tuple[str, Row]:
     return name, Row(row.where, data)
 
 
+def conversation_form(row: Row, reading: Reading) -> tuple[str, Row]:
+    """What a row of conversations holds it in, and the row with `messages`, or `prompt` and `completion`.
+
+    Messages may be in the terms of ShareGPT, or JSON text.
+    """
+    data = _renamed(row.data, reading.columns)
+    name = next((name for name in ("messages", "conversations") if _held(data, name)), None)
+    if name is not None:
+        data = data | {"messages": _in_our_terms(_parsed(row.where, data[name]))}
+        return name, Row(row.where, data)
+    for side in ("prompt", "completion"):
+        if side in data:
+            data = data | {side: _in_our_terms(_parsed(row.where, data[side]))}
+    return "prompt and completion", Row(row.where, data)
+
+
 def format_of(data: Mapping[str, Any]) -> str:
     """The format detected from a row's fields."""
     if not _held(data, "chosen") and _held(data, "completions"):

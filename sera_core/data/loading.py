@@ -5,10 +5,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sera_core.data.formats import Reading, TiedCompletionsError, holds_prompt, normal_form
-from sera_core.data.parsing import KINDS, BadRowError, parse_pair, parse_prompt
+from sera_core.data.formats import (
+    Reading,
+    TiedCompletionsError,
+    conversation_form,
+    holds_prompt,
+    normal_form,
+)
+from sera_core.data.parsing import KINDS, BadRowError, parse_conversation, parse_pair, parse_prompt
 from sera_core.data.preferences import Drop, Pair, Prompt, Unread
 from sera_core.data.sources import Row
+from sera_core.data.splitting import CONVERSATIONS
 from sera_core.errors import InputError
 
 NAMED = 10
@@ -76,6 +83,19 @@ def _prompt_of(row: Row, reading: Reading) -> Prompt:
     if holds_prompt(row.data) or row.data.get("chosen") is None or row.data.get("rejected") is None:
         return parse_prompt(row)
     return Prompt(parse_pair(row, reading.on_diverge).prompt, row.where)
+
+
+def read_conversations(name: str, rows: Sequence[Row], reading: Reading, side: str = CONVERSATIONS) -> Read:
+    """Conversations of a source's rows, each as one `Prompt` that ends with an answer.
+
+    Arguments and errors as in `read_pairs`.
+    """
+    normal = Read()
+    for row in rows:
+        held_in, found = conversation_form(row, reading)
+        normal.formats[held_in] += 1
+        normal.items.append(found)
+    return _parsed(name, normal, reading, side, parse_conversation)
 
 
 def _normal_rows(rows: Sequence[Row], reading: Reading, side: str) -> Read:

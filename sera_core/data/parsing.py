@@ -22,6 +22,7 @@ KINDS = {
     "roles_out_of_order": "turns that are not user and assistant in alternation",
     "system_not_first": "a system message that is not the first",
     "diverges": "conversations that differ before the last turn",
+    "no_answer": "no turn of an assistant",
 }
 """Kinds of malformed rows that data.on_bad_row may drop."""
 
@@ -77,6 +78,50 @@ def parse_prompt(row: Row) -> Prompt:
             f"{row.where}: the last message of prompt is from {prompt[-1]['role']}; it must be from user",
         )
     return Prompt(prompt, row.where)
+
+
+def parse_conversation(row: Row) -> Prompt:
+    """Read a row of conversations: `messages`, or `prompt` and `completion`; any number of turns.
+
+    Returns:
+        All messages up to the last answer, as one `Prompt`.
+
+    Raises:
+        BadRowError: the row is malformed in a way that data.on_bad_row may drop.
+        InputError: it is malformed in another way; the message names the row and the remedy.
+    """
+    _refuse_unsupported(row.where, row.data)
+    messages = _with_system(row, _said(row))
+    last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        raise BadRowError(
+            "no_answer",
+            f"{row.where}: no message is from assistant, so there is nothing to learn; remove the row",
+        )
+    messages = messages[: last + 1]
+    _check_order(row.where, "the conversation", messages)
+    return Prompt(messages, row.where)
+
+
+def _said(row: Row) -> list[Message]:
+    """All messages of a row of conversations, at least one."""
+    if not _absent(row.data.get("messages")):
+        return _messages(row.where, "messages", row.data["messages"], role="user")
+    if "messages" in row.data and "completion" not in row.data:
+        raise BadRowError("no_answer", f"{row.where}: messages is empty; remove the row")
+    if "completion" not in row.data:
+        found = ", ".join(sorted(key for key, held in row.data.items() if not _absent(held))) or "none"
+        raise InputError(
+            f"{row.where}: neither messages, nor prompt and completion (found: {found}); start.sft needs "
+            "conversations: rename the fields"
+        )
+    for name, kind in (("prompt", "no_user_turn"), ("completion", "empty_answer")):
+        if _absent(row.data.get(name)):
+            raise BadRowError(kind, f"{row.where}: {name} is empty; add text or remove the row")
+    return [
+        *_messages(row.where, "prompt", row.data["prompt"], role="user"),
+        *_messages(row.where, "completion", row.data["completion"], role="assistant"),
+    ]
 
 
 def _conversations(row: Row, implicit: bool) -> tuple[str, list[Message], list[Message]]:

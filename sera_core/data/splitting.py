@@ -16,6 +16,8 @@ from sera_core.method.selection import round_half_up
 
 Item = TypeVar("Item", Pair, Prompt)
 Side = Literal["train", "heldout", "test"]
+CONVERSATIONS = "sft"
+"""Side of the conversations of `start.sft`, for `remove_overlap`."""
 
 
 def group_key(prompt: Sequence[Message]) -> str:
@@ -111,11 +113,13 @@ def remove_overlap(
 def _overlap_message(side: str, shared: Sequence[Pair | Prompt], name: str, groups: int) -> str:
     first = min(shared, key=sort_key)
     what = f"pair {first.pair_id}" if first.pair_id else f"prompt {first.prompt_id}"
-    noun = "prompts" if side == "prompts" else "pairs"
+    noun, given = "prompts" if side == "prompts" else "pairs", f"data.{side}"
+    if side == CONVERSATIONS:
+        what, noun, given = f"conversation {first.prompt_id}", "conversations", "start.sft"
     return (
-        f"data.{name} shares {len(groups_of(shared))} of its {groups} different prompts with data.{side}, "
+        f"data.{name} shares {len(groups_of(shared))} of its {groups} different prompts with {given}, "
         f"where {len(shared)} {noun} have them; the first is {what} ({first.where}). Remove them from one of "
-        f'the two, or set data.on_overlap = "drop" to remove them from data.{side}'
+        f'the two, or set data.on_overlap = "drop" to remove them from {given}'
     )
 
 

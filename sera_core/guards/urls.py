@@ -84,12 +84,12 @@ def without_secrets_in(text: str) -> str:
 
 
 def clean_sources(value: Any, key: str = "") -> Any:
-    """A recorded configuration with credentials removed from every `path` and `source`."""
+    """A recorded configuration with credentials removed from every name of a source."""
     if isinstance(value, dict):
         return {name: clean_sources(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [clean_sources(item) for item in value]
-    return without_secrets(value) if key in ("path", "source") and isinstance(value, str) else value
+    return without_secrets(value) if key in ("path", "source", "sft") and isinstance(value, str) else value
 
 
 def refuse_secrets(url: str, what: str = "the URL") -> str:

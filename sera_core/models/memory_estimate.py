@@ -174,6 +174,25 @@ def training_memory(
     return states + activations + _logits(shape, tokens)
 
 
+def fine_tuning_memory(
+    shape: ModelShape,
+    dtype: str,
+    train: TrainConfig,
+    tokens: int,
+    row: int,
+    recompute: bool = False,
+    device: str = "cpu",
+) -> int:
+    """Bytes of supervised fine-tuning: training, and of an adapter also merging it in float32 (on the CPU).
+
+    Arguments as in `training_memory`.
+    """
+    training = training_memory(shape, dtype, train, tokens, row, recompute, device)
+    if train.method == "full":
+        return training
+    return max(training, _loaded(shape, "float32", "cpu") + shape.weights(dtype))
+
+
 def least_training_memory(shape: ModelShape, dtype: str, train: TrainConfig) -> int:
     """Bytes that training cannot do without: weights, and of what is trained gradients and moments.
 

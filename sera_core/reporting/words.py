@@ -75,6 +75,8 @@ REASONS = {
     "over_limit": "over the asked number of pairs",
     "tied_ratings": "no completion is rated lower than another",
     **KINDS,
+    "not_rendered": "the chat template rejects it",
+    "over_positions": "longer than the model's positions",
     "empty": "an empty answer",
     "too_long": "an answer over the limit",
     "prompt_too_long": "a prompt over the limit",

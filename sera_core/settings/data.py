@@ -29,6 +29,35 @@ class ModelConfig(Part):
     extra `qlora` and train.method = "lora"."""
 
 
+class StartConfig(Part):
+    """Supervised fine-tuning of the model before round 0 (off by default). Its result is the start policy and
+    the initial reference. It trains all weights or an adapter as `train.method` says, with the adapter,
+    optimizer, warmup and max_grad_norm of [train]; an adapter is merged afterwards."""
+
+    sft: SourceName = NO_SFT
+    """none: the model is the start policy. chosen: fine-tune it on the chosen answers of the train pairs. A
+    file, URL or `hub:<id>` (as in `data.train`): on its conversations, rows with `messages`, or `prompt` and
+    `completion`. Only the tokens of the assistant's turns are in the loss."""
+    sft_split: str = "train"
+    """Split of a hub data set; ignored for files."""
+    sft_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate; empty: 2e-5 for full, 2e-4 for lora (both ours)."""
+    sft_epochs: Positive = 1
+    """Epochs over the conversations."""
+    sft_batch: Positive = 16
+    """Conversations per optimizer step."""
+
+    @property
+    def tunes(self) -> bool:
+        """Whether there is supervised fine-tuning."""
+        return self.sft != NO_SFT
+
+    @property
+    def file(self) -> str | None:
+        """The source of conversations; None without, and for the chosen answers."""
+        return None if self.sft in (NO_SFT, CHOSEN) else self.sft
+
+
 class Source(Part):
     """One source of preference pairs or prompts: a file, a URL or a hub data set."""
 
@@ -72,8 +101,9 @@ class DataConfig(Part):
     lower-rated one is rejected. A row in which none is rated lower is dropped (`tied_ratings`)."""
     on_bad_row: Literal["refuse", "drop"] = "refuse"
     """What to do with invalid rows: an empty answer or turn, no user turn, roles out of order, a system
-    message that is not first, or conversations that diverge. Refuse the file and name the rows, or drop and
-    count them."""
+    message that is not first, or conversations that diverge; in the conversations of `start.sft` also no turn
+    of an assistant, and what the chat template rejects or exceeds the model's positions. Refuse the file and
+    name the rows, or drop and count them."""
     split_seed: int = 0
     """Seed of the split, of subsets, of flipped labels, and of the held-out halves that choose and report the
     best round; independent of the run's seed."""
@@ -91,7 +121,8 @@ class DataConfig(Part):
     conversations at the first difference."""
     on_overlap: Literal["refuse", "drop", "keep"] = "refuse"
     """What to do when a held-out, test or prompt-only source shares prompts with train: refuse, drop them
-    from train, or keep them (they are counted; for synthetic data whose prompts are templates)."""
+    from train, or keep them (they are counted; for synthetic data whose prompts are templates). The same for
+    conversations of `start.sft` that share prompts with held-out or test pairs."""
     flip_fraction: Fraction = 0.0
     """For experiments only: flip this fraction of the train labels. The ledger reports how many of them were
     dropped."""

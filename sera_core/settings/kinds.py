@@ -38,6 +38,8 @@ AUTO = "auto"
 """`sampling.prompts`: as many as the round's share needs. `sampling.engine`: the one for this machine."""
 
 
+NO_SFT, CHOSEN = "none", "chosen"
+"""`start.sft`: no supervised fine-tuning; or on the chosen answers of the train pairs."""
 CONSISTENCY = "consistency"
 """`train.label_smoothing`: as far as two reviewers disagree about the generated pairs."""
 

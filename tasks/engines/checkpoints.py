@@ -65,7 +65,9 @@ def load_checkpoint(
     return json.loads(paths["state.json"].read_text())
 
 
-def refuse_not_finite(parameters: Mapping[str, nn.Parameter], step: int) -> None:
+def refuse_not_finite(
+    parameters: Mapping[str, nn.Parameter], step: int, rate: str = "train.learning_rate"
+) -> None:
     """Refuse weights that are infinite or NaN after an update.
 
     The loss is checked before each update, so an error in the last update would otherwise go unnoticed.
@@ -73,6 +75,7 @@ def refuse_not_finite(parameters: Mapping[str, nn.Parameter], step: int) -> None
     Args:
         parameters: the trained weights.
         step: number of the last update, from 0.
+        rate: the setting of the learning rate, for the message.
 
     Raises:
         SeraError: some trained weights are not finite.
@@ -83,7 +86,7 @@ def refuse_not_finite(parameters: Mapping[str, nn.Parameter], step: int) -> None
         raise SeraError(
             f"after the update of step {step}, weights are not finite in {len(odd)} of {len(parameters)} "
             f"tensors ({', '.join(odd[:NAMED])}{more}); they are not written, and the previous policy "
-            "is kept: lower train.learning_rate and run again"
+            f"is kept: lower {rate} and run again"
         )
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -48,3 +49,19 @@ def forward_library_logs(handler: logging.Handler, names: Sequence[str] = LIBRAR
 def is_forwarded(name: str) -> bool:
     """Whether the library's log level is set below WARNING, so that its lines are forwarded now."""
     return 0 < logging.getLogger(name).level <= logging.INFO
+
+
+@contextmanager
+def hide_library_notices() -> Iterator[None]:
+    """Hide the libraries' notices on the terminal; libraries with an attached log handler keep theirs."""
+    names = [n for n in ("transformers", "trl", "accelerate", "peft", "datasets") if not is_forwarded(n)]
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,6 +1,9 @@
-"""The optimizers of `train.optimizer`, without weight decay."""
+"""The optimizers of `train.optimizer`, without weight decay, and the schedule of their learning rate."""
+
+import math
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from tasks.engines.trained_weights import TrainedWeights
 
@@ -23,3 +26,22 @@ def adamw_8bit(weights: TrainedWeights, rate: float) -> torch.optim.Optimizer:
         zeros = torch.zeros_like(weights.named[name])  # set here: the library's registry is the process's
         optimizer.state[weights.named[name]] = {"step": 0, "state1": zeros, "state2": zeros.clone()}
     return optimizer
+
+
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """Fraction of the peak learning rate at a step (from 0): rises linearly to 1 during warm-up, never 0."""
+    return min(1.0, (step + 1) / max(1, warmup_steps))
+
+
+def warmup_schedule(optimizer: torch.optim.Optimizer, warmup: float, first: int) -> LambdaLR:
+    """The learning rate by step: `warmup_factor` times the optimizer's.
+
+    Args:
+        optimizer: with its peak learning rate.
+        warmup: steps of warm-up, rounded up.
+        first: the step to begin with, above 0 after a checkpoint.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    steps = math.ceil(warmup)
+    return LambdaLR(optimizer, lambda step: warmup_factor(step, steps), last_epoch=first - 1)

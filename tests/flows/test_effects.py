@@ -14,12 +14,16 @@ from sera_core.effects import EFFECTS
 NO_SHARE = {"mix": {"shares": [0.0]}}
 SIDE = [{"path": "side.jsonl"}]
 CASES = {
+    "start.sft_learning_rate": (1e-4, {"start": {"sft": "chosen"}}, {}),
+    "start.sft_epochs": (2, {"start": {"sft": "chats.jsonl"}}, {}),
+    "start.sft_batch": (8, {"start": {"sft": "hub:a/b"}}, {}),
+    "start.sft_split": ("train_sft", {"start": {"sft": "hub:a/b"}}, {"start": {"sft": "chats.jsonl"}}),
     "data.heldout_fraction": (0.3, {}, {"data": {"heldout": SIDE}}),
     "data.test_fraction": (0.3, {}, {"data": {"test": SIDE}}),
     "data.prompts": (SIDE, {}, NO_SHARE),
     "data.split_seed": (3, {}, {"data": {"heldout_fraction": 0.0}}),
     "data.completions": ("random", {"data": {"format": "ultrafeedback"}}, {"data": {"format": "hh"}}),
-    "data.on_overlap": ("drop", {"data": {"prompts": SIDE}}, {}),
+    "data.on_overlap": ("drop", {"start": {"sft": "chats.jsonl"}}, {"start": {"sft": "chosen"}}),
     "review.reference": ("previous", {}, {"train": {"losses": ["simpo"]}}),
     "review.crossfit": (2, {"select": {"rule": "random"}}, {"select": {"rule": "none"}}),
     "review.ensemble": ("ema", {}, {"review": {"gamma": 0.0}}),

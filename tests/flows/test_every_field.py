@@ -34,6 +34,8 @@ HARNESS = str(Path(__file__).parents[1] / "fixtures" / "harness" / "sums.yaml")
 OTHER = {
     "model.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
     "model.template_kwargs": {"enable_thinking": False},
+    "start.sft": "chosen",
+    "start.sft_learning_rate": 1e-4,
     "data.train.weight": 0.5,
     "data.train.split": "validation",
     "data.heldout_fraction": 0.5,
@@ -68,10 +70,13 @@ OTHER = {
 }
 """A second value, where no other value of the type is sure to be valid."""
 
-HUB_ONLY = {"data.train.split"}
+HUB_ONLY = {"data.train.split", "start.sft_split"}
 """Fields that files ignore, and that are refused with one (test_effects.py)."""
 
 NEEDS = {
+    "start.sft_learning_rate": {"start": {"sft": "chosen"}},
+    "start.sft_epochs": {"start": {"sft": "chosen"}},
+    "start.sft_batch": {"start": {"sft": "chosen"}},
     "data.on_overlap": {"data": {"test": "side"}},
     "review.ensemble": {"limits": {"rounds": 4}},  # the forms differ from the third head on
     "select.k": {"select": {"rule": "top-k"}},
@@ -234,6 +239,7 @@ def test_automatic_prompts_are_another_plan(shared):
 
 
 TOGETHER = [
+    {"start": {"sft": "chosen"}},
     {"data": {"heldout": "side"}},
     {"data": {"heldout": "side", "test": "side"}},
     {"data": {"prompts": "side"}},

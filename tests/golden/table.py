@@ -32,8 +32,11 @@ from sera_core.config import TrainConfig
 from sera_core.steps import VERSIONS
 from tasks import step_functions
 from tasks.engines.sampler import Request, Sampled, Settings
+from tasks.fine_tuning import fine_tune
 
 FILE = Path(__file__).parent / "steps.json"
+TRAINED = ("train", "sft")
+"""Steps whose entry is the log of a real training."""
 MARK = "policy-number"
 """A file of a policy folder that tells policies apart, as weights would."""
 
@@ -94,6 +97,15 @@ def item_scores(
     ]
 
 
+def numbered_start(attempt: Attempt) -> list[str]:
+    """Stands in for fine-tuning: the model's files under another number."""
+    model = attempt.input("model").folder("policy")
+    for path in sorted(model.iterdir()):
+        attempt.write(f"policy/{path.name}").write_bytes(path.read_bytes())
+    attempt.write(f"policy/{MARK}").write_text("fine-tuned")
+    return [f"policy/{name}" for name in [*sorted(path.name for path in model.iterdir()), MARK]]
+
+
 def numbered_policy(attempt: Attempt) -> list[str]:
     """Stands in for training: the start policy's files under a number of the mixture's."""
     start = attempt.input("start").folder("policy")
@@ -121,7 +133,10 @@ def numbers_from_hashes() -> Iterator[None]:
         patch("tasks.capabilities.shared_policy", lambda folder, *_: folder),
         patch("tasks.capabilities.harness_scores", item_scores),
         patch("tasks.sampling.open_sampler", lambda engine, policy, **_: HashSampler(policy)),
-        patch.dict(step_functions.WORK, {"train": "golden.table:numbered_policy"}),
+        patch.dict(
+            step_functions.WORK,
+            {"train": "golden.table:numbered_policy", "sft": "golden.table:numbered_start"},
+        ),
     ):
         yield
 
@@ -172,7 +187,7 @@ class Entries:
             fields = {name: value for name, value in record.fields.items() if name not in PLACES}
             output = _sha({name: content(artifact.path(name)) for name in sorted(record.files)})
             self._outputs[ref.key] = output
-            if ref.step != "train":  # its work is another's here
+            if ref.step not in TRAINED:  # its work is another's here
                 self.found.setdefault(ref.step, {})[_sha([fields, inputs])] = output
         return self._outputs[ref.key]
 
@@ -195,7 +210,10 @@ def entries(folder: Path) -> dict[str, dict[str, str]]:
                for row in rows for n, word in enumerate(("no", "yes"))]  # fmt: skip
     file = tinyrun.write_rows(folder / "rated.jsonl", answers)
     from_file = tinyrun.config(folder, data=data, pairing={"by": f"file:{file}"}, limits={"rounds": 2})
+    chats = tinyrun.write_rows(folder / "chats.jsonl", conversations(8))
+    tuned = tinyrun.config(folder, data=data, start={"sft": str(chats)}, limits={"rounds": 1})
     with numbers_from_hashes():
+        started = tinyrun.work(tuned, folder / "store", "tuned").rounds()[0]
         records = tinyrun.work(config, folder / "store")
         other = tinyrun.work(rated, folder / "store", "rated").rounds()[1]
         given = tinyrun.work(from_file, folder / "store", "given").rounds()[1]
@@ -209,15 +227,36 @@ def entries(folder: Path) -> dict[str, dict[str, str]]:
         found.add(other.steps[role])
         found.add(given.steps[role])
     found.add(by_judge.steps["decision"])
+    found.add(started.steps["model"])
     tested = [held for round in records.rounds() if (held := records.test_evidence(round.round)) is not None]
     found.add(StepRef.model_validate(tested[0]["step"]))
     return found.found
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    """Conversations of two questions and answers."""
+    turns = [
+        ("user", "Why {}?"),
+        ("assistant", "so {}"),
+        ("user", "And then {}?"),
+        ("assistant", "no {} more"),
+    ]
+    return [
+        {"messages": [{"role": role, "content": text.format(n)} for role, text in turns]}
+        for n in range(count)
+    ]
 
 
 def training(folder: Path) -> list[dict[str, float]]:
     """The log of a few real optimizer steps."""
     bench = Bench(folder)
     return bench.log(bench.run(bench.spec(bench.mixture(), TrainConfig(batch=4))))
+
+
+def tuning(folder: Path) -> list[dict[str, float]]:
+    """The log of a few real steps of fine-tuning."""
+    bench = Bench(folder)
+    return bench.log(bench.run(bench.tuning(batch=4), work=fine_tune))
 
 
 # -------------------------------------------------------------------------------------------------- the table
@@ -234,8 +273,8 @@ def changed(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def silent(kept: dict[str, Any], now: dict[str, Any], step: str) -> bool:
     """Whether a step writes something else from the same inputs."""
-    if step == "train":
-        return not _close(kept["train"], now["train"])
+    if step in TRAINED:
+        return not _close(kept[step], now[step])
     before, after = kept["entries"].get(step, {}), now["entries"].get(step, {})
     return any(before[inputs] != after[inputs] for inputs in before.keys() & after.keys())
 
@@ -246,7 +285,7 @@ def _problem(step: str, version: int, kept: dict[str, Any], now: dict[str, Any])
             f"step {step} writes something else from the same inputs under version {version}: raise "
             f"VERSIONS[{step!r}] in sera_core/steps.py to {version + 1}, then `make golden`"
         )
-    same = step == "train" or kept["entries"].get(step) == now["entries"].get(step)
+    same = step in TRAINED or kept["entries"].get(step) == now["entries"].get(step)
     if not same or version != kept["versions"].get(step):
         return f"step {step}: the table is of an earlier state; renew it with `make golden`"
     return None
@@ -266,6 +305,7 @@ def current(folder: Path) -> dict[str, Any]:
         "versions": dict(VERSIONS),
         "entries": entries(folder / "run"),
         "train": training(folder / "train"),
+        "sft": tuning(folder / "sft"),
     }
 
 
@@ -273,7 +313,7 @@ def renew() -> int:
     """Write the table, unless a step's output changed under its version."""
     with tempfile.TemporaryDirectory() as folder:
         now = current(Path(folder))
-    kept = json.loads(FILE.read_text()) if FILE.exists() else now
+    kept = now | (json.loads(FILE.read_text()) if FILE.exists() else {})
     problems = [problem for problem in changed(kept, now) if "raise" in problem]
     if problems:
         sys.stderr.write("\n".join(problems) + "\n")

@@ -14,7 +14,7 @@ from sera_core.artifacts.store import Store, open_store
 from sera_core.config import TrainConfig
 from sera_core.errors import StoreError
 from tasks.engines.checkpoints import FILES
-from tasks.training import superseded
+from tasks.engines.stored_checkpoints import superseded
 
 slow = pytest.mark.slow
 TRAIN = TrainConfig(batch=2, epochs=1, beta=0.2)

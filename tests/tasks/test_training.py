@@ -18,8 +18,9 @@ from sera_core.config import TrainConfig
 from sera_core.errors import InputError, SeraError
 from sera_core.models.policies import Precision, load_policy, weights_digest
 from sera_core.models.shared_policies import shared_policy
+from tasks.engines.optimizers import warmup_factor
 from tasks.engines.training_data import training_order
-from tasks.training import TrainingRun, warmup_factor
+from tasks.training import TrainingRun
 
 slow = pytest.mark.slow
 FULL = TrainConfig(batch=4, epochs=2, beta=0.2)

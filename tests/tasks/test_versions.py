@@ -16,14 +16,14 @@ def test_every_step_writes_what_its_version_wrote(tmp_path):
 
 
 def test_the_table_has_every_step():
-    assert set(KEPT["versions"]) == set(VERSIONS) == set(KEPT["entries"]) | {"train"}
+    assert set(KEPT["versions"]) == set(VERSIONS) == set(KEPT["entries"]) | set(table.TRAINED)
 
 
 @pytest.mark.parametrize("step", VERSIONS)
 def test_another_output_under_the_same_version_names_the_number_to_raise(step):
     now = copy.deepcopy(KEPT)
-    if step == "train":
-        now["train"][0]["loss"] *= 1.01
+    if step in table.TRAINED:
+        now[step][0]["loss"] *= 1.01
     else:
         inputs = next(iter(now["entries"][step]))
         now["entries"][step][inputs] = "another"
