@@ -23,6 +23,7 @@ from flows.commands import (
     run,
     show,
     store,
+    watch,
 )
 from flows.orchestration.embedded_server import bypass_loopback_proxy
 from flows.start import entry
@@ -42,6 +43,7 @@ ADDERS = (
     lab.add_lab,
     show.add_list,
     show.add_show,
+    watch.add_watch,
     chat.add_chat,
     review.add_review,
     store.add_diff,
