@@ -14,6 +14,7 @@ from flows.commands import (
     capability_flags,
     chat,
     compare,
+    completion,
     deploy,
     doctor,
     export,
@@ -60,6 +61,7 @@ ADDERS = (
     capability_flags.add_evaluate,
     deploy.add_up,
     deploy.add_deploy,
+    completion.add_completion,
 )
 
 
