@@ -81,5 +81,6 @@ def _runs() -> dict[str, Any]:
     """The names of the folders in `runs/` of the local store."""
     import shtab
 
-    fish = f"set -q SERA_STORE; and ls $SERA_STORE/runs {_NAMES}; or ls ./sera-store/runs {_NAMES}"
+    store = "set -l store ./sera-store; set -q SERA_STORE; and set store $SERA_STORE"
+    fish = f"{store}; ls $store/runs {_NAMES}"
     return {**shtab.cmd(f'ls "${{SERA_STORE:-./sera-store}}/runs" {_NAMES}'), "fish": f"({fish})"}
