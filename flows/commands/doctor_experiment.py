@@ -128,7 +128,8 @@ class Experiment:
         named = [*config.own_code(), config.pairing.by, config.decide.judge or "", *config.evaluate.harness]
         try:
             config.check_own_code()
-            rater_of(config), judge_of(config)
+            rater_of(config)
+            judge_of(config)
             if find_spec("lm_eval") is not None:  # else the check `extras` says so
                 harness_of(config)
         except InputError as error:
