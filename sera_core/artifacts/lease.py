@@ -287,7 +287,7 @@ def wait_until_free(store: Store, run: str, tell: Tell) -> Held | None:
         beaten = first is not None and (first.epoch, first.beats) != (seen.epoch, seen.beats)
         if seen.holder_is_alive or beaten:
             raise BusyError(
-                f"run {run!r} is held by {seen}. `sera show {run}` shows its progress. To continue the run "
+                f"run {run!r} is held by {seen}. `sera watch {run}` shows its progress. To continue the run "
                 "here, stop that process first"
             )
         if first is None:

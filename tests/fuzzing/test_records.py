@@ -44,6 +44,8 @@ COMMANDS = (
     ("show", "second", "--json"),
     ("review", "answered", "--json"),
     ("show", "spent"),
+    ("watch", "first", "--json"),
+    ("watch", "asked", "--once"),
     ("list", "--json"),
     ("diff", "first:0", "first:1", "--json"),
     ("diff", "first", "second"),
