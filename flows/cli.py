@@ -14,6 +14,7 @@ from flows.commands import (
     capability_flags,
     chat,
     compare,
+    completion,
     deploy,
     doctor,
     export,
@@ -23,6 +24,7 @@ from flows.commands import (
     run,
     show,
     store,
+    watch,
 )
 from flows.orchestration.embedded_server import bypass_loopback_proxy
 from flows.start import entry
@@ -42,6 +44,7 @@ ADDERS = (
     lab.add_lab,
     show.add_list,
     show.add_show,
+    watch.add_watch,
     chat.add_chat,
     review.add_review,
     store.add_diff,
@@ -58,6 +61,7 @@ ADDERS = (
     capability_flags.add_evaluate,
     deploy.add_up,
     deploy.add_deploy,
+    completion.add_completion,
 )
 
 

@@ -17,6 +17,7 @@ from flows.display import cards, events
 from flows.display.deployed import in_deployed_run
 from flows.display.logs import escape_prefect_logs, library_logs, run_log
 from flows.display.progress import reporter
+from flows.display.step_titles import TITLES
 from flows.orchestration.form import FormConfig, RunName, StoreName
 from flows.orchestration.limits import device_slot, run_slot
 from flows.orchestration.reviews import ask_person
@@ -163,8 +164,8 @@ def task_runner(records: RunStore) -> Runner:
     execution = ExecutionConfig.model_validate(records.configs()[-1].config["execution"])
 
     def run_task(spec: StepSpec) -> StepRecord:
-        where = {"run": records.run, "logs": f"sera-logs/{records.run}/{_logged_as(spec)}"}
-        named = spec.model_copy(update={"where": {**spec.where, **where}})
+        logs = f"sera-logs/{records.run}/{_logged_as(spec)}"
+        named = spec.model_copy(update={"where": {**spec.where, "logs": logs}})
         return do_step.with_options(name=TITLES[spec.step], task_run_name=TITLES[spec.step])(
             named, store, execution
         )
@@ -184,31 +185,3 @@ def do_step(spec: StepSpec, store: str, execution: ExecutionConfig) -> StepRecor
     """Do one step and commit its record."""
     with library_logs(), reporter(TITLES[spec.step]) as progress:
         return do_work(store, spec, execution, progress, run_log(), device_slot(spec.step, execution))
-
-
-TITLES = {
-    "data": "load pairs",
-    "model": "import policy",
-    "render": "render to token ids",
-    "messages": "load conversations",
-    "examples": "render conversations",
-    "sft": "fine-tune the model",
-    "features": "measure features",
-    "logps": "score responses",
-    "review": "review pairs",
-    "select": "select pairs",
-    "sample": "sample responses",
-    "candidates": "read rated candidates",
-    "rate": "rate responses",
-    "pair": "pair responses",
-    "mix": "mix pairs",
-    "train": "train policy",
-    "capabilities": "measure capabilities",
-    "calibrate": "calibrate the judge",
-    "judge": "ask the judge",
-    "evaluate": "evaluate policy",
-    "test": "evaluate on the test set",
-    "decide": "decide",
-    "report": "report",
-}
-"""Task names in Prefect's timeline."""

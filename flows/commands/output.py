@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from flows.commands.folding import folded
 from flows.outputs import check_place
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import finite
@@ -20,7 +21,7 @@ from sera_core.guards.shown import shown, shown_json
 
 def print_result(args: argparse.Namespace, value: Mapping[str, Any], lines: Iterable[str]) -> None:
     """Print the result: with --json the value as one object, else the lines."""
-    text = shown_json(finite(value)) if args.json else shown("\n".join(lines))
+    text = shown_json(finite(value)) if args.json else folded(shown("\n".join(lines)), sys.stdout)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
@@ -41,7 +42,7 @@ def quiet_stdout() -> Iterator[None]:
 
 def print_note(line: str) -> None:
     """Print a line to stderr."""
-    sys.stderr.write(shown(line) + "\n")
+    sys.stderr.write(folded(shown(line), sys.stderr) + "\n")
     sys.stderr.flush()
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from flows.commands.output import print_note
 from flows.commands.summary import closing_lines, rounds_table
-from flows.commands.tables import print_table, print_text
+from flows.commands.tables import leaves_room, print_folding_table, print_table, print_text
 from flows.compare import Finish
 from flows.display.run_view import PLANNED_COLUMNS, gibibytes, planned_cells, run_records, show
 from flows.experiments import load_experiment
-from flows.planning.plan import plan
+from flows.planning.plan import RESUMES, plan
 from flows.running import open_run
 from flows.running.rounds import has_work
 from sera_core.artifacts.lease import wait_until_free
@@ -28,6 +28,8 @@ from sera_core.data.loading import format_counts
 from sera_core.errors import InputError
 
 DEMO = "bundled:demo"
+WHY_WIDTH = 30
+"""Columns that what a step waits for needs at least, to be readable."""
 
 
 def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -130,12 +132,29 @@ def plan_command(args: argparse.Namespace) -> int:
         print_text(found["note"])
     for side, formats in found["formats"].items():
         print_text(f"data.{side}: read {format_counts(formats)}")
-    columns = ["round", "step", "status", "why", "tokens", "seconds", "bytes", "memory"]
-    rows = [[*(row[name] for name in columns[:-1]), gibibytes(row["memory"])] for row in found["steps"]]
-    print_table(f"plan of {found['run']}", columns, rows)
+    _print_steps(f"plan of {found['run']}", found["steps"])
     print_table("pairs of each round", PLANNED_COLUMNS, [planned_cells(row) for row in found["rounds"]])
     print_text(forecast(found))
     return 0
+
+
+def _print_steps(title: str, steps: list[dict[str, Any]]) -> None:
+    """The table of a plan's steps; where it is narrow, what each waits for is left out."""
+    numbers = ["tokens", "seconds", "bytes"]
+    columns, narrow = ["round", "step", "status", "why", *numbers], ["round", "step", "status", *numbers]
+
+    def rows(names: list[str]) -> list[list[Any]]:
+        return [[*(row[name] for name in names), gibibytes(row["memory"])] for row in steps]
+
+    if leaves_room([*narrow, "memory"], rows(narrow), WHY_WIDTH):
+        print_folding_table(title, [*columns, "memory"], rows(columns), "why")
+        return
+    print_table(title, [*narrow, "memory"], rows(narrow), keys=2)
+    for row in steps:
+        if row["why"].startswith(RESUMES):
+            print_text(f"round {row['round']}, {row['step']}: {row['why']}")
+    if any(row["status"] == "depends" for row in steps):
+        print_text("depends: on steps that are not done yet; a wider terminal, or --json, names them.")
 
 
 def run_name(args: argparse.Namespace) -> str:

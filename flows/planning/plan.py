@@ -35,6 +35,8 @@ from sera_core.counts import RoundCounts
 
 UNKNOWN = "?"
 """Prefix of the digest of a step that is not done yet; unique per step."""
+RESUMES = "resumes after"
+"""How `why` begins for a step that another process began."""
 
 
 AnswerOf = Callable[[int], Mapping[str, Any] | None]
@@ -99,7 +101,7 @@ class Walk:
 
     def _can_run(self, spec: StepSpec) -> dict[str, str]:
         parts = sum(1 for _ in numbered(self.store, spec.path + "/part-{:05d}.json"))
-        why = f"resumes after {parts} finished parts" if parts else "no record in the store"
+        why = f"{RESUMES} {parts} finished parts" if parts else "no record in the store"
         return {"status": "run", "why": why}
 
 

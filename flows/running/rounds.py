@@ -24,6 +24,7 @@ def run_round(session: Session, number: int) -> str:
         InputError: the configured tracker is not installed here, or a fold has no pairs.
     """
     refuse_missing(session.config.execution.tracking)
+    session.round = number
     try:
         return _run_steps(session, number)
     except BudgetReached as reached:

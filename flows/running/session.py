@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flows.round import Past, Ref, Sides, prepare
+from sera_core.artifacts import lease
+from sera_core.artifacts.doing import Task
 from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec, find_record
 from sera_core.artifacts.runs import RunStore
@@ -87,19 +89,28 @@ class Session:
         self.record = configs[-1]
         self.config = self.record.settings
         self.history: History = self.records.history()
+        self.round: int | None = None
+        """The round in progress."""
         self.used: dict[str, StepRecord] = {}
         self.meter = Meter(self.config.limits)
         for manifest in self.history.rounds:
             self.meter.tokens += manifest.metrics.get("tokens", 0)
             self.meter.seconds += manifest.metrics.get("seconds", 0.0)
             self.meter.seen |= {ref.key for ref in manifest.used}
+        self._before = self.meter.seconds
 
     def do(self, spec: StepSpec) -> StepRef:
         """Do a step unless it has a record; count it; return a reference to it."""
-        record = find_record(self.store, spec.step, spec.key) or self.runner(spec)
+        record = find_record(self.store, spec.step, spec.key) or self._run(spec)
         self.used[record.key] = record
         self.meter.add(record)
         return record.ref
+
+    def _run(self, spec: StepSpec) -> StepRecord:
+        """Do a step; whoever watches the run reads from its lease how far it is."""
+        if (held := lease.held(self.store, self.run)) is not None:
+            held.begin(Task(spec.step, self.round, self.meter.seconds - self._before))
+        return self.runner(spec.model_copy(update={"where": {**spec.where, "run": self.run}}))
 
     def prepare(self) -> Sides:
         """The pairs and the start policy.

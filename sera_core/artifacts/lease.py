@@ -2,6 +2,7 @@
 
     runs/<run>/lease/00000.json           create-only: who took the epoch, and when
     runs/<run>/lease/00000-beat.json      rewritten by its owner alone, every 15 s; the last says `released`
+    runs/<run>/lease/00000-doing.json     likewise: the step that it is doing, and how far it is (doing.py)
     steps/<step>/<key>/claim/…            likewise
 
 An epoch has ended when its last heartbeat says `released`, when that heartbeat is a minute old by the store's
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from sera_core.artifacts.canonical import canonical_json
+from sera_core.artifacts.doing import Task, doing_path
 from sera_core.artifacts.holder import Holder, is_alive, this_process
 from sera_core.artifacts.manifest import StepRecord, StepSpec, find_record
 from sera_core.artifacts.records import FORMAT, StrictModel, read_record, typed
@@ -29,6 +31,8 @@ from sera_core.errors import BusyError
 BEAT_SECONDS = 15.0
 EXPIRE_SECONDS = 60.0
 """An epoch without a heartbeat for this long, by the store's clock, has ended."""
+STEP_SECONDS = 1.5
+"""A new step is told within this time, without a heartbeat; its progress comes with the heartbeats."""
 LOOK_SECONDS = 1.0
 """Time between two reads of a lease that another process holds."""
 TELL_SECONDS = 60.0
@@ -103,6 +107,8 @@ class Lease:
     def __init__(self, store: Store, path: str, epoch: Epoch) -> None:
         self.store, self.path, self.epoch = store, path, epoch
         self._beats, self._end = 0, threading.Event()
+        self._task: Task | None = None
+        self._told: Task | None = None
         self._thread = threading.Thread(target=self._keep, name=f"lease {path}", daemon=True)
         self._thread.start()
 
@@ -110,6 +116,15 @@ class Lease:
     def number(self) -> int:
         """The epoch's number."""
         return self.epoch.epoch
+
+    def begin(self, task: Task) -> None:
+        """Tell readers of the store which step this process does now."""
+        self._task = task
+
+    def report(self, done: int, total: int, unit: str) -> None:
+        """Note the progress of that step, for the next heartbeat; costs no request."""
+        if self._task is not None:
+            self._task.report(done, total, unit)
 
     def check(self) -> None:
         """Check that the epoch is still the newest.
@@ -131,15 +146,29 @@ class Lease:
         self._end.set()
         self._thread.join()
         with suppress(Exception):
+            if self._task is not None:  # how far it came: it may have failed
+                self._tell(self._task)
             self._beat(released=True)
 
     def _keep(self) -> None:
-        while not self._end.wait(BEAT_SECONDS):
+        last = time.monotonic()
+        while not self._end.wait(min(STEP_SECONDS, BEAT_SECONDS)):
+            is_due = time.monotonic() - last >= BEAT_SECONDS
             # A failed heartbeat is retried by the next one; if all fail, the epoch expires.
             with suppress(Exception):
-                if _read_epoch(self.store, self.path, self.number + 1) is not None:
-                    return
-                self._beat(released=False)
+                if is_due:
+                    last = time.monotonic()
+                    if _read_epoch(self.store, self.path, self.number + 1) is not None:
+                        return
+                    self._beat(released=False)
+                if self._task is not None and (is_due or self._task is not self._told):
+                    self._tell(self._task)
+
+    def _tell(self, task: Task) -> None:
+        record = task.record(self.epoch.holder.token)
+        where = doing_path(self.path, self.number)
+        upkeep(self.store).replace(where, canonical_json(record.model_dump()))
+        self._told = task
 
     def _beat(self, released: bool) -> None:
         self._beats += 1
@@ -258,7 +287,7 @@ def wait_until_free(store: Store, run: str, tell: Tell) -> Held | None:
         beaten = first is not None and (first.epoch, first.beats) != (seen.epoch, seen.beats)
         if seen.holder_is_alive or beaten:
             raise BusyError(
-                f"run {run!r} is held by {seen}. `sera show {run}` shows its progress. To continue the run "
+                f"run {run!r} is held by {seen}. `sera watch {run}` shows its progress. To continue the run "
                 "here, stop that process first"
             )
         if first is None:

@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import tinyrun
+from rich.cells import cell_len
 
+from flows.commands.folding import fold
 from flows.commands.tables import print_table
 
 REPOSITORY = Path(__file__).parents[2]
@@ -61,6 +65,75 @@ def test_a_wide_terminal_and_a_pipe_get_a_table(kept_store, capsys):
     assert code == 0 and "┃" in said and "rounds: 2" not in said
     print_table("t", ["a", "b", "c"], [[1, 2, 3]])
     assert "┃" in capsys.readouterr().out
+
+
+WORDS = re.compile(r"[\w,.+−-]+")
+COLORS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture
+def at_width(sera, monkeypatch):
+    """Lines that a command writes at so many columns."""
+
+    def run(columns, *words):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        return sera(*words).out.splitlines()
+
+    return run
+
+
+def numbers(lines):
+    """How often each number, or word with a digit, is in a text."""
+    return Counter(word for line in lines for word in WORDS.findall(line) if re.search(r"\d", word))
+
+
+@pytest.mark.parametrize(
+    "words", [["list"], ["show", "first"], ["show", "first", "--round", "1"]], ids=" ".join
+)
+@pytest.mark.parametrize("columns", [80, 100])
+def test_no_line_is_longer_than_the_terminal_and_every_number_is_there(
+    kept_store, at_width, monkeypatch, words, columns
+):
+    monkeypatch.chdir(kept_store.parent)
+    wide = at_width(400, *words, "--store", "store")
+    narrow = at_width(columns, *words, "--store", "store")
+    assert max(map(cell_len, narrow)) <= columns
+    assert not numbers(wide) - numbers(narrow)
+    cells = [cell.strip() for line in narrow if "│" in line for cell in line.strip("│").split("│")]
+    assert "" not in cells  # no cell is folded
+
+
+def test_a_plan_fits_too_and_leaves_out_only_what_each_step_waits_for(tmp_path, at_width):
+    words = ["plan", tinyrun.experiment(tmp_path), "--store", tmp_path / "store"]
+    wide, narrow = at_width(400, *words), at_width(80, *words)
+    assert max(map(cell_len, narrow)) <= 80
+    missing = numbers(wide) - numbers(narrow)
+    assert all(re.search(r"(policy|ref|reference|promoted)-\d+", word) for word in missing)
+    assert any(line.startswith("depends: on steps that are not done yet") for line in narrow)
+    assert sum("│ logps" in line for line in narrow) == sum("│ logps" in line for line in wide)
+
+
+def test_a_terminal_of_80_columns_is_one(kept_store):
+    code, said = on_terminal(["show", "first", "--store", "store"], 80, kept_store.parent)
+    assert code == 0 and max(cell_len(line) for line in COLORS.sub("", said).splitlines()) <= 80
+    code, said = on_terminal(["watch", "first", "--store", "store"], 80, kept_store.parent)
+    assert code == 0 and "The run stopped with `max_rounds`" in said
+
+
+def test_a_row_whose_name_is_long_becomes_a_list(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    print_table("runs", ["run", "rounds", "head"], [["a" * 52, 12, 7]])
+    said = capsys.readouterr().out
+    assert f"  run: {'a' * 52}" in said and "rounds: 12" in said and "head: 7" in said
+
+
+def test_a_folded_command_is_still_one_for_a_shell(tmp_path):
+    line = f"  sera show first --round 1 --store {'s' * 40}      # pairs, reasons, artifacts"
+    lines = list(fold(line, 60))
+    assert max(map(len, lines)) <= 60 and lines[0] == "  # pairs, reasons, artifacts"
+    script = "sera() { printf '%s|' \"$@\"; }\n" + "\n".join(lines)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout == f"show|first|--round|1|--store|{'s' * 40}|"
 
 
 def shell(line, store, expected_code):

@@ -44,6 +44,8 @@ COMMANDS = (
     ("show", "second", "--json"),
     ("review", "answered", "--json"),
     ("show", "spent"),
+    ("watch", "first", "--json"),
+    ("watch", "asked", "--once"),
     ("list", "--json"),
     ("diff", "first:0", "first:1", "--json"),
     ("diff", "first", "second"),
@@ -64,7 +66,7 @@ FREE = (
     (r"review-\d+\.json", r"(evidence|until|default)\b.*"),
     (r"review-\d+-answer\.json", r"decision|note|who|when"),
     (r"stop-\d+\.json", r"after|created"),
-    (r"collected\.json|part-\d+\.json|\d+(-beat)?\.json|[0-9a-f]{64}\.json", r".*"),
+    (r"collected\.json|part-\d+\.json|\d+(-beat|-doing)?\.json|[0-9a-f]{64}\.json", r".*"),
 )
 """What nothing but the record itself says: read as it stands. Leases, claims and notes decide no result."""
 

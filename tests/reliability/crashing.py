@@ -37,7 +37,7 @@ from sera_core.config import SeraConfig
 TESTS = Path(__file__).parents[1]
 WORKERS = 2
 CASE_SECONDS = 120.0
-OFTEN_REWRITTEN = "-beat.json"
+OFTEN_REWRITTEN = ("-beat.json", "-doing.json")
 SMALLEST: dict[str, dict[str, Any]] = {
     "limits": {"rounds": 2},
     "sampling": {"responses": 2, "max_tokens": 4, "prompts": 4},
