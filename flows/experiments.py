@@ -177,9 +177,9 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
             sources = given if isinstance(given, list) else [given]
             section[side] = [_source(source, folder) for source in sources]
     start = data.get("start")
-    given = start.get("sft") if isinstance(start, dict) else None
-    if isinstance(given, str) and ":" not in given and given not in (NO_SFT, CHOSEN):
-        data["start"] = {**start, "sft": str((folder / given).absolute())}
+    if isinstance(start, dict) and isinstance(given := start.get("sft"), str):
+        if ":" not in given and given not in (NO_SFT, CHOSEN):
+            data["start"] = {**start, "sft": str((folder / given).absolute())}
     pairing = data.get("pairing")
     if isinstance(pairing, dict) and isinstance(pairing.get("by"), str):
         kind, _, path = pairing["by"].partition(":")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue
 
 from sera_core.data.formats import FormatName, Reading
-from sera_core.settings.kinds import Fraction, Part, Positive, Precision, SourceName
+from sera_core.settings.kinds import CHOSEN, NO_SFT, Fraction, Part, Positive, Precision, SourceName
 
 
 class ModelConfig(Part):
