@@ -168,6 +168,11 @@ def merged(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _is_path(sft: str) -> bool:
+    """Whether `start.sft` names a local file."""
+    return ":" not in sft and sft not in (NO_SFT, CHOSEN)
+
+
 def _anchor(data: dict[str, Any], folder: Path) -> None:
     """Make relative paths absolute, and turn a plain path (`train = "pairs.jsonl"`) into a source."""
     section = data.get("data")
@@ -177,9 +182,8 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
             sources = given if isinstance(given, list) else [given]
             section[side] = [_source(source, folder) for source in sources]
     start = data.get("start")
-    if isinstance(start, dict) and isinstance(given := start.get("sft"), str):
-        if ":" not in given and given not in (NO_SFT, CHOSEN):
-            data["start"] = {**start, "sft": str((folder / given).absolute())}
+    if isinstance(start, dict) and isinstance(sft := start.get("sft"), str) and _is_path(sft):
+        data["start"] = {**start, "sft": str((folder / sft).absolute())}
     pairing = data.get("pairing")
     if isinstance(pairing, dict) and isinstance(pairing.get("by"), str):
         kind, _, path = pairing["by"].partition(":")
