@@ -3,7 +3,9 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flows.exports.gguf import GgufReport
 from flows.exports.lineage import Lineage
@@ -26,7 +28,7 @@ def write_weights(records: RunStore, manifest: RoundManifest, folder: Path) -> N
         _merge_adapter(policy.policy_path(), folder, four_bits)
     else:
         policy.copy_policy(folder)
-    _add_stops(folder)
+    add_stops(folder, records.configs()[0].settings.model.template_kwargs)
 
 
 def write_adapter(records: RunStore, manifest: RoundManifest, chain: Lineage, folder: Path) -> None:
@@ -43,7 +45,7 @@ def write_adapter(records: RunStore, manifest: RoundManifest, chain: Lineage, fo
         name = chain.start.name.split("@")[0]
         config = json.loads(place.read_text())
         config |= {"base_model_name_or_path": name, "revision": chain.start.digest}
-        place.unlink()  # it may be a link into the store's cache
+        place.unlink()  # a copy of a stored file may be read-only
         place.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -88,15 +90,20 @@ def _merge_adapter(source: Path, folder: Path, four_bits: bool) -> None:
         save_policy(load_policy(source, base=trained_on), base, folder)
 
 
-def _add_stops(folder: Path) -> None:
-    """Let generation end where the run's sampling does: a base model may not name its end-of-turn token."""
+def add_stops(folder: Path, template_kwargs: Mapping[str, Any]) -> None:
+    """Let generation end where the run's sampling does: a base model may not name its end-of-turn token.
+
+    Args:
+        folder: a policy folder, whose generation_config.json is changed if it names other tokens.
+        template_kwargs: the run's arguments of the chat template.
+    """
     from sera_core.data.rendering import Renderer
     from sera_core.models.policies import read_settings, write_settings
 
     place = folder / "generation_config.json"
     settings = read_settings(place)
     listed = settings.get("eos_token_id")
-    stops = list(Renderer(folder).stop_ids)
+    stops = list(Renderer(folder, None, template_kwargs).stop_ids)
     if set(listed if isinstance(listed, list) else [listed]) != set(stops):
         place.unlink(missing_ok=True)
         write_settings(place, settings | {"eos_token_id": stops})

@@ -78,7 +78,7 @@ def write_checked(
     from sera_core.models.gguf_tokenizer import vocabulary_of
     from sera_core.models.gguf_writing import layout_of, write_gguf
 
-    renderer = Renderer(folder)
+    renderer = Renderer(folder, None, records.configs()[0].settings.model.template_kwargs)
     size = layout_of(folder).config.vocab_size
     vocabulary = vocabulary_of(renderer.tokenizer, size, renderer.stop_ids)
     template = default_template(folder, renderer.tokenizer.chat_template)

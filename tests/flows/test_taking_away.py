@@ -142,6 +142,19 @@ def test_the_command_has_the_arithmetic_the_length_and_the_sampling_of_the_run(t
     assert json.loads(words[words.index("--chat-template-kwargs") + 1]) == {"enable_thinking": False}
 
 
+def test_generation_ends_where_the_run_ends_an_answer(tmp_path):
+    from flows.exports.folder import add_stops
+
+    folder = tiny.tiny_policy(tmp_path / "policy", layers=1, hidden=32)
+    place = folder / "generation_config.json"
+    before = place.read_bytes()
+    add_stops(folder, {})
+    assert place.read_bytes() == before  # it names the end of a turn already
+    place.write_text(json.dumps({"eos_token_id": 0, "top_k": 5}))
+    add_stops(folder, {})
+    assert json.loads(place.read_text()) == {"eos_token_id": [2, 0], "top_k": 5}
+
+
 # ------------------------------------------------------------------------------------------ the real server
 
 
