@@ -25,7 +25,7 @@ sys.path.insert(0, sys.argv[1])
 import tinyrun
 from sera_core.artifacts import lease
 lease.BEAT_SECONDS, lease.STEP_SECONDS = 0.1, 0.02
-tinyrun.work(tinyrun.config(pathlib.Path(sys.argv[2]), limits={"rounds": 2}), sys.argv[3])
+tinyrun.work(tinyrun.config(pathlib.Path(sys.argv[2]), limits={"rounds": 1}), sys.argv[3])
 """
 HERE = tinyrun.__file__.rsplit("/", 1)[0]
 
@@ -61,19 +61,19 @@ def test_a_run_is_watched_killed_and_watched_to_its_end(tmp_path, running, sera,
     store = tmp_path / "store"
     first = running()
     following = watcher(store)
-    while (seen := following.look()).doing is None or seen.doing.round != 1:
+    while (seen := following.look()).doing is None or seen.doing.round != 0:
         assert first.poll() is None
         time.sleep(0.1)
-    assert seen.state == "working" and len(seen.rounds) == 1
+    assert seen.state == "working" and seen.rounds == []
     first.send_signal(signal.SIGKILL)
     first.wait()
 
     left = sera("watch", "tiny", "--store", store, "--json").json
-    assert (left["state"], left["round"], left["limit_rounds"]) == ("idle", 1, 2)
+    assert (left["state"], left["round"], left["limit_rounds"]) == ("idle", 0, 1)
     assert f"process {first.pid} of" in left["holder"]
     said = " ".join(sera("watch", "tiny", "--store", store, "--once").out.split())
     assert (
-        "Nobody works on run tiny" in said and "is gone without an end, last at round 1 of at most 2" in said
+        "Nobody works on run tiny" in said and "is gone without an end, last at round 0 of at most 1" in said
     )
     assert f"sera run EXPERIMENT.toml --name tiny --store {store}" in said
 
@@ -81,10 +81,10 @@ def test_a_run_is_watched_killed_and_watched_to_its_end(tmp_path, running, sera,
     lines = sera("watch", "tiny", "--store", store).out.splitlines()
     assert second.wait() == 0
     assert sum(line.startswith("round 0: promote, 24 human") for line in lines) == 1
-    assert any(line.startswith("round 1 of at most 2: ") for line in lines)
+    assert any(line.startswith("round 0 of at most 1: ") for line in lines)
     assert lines[-1].startswith("The run stopped with `max_rounds`")
     done = sera("watch", "tiny", "--store", store, "--json").json
-    assert (done["state"], done["stop_reason"], len(done["rounds"])) == ("stopped", "max_rounds", 2)
+    assert (done["state"], done["stop_reason"], len(done["rounds"])) == ("stopped", "max_rounds", 1)
     assert done["step"] is None and done["rounds"][0]["metrics"]["heldout/rewards/accuracies"]["n"] == 8
 
 
