@@ -97,7 +97,7 @@ def test_an_emptied_field_is_asked_for_and_never_filled_in_unseen(emptied):
 def test_what_is_not_shown_takes_the_presets_value(preset):
     config = config_from_form({**THREE, "preset": preset})
     assert (config.model.source, config.data.train[0].path) == ("/models/policy", "/data/pairs.jsonl")
-    assert f"{preset} {config.learning_rate:g}" in RunForm.model_fields["learning_rate"].description
+    assert f"{preset} {config.learning_rate:g}" in str(RunForm.model_fields["learning_rate"].description)
     if preset == "full":
         named = {"model": {"source": "/models/policy"}, "data": {"train": [{"path": "/data/pairs.jsonl"}]}}
         assert config == SeraConfig.model_validate({**named, "limits": {"rounds": 3}})
