@@ -1,6 +1,7 @@
 """sampling.prompts = "auto" samples what the share needs; a plan says what to expect, and warns."""
 
 import json
+import re
 
 import pytest
 import tinyrun
@@ -111,7 +112,9 @@ def test_a_plan_says_what_the_run_costs_at_a_price_per_hour(folder, sera):
     command = ("plan", tinyrun.experiment(folder), "--store", folder / "empty")
     found = sera(*command, "--price-per-hour", 7200, "--json").json
     assert found["seconds"] > 0 and found["cost"] == pytest.approx(2 * found["seconds"])
-    assert f"a cost of {found['cost']:,.2f} at 7200 an hour" in sera(*command, "--price-per-hour", 7200).out
+    cost = re.search(r"a cost of ([\d,.]+) at 7200 an hour", sera(*command, "--price-per-hour", 7200).out)
+    assert cost  # the machine's speed is measured for each plan, so its cost is not the same to the cent
+    assert float(cost[1].replace(",", "")) == pytest.approx(found["cost"], rel=0.1)
     assert "cost" not in sera(*command, "--json").json
     for price in ("-1", "0", "nan", "inf"):
         said = sera(*command, f"--price-per-hour={price}", code=2).err
