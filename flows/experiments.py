@@ -179,7 +179,7 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
     start = data.get("start")
     given = start.get("sft") if isinstance(start, dict) else None
     if isinstance(given, str) and ":" not in given and given not in (NO_SFT, CHOSEN):
-        data["start"] = {**start, "sft": str((folder / given).absolute())}
+        data["start"] = {**data["start"], "sft": str((folder / given).absolute())}
     pairing = data.get("pairing")
     if isinstance(pairing, dict) and isinstance(pairing.get("by"), str):
         kind, _, path = pairing["by"].partition(":")
