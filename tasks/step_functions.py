@@ -108,7 +108,9 @@ def _only_reads(spec: StepSpec) -> bool:
 
 def _starts_its_own(spec: StepSpec, execution: ExecutionConfig) -> bool:
     """Whether a step starts its own processes, which a child process would only wait for."""
-    return spec.step == "train" and training_processes(execution, spec.fields["train"]["batch"]) > 1
+    if spec.step != "train" or execution.processes == 1:
+        return False
+    return training_processes(execution, spec.fields["train"]["batch"]) > 1
 
 
 def in_child(execution: ExecutionConfig) -> bool:
