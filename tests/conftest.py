@@ -18,6 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny policy's matrices are slower on several threads
 
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; outputs would be folded to it
+
 _absent: list[str] = []
 
 

@@ -158,7 +158,7 @@ def test_overrides_win_and_both_ways_to_write_them_mix():
     [
         ({"train": {"betta": 1}}, ("train",), "'betta' is not one of ['losses'"),
         ({"train.betta": 1}, (), "'train.betta' is not one of ['train.losses'"),
-        ({"trian": {"beta": 1}}, (), "'trian' does not match '^(model|data|"),
+        ({"trian": {"beta": 1}}, (), "'trian' does not match '^(model|start|data|"),
         ({"train": {"beta": 0}}, ("train", "beta"), "0 is less than or equal to the minimum of 0"),
         ({"select.fraction": 2}, ("select.fraction",), "2 is greater than the maximum of 1"),
         ({"train": {"epochs": "2e-5"}}, ("train", "epochs"), "'2e-5' is not of type"),
