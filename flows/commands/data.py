@@ -194,7 +194,7 @@ def _feature_lines(more: Mapping[str, Estimate]) -> Iterator[str]:
             continue
         ends = "" if found.low is None or found.high is None else f" [{found.low:.0%}, {found.high:.0%}]"
         yield f"  {name:<{width}}  {found.value:>4.0%}{ends} of {found.pairs:,} pairs"
-    yield "far from 50 %, a policy can learn the feature instead of the preference"
+    yield "Far from 50 %, a policy can learn the feature instead of the preference."
 
 
 def _text_lines(texts: Sequence[Sequence[str]], of_model: bool) -> Iterator[str]:

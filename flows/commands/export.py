@@ -21,6 +21,8 @@ from sera_core.artifacts.store import open_store
 from sera_core.errors import InputError
 from sera_core.models.gguf_writing import FILE_TYPES
 
+SERVERS = {"vllm": "vLLM", "llama.cpp": "llama.cpp"}
+
 
 def add_export(commands: Any, common: argparse.ArgumentParser) -> None:
     """`sera export RUN [--round N] [--to DIR] [--gguf TYPE] [--adapter] [--push-to ORG/NAME]`."""
@@ -130,8 +132,9 @@ def _exported(found: dict[str, Any], export: Export) -> Iterator[str]:
             yield f"wrote round {found['round']} of {found['run']} to {place} (policy sha256 {sha}…)"
     if export.gguf is not None:
         yield f"{export.gguf.file}: {export.gguf.words()}"
-    for command in found["serve"].values():
-        yield f"to serve it: {command}"
+    for server, command in found["serve"].items():
+        yield f"to serve it with {SERVERS[server]}:"
+        yield f"  {command}"
 
 
 def lineage_command(args: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ from typing import TextIO
 
 from rich.cells import cell_len
 
+COMMANDS = ("sera ", "vllm ", "llama-server ")
+"""Beginnings of lines to copy into a shell."""
 MIN_WIDTH = 60
 """Narrower terminals fold by themselves."""
 
@@ -38,7 +40,7 @@ def fold(line: str, width: int) -> Iterator[str]:
     indent = line[: len(line) - len(line.lstrip())]
     if cell_len(line) <= width:
         yield line
-    elif line.lstrip().startswith("sera "):
+    elif line.lstrip().startswith(COMMANDS):
         command, _, comment = line.partition("      # ")
         if comment:
             yield from fold(f"{indent}# {comment}", width)

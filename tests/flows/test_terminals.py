@@ -136,6 +136,12 @@ def test_a_folded_command_is_still_one_for_a_shell(tmp_path):
     assert done.stdout == f"show|first|--round|1|--store|{'s' * 40}|"
 
 
+@pytest.mark.parametrize("server", ["vllm serve", "llama-server -m"])
+def test_a_folded_serving_command_is_still_one_for_a_shell(server):
+    lines = list(fold(f"  {server} policy --served-model-name demo-0 --max-model-len 512", 60))
+    assert len(lines) == 2 and lines[0].endswith(" \\")
+
+
 def shell(line, store, expected_code):
     """What a command writes to stderr when a shell runs `sera …` this way."""
     done = subprocess.run(
