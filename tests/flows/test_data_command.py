@@ -58,7 +58,7 @@ def test_the_text_names_the_first_row_of_each_reason_and_what_50_percent_means(s
     said = sera("data", file, "--show", 1).out
     assert "duplicate: the same row again (the first: " in said and "pairs.jsonl" in said
     assert "label conflicts: 1 pairs are there under both labels" in said
-    assert "67% " in said and "no answers differ" in said and "far from 50 %" in said
+    assert "67% " in said and "no answers differ" in said and "Far from 50 %" in said
     assert said.count("--- chosen") == 1
 
 
