@@ -30,12 +30,20 @@ def load_experiment(path: str, sets: Sequence[str] = ()) -> SeraConfig:
     Raises:
         InputError: no such file, not TOML, an unknown key (the nearest is suggested), a value out of range.
     """
-    file, data = experiment_file(path), load_settings(path)
+    return with_changes(load_settings(path), sets, str(experiment_file(path)))
+
+
+def with_changes(data: dict[str, Any], sets: Sequence[str], where: str) -> SeraConfig:
+    """Checked settings with overrides (`a.b=value`); `where` says where they come from.
+
+    Raises:
+        InputError: an unknown key (the nearest is suggested), a value out of range.
+    """
     changes: dict[str, Any] = {}
     for change in sets:
         _set(changes, change)
     _anchor(changes, Path.cwd())
-    where = f"{file} with --set" if sets else str(file)
+    where = f"{where} with --set" if sets else where
     whole = merged(data, changes)
     if sets and _is_valid(data):
         whole = without_idle(whole, changes)

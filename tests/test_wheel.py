@@ -100,8 +100,7 @@ def test_the_wheel_alone_runs_the_quick_demo_in_an_empty_folder(tmp_path):
     assert found["rounds"][1]["pairs"]["generated"] > 0
     assert (empty / "sera-store" / "runs" / "demo-quick" / "round-001.json").exists()
     assert run(sera, "verify", "demo-quick", cwd=empty, env=environment)
-    again = ("plan", "bundled:demo-quick", "--name", "demo-quick", "--json")
-    planned = json.loads(run(sera, *again, cwd=empty, env=environment))
+    planned = json.loads(run(sera, "plan", "demo-quick", "--json", cwd=empty, env=environment))
     assert {step["status"] for step in planned["steps"]} == {"reuse"}
     run(sera, "report", "demo-quick", "--out", "report", cwd=empty, env=environment)
     assert (empty / "report" / "index.html").stat().st_size > 1000

@@ -15,7 +15,7 @@ from flows.commands.summary import closing_lines, rounds_table
 from flows.commands.tables import leaves_room, print_folding_table, print_table, print_text
 from flows.compare import Finish
 from flows.display.run_view import PLANNED_COLUMNS, gibibytes, planned_cells, run_records, show
-from flows.experiments import load_experiment
+from flows.experiments import load_experiment, with_changes
 from flows.planning.plan import RESUMES, plan
 from flows.running import open_run
 from flows.running.rounds import has_work
@@ -63,11 +63,11 @@ def add_advance(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
-    """`sera plan EXPERIMENT.toml`."""
+    """`sera plan EXPERIMENT.toml`, or of a run."""
     sub = commands.add_parser(
         "plan", parents=[common], help="show which steps a run would reuse and do, and their cost"
     )
-    sub.add_argument("experiment", help="TOML file, or bundled:<name>")
+    sub.add_argument("experiment", help="TOML file, bundled:<name>, or a run of the store")
     sub.add_argument("--name", help="run name (default: the file's stem)")
     sub.add_argument(
         "--price-per-hour",
@@ -121,8 +121,7 @@ def plan_command(args: argparse.Namespace) -> int:
     """Print the plan."""
     if args.price_per_hour is not None and not 0 < args.price_per_hour < math.inf:
         raise InputError(f"--price-per-hour: give a number above 0 (found {args.price_per_hour})")
-    config = load_experiment(args.experiment, args.set)
-    found = plan(config, run_name(args), args.store)
+    found = plan(*_planned(args), args.store)
     found |= _cost(found["seconds"], args.price_per_hour)
     _print_warnings(found)
     if args.json:
@@ -136,6 +135,19 @@ def plan_command(args: argparse.Namespace) -> int:
     print_table("pairs of each round", PLANNED_COLUMNS, [planned_cells(row) for row in found["rounds"]])
     print_text(forecast(found))
     return 0
+
+
+def _planned(args: argparse.Namespace) -> tuple[SeraConfig, str]:
+    """Configuration and run name: of an experiment, or of a run of the store."""
+    given = args.experiment
+    if ":" not in given and not Path(given).exists() and given == Path(given).name:
+        records = RunStore(open_store(args.store), check_name(given))
+        if configs := records.configs():
+            name = args.name or given
+            if not args.set:
+                return configs[-1].settings, check_name(name)
+            return with_changes(dict(configs[-1].config), args.set, f"run {given!r}"), check_name(name)
+    return load_experiment(given, args.set), run_name(args)
 
 
 def _print_steps(title: str, steps: list[dict[str, Any]]) -> None:

@@ -18,7 +18,6 @@ ALONE = ("sera demo", "sera deploy", "sera doctor")
 
 RUN_ELSEWHERE = {
     "sera demo": "tests/test_wheel.py",
-    "sera plan bundled:demo --name demo": "tests/test_wheel.py",
     "sera compare mine.toml": "tests/flows/test_comparing.py",
     "sera evaluate demo --judge J": "tests/flows/test_judging.py",
     "sera deploy": "tests/flows/test_deploying.py",

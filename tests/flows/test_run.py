@@ -140,6 +140,12 @@ def test_list_report_and_plan_tell_of_the_finished_run(finished, tmp_path, sera)
     for name in ("tiny", "other"):  # steps are shared by all runs
         plan = sera("plan", experiment, "--store", store, "--name", name, "--json").json
         assert {row["status"] for row in plan["steps"]} == {"reuse"} and plan["seconds"] == 0
+    of_run = sera("plan", "tiny", "--store", store, "--json").json
+    assert of_run["run"] == "tiny" and {row["status"] for row in of_run["steps"]} == {"reuse"}
+    changed = sera("plan", "tiny", "--store", store, "--set", "train.beta=0.2", "--json").json
+    status = {(row["round"], row["step"]): row["status"] for row in changed["steps"]}
+    assert status[0, "review"] == "run" and status[0, "train"] == "depends" and status[0, "render"] == "reuse"
+    assert "no such file" in sera("plan", "nothing", "--store", store, code=2).err
 
 
 def test_a_changed_configuration_under_the_same_name_is_refused_with_the_difference(finished, sera):
