@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from flows.display.markdown import escape, table
 from flows.display.round_card import alarm_words, with_interval
-from flows.display.run_view import Since, since_round_0
+from flows.display.run_view import Since, since_round_0, verdict_words
 from flows.exports.gguf import GgufReport
 from flows.exports.lineage import Lineage
 from flows.running.open_run import test_record
@@ -96,13 +96,14 @@ def _front_matter(chain: Lineage, adapter: bool) -> str:
 def _verdict(records: RunStore, manifest: RoundManifest) -> Iterator[str]:
     """The evidence on this round, good or bad."""
     accuracy = with_interval(manifest.metrics.get("heldout/rewards/accuracies"))
-    yield f"Decision: **{manifest.decision}**. {escape(manifest.reason)}."
-    yield f"Held-out accuracy: {accuracy}."
     found = since_round_0(records, manifest)
     if found is None:
         yield "This is round 0: direct alignment on all human pairs, before any self-review."
+        if (later := verdict_words(records)) is not None:
+            yield later
     else:
         yield _since(found)
+    yield f"Held-out accuracy: {accuracy}."
     final = test_record(records)
     if final is not None and final["round"] == manifest.round:
         test = with_interval(final["metrics"].get("test/rewards/accuracies"))
@@ -110,6 +111,7 @@ def _verdict(records: RunStore, manifest: RoundManifest) -> Iterator[str]:
     alarm: str | None = manifest.metrics.get("alarm")
     if alarm is not None:
         yield f"Reliance on spurious features: {escape(alarm_words(manifest))}"
+    yield f"Decision: **{manifest.decision}**. {escape(manifest.reason)}."
 
 
 def _since(found: Since) -> str:

@@ -146,6 +146,15 @@ def test_the_hubs_own_model_of_a_card_reads_it(exported):
     assert card.data.pipeline_tag == "text-generation"
 
 
+def test_the_card_of_round_0_says_whether_later_rounds_helped(kept_store, sera, tmp_path):
+    sera("export", "first", "--round", 0, "--to", tmp_path / "zero", "--store", kept_store)
+    helped = (tmp_path / "zero" / "README.md").read_text().split("## Did it help?")[1].split("## Rounds")[0]
+    said = sera("show", "first", "--store", kept_store).out
+    assert "before any self-review" in helped
+    (verdict,) = [line for line in said.splitlines() if "the reviewed rounds helped" in line.lower()]
+    assert verdict in helped
+
+
 def card_with(kept_store, change: dict, **manifest) -> str:
     """The card of round 1 as it would be with other evidence."""
     records = run_records(open_store(str(kept_store)), "first")
