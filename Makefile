@@ -32,7 +32,7 @@ test: fast                  ## all tests; those after kills mostly wait, so they
 real: system .venv/dev      ## only the tests with real models and servers (half an hour to an hour)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=40 -m "($(REAL) or gpu) and not ($(ALONE))"
 
-kills: system .venv/dev     ## only recovery after kills, and at a fifth of the crash points (20 to 40 minutes)
+kills: system .venv/dev     ## only recovery after kills, and at an eighth of the crash points (20 to 40 minutes)
 	$(BIN)/python -m pytest -q --durations=12 -m "$(ALONE)" tests/recovery tests/reliability
 
 system:                     ## install what the tests need besides pip packages: a browser, Postgres, Ceph
