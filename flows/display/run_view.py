@@ -56,7 +56,7 @@ def show(records: RunStore, with_token_use: bool = True) -> dict[str, Any]:
         "waiting": records.waiting(),
         "head": history.head.round if history.head else None,
         "best_round": history.best.round if history.best else None,
-        "fine_tuning": None if (tuned := fine_tuning(records)) is None else tuned.facts,
+        **({} if (tuned := fine_tuning(records)) is None else {"fine_tuning": tuned.facts}),
         "rounds": rounds,
     }
 
