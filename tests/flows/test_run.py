@@ -144,7 +144,9 @@ def test_list_report_and_plan_tell_of_the_finished_run(finished, tmp_path, sera)
     assert of_run["run"] == "tiny" and {row["status"] for row in of_run["steps"]} == {"reuse"}
     changed = sera("plan", "tiny", "--store", store, "--set", "train.beta=0.2", "--json").json
     status = {(row["round"], row["step"]): row["status"] for row in changed["steps"]}
-    assert status[0, "review"] == "run" and status[0, "train"] == "depends" and status[0, "render"] == "reuse"
+    assert (
+        status[0, "review"] == "run" and status[0, "train"] == "depends" and status[None, "render"] == "reuse"
+    )
     assert "no such file" in sera("plan", "nothing", "--store", store, code=2).err
 
 
