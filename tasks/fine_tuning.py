@@ -21,7 +21,6 @@ from sera_core.errors import InputError, SeraError
 from sera_core.models.architecture import positions, refuse_beyond_index_topk
 from sera_core.models.batch_sizes import few_tokens, micro_batch
 from sera_core.models.devices import device_of
-from sera_core.models.four_bits import ADAMW_8BIT
 from sera_core.models.memory_estimate import fine_tuning_memory, folder_shape
 from sera_core.models.policies import load_policy, load_tokenizer, save_policy, weights_digest
 from sera_core.models.shared_policies import release_policies
@@ -228,11 +227,9 @@ class FineTuning:
     def _make_optimizer(self, checkpoint: dict[str, Path] | None) -> Any:
         """The optimizer of the trained weights; restores weights, moments and log from a checkpoint."""
         from tasks.engines.checkpoints import load_checkpoint
-        from tasks.engines.optimizers import adamw, adamw_8bit
+        from tasks.engines.optimizers import optimizer_of
 
-        make = adamw_8bit if self.train.optimizer == ADAMW_8BIT else adamw
-        optimizer = make(self.weights, self.attempt.fields["learning_rate"])
-        self.weights.follow(optimizer)
+        optimizer = optimizer_of(self.train.optimizer, self.weights, self.attempt.fields["learning_rate"])
         self.trainable = sum(weight.numel() for weight in self.weights.named.values())
         if checkpoint is not None:
             self.lines = load_checkpoint(checkpoint, self.weights.named, optimizer)["log"]

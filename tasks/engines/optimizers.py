@@ -5,6 +5,7 @@ import math
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from sera_core.models.four_bits import ADAMW_8BIT
 from tasks.engines.trained_weights import TrainedWeights
 
 
@@ -25,6 +26,13 @@ def adamw_8bit(weights: TrainedWeights, rate: float) -> torch.optim.Optimizer:
     for name in weights.embeddings & weights.named.keys():
         zeros = torch.zeros_like(weights.named[name])  # set here: the library's registry is the process's
         optimizer.state[weights.named[name]] = {"step": 0, "state1": zeros, "state2": zeros.clone()}
+    return optimizer
+
+
+def optimizer_of(name: str, weights: TrainedWeights, rate: float) -> torch.optim.Optimizer:
+    """The optimizer that `train.optimizer` names; the weights follow its steps."""
+    optimizer = (adamw_8bit if name == ADAMW_8BIT else adamw)(weights, rate)
+    weights.follow(optimizer)
     return optimizer
 
 
