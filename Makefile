@@ -5,6 +5,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 REAL := slow or flow or s3 or vllm or wheel or browser
 ALONE := recovery or faults
 
+# With bytecode on disk a process starts a second sooner, and pytest rewrites each test file once; images often forbid it.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Only root on Debian can install these. Elsewhere the tests that need them are skipped, and the summary says so.
 APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends

@@ -12,6 +12,10 @@ Differences from the stock trainer:
 - TRL's telemetry is off.
 """
 
+import tasks.engines.early_imports  # noqa: F401
+
+# isort: split
+
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 

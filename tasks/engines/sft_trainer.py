@@ -8,6 +8,10 @@ Differences from the stock trainer:
 - only the loss is logged, and TRL's telemetry is off.
 """
 
+import tasks.engines.early_imports  # noqa: F401
+
+# isort: split
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
