@@ -18,7 +18,7 @@ import pytest
 import servers
 from commandline import SERA, process
 
-from flows.orchestration import deployments
+from flows.orchestration import work_pools
 
 pytestmark = pytest.mark.flow
 
@@ -110,14 +110,14 @@ def test_a_pool_keeps_its_own_command_and_takes_none_from_a_run():
         "variables": {"properties": properties},
         "job_configuration": {"command": "{{ command }}", "manifest": [{"args": "{{ command }}", "env": 1}]},
     }
-    closed = deployments._job_template(template, keep_references=False)
+    closed = work_pools.job_template(template, keep_references=False)
     assert closed["job_configuration"] == {
         "command": "nice prefect flow-run execute",
         "manifest": [{"args": "nice prefect flow-run execute", "env": 1}],
     }
     assert "command" not in closed["variables"]["properties"]
     del properties["command"]["default"]
-    closed = deployments._job_template(template, keep_references=False)
+    closed = work_pools.job_template(template, keep_references=False)
     assert closed["job_configuration"] == {"manifest": [{"env": 1}]}
 
 
