@@ -98,6 +98,7 @@ def test_what_is_deployed_names_the_store_and_no_path_of_the_checkout(server, to
         assert str(servers.ROOT) not in json.dumps(found)
         assert found["work_pool_name"] == "sera"
         assert found["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+        assert found["job_variables"].get("gpus") == (0 if found["name"] == "sera-gc" else None)
     pool = servers.api(server.environment, "/work_pools/sera")
     env = pool["base_job_template"]["variables"]["properties"]["env"]["default"]
     assert env == {"SERA_STORE": "{{ prefect.variables.sera_store }}"}  # filled in when a flow run starts
