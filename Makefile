@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 
-.PHONY: demo quick lab up deploy test real kills system fast check fuzz recovery faults bench golden reference clean
+.PHONY: demo quick lab up deploy image test real kills system fast check fuzz recovery faults bench golden reference clean
 
 demo: .venv/core            ## three rounds with a real model and real preferences (about ten minutes)
 	$(BIN)/sera demo
@@ -28,6 +28,14 @@ up: .venv/core              ## start Prefect's server and UI, a worker and the d
 
 deploy: .venv/core          ## set up the same deployments on the Prefect server of PREFECT_API_URL
 	$(BIN)/sera deploy
+
+# DEVICE=cuda for NVIDIA GPUs; EXTRA names extras of pyproject.toml, such as EXTRA=vllm or EXTRA=vllm,kubernetes.
+DEVICE := cpu
+EXTRA :=
+image:                      ## build the image sera-flow:$(DEVICE) with docker (DEVICE=cuda, EXTRA=vllm)
+	@docker version >/dev/null 2>&1 || { echo "make image: docker is not installed or its daemon does not answer:" \
+		"see \`docker version\` and https://docs.docker.com/engine/install" >&2; exit 2; }
+	docker build --file docker/Dockerfile --tag sera-flow:$(DEVICE) --build-arg DEVICE=$(DEVICE) --build-arg EXTRA=$(EXTRA) .
 
 test: fast                  ## all tests; those after kills mostly wait, so they run beside the ones with real servers
 	$(MAKE) -j 2 real kills

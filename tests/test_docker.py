@@ -190,6 +190,7 @@ def test_what_the_build_copies_makes_a_package_that_can_deploy(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {f"sera_core/bundled/{name}.yaml" for name in ("prefect", "automations")} <= set(names)
+    assert {f"sera_core/bundled/work_pools/{path.name}" for path in POOLS.glob("*.json")} <= set(names)
 
 
 def test_the_image_holds_the_versions_that_are_tested():
@@ -202,6 +203,58 @@ def test_the_image_holds_the_versions_that_are_tested():
     assert model
     (extra,) = {service["build"]["args"]["EXTRA"] for service in OURS.values() if "args" in service["build"]}
     assert extra in project["optional-dependencies"]
+
+
+def make_image(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    """`make image` where no program is found but those of the folder."""
+    make = [str(shutil.which("make")), "--silent", "image", *settings]
+    return subprocess.run(make, cwd=ROOT, env={"PATH": str(folder)}, capture_output=True, text=True)
+
+
+def stand_in(folder: Path, script: str) -> None:
+    """A program `docker` in the folder."""
+    (folder / "docker").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "docker").chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tag", "arguments"),
+    [
+        ([], "sera-flow:cpu", ["DEVICE=cpu", "EXTRA="]),
+        (
+            ["DEVICE=cuda", "EXTRA=vllm,kubernetes"],
+            "sera-flow:cuda",
+            ["DEVICE=cuda", "EXTRA=vllm,kubernetes"],
+        ),
+    ],
+)
+def test_make_image_builds_the_dockerfile_with_arguments_that_it_takes(tmp_path, settings, tag, arguments):
+    stand_in(tmp_path, f'if [ "$1" = build ]; then echo "$@" > {tmp_path}/asked; fi')
+    assert make_image(tmp_path, *settings).returncode == 0
+    asked = (tmp_path / "asked").read_text().split()
+    given = [asked[place + 1] for place, word in enumerate(asked) if word == "--build-arg"]
+    assert asked[:5] == ["build", "--file", "docker/Dockerfile", "--tag", tag] and asked[-1] == "."
+    assert given == arguments
+    taken = {rest.partition("=")[0] for word, rest in instructions() if word == "ARG"}
+    assert {one.partition("=")[0] for one in given} == taken
+
+
+def test_make_image_without_docker_or_its_daemon_says_so_in_one_message(tmp_path):
+    absent = make_image(tmp_path)
+    stand_in(tmp_path, "echo 'Cannot connect to the Docker daemon' >&2; exit 1")
+    dead = make_image(tmp_path)
+    for refused in (absent, dead):
+        assert refused.returncode == 2
+        assert refused.stderr.splitlines()[0].startswith("make image: docker is not installed or its daemon")
+        assert "docs.docker.com" in refused.stderr and "connect" not in refused.stderr
+
+
+def test_the_worker_of_a_pool_is_an_extra_whose_versions_are_pinned():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    for name in ("docker", "kubernetes"):
+        (needed,) = extras[name]
+        assert needed.startswith(f"prefect-{name}==") and needed in constraints
 
 
 @pytest.mark.parametrize("name", ["process", "docker", "kubernetes"])
@@ -218,12 +271,14 @@ def test_a_work_pools_template_uses_what_it_declares(name):
 def test_dockers_client_takes_what_the_docker_pool_asks_of_it():
     template = json.loads((POOLS / "docker.json").read_text())
     declared = template["variables"]["properties"]
+    given = {"cpus": "0-3", **{name: one["default"] for name, one in declared.items() if "default" in one}}
     asked = {
-        key: declared[value[3:-3]]["default"] if isinstance(value, str) else value
+        key: given[value[3:-3]] if isinstance(value, str) else value
         for key, value in template["job_configuration"]["container_create_kwargs"].items()
     }
-    host = APIClient("http://127.0.0.1:1", version="1.44").create_host_config(**asked)
+    host = APIClient("http://127.0.0.1:1", version="1.44").create_host_config(**asked, mem_limit="24g")
     assert host["DeviceRequests"][0]["DeviceIDs"] == ["0"] and host["ShmSize"] == 4 * 2**30
+    assert host["CpusetCpus"] == "0-3" and host["Memory"] == 24 * 2**30
     assert declared["image"]["default"] == SERVICES["worker-gpu"]["image"]
     assert declared["networks"]["default"] == [f"{COMPOSE['name']}_default"]
 

@@ -16,7 +16,7 @@ from sera_core.guards.shown import shown
 
 
 def add_deploy(commands: Any, _: argparse.ArgumentParser) -> None:
-    """`sera deploy [--pool-type process] [--store URL] [--notify URL]`."""
+    """`sera deploy [--pool-type process] [--image NAME] [--store URL] [--notify URL]`."""
     sub = commands.add_parser(
         "deploy",
         help="create the work pool, limit, variable, automations and deployments on the Prefect server",
@@ -24,7 +24,18 @@ def add_deploy(commands: Any, _: argparse.ArgumentParser) -> None:
         "Safe to repeat: existing objects are kept, and so is what you switched on or off.",
     )
     _add_flags(sub)
-    sub.add_argument("--pool-type", default="process", help="type of the work pool (default: process)")
+    sub.add_argument(
+        "--pool-type",
+        metavar="TYPE",
+        help="what flow runs start in: process, docker, kubernetes, or another type of Prefect's "
+        "(default: the existing pool's, else process)",
+    )
+    sub.add_argument(
+        "--image",
+        metavar="NAME",
+        help="container image of flow runs in a docker or Kubernetes pool, unless a deployment or flow run "
+        "sets its job variable `image` (default: the pool's)",
+    )
     sub.set_defaults(command=deploy_command)
 
 
@@ -77,14 +88,22 @@ def deploy_command(args: argparse.Namespace) -> int:
     def warn(line: str) -> None:
         print_note(f"sera: warning: {line}")
 
-    made = deploy(warn, args.pool_type, args.store, args.notify)
+    made = deploy(warn, args.pool_type, args.store, args.notify, args.image)
     if args.json:
         print(json.dumps(made))
         return 0
     rows = [[kind, name, found] for kind, names in made.items() for name, found in names.items()]
     print_table("on the Prefect server", ["what", "name", "id or value"], rows)
-    print_text("Start runs from the UI, with `prefect deployment run sera/sera`, or on a schedule.")
+    print_text(_next_steps(args.pool_type))
     return 0
+
+
+def _next_steps(pool_type: str | None) -> str:
+    extra = f"`pip install 'sera-flow[{pool_type}]'`, then " if pool_type in ("docker", "kubernetes") else ""
+    return (
+        f"A worker has to run: {extra}`prefect worker start --pool sera`.\n"
+        "Start runs from the UI, with `prefect deployment run sera/sera`, or on a schedule."
+    )
 
 
 def up_command(args: argparse.Namespace) -> int:

@@ -18,51 +18,51 @@ from prefect.client.schemas.actions import (
     GlobalConcurrencyLimitCreate,
     VariableCreate,
     VariableUpdate,
-    WorkPoolCreate,
-    WorkPoolUpdate,
 )
 from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
-from prefect.utilities.asyncutils import run_coro_as_sync
-from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
 from flows.orchestration.authentication import NO_PASSWORD, has_no_password
 from flows.orchestration.configured_server import check_server
 from flows.orchestration.limits import DEVICE_LIMIT
+from flows.orchestration.work_pools import (
+    CREDENTIALS_BLOCK,
+    POOL,
+    STORE_VARIABLE,
+    has_credentials_block,
+    make_pool,
+)
 from sera_core.data.sources import bundled_file
 from sera_core.errors import InputError, SeraError
 
-POOL = "sera"
-STORE_VARIABLE = "sera_store"
 NOTIFY_BLOCK = "sera-notify"
-CREDENTIALS_BLOCK = "sera-store"
-"""A Secret block of earlier versions: the object store's environment variables as JSON."""
-_REFERENCE = f"prefect.blocks.secret.{CREDENTIALS_BLOCK}."
 
 
 def deploy(
     warn: Callable[[str], None],
-    pool_type: str = "process",
+    pool_type: str | None = None,
     store: str | None = None,
     notify: str | None = None,
+    image: str | None = None,
 ) -> dict[str, dict[str, str]]:
     """Create or update everything. Returns ids (for variables: values) by kind and name.
 
     Args:
         warn: Called with each security problem of the server.
-        pool_type: Type of a new work pool; an existing pool keeps its type.
+        pool_type: Type of the work pool. None: an existing pool's, else process.
         store: Folder or URL that flow runs use by default. None: the server's current one, else ./sera-store.
         notify: URL that gets a POST with a JSON `text` when a run stops or raises its alarm.
+        image: Container image of flow runs that name no other.
 
     Raises:
-        InputError: no server answers, or the pool type is unknown.
+        InputError: no server answers, or pool type or image do not fit.
     """
     with _client() as client:
         made = {
-            "work_pools": {POOL: str(_work_pool(client, pool_type))},
+            "work_pools": {POOL: str(make_pool(client, pool_type, image))},
             "limits": {DEVICE_LIMIT: str(_device_limit(client))},
             "variables": {STORE_VARIABLE: _store_variable(client, store)},
             "automations": _automations(client, notify),
@@ -91,76 +91,12 @@ def _warnings(client: SyncPrefectClient) -> Iterator[str]:
     """Security problems of the server, one line each, with the remedy."""
     if has_no_password(str(client.api_url)):
         yield NO_PASSWORD
-    if _has_credentials_block(client):
+    if has_credentials_block(client):
         yield (
             f"the block {CREDENTIALS_BLOCK} of an earlier version shows the store's credentials to "
             "every user of this server: set them in the worker's environment, then run "
             f"`prefect block delete secret/{CREDENTIALS_BLOCK}` and `sera deploy`"
         )
-
-
-def _has_credentials_block(client: SyncPrefectClient) -> bool:
-    try:
-        client.read_block_document_by_name(CREDENTIALS_BLOCK, "secret", include_secrets=False)
-    except ObjectNotFound:
-        return False
-    return True
-
-
-def _work_pool(client: SyncPrefectClient, pool_type: str) -> UUID:
-    """Create or update the pool; its jobs read the store from the server's variable at start."""
-    try:
-        pool = client.read_work_pool(POOL)
-    except ObjectNotFound:
-        template = run_coro_as_sync(get_default_base_job_template_for_infrastructure_type(pool_type))
-        if template is None:
-            raise InputError(
-                f"--pool-type {pool_type}: unknown to this Prefect installation; see `prefect work-pool "
-                "create --help`, or create a pool named sera yourself"
-            ) from None
-        template = _job_template(template, keep_references=False)
-        return client.create_work_pool(
-            WorkPoolCreate(name=POOL, type=pool_type, base_job_template=template)
-        ).id
-    template = _job_template(pool.base_job_template, keep_references=_has_credentials_block(client))
-    if template != pool.base_job_template:
-        client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
-    return pool.id
-
-
-def _job_template(template: dict[str, Any], keep_references: bool) -> dict[str, Any]:
-    """The job template with our defaults, and without a command that a flow run could override.
-
-    Args:
-        template: The pool's base job template.
-        keep_references: Keep variables that refer to the block of an earlier version.
-    """
-    properties = dict(template["variables"]["properties"])
-    configuration = template["job_configuration"]
-    if "command" in properties:
-        configuration = _with_command(configuration, properties.pop("command").get("default"))
-    env = {
-        "SERA_STORE": f"{{{{ prefect.variables.{STORE_VARIABLE} }}}}",
-        **(properties["env"].get("default") or {}),
-    }
-    if not keep_references:
-        env = {name: value for name, value in env.items() if _REFERENCE not in str(value)}
-    properties = {**properties, "env": {**properties["env"], "default": env}}
-    if "working_dir" in properties and not properties["working_dir"].get("default"):
-        # Without it each flow run gets a temporary folder, which is deleted while a resumed run uses it.
-        properties["working_dir"] = {**properties["working_dir"], "default": "/"}
-    variables = {**template["variables"], "properties": properties}
-    return {**template, "job_configuration": configuration, "variables": variables}
-
-
-def _with_command(template: Any, command: str | None) -> Any:
-    """A part of a job template with the command variable replaced (None: by Prefect's default)."""
-    if isinstance(template, list):
-        return [_with_command(part, command) for part in template]
-    if not isinstance(template, dict):
-        return template
-    given = {key: command if part == "{{ command }}" else part for key, part in template.items()}
-    return {key: _with_command(part, command) for key, part in given.items() if part is not None}
 
 
 def _device_limit(client: SyncPrefectClient) -> UUID:

@@ -96,7 +96,7 @@ def bundled_file(kind: str, name: str) -> Path:
     """Path of a file shipped with the package, in a checkout or an installed wheel.
 
     Args:
-        kind: `data`, `experiments` or `judges`.
+        kind: `data`, `experiments`, `judges` or `work_pools`; empty: none of them.
         name: the file's name.
     """
     folders = [_HERE.parent / "deployments" / kind, _HERE / "bundled" / kind]

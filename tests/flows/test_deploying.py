@@ -18,7 +18,7 @@ import pytest
 import servers
 from commandline import SERA, process
 
-from flows.orchestration import deployments
+from flows.orchestration import work_pools
 
 pytestmark = pytest.mark.flow
 
@@ -98,6 +98,7 @@ def test_what_is_deployed_names_the_store_and_no_path_of_the_checkout(server, to
         assert str(servers.ROOT) not in json.dumps(found)
         assert found["work_pool_name"] == "sera"
         assert found["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+        assert found["job_variables"].get("gpus") == (0 if found["name"] == "sera-gc" else None)
     pool = servers.api(server.environment, "/work_pools/sera")
     env = pool["base_job_template"]["variables"]["properties"]["env"]["default"]
     assert env == {"SERA_STORE": "{{ prefect.variables.sera_store }}"}  # filled in when a flow run starts
@@ -110,14 +111,14 @@ def test_a_pool_keeps_its_own_command_and_takes_none_from_a_run():
         "variables": {"properties": properties},
         "job_configuration": {"command": "{{ command }}", "manifest": [{"args": "{{ command }}", "env": 1}]},
     }
-    closed = deployments._job_template(template, keep_references=False)
+    closed = work_pools.job_template(template, keep_references=False)
     assert closed["job_configuration"] == {
         "command": "nice prefect flow-run execute",
         "manifest": [{"args": "nice prefect flow-run execute", "env": 1}],
     }
     assert "command" not in closed["variables"]["properties"]
     del properties["command"]["default"]
-    closed = deployments._job_template(template, keep_references=False)
+    closed = work_pools.job_template(template, keep_references=False)
     assert closed["job_configuration"] == {"manifest": [{"env": 1}]}
 
 
