@@ -1,6 +1,6 @@
 """Imported before TRL and peft, which import bitsandbytes where it is installed.
 
-At import bitsandbytes has torch compile two functions, which loads all of torch's compiler: two seconds of the
+At import bitsandbytes has torch compile two functions, which loads all of its compiler: two seconds of the
 start of every process that trains. They are for devices without kernels of their own, where they now run
 uncompiled.
 """
