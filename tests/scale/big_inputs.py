@@ -97,10 +97,9 @@ def _pairs(ids: pa.Array, prompts: pa.Array) -> pa.Table:
 
 def _sampled(attempt: Attempt, prompts: int) -> list[str]:
     with Writer(attempt.write("responses.parquet"), schema.RESPONSES) as out:
-        for ids in _ids(prompts, "sampled"):
+        for number, ids in enumerate(_ids(prompts, "sampled")):
             rows = len(ids) * RESPONSES
             repeated = ids.take(np.repeat(np.arange(len(ids)), RESPONSES))
-            draw = np.random.default_rng(len(ids))
             columns = {
                 "prompt_id": repeated,
                 "sample": np.tile(np.arange(RESPONSES, dtype=np.int32), len(ids)),
@@ -109,7 +108,7 @@ def _sampled(attempt: Attempt, prompts: int) -> list[str]:
                 "seed": np.arange(rows),
                 "finish_reason": ["stop"] * rows,
                 "tokens": np.full(rows, 4, dtype=np.int32),
-                "policy_logps": draw.normal(-20, 3, rows),
+                "policy_logps": _drawn(number, rows, 1.0),
                 "past_logps": [[]] * rows,
                 "past_ref_logps": [[]] * rows,
             }
@@ -119,17 +118,20 @@ def _sampled(attempt: Attempt, prompts: int) -> list[str]:
 
 
 def _logps(attempt: Attempt, keys: Iterator[pa.Array], shift: float) -> list[str]:
-    """Log-probabilities of responses; a policy's are larger by `shift` on average."""
     with Writer(attempt.write("logps.parquet"), schema.LOGPS) as out:
         for number, some in enumerate(keys):
-            draw = np.random.default_rng((number, int(shift)))
             columns = {
                 "id": some,
-                "logps": draw.normal(-20, 3, len(some)) + shift,
+                "logps": _drawn(number, len(some), shift),
                 "tokens": np.full(len(some), 4, dtype=np.int32),
             }
             out.write(schema.table(schema.LOGPS, columns))
     return ["logps.parquet"]
+
+
+def _drawn(number: int, rows: int, shift: float) -> np.ndarray:
+    """Log-probabilities of the responses made at one time, in nats; a probe's are nearly the same."""
+    return np.random.default_rng((number, int(shift))).normal(-20, 3, rows).round(6) + shift
 
 
 def _human_keys(count: int) -> Iterator[pa.Array]:
