@@ -1,6 +1,10 @@
 """Read and write parquet by row group, so that memory does not grow with the number of rows.
 
 A step keeps numbers (numpy) and ids of all rows in memory; texts and token ids are read by row group.
+
+A table is one parquet file, also with millions of rows. Its row groups of 1,024 rows are written one after
+another and read from any place, so several files a table would need no less memory, and each would cost a
+record and a hash. Only the footer is read whole, and grows with the row groups.
 """
 
 from collections import OrderedDict
@@ -11,58 +15,108 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sera_core.artifacts.schema import ROW_GROUP, as_held
+from sera_core.method.ordinals import hex_numbers
 
 _GROUPS_HELD = 2
 _MAX_BLOCKS = 64
 _PLACE = "__place"
+READ_BYTES = 8 * 2**20
+"""Uncompressed bytes of the row groups that are read together; one group may be larger."""
 
 
 def row_groups(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The file's row groups in order, as tables of the schema's columns (or of the named ones)."""
+    """The file's rows in order, as tables of the schema's columns (or of the named ones).
+
+    A table has whole row groups: one, or as many as `READ_BYTES` of the file's uncompressed data hold.
+    """
     wanted = pa.schema([schema.field(name) for name in columns or schema.names])
     with pq.ParquetFile(path) as file:
         wanted = as_held(wanted, file.schema_arrow)
-        for group in range(file.num_row_groups):
+        for groups in _together(file.metadata):
             yield (
-                file.read_row_group(group, columns=wanted.names, use_threads=False)
+                file.read_row_groups(groups, columns=wanted.names, use_threads=False)
                 .select(wanted.names)
                 .cast(wanted)
             )
 
 
+def _together(meta: pq.FileMetaData) -> Iterator[list[int]]:
+    """Numbers of the row groups that are read together."""
+    groups, size = list[int](), 0
+    for number in range(meta.num_row_groups):
+        more = meta.row_group(number).total_byte_size
+        if groups and size + more > READ_BYTES:
+            yield groups
+            groups, size = [], 0
+        groups.append(number)
+        size += more
+    if groups:
+        yield groups
+
+
+def column(path: Path, schema: pa.Schema, name: str) -> pa.ChunkedArray:
+    """A whole column."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=[name], use_threads=False)[name].cast(schema.field(name).type)
+
+
 def numbers(path: Path, schema: pa.Schema, name: str) -> np.ndarray:
     """A column of numbers, [row]; a null becomes nan (and the array float)."""
-    pieces = [table[name].to_numpy() for table in row_groups(path, schema, [name])]
-    return np.concatenate(pieces) if pieces else np.empty(0)
+    found = column(path, schema, name)
+    return found.to_numpy() if len(found) else np.empty(0)
 
 
 def strings(path: Path, schema: pa.Schema, name: str) -> np.ndarray:
     """A column of short strings (ids), [row], as numpy's fixed-width text."""
-    pieces = [texts(table[name]) for table in row_groups(path, schema, [name])]
-    return np.concatenate(pieces) if pieces else texts(pa.chunked_array([], pa.string()))
+    return texts(column(path, schema, name))
 
 
 def texts(column: pa.ChunkedArray) -> np.ndarray:
     """Short strings without nulls, as numpy's fixed-width text."""
-    return np.array(column.to_pylist(), dtype=np.str_)
+    found = keys(column)
+    plain = not (np.ascontiguousarray(found).view(np.uint8) > 127).any()
+    return found.astype(np.str_) if plain else np.char.decode(found, "utf-8")
+
+
+def keys(column: pa.ChunkedArray) -> np.ndarray:
+    """Short strings without nulls, as numpy's fixed-width UTF-8 bytes, which sort as the strings do."""
+    pieces = [_fixed_width(chunk) for chunk in column.chunks if len(chunk)]
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype="S1")
+
+
+def _fixed_width(chunk: pa.StringArray) -> np.ndarray:
+    """One piece; strings of one length are taken as they lie in memory."""
+    span = pc.min_max(pc.binary_length(chunk))
+    width = span["max"].as_py()
+    if width and span["min"].as_py() == width and not chunk.null_count:
+        _, ends, data = chunk.buffers()
+        first = np.frombuffer(ends, dtype=np.int32)[chunk.offset]
+        return np.frombuffer(data, dtype=f"S{width}", count=len(chunk), offset=first)
+    return np.array(chunk.cast(pa.binary()).to_pylist(), dtype=np.bytes_)
 
 
 class Lookup:
-    """Index of each id in an array of distinct ids."""
+    """Index of each id in an array of ids; of equal ones, the first."""
 
     def __init__(self, ids: np.ndarray) -> None:
-        self._order = np.argsort(ids, kind="stable")
-        self._sorted = ids[self._order]
+        """`ids`: texts, UTF-8 bytes or numbers; what is looked up must be of the same kind."""
+        found, fits = hex_numbers(ids)
+        self._hex = bool(fits.all())
+        held = found if self._hex else ids
+        self._order = np.argsort(held, kind="stable")
+        self._sorted = held[self._order]
 
     def places(self, wanted: np.ndarray) -> np.ndarray:
         """Index of each wanted id, int64 of wanted's shape; -1 if it is absent."""
         if not self._sorted.size:
             return np.full(wanted.shape, -1, dtype=np.int64)
-        found = np.minimum(np.searchsorted(self._sorted, wanted), self._sorted.size - 1)
-        return np.where(self._sorted[found] == wanted, self._order[found], -1)
+        asked, fits = hex_numbers(wanted) if self._hex else (wanted, True)
+        found = np.minimum(np.searchsorted(self._sorted, asked), self._sorted.size - 1)
+        return np.where(fits & (self._sorted[found] == asked), self._order[found], -1)
 
 
 class Rows:
@@ -149,10 +203,13 @@ class Scatter:
 
     def add(self, places: np.ndarray, table: pa.Table) -> None:
         """Add rows with the place of each."""
+        order = np.argsort(places // self._block, kind="stable")
         placed = table.append_column(_PLACE, pa.array(places, pa.int64())).cast(self._schema)
-        blocks = places // self._block
-        for block in np.unique(blocks).tolist():
-            for batch in placed.take(np.flatnonzero(blocks == block)).to_batches():
+        placed = placed.combine_chunks().take(order)
+        blocks = places[order] // self._block
+        found, starts = np.unique(blocks, return_index=True)
+        for block, start, end in zip(found, starts, [*starts[1:], blocks.size], strict=True):
+            for batch in placed.slice(start, end - start).to_batches():
                 self._files[block].write_batch(batch)
 
     def tables(self) -> Iterator[pa.Table]:

@@ -98,9 +98,7 @@ def specs(made: Mapping[str, StepRef]) -> dict[str, Any]:
     generated = {f"{n}-000": made[f"samples-{n}"] for n in ("reference", "exact-policy", "exact-ref")}
     return {
         "review": lambda: steps.review(settings, rendered, "train.parquet", [1.0], human),
-        "select": lambda: steps.select(
-            settings, settings.select, made["review"], rendered, "human", ROUND
-        ),
+        "select": lambda: steps.select(settings, settings.select, made["review"], rendered, "human", ROUND),
         "pair": lambda: steps.pair(settings, samples, rendered, [1.0], generated, ROUND),
         "select_generated": lambda: steps.select(
             settings, settings.select_generated, made["pair"], made["pair"], "generated", ROUND
@@ -129,7 +127,9 @@ def commit_round(store: Store) -> RunStore:
     made, records = _kept(store), RunStore(store, RUN)
     digests = {"data": {side: ["made"] if side == "train" else [] for side in steps.SIDES}, "model": "made"}
     opened = records.open(config(), {"digests": digests})
-    policy = put(store, "train", lambda a: _policy(a, "trained"), {}, {"start": made["model"], "mixture": made["mix"]})
+    policy = put(
+        store, "train", lambda a: _policy(a, "trained"), {}, {"start": made["model"], "mixture": made["mix"]}
+    )
     own: Steps = {
         "data": made["data"],
         "model": made["model"],
@@ -232,14 +232,12 @@ def main() -> None:
     parser.add_argument("--do", choices=("make", *STEPS), help="one step of the store at --at")
     given = parser.parse_args()
     if given.do is None:
-        print(json.dumps(run(given.pairs, given.at)))
-        return
-    store = open_store(str(given.at))
-    if given.do == "make":
-        make(store, given.pairs)
-        print("{}")
+        told = run(given.pairs, given.at)
+    elif given.do == "make":
+        told = make(open_store(str(given.at)), given.pairs)
     else:
-        print(json.dumps(measured(store, given.do)))
+        told = measured(open_store(str(given.at)), given.do)
+    sys.stdout.write(json.dumps(told) + "\n")
 
 
 if __name__ == "__main__":
