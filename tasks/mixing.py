@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def mix_pairs(attempt: Attempt) -> list[str]:
     human.drop(mixture.over_share_human)
     generated.drop(mixture.over_share_generated)
     total = mixture.human.size + mixture.generated.size
-    _write_mixture(attempt, {human: mixture.human, generated: mixture.generated}, total)
+    with ThreadPoolExecutor(1, thread_name_prefix="sera-ledger") as beside:
+        flips = beside.submit(_write_ledger, attempt, human, generated)
+        _write_mixture(attempt, {human: mixture.human, generated: mixture.generated}, total)
     reason = mixture.reason or (None if total else "no_pairs")
     attempt.metrics |= {
         "pairs/human": len(mixture.human),
@@ -51,7 +54,7 @@ def mix_pairs(attempt: Attempt) -> list[str]:
         "target_share": mixture.target_share,
         "generated_share": mixture.share,
         "reason": reason,
-        **_write_ledger(attempt, human, generated),
+        **flips.result(),
     }
     return ["mixture.parquet", "ledger.parquet"]
 
@@ -95,13 +98,14 @@ class _Side:
                 table = _with(table, name, pc.if_else(pa.array(over), value, table[name]))
             yield table
 
-    def pairs(self, taken: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        """The taken pairs for training, in the file's order: (number within taken, rows).
+    def pairs(self, taken: np.ndarray, ordered: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """The taken pairs for training, piece by piece of their file: (ascending places, rows).
 
         Relabelled pairs are swapped; each row has reference log-probabilities.
 
         Args:
             taken: indices into `ids`.
+            ordered: the place of each in the training order.
         """
         if not taken.size:
             return
@@ -112,7 +116,8 @@ class _Side:
             for turn in (False, True):
                 rows = np.flatnonzero((here >= 0) & (turned[here] == turn))
                 if rows.size:
-                    yield here[rows], references.beside(table.take(rows), here[rows], turn)
+                    rows = rows[np.argsort(ordered[here[rows]])]
+                    yield ordered[here[rows]], references.beside(table.take(rows), here[rows], turn)
 
     @property
     def schema(self) -> pa.Schema:
@@ -262,8 +267,8 @@ def _write_mixture(attempt: Attempt, taken: dict[_Side, np.ndarray], total: int)
     ):
         scatter, first = Scatter(Path(scratch), held, total), 0
         for side, chosen in taken.items():
-            for found, table in side.pairs(chosen):
-                scatter.add(places[first + found], table)
+            for found, table in side.pairs(chosen, places[first : first + chosen.size]):
+                scatter.add(found, table)
             first += chosen.size
         for table in scatter.tables():
             out.write(table)

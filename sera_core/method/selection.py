@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt64
 
 from sera_core.errors import InputError
 from sera_core.extensions import Registry, is_own
-from sera_core.method.ordinals import has_repeats, ordinals
+from sera_core.method.ordinals import has_repeats, ordinals, sorted_by
 
 UNORDERED_RULES = ("relabel", "none")
 """Rules without an order of preference: a subset of their pairs must be drawn at random."""
@@ -285,7 +285,7 @@ def _rank(
 ) -> Int[np.ndarray, " pair"]:
     """Rank, from 1, of the finite pairs by the keys, ascending, last key first, ties by id; others 0."""
     rows = np.flatnonzero(finite)
-    order = np.lexsort((ids[rows], *(key[rows] for key in keys)))
+    order = sorted_by(ids[rows], *(key[rows] for key in keys))
     rank = np.zeros(finite.size, dtype=np.int64)
     rank[rows[order]] = np.arange(1, rows.size + 1)
     return rank

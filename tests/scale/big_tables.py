@@ -214,14 +214,16 @@ def peak_mib() -> int:
 def measured(store: Store, step: str) -> dict[str, Any]:
     """Seconds and peak MiB of one step of the round in this process."""
     records = commit_round(store) if step == "verify" else None
-    start = time.perf_counter()
+    start, computed = time.perf_counter(), time.process_time()
     if records is not None:
         told = {"bytes": verify(records).bytes}
     else:
         record = do(store, step)
         name = {"review": "scored", "pair": "pairs", "mix": "mixture"}.get(step, "ledger")
         told = {"rows": record.files[f"{name}.parquet"].rows, "digest": record.digest}
-    return {"seconds": round(time.perf_counter() - start, 1), "peak_mib": peak_mib(), **told}
+    seconds = round(time.perf_counter() - start, 1)
+    cpu = round(time.process_time() - computed, 1)
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak_mib(), **told}
 
 
 def main() -> None:
