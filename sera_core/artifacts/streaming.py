@@ -34,15 +34,25 @@ def row_groups(path: Path, schema: pa.Schema, columns: Sequence[str] | None = No
 
     A table has whole row groups: one, or as many as `READ_BYTES` of the file's uncompressed data hold.
     """
-    wanted = pa.schema([schema.field(name) for name in columns or schema.names])
     with pq.ParquetFile(path) as file:
-        wanted = as_held(wanted, file.schema_arrow)
-        for groups in _together(file.metadata):
-            yield (
-                file.read_row_groups(groups, columns=wanted.names, use_threads=False)
-                .select(wanted.names)
-                .cast(wanted)
-            )
+        wanted = as_held(
+            pa.schema([schema.field(name) for name in columns or schema.names]), file.schema_arrow
+        )
+        yield from _ahead(_read(file, groups, wanted) for groups in _together(file.metadata))
+
+
+def _read(file: pq.ParquetFile, groups: list[int], wanted: pa.Schema) -> pa.Table:
+    table = file.read_row_groups(groups, columns=wanted.names, use_threads=False)
+    return table.select(wanted.names).cast(wanted)
+
+
+def _ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The tables; a thread makes the next one while the caller works on one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="sera-ahead") as thread:
+        coming = thread.submit(next, tables, None)
+        while (table := coming.result()) is not None:
+            coming = thread.submit(next, tables, None)
+            yield table
 
 
 def _together(meta: pq.FileMetaData) -> Iterator[list[int]]:
@@ -239,7 +249,9 @@ class Scatter:
         """All rows in order, a block at a time."""
         for file in self._files:
             file.close()
-        for path in self._paths:
-            with pa.ipc.open_stream(path) as stream:
-                table = stream.read_all()
-            yield table.take(np.argsort(table[_PLACE].to_numpy())).drop_columns([_PLACE])
+        yield from _ahead(map(self._block_in_order, self._paths))
+
+    def _block_in_order(self, path: Path) -> pa.Table:
+        with pa.ipc.open_stream(path) as stream:
+            table = stream.read_all()
+        return table.take(np.argsort(table[_PLACE].to_numpy())).drop_columns([_PLACE])
