@@ -17,9 +17,12 @@ from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.step import Attempt
-from sera_core.artifacts.streaming import Lookup, Scatter, Writer, column, keys, numbers, row_groups
+from sera_core.artifacts.streaming import Lookup, Scatter, Writer, keys, row_groups
 from sera_core.errors import SeraError
 from sera_core.method.mixing import SHUFFLED, mix, training_order
+
+_SELECTED = ("pair_id", "ensemble_margin", "rank", "kept", "reason")
+"""What the mix reads of a selection's ledger before it writes."""
 
 
 def mix_pairs(attempt: Attempt) -> list[str]:
@@ -69,17 +72,30 @@ class _Side:
         self.ids, self._turned = np.empty(0, dtype="S16"), np.empty(0, dtype=bool)
         ranks, self.margins = np.empty(0, dtype=np.int64), np.empty(0)
         if f"{origin}_ledger" in attempt.spec.inputs:
-            path = self._ledger = attempt.input(f"{origin}_ledger").path("ledger.parquet")
-            kept = numbers(path, schema.LEDGER, "kept").astype(bool)
-            self._kept, self._rows = np.flatnonzero(kept), kept.size
-            self.ids = keys(column(path, schema.LEDGER, "pair_id").filter(pa.array(kept)))
-            self._turned = pc.equal(column(path, schema.LEDGER, "reason"), "relabelled").to_numpy()[kept]
-            ranks = numbers(path, schema.LEDGER, "rank")[kept].astype(np.int64)
-            margins = numbers(path, schema.LEDGER, "ensemble_margin")[kept].astype(np.float64)
-            self.margins = np.where(self._turned, -margins, margins)  # as the pair is trained on
+            self._ledger = attempt.input(f"{origin}_ledger").path("ledger.parquet")
+            ranks = self._read(self._ledger)
         # A rule without an order: all places are equal, so the mix takes a seeded draw.
         self.places = ranks if origin in attempt.fields["by_rank"] else np.zeros_like(ranks)
         self._over = np.empty(0, dtype=np.int64)
+
+    def _read(self, path: Path) -> np.ndarray:
+        """Read the selection's ledger; returns the rank of each kept pair."""
+        found = []
+        for table in row_groups(path, schema.LEDGER, _SELECTED):
+            rows = np.flatnonzero(table["kept"].to_numpy())
+            kept = table.take(rows)
+            turned = pc.equal(kept["reason"], "relabelled").to_numpy()
+            margins = kept["ensemble_margin"].to_numpy()
+            margins = np.where(turned, -margins, margins)  # as the pair is trained on
+            ids, ranks = keys(kept["pair_id"]), kept["rank"].to_numpy().astype(np.int64)
+            found.append((rows + self._rows, ids, turned, margins, ranks))
+            self._rows += table.num_rows
+        if not found:
+            return np.empty(0, dtype=np.int64)
+        self._kept, self.ids, self._turned, self.margins, ranks = map(
+            np.concatenate, zip(*found, strict=True)
+        )
+        return ranks
 
     def drop(self, over_share: np.ndarray) -> None:
         """Mark selected pairs beyond the share as dropped."""
@@ -241,15 +257,15 @@ class _References:
     def _samples(self, made: Artifact) -> tuple[np.ndarray, np.ndarray]:
         """The prompt of each taken pair, [pair], and the numbers of its two samples, [side, pair]."""
         samples = np.zeros(self._values.shape, dtype=np.int64)
-        found, numbers = [], []
+        found, taken = [], []
         for places, table in self._places.pieces(self._pairs, schema.PAIRS, ["pair_id", "prompt_id"]):
-            numbers.append(places[places >= 0])
+            taken.append(places[places >= 0])
             found.append(keys(table["prompt_id"].take(np.flatnonzero(places >= 0))))
         for places, table in self._places.pieces(made.path("pair_samples.parquet"), schema.PAIR_SAMPLES):
             for side, name in enumerate(("chosen_sample", "rejected_sample")):
                 samples[side, places[places >= 0]] = table[name].to_numpy()[places >= 0]
         prompts = np.concatenate(found)
-        return prompts[np.argsort(np.concatenate(numbers))], samples
+        return prompts[np.argsort(np.concatenate(taken))], samples
 
 
 def _write_mixture(attempt: Attempt, taken: dict[_Side, np.ndarray], total: int) -> None:

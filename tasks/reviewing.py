@@ -1,6 +1,7 @@
 """Score human pairs with the policy's log-probabilities, and select pairs by margin."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,7 @@ def review_pairs(attempt: Attempt) -> list[str]:
 def select_pairs(attempt: Attempt) -> list[str]:
     """Write ledger.parquet: rank, kept or dropped, and reason of each scored pair."""
     fields = attempt.fields
-    scored = attempt.input("review").path("scored.parquet")
-    ids = column(scored, schema.SCORED, "pair_id")
-    prompts = _prompt_ids(attempt, ids)
-    margins = numbers(scored, schema.SCORED, "ensemble_margin")
+    ids, prompts, margins = _scored(attempt)
     settings: dict[str, Any] = {name: fields[name] for name in _SETTINGS if name in fields}
     if "seed" in fields:
         settings["seed"] = derived_seed(fields["seed"], fields["round"], fields["origin"], "random")
@@ -112,15 +110,24 @@ def _variances(attempt: Attempt, prompts: pa.ChunkedArray) -> np.ndarray:
     return found[np.searchsorted(kinds, texts(prompts))]
 
 
-def _prompt_ids(attempt: Attempt, pair_ids: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The prompt of each scored pair."""
-    pairs = attempt.input("pairs")
+def _scored(attempt: Attempt) -> tuple[pa.ChunkedArray, pa.ChunkedArray, np.ndarray]:
+    """Id, prompt and ensemble margin (nats) of each scored pair.
+
+    Raises:
+        SeraError: the scores are of other pairs.
+    """
+    scored, pairs = attempt.input("review").path("scored.parquet"), attempt.input("pairs")
     path = pairs.path("train.parquet" if "train.parquet" in pairs.record.files else "pairs.parquet")
-    if not column(path, schema.PAIRS, "pair_id").equals(pair_ids):
+    with ThreadPoolExecutor(2, thread_name_prefix="sera-columns") as threads:
+        ids = threads.submit(column, scored, schema.SCORED, "pair_id")
+        own = threads.submit(column, path, schema.PAIRS, "pair_id")
+        margins = threads.submit(numbers, scored, schema.SCORED, "ensemble_margin")
+        prompts = threads.submit(column, path, schema.PAIRS, "prompt_id")
+    if not own.result().equals(ids.result()):
         raise SeraError(
             f"{path}: has other pairs than the scores; delete the step that scored them and run again"
         )
-    return column(path, schema.PAIRS, "prompt_id")
+    return ids.result(), prompts.result(), margins.result()
 
 
 def _sweep(attempt: Attempt, pair_ids: pa.ChunkedArray, tokens: np.ndarray) -> Sweep | None:

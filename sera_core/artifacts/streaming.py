@@ -25,6 +25,7 @@ from sera_core.method.ordinals import hex_numbers
 _GROUPS_HELD = 2
 _MAX_BLOCKS = 64
 _PLACE = "__place"
+_YIELDED = 16 * ROW_GROUP
 READ_BYTES = 8 * 2**20
 """Uncompressed bytes of the row groups that are read together; one group may be larger."""
 
@@ -246,12 +247,12 @@ class Scatter:
                 self._files[block].write_batch(batch)
 
     def tables(self) -> Iterator[pa.Table]:
-        """All rows in order, a block at a time."""
+        """All rows in order; a block is in memory at a time."""
         for file in self._files:
             file.close()
-        yield from _ahead(map(self._block_in_order, self._paths))
-
-    def _block_in_order(self, path: Path) -> pa.Table:
-        with pa.ipc.open_stream(path) as stream:
-            table = stream.read_all()
-        return table.take(np.argsort(table[_PLACE].to_numpy())).drop_columns([_PLACE])
+        for path in self._paths:
+            with pa.ipc.open_stream(path) as stream:
+                table = stream.read_all()
+            table = table.take(np.argsort(table[_PLACE].to_numpy())).drop_columns([_PLACE])
+            for start in range(0, table.num_rows, _YIELDED):
+                yield table.slice(start, _YIELDED)
