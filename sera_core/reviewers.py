@@ -121,7 +121,7 @@ def sweep_of_responses(tokens: np.ndarray, prompts: np.ndarray, usable: np.ndarr
 
 
 def sweep_of_pairs(
-    tokens: np.ndarray, pair_ids: Sequence[str], beta: float, rules: Mapping[str, Any], seed: int
+    tokens: np.ndarray, pair_ids: Sequence[str] | np.ndarray, beta: float, rules: Mapping[str, Any], seed: int
 ) -> Sweep:
     """Mean of |y_w| − |y_l| in tokens over the human pairs that the selection would keep.
 

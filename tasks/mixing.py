@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.step import Attempt
-from sera_core.artifacts.streaming import Lookup, Scatter, Writer, keys, row_groups
+from sera_core.artifacts.streaming import Lookup, Scatter, Writer, compute, keys, row_groups
 from sera_core.errors import SeraError
 from sera_core.method.mixing import SHUFFLED, mix, training_order
 
@@ -32,8 +31,8 @@ def mix_pairs(attempt: Attempt) -> list[str]:
     the mixture is empty.
     """
     fields = attempt.fields
-    human = _Side(attempt, "human")
-    generated = _Side(attempt, "generated")
+    with ThreadPoolExecutor(2, thread_name_prefix="sera-side") as threads:
+        human, generated = threads.map(lambda origin: _Side(attempt, origin), ("human", "generated"))
     mixture = mix(
         human.places,
         human.ids,
@@ -68,12 +67,14 @@ class _Side:
     def __init__(self, attempt: Attempt, origin: str) -> None:
         self._attempt, self._origin = attempt, origin
         self._ledger: Path | None = None
+        self._pairs = Path()
         self._kept, self._rows = np.empty(0, dtype=np.int64), 0
         self.ids, self._turned = np.empty(0, dtype="S16"), np.empty(0, dtype=bool)
         ranks, self.margins = np.empty(0, dtype=np.int64), np.empty(0)
         if f"{origin}_ledger" in attempt.spec.inputs:
             self._ledger = attempt.input(f"{origin}_ledger").path("ledger.parquet")
             ranks = self._read(self._ledger)
+            self._pairs = self._pairs_path()
         # A rule without an order: all places are equal, so the mix takes a seeded draw.
         self.places = ranks if origin in attempt.fields["by_rank"] else np.zeros_like(ranks)
         self._over = np.empty(0, dtype=np.int64)
@@ -84,7 +85,7 @@ class _Side:
         for table in row_groups(path, schema.LEDGER, _SELECTED):
             rows = np.flatnonzero(table["kept"].to_numpy())
             kept = table.take(rows)
-            turned = pc.equal(kept["reason"], "relabelled").to_numpy()
+            turned = compute.equal(kept["reason"], "relabelled").to_numpy()
             margins = kept["ensemble_margin"].to_numpy()
             margins = np.where(turned, -margins, margins)  # as the pair is trained on
             ids, ranks = keys(kept["pair_id"]), kept["rank"].to_numpy().astype(np.int64)
@@ -111,7 +112,7 @@ class _Side:
             first += table.num_rows
             dropped = {"kept": False, "reason": "over_share", "stage": "mix"}
             for name, value in dropped.items() if over.any() else ():
-                table = _with(table, name, pc.if_else(pa.array(over), value, table[name]))
+                table = _with(table, name, compute.if_else(pa.array(over), value, table[name]))
             yield table
 
     def pairs(self, taken: np.ndarray, ordered: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
@@ -127,8 +128,8 @@ class _Side:
             return
         turned = self._turned[taken]
         places = _Places(self._kept[taken], self.ids[taken], self._rows)
-        references = _References(self._attempt, self._origin, places, self._pairs_path())
-        for here, table in places.pieces(self._pairs_path(), schema.PAIRS):
+        references = _References(self._attempt, self._origin, places, self._pairs)
+        for here, table in places.pieces(self._pairs, schema.PAIRS):
             for turn in (False, True):
                 rows = np.flatnonzero((here >= 0) & (turned[here] == turn))
                 if rows.size:
@@ -138,7 +139,7 @@ class _Side:
     @property
     def schema(self) -> pa.Schema:
         """Schema of the pairs' file."""
-        return pq.read_schema(self._pairs_path())
+        return pq.read_schema(self._pairs)
 
     def _pairs_path(self) -> Path:
         if self._origin == "human":
@@ -187,7 +188,7 @@ class _Places:
 def _pair_ids(responses: pa.ChunkedArray) -> pa.ChunkedArray:
     """The pair of every second response, where the chosen and the rejected one of each pair come in turn."""
     chosen = responses.take(np.arange(0, len(responses), 2))
-    return pc.utf8_slice_codeunits(chosen, 0, -len("/chosen"))
+    return compute.utf8_slice_codeunits(chosen, 0, -len("/chosen"))
 
 
 def _other_pairs(path: Path) -> SeraError:
@@ -315,9 +316,9 @@ def _counted(table: pa.Table, *names: str) -> Iterator[tuple[tuple[Any, ...], in
 
 def _flipped_and_kept(table: pa.Table, flipped: list[str]) -> dict[tuple[bool, bool], int]:
     """Number of selected human pairs by (flipped label, kept)."""
-    selected = pc.is_in(table["stage"], value_set=pa.array(["select", "mix"]))
-    rows = table.filter(pc.and_(pc.equal(table["origin"], "human"), selected))
-    of_flipped = pc.is_in(rows["pair_id"], value_set=pa.array(flipped, pa.string()))
+    selected = compute.is_in(table["stage"], value_set=pa.array(["select", "mix"]))
+    rows = table.filter(compute.and_(compute.equal(table["origin"], "human"), selected))
+    of_flipped = compute.is_in(rows["pair_id"], value_set=pa.array(flipped, pa.string()))
     rows = rows.append_column("flipped", of_flipped)
     return {(turned, kept): count for (turned, kept), count in _counted(rows, "flipped", "kept")}
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.step import Attempt
-from sera_core.artifacts.streaming import Lookup, column, keys, numbers, strings, texts
+from sera_core.artifacts.streaming import Lookup, column, compute, keys, numbers, strings, texts
 from sera_core.errors import SeraError
 from sera_core.method.noise import noise_floor
 from sera_core.method.rewards import score_responses
@@ -97,7 +96,7 @@ def select_pairs(attempt: Attempt) -> list[str]:
     selection = select(margins, keys(ids), rule=fields["rule"], **settings)
     ledger = selection_table(ids, prompts, margins, selection, fields["origin"], fields["round"])
     schema.write_table(ledger, attempt.write("ledger.parquet"))
-    counted = pc.value_counts(ledger["reason"]).to_pylist()
+    counted = compute.value_counts(ledger["reason"]).to_pylist()
     attempt.counts.update({found["values"]: found["counts"] for found in counted})
     return ["ledger.parquet"]
 
@@ -116,18 +115,24 @@ def _scored(attempt: Attempt) -> tuple[pa.ChunkedArray, pa.ChunkedArray, np.ndar
     Raises:
         SeraError: the scores are of other pairs.
     """
-    scored, pairs = attempt.input("review").path("scored.parquet"), attempt.input("pairs")
-    path = pairs.path("train.parquet" if "train.parquet" in pairs.record.files else "pairs.parquet")
-    with ThreadPoolExecutor(2, thread_name_prefix="sera-columns") as threads:
-        ids = threads.submit(column, scored, schema.SCORED, "pair_id")
-        own = threads.submit(column, path, schema.PAIRS, "pair_id")
-        margins = threads.submit(numbers, scored, schema.SCORED, "ensemble_margin")
-        prompts = threads.submit(column, path, schema.PAIRS, "prompt_id")
-    if not own.result().equals(ids.result()):
+    pairs = attempt.input("pairs")
+    name = "train.parquet" if "train.parquet" in pairs.record.files else "pairs.parquet"
+    with ThreadPoolExecutor(1, thread_name_prefix="sera-scores") as beside:
+        scores = beside.submit(_margins, attempt)
+        path = pairs.path(name)
+        own, prompts = (column(path, schema.PAIRS, one) for one in ("pair_id", "prompt_id"))
+        ids, margins = scores.result()
+    if not own.equals(ids):
         raise SeraError(
             f"{path}: has other pairs than the scores; delete the step that scored them and run again"
         )
-    return ids.result(), prompts.result(), margins.result()
+    return ids, prompts, margins
+
+
+def _margins(attempt: Attempt) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """Id and ensemble margin (nats) of each scored pair."""
+    path = attempt.input("review").path("scored.parquet")
+    return column(path, schema.SCORED, "pair_id"), numbers(path, schema.SCORED, "ensemble_margin")
 
 
 def _sweep(attempt: Attempt, pair_ids: pa.ChunkedArray, tokens: np.ndarray) -> Sweep | None:
@@ -150,9 +155,9 @@ def _names(attempt: Attempt, beginning: str) -> list[str]:
 
 def _rows_of(keys_of: pa.ChunkedArray, pairs: pa.ChunkedArray) -> np.ndarray:
     """The row of each response (`<pair_id>/<side>`) where both of every pair come in turn; -1 without one."""
-    pair_ids = pc.replace_substring_regex(keys_of, r"/(chosen|rejected)$", "")
+    pair_ids = compute.replace_substring_regex(keys_of, r"/(chosen|rejected)$", "")
     found = Lookup(keys(pairs)).places(keys(pair_ids))
-    rows = 2 * found + pc.ends_with(keys_of, "/rejected").to_numpy()
+    rows = 2 * found + compute.ends_with(keys_of, "/rejected").to_numpy()
     return np.where(found < 0, -1, rows)
 
 
@@ -177,9 +182,9 @@ def _memory(
         policy, reference: the scores that the review uses in the head's place.
     """
     mixture = attempt.input("head_mixture").path("mixture.parquet")
-    human = pc.equal(column(mixture, schema.MIXTURE, "origin"), "human")
+    human = compute.equal(column(mixture, schema.MIXTURE, "origin"), "human")
     trained = column(mixture, schema.MIXTURE, "pair_id").filter(human)
-    seen = pc.is_in(pairs, value_set=trained.combine_chunks()).to_numpy()
+    seen = compute.is_in(pairs, value_set=trained.combine_chunks()).to_numpy()
     own = _logps(attempt, "head_policy", pairs)
     refers = _logps(attempt, "head_reference", pairs) if reference is not None else None
     return {
@@ -219,6 +224,6 @@ def _are_of(responses: pa.ChunkedArray, pairs: pa.ChunkedArray) -> bool:
         both = responses.slice(2 * start, 2 * len(some))
         for number, side in enumerate(("chosen", "rejected")):
             own = both.take(np.arange(number, len(both), 2))
-            if not own.equals(pc.binary_join_element_wise(some, f"/{side}", "")):
+            if not own.equals(compute.binary_join_element_wise(some, f"/{side}", "")):
                 return False
     return True

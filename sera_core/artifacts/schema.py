@@ -141,7 +141,7 @@ def table(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+def _array(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
     held = isinstance(values, pa.Array | pa.ChunkedArray)
     return values.cast(kind) if held else pa.array(values, type=kind)
 

@@ -16,12 +16,14 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from sera_core.artifacts.schema import ROW_GROUP, as_held
 from sera_core.method.ordinals import hex_numbers
 
+compute: Any = pyarrow.compute
+"""Arrow's functions, which it makes when it is imported, so that type checkers do not know them."""
 _GROUPS_HELD = 2
 _MAX_BLOCKS = 64
 _PLACE = "__place"
@@ -102,7 +104,7 @@ def keys(column: pa.ChunkedArray) -> np.ndarray:
 
 def _fixed_width(chunk: pa.StringArray) -> np.ndarray:
     """One piece; strings of one length are taken as they lie in memory."""
-    span = pc.min_max(pc.binary_length(chunk))
+    span = compute.min_max(compute.binary_length(chunk))
     width = span["max"].as_py()
     if width and span["min"].as_py() == width and not chunk.null_count:
         _, ends, data = chunk.buffers()

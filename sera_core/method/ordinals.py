@@ -51,14 +51,18 @@ def hex_numbers(ids: np.ndarray) -> tuple[UInt64[np.ndarray, " id"], Bool[np.nda
 
 def hashes(beginning: str, ids: Sequence[str] | np.ndarray) -> np.ndarray:
     """Numbers that sort as the sha256 digests of `beginning` followed by each id."""
-    begun, digests = hashlib.sha256(beginning.encode()), list[bytes]()
+    begun, first = hashlib.sha256(beginning.encode()), 0
+    found = np.empty((len(ids), begun.digest_size), dtype=np.uint8)
     for some in _encoded(ids):
+        digests = list[bytes]()
         for id in some:
             digest = begun.copy()  # faster than to hash the beginning again
             digest.update(id)
             digests.append(digest.digest())
-    found = np.frombuffer(b"".join(digests), dtype=np.uint8)
-    return sortable(found.reshape(len(ids), begun.digest_size))
+        rows = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(some), -1)
+        found[first : first + len(some)] = rows
+        first += len(some)
+    return sortable(found)
 
 
 def sortable(digests: UInt8[np.ndarray, "id byte"]) -> np.ndarray:

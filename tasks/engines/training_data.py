@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
-from sera_core.artifacts.streaming import Rows, column, keys, row_groups
+from sera_core.artifacts.streaming import Rows, column, compute, keys, row_groups
 from sera_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class Mixture:
         pair_ids = keys(column(path, schema.MIXTURE, "pair_id"))
         for name in REFERENCES if needs_reference else ():
             values = column(path, schema.MIXTURE, name)
-            finite = pc.fill_null(pc.is_finite(values), False).to_numpy()
+            finite = compute.fill_null(compute.is_finite(values), False).to_numpy()
             if not finite.all():
                 row = int(np.argmin(finite))
                 raise InputError(
@@ -133,7 +132,7 @@ class Mixture:
 
 def _lengths(table: pa.Table) -> np.ndarray:
     """Tokens of each pair's texts, [pair, 3]."""
-    columns = [pc.list_value_length(table[name]).to_numpy() for name in IDS]
+    columns = [compute.list_value_length(table[name]).to_numpy() for name in IDS]
     return np.stack(columns, axis=1).astype(np.int64)
 
 
