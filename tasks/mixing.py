@@ -16,7 +16,7 @@ from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.step import Attempt
-from sera_core.artifacts.streaming import Lookup, Scatter, Writer, compute, keys, row_groups
+from sera_core.artifacts.streaming import JOINED, Lookup, Scatter, Writer, compute, keys, row_groups
 from sera_core.errors import SeraError
 from sera_core.method.mixing import SHUFFLED, mix, training_order
 
@@ -82,7 +82,7 @@ class _Side:
     def _read(self, path: Path) -> np.ndarray:
         """Read the selection's ledger; returns the rank of each kept pair."""
         found = []
-        for table in row_groups(path, schema.LEDGER, _SELECTED):
+        for table in row_groups(path, schema.LEDGER, _SELECTED, JOINED):
             rows = np.flatnonzero(table["kept"].to_numpy())
             kept = table.take(rows)
             turned = compute.equal(kept["reason"], "relabelled").to_numpy()
@@ -105,7 +105,7 @@ class _Side:
     def ledger(self) -> Iterator[pa.Table]:
         """The selection's ledger, with the pairs dropped by the mix."""
         first = 0
-        for table in row_groups(self._ledger, schema.LEDGER) if self._ledger else ():
+        for table in row_groups(self._ledger, schema.LEDGER, size=JOINED) if self._ledger else ():
             over = np.zeros(table.num_rows, dtype=bool)
             low, high = np.searchsorted(self._over, [first, first + table.num_rows])
             over[self._over[low:high] - first] = True
@@ -173,7 +173,7 @@ class _Places:
             SeraError: the file has other pairs than the selection.
         """
         first = 0
-        for table in row_groups(path, kind, columns):
+        for table in row_groups(path, kind, columns, JOINED):
             ids = table["pair_id"] if "pair_id" in table.column_names else _pair_ids(table["id"])
             places = self._places[first : first + len(ids)]
             rows = np.flatnonzero(places >= 0)
@@ -241,7 +241,7 @@ class _References:
         known, seen = np.zeros(wanted.size, dtype=bool), np.zeros(wanted.size, dtype=bool)
         responses = Lookup(wanted)
         columns = ["prompt_id", "sample", name]
-        for table in row_groups(made.path("responses.parquet"), schema.RESPONSES, columns):
+        for table in row_groups(made.path("responses.parquet"), schema.RESPONSES, columns, JOINED):
             prompt, sample = lookup.places(keys(table["prompt_id"])), table["sample"].to_numpy()
             numbered = np.where((prompt >= 0) & (sample < most), prompt * most + sample, -1)
             places = responses.places(numbered)

@@ -28,20 +28,24 @@ _GROUPS_HELD = 2
 _MAX_BLOCKS = 64
 _PLACE = "__place"
 _YIELDED = 16 * ROW_GROUP
-READ_BYTES = 8 * 2**20
-"""Uncompressed bytes of the row groups that are read together; one group may be larger."""
+JOINED = 2 * 2**20
+"""`size` of `row_groups` where no row is turned into Python's objects."""
 
 
-def row_groups(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The file's rows in order, as tables of the schema's columns (or of the named ones).
+def row_groups(
+    path: Path, schema: pa.Schema, columns: Sequence[str] | None = None, size: int = 0
+) -> Iterator[pa.Table]:
+    """The file's rows in order, as tables of the schema's columns (or of the named ones), a row group each.
 
-    A table has whole row groups: one, or as many as `READ_BYTES` of the file's uncompressed data hold.
+    Args:
+        size: join row groups up to so many bytes of uncompressed data (all columns), which is faster where
+            rows are short; 0: never.
     """
     with pq.ParquetFile(path) as file:
         wanted = as_held(
             pa.schema([schema.field(name) for name in columns or schema.names]), file.schema_arrow
         )
-        yield from _ahead(_read(file, groups, wanted) for groups in _together(file.metadata))
+        yield from _ahead(_read(file, groups, wanted) for groups in _together(file.metadata, size))
 
 
 def _read(file: pq.ParquetFile, groups: list[int], wanted: pa.Schema) -> pa.Table:
@@ -58,12 +62,12 @@ def _ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
             yield table
 
 
-def _together(meta: pq.FileMetaData) -> Iterator[list[int]]:
+def _together(meta: pq.FileMetaData, most: int) -> Iterator[list[int]]:
     """Numbers of the row groups that are read together."""
     groups, size = list[int](), 0
     for number in range(meta.num_row_groups):
         more = meta.row_group(number).total_byte_size
-        if groups and size + more > READ_BYTES:
+        if groups and size + more > most:
             yield groups
             groups, size = [], 0
         groups.append(number)
