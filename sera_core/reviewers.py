@@ -3,7 +3,7 @@
 The only place that combines policies, references and ensembles.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from sera_core.method.selection import Selection, select
 Nats = np.ndarray
 Sweep = Callable[[Nats], float]
 """sweep(rewards): mean length difference, in tokens, of the pairs these rewards would give; nan if none."""
+RowsOf = Callable[[pa.ChunkedArray], np.ndarray]
+"""rows_of(keys): the row of each response among all, int64; -1 for one that is not there."""
 NOISE = "margin_noise_nats"
 """Metric of a review: noise floor of a human pair's margin, in nats; `…_generated` for generated pairs."""
 
@@ -119,7 +121,7 @@ def sweep_of_responses(tokens: np.ndarray, prompts: np.ndarray, usable: np.ndarr
 
 
 def sweep_of_pairs(
-    tokens: np.ndarray, pair_ids: Sequence[str], beta: float, rules: Mapping[str, Any], seed: int
+    tokens: np.ndarray, pair_ids: Sequence[str] | np.ndarray, beta: float, rules: Mapping[str, Any], seed: int
 ) -> Sweep:
     """Mean of |y_w| − |y_l| in tokens over the human pairs that the selection would keep.
 
@@ -144,7 +146,7 @@ def probed_noise(
     score: str,
     beta: float,
     weights: Sequence[float],
-    ids: Iterable[str],
+    rows_of: RowsOf,
     policies: Sequence[Nats],
     references: Sequence[Nats],
     probes: Mapping[str, pa.Table],
@@ -153,7 +155,7 @@ def probed_noise(
 
     Args:
         score, beta, weights: as in `judge_responses`.
-        ids: key of each response.
+        rows_of: finds the probed responses among all.
         policies: log π_k(y|x) of the ensemble's policies, newest first.
         references: log π_ref,k(y|x) likewise; empty for simpo.
         probes: the same for a few responses in float32, tables of id, logps and tokens by name:
@@ -165,13 +167,10 @@ def probed_noise(
     if not probes:
         return Noise(0.0, 0)
     first = next(iter(probes.values()))
-    probed = first["id"].to_pylist()
-    places = dict.fromkeys(probed)
-    places |= {id: row for row, id in enumerate(ids) if id in places}
-    if None in places.values() or any(table["id"] != first["id"] for table in probes.values()):
+    rows = rows_of(first["id"])
+    if (rows < 0).any() or any(table["id"] != first["id"] for table in probes.values()):
         raise SeraError("the noise probe has other responses than the review; delete that step and run again")
     tokens = first["tokens"].to_numpy().astype(np.int64)
-    rows = np.array([places[id] for id in probed], dtype=np.int64)
 
     def ensemble(policy_logps: Sequence[Nats], reference_logps: Sequence[Nats]) -> Nats:
         refs: Sequence[Nats | None] = reference_logps or [None] * len(policy_logps)
@@ -225,7 +224,7 @@ def interleaved(table: pa.Table) -> tuple[Nats, Nats]:
 
 
 def scored_table(
-    pair_ids: Sequence[str] | np.ndarray,
+    pair_ids: Sequence[str] | np.ndarray | pa.ChunkedArray,
     policy: tuple[Nats, Nats],
     reference: tuple[Nats, Nats] | None,
     tokens: tuple[np.ndarray, np.ndarray],
@@ -237,7 +236,7 @@ def scored_table(
     """The columns of scored.parquet; margins are in nats without β, rounded to step. Each tuple is (chosen,
     rejected)."""
     columns = {
-        "pair_id": list(pair_ids),
+        "pair_id": pair_ids,
         "policy_chosen_logps": policy[0],
         "policy_rejected_logps": policy[1],
         "chosen_tokens": tokens[0],
@@ -253,8 +252,8 @@ def scored_table(
 
 
 def selection_table(
-    pair_ids: Sequence[str],
-    prompt_ids: Sequence[str | None],
+    pair_ids: Sequence[str] | pa.ChunkedArray,
+    prompt_ids: Sequence[str | None] | pa.ChunkedArray,
     margins: Nats,
     selection: Selection,
     origin: str,
@@ -262,16 +261,18 @@ def selection_table(
 ) -> pa.Table:
     """The ledger of one selection: each pair's margin in nats, its rank, kept or dropped, and why."""
     rows = len(pair_ids)
-    reasons = zip(selection.swapped, selection.reason, strict=True)
+    reason = selection.reason
+    if selection.swapped.any():
+        reason = np.where(selection.swapped, np.asarray("relabelled", dtype=object), reason)
     columns = {
-        "pair_id": list(pair_ids),
-        "prompt_id": list(prompt_ids),
-        "origin": [origin] * rows,
-        "round": [round] * rows,
-        "stage": ["select"] * rows,
+        "pair_id": pair_ids,
+        "prompt_id": prompt_ids,
+        "origin": pa.repeat(origin, rows),
+        "round": pa.repeat(round, rows),
+        "stage": pa.repeat("select", rows),
         "ensemble_margin": margins,
-        "rank": [int(rank) or None for rank in selection.rank],
+        "rank": pa.array(selection.rank, mask=selection.rank == 0),
         "kept": selection.kept,
-        "reason": ["relabelled" if turned else str(reason) for turned, reason in reasons],
+        "reason": reason,
     }
     return schema.table(schema.LEDGER, columns)

@@ -3,7 +3,8 @@
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import pyarrow.parquet as pq
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
+from sera_core.artifacts.manifest import Artifact
 from sera_core.artifacts.step import Attempt
-from sera_core.artifacts.streaming import Lookup, Scatter, Writer, numbers, row_groups, strings, texts
+from sera_core.artifacts.streaming import JOINED, Lookup, Scatter, Writer, compute, keys, row_groups
 from sera_core.errors import SeraError
 from sera_core.method.mixing import SHUFFLED, mix, training_order
+
+_SELECTED = ("pair_id", "ensemble_margin", "rank", "kept", "reason")
+"""What the mix reads of a selection's ledger before it writes."""
 
 
 def mix_pairs(attempt: Attempt) -> list[str]:
@@ -26,8 +31,8 @@ def mix_pairs(attempt: Attempt) -> list[str]:
     the mixture is empty.
     """
     fields = attempt.fields
-    human = _Side(attempt, "human")
-    generated = _Side(attempt, "generated")
+    with ThreadPoolExecutor(2, thread_name_prefix="sera-side") as threads:
+        human, generated = threads.map(lambda origin: _Side(attempt, origin), ("human", "generated"))
     mixture = mix(
         human.places,
         human.ids,
@@ -41,7 +46,9 @@ def mix_pairs(attempt: Attempt) -> list[str]:
     human.drop(mixture.over_share_human)
     generated.drop(mixture.over_share_generated)
     total = mixture.human.size + mixture.generated.size
-    _write_mixture(attempt, {human: mixture.human, generated: mixture.generated}, total)
+    with ThreadPoolExecutor(1, thread_name_prefix="sera-ledger") as beside:
+        flips = beside.submit(_write_ledger, attempt, human, generated)
+        _write_mixture(attempt, {human: mixture.human, generated: mixture.generated}, total)
     reason = mixture.reason or (None if total else "no_pairs")
     attempt.metrics |= {
         "pairs/human": len(mixture.human),
@@ -49,7 +56,7 @@ def mix_pairs(attempt: Attempt) -> list[str]:
         "target_share": mixture.target_share,
         "generated_share": mixture.share,
         "reason": reason,
-        **_write_ledger(attempt, human, generated),
+        **flips.result(),
     }
     return ["mixture.parquet", "ledger.parquet"]
 
@@ -60,21 +67,36 @@ class _Side:
     def __init__(self, attempt: Attempt, origin: str) -> None:
         self._attempt, self._origin = attempt, origin
         self._ledger: Path | None = None
-        self._kept = np.empty(0, dtype=np.int64)
-        self.ids, self._turned = np.empty(0, dtype="U16"), np.empty(0, dtype=bool)
+        self._pairs = Path()
+        self._kept, self._rows = np.empty(0, dtype=np.int64), 0
+        self.ids, self._turned = np.empty(0, dtype="S16"), np.empty(0, dtype=bool)
         ranks, self.margins = np.empty(0, dtype=np.int64), np.empty(0)
         if f"{origin}_ledger" in attempt.spec.inputs:
-            path = self._ledger = attempt.input(f"{origin}_ledger").path("ledger.parquet")
-            kept = numbers(path, schema.LEDGER, "kept").astype(bool)
-            self._kept = np.flatnonzero(kept)
-            self.ids = strings(path, schema.LEDGER, "pair_id")[kept]
-            self._turned = (strings(path, schema.LEDGER, "reason") == "relabelled")[kept]
-            ranks = numbers(path, schema.LEDGER, "rank")[kept].astype(np.int64)
-            margins = numbers(path, schema.LEDGER, "ensemble_margin")[kept].astype(np.float64)
-            self.margins = np.where(self._turned, -margins, margins)  # as the pair is trained on
+            self._ledger = attempt.input(f"{origin}_ledger").path("ledger.parquet")
+            ranks = self._read(self._ledger)
+            self._pairs = self._pairs_path()
         # A rule without an order: all places are equal, so the mix takes a seeded draw.
         self.places = ranks if origin in attempt.fields["by_rank"] else np.zeros_like(ranks)
         self._over = np.empty(0, dtype=np.int64)
+
+    def _read(self, path: Path) -> np.ndarray:
+        """Read the selection's ledger; returns the rank of each kept pair."""
+        found = []
+        for table in row_groups(path, schema.LEDGER, _SELECTED, JOINED):
+            rows = np.flatnonzero(table["kept"].to_numpy())
+            kept = table.take(rows)
+            turned = compute.equal(kept["reason"], "relabelled").to_numpy()
+            margins = kept["ensemble_margin"].to_numpy()
+            margins = np.where(turned, -margins, margins)  # as the pair is trained on
+            ids, ranks = keys(kept["pair_id"]), kept["rank"].to_numpy().astype(np.int64)
+            found.append((rows + self._rows, ids, turned, margins, ranks))
+            self._rows += table.num_rows
+        if not found:
+            return np.empty(0, dtype=np.int64)
+        self._kept, self.ids, self._turned, self.margins, ranks = map(
+            np.concatenate, zip(*found, strict=True)
+        )
+        return ranks
 
     def drop(self, over_share: np.ndarray) -> None:
         """Mark selected pairs beyond the share as dropped."""
@@ -83,47 +105,41 @@ class _Side:
     def ledger(self) -> Iterator[pa.Table]:
         """The selection's ledger, with the pairs dropped by the mix."""
         first = 0
-        for table in row_groups(self._ledger, schema.LEDGER) if self._ledger else ():
+        for table in row_groups(self._ledger, schema.LEDGER, size=JOINED) if self._ledger else ():
             over = np.zeros(table.num_rows, dtype=bool)
             low, high = np.searchsorted(self._over, [first, first + table.num_rows])
             over[self._over[low:high] - first] = True
             first += table.num_rows
             dropped = {"kept": False, "reason": "over_share", "stage": "mix"}
             for name, value in dropped.items() if over.any() else ():
-                column = [value if o else v for o, v in zip(over, table[name].to_pylist(), strict=True)]
-                table = _with(table, name, column)
+                table = _with(table, name, compute.if_else(pa.array(over), value, table[name]))
             yield table
 
-    def pairs(self, taken: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        """The taken pairs for training, in the file's order: (number within taken, rows).
+    def pairs(self, taken: np.ndarray, ordered: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """The taken pairs for training, piece by piece of their file: (ascending places, rows).
 
         Relabelled pairs are swapped; each row has reference log-probabilities.
 
         Args:
             taken: indices into `ids`.
+            ordered: the place of each in the training order.
         """
         if not taken.size:
             return
-        lookup, turned = Lookup(self.ids[taken]), self._turned[taken]
-        references = _References(self._attempt, self._origin, lookup, taken.size, self._pairs_path())
-        found = 0
-        for table in row_groups(self._pairs_path(), schema.PAIRS):
-            places = lookup.places(texts(table["pair_id"]))
+        turned = self._turned[taken]
+        places = _Places(self._kept[taken], self.ids[taken], self._rows)
+        references = _References(self._attempt, self._origin, places, self._pairs)
+        for here, table in places.pieces(self._pairs, schema.PAIRS):
             for turn in (False, True):
-                rows = np.flatnonzero((places >= 0) & (turned[places] == turn))
-                found += rows.size
+                rows = np.flatnonzero((here >= 0) & (turned[here] == turn))
                 if rows.size:
-                    yield places[rows], references.beside(table.take(rows), places[rows], turn)
-        if found != taken.size:
-            raise SeraError(
-                f"{self._pairs_path()}: has {found} of the {taken.size} {self._origin} pairs that the "
-                "selection kept; delete that step and run again"
-            )
+                    rows = rows[np.argsort(ordered[here[rows]])]
+                    yield ordered[here[rows]], references.beside(table.take(rows), here[rows], turn)
 
     @property
     def schema(self) -> pa.Schema:
         """Schema of the pairs' file."""
-        return pq.read_schema(self._pairs_path())
+        return pq.read_schema(self._pairs)
 
     def _pairs_path(self) -> Path:
         if self._origin == "human":
@@ -131,13 +147,63 @@ class _Side:
         return self._attempt.input("responses").path("pairs.parquet")
 
 
+class _Places:
+    """Which rows of a file are taken, and the number of each among the taken pairs.
+
+    All files of one origin have its pairs in the same order: that of the file with the texts.
+    """
+
+    def __init__(self, rows: np.ndarray, ids: np.ndarray, total: int) -> None:
+        """`rows`, `ids`: row and id of each taken pair; `total`: rows of each file."""
+        self.ids = ids
+        self._places = np.full(total, -1, dtype=np.int64)
+        self._places[rows] = np.arange(rows.size)
+
+    def pieces(
+        self, path: Path, kind: pa.Schema, columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """Pieces of a file, each with the number of its pairs among the taken ones; -1 for one not taken.
+
+        Args:
+            path: a file with a row for each pair, or (without `pair_id`) two for its responses.
+            kind: its schema.
+            columns: the columns to read, with the id; None for all.
+
+        Raises:
+            SeraError: the file has other pairs than the selection.
+        """
+        first = 0
+        for table in row_groups(path, kind, columns, JOINED):
+            ids = table["pair_id"] if "pair_id" in table.column_names else _pair_ids(table["id"])
+            places = self._places[first : first + len(ids)]
+            rows = np.flatnonzero(places >= 0)
+            first += len(ids)
+            if first > self._places.size or not np.array_equal(keys(ids.take(rows)), self.ids[places[rows]]):
+                raise _other_pairs(path)
+            yield places, table
+        if first != self._places.size:
+            raise _other_pairs(path)
+
+
+def _pair_ids(responses: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The pair of every second response, where the chosen and the rejected one of each pair come in turn."""
+    chosen = responses.take(np.arange(0, len(responses), 2))
+    return compute.utf8_slice_codeunits(chosen, 0, -len("/chosen"))
+
+
+def _other_pairs(path: Path) -> SeraError:
+    return SeraError(
+        f"{path}: its pairs are not those of the selection, in the same order; delete that step and run again"
+    )
+
+
 class _References:
     """Reference log-probabilities of the taken pairs by side, in nats; null without a source."""
 
-    def __init__(self, attempt: Attempt, origin: str, lookup: Lookup, count: int, pairs: Path) -> None:
-        self._attempt, self._lookup, self._pairs = attempt, lookup, pairs
-        self._values = np.zeros((2, count))
-        self._known = np.zeros((2, count), dtype=bool)
+    def __init__(self, attempt: Attempt, origin: str, places: _Places, pairs: Path) -> None:
+        self._attempt, self._places, self._pairs = attempt, places, pairs
+        self._values = np.zeros((2, places.ids.size))
+        self._known = np.zeros((2, places.ids.size), dtype=bool)
         source, name = attempt.fields["generated_reference"], f"{origin}_reference"
         if origin == "generated" and source in ("ref_logps", "policy_logps"):
             self._read_samples(source)
@@ -158,49 +224,49 @@ class _References:
 
     def _read_logps(self, path: Path) -> None:
         """Read a file whose rows alternate between chosen and rejected response of each pair."""
-        for table in row_groups(path, schema.LOGPS):
-            ids = [id.removesuffix("/chosen") for id in table["id"].to_pylist()[0::2]]
-            places = self._lookup.places(np.array(ids, dtype=np.str_))
+        for places, table in self._places.pieces(path, schema.LOGPS):
             rows = np.flatnonzero(places >= 0)
             values, known = table["logps"].to_numpy(), table["logps"].is_valid().to_numpy()
             for side in (0, 1):
                 self._values[side, places[rows]] = values[side::2][rows]
                 self._known[side, places[rows]] = known[side::2][rows]
 
-    def _read_samples(self, column: str) -> None:
+    def _read_samples(self, name: str) -> None:
         """Read values from responses.parquet, where they are already computed."""
         made = self._attempt.input("responses")
-        keys, where = np.unique(self._sample_keys(), return_inverse=True)
-        samples, values = Lookup(keys), np.zeros(keys.size)
-        known, seen = np.zeros(keys.size, dtype=bool), np.zeros(keys.size, dtype=bool)
-        names = ["prompt_id", "sample", column]
-        for table in row_groups(made.path("responses.parquet"), schema.RESPONSES, names):
-            places = samples.places(_keys(table["prompt_id"].to_pylist(), table["sample"].to_pylist()))
+        prompts, samples = self._samples(made)
+        lookup, most = Lookup(prompts), int(samples.max()) + 1
+        wanted, where = np.unique(lookup.places(prompts) * most + samples, return_inverse=True)
+        values = np.zeros(wanted.size)
+        known, seen = np.zeros(wanted.size, dtype=bool), np.zeros(wanted.size, dtype=bool)
+        responses = Lookup(wanted)
+        columns = ["prompt_id", "sample", name]
+        for table in row_groups(made.path("responses.parquet"), schema.RESPONSES, columns, JOINED):
+            prompt, sample = lookup.places(keys(table["prompt_id"])), table["sample"].to_numpy()
+            numbered = np.where((prompt >= 0) & (sample < most), prompt * most + sample, -1)
+            places = responses.places(numbered)
             rows = np.flatnonzero(places >= 0)
-            values[places[rows]] = table[column].to_numpy()[rows]
-            known[places[rows]] = table[column].is_valid().to_numpy()[rows]
+            values[places[rows]] = table[name].to_numpy()[rows]
+            known[places[rows]] = table[name].is_valid().to_numpy()[rows]
             seen[places[rows]] = True
         if not seen.all():
-            raise SeraError(f"sample {keys[~seen][0]}: used in a pair, but missing in responses.parquet")
+            missing = int(wanted[~seen][0])
+            key = f"{prompts[missing // most].decode()}/{missing % most}"
+            raise SeraError(f"sample {key}: used in a pair, but missing in responses.parquet")
         self._values, self._known = values[where], known[where]
 
-    def _sample_keys(self) -> np.ndarray:
-        """`<prompt_id>/<sample>` of both sides of each taken pair, [side, pair]."""
-        prompts = np.zeros(self._values.shape[1], dtype="U16")
+    def _samples(self, made: Artifact) -> tuple[np.ndarray, np.ndarray]:
+        """The prompt of each taken pair, [pair], and the numbers of its two samples, [side, pair]."""
         samples = np.zeros(self._values.shape, dtype=np.int64)
-        for table in row_groups(self._pairs, schema.PAIRS, ["pair_id", "prompt_id"]):
-            places = self._lookup.places(texts(table["pair_id"]))
-            prompts[places[places >= 0]] = texts(table["prompt_id"])[places >= 0]
-        path = self._attempt.input("responses").path("pair_samples.parquet")
-        for table in row_groups(path, schema.PAIR_SAMPLES):
-            places = self._lookup.places(texts(table["pair_id"]))
+        found, taken = [], []
+        for places, table in self._places.pieces(self._pairs, schema.PAIRS, ["pair_id", "prompt_id"]):
+            taken.append(places[places >= 0])
+            found.append(keys(table["prompt_id"].take(np.flatnonzero(places >= 0))))
+        for places, table in self._places.pieces(made.path("pair_samples.parquet"), schema.PAIR_SAMPLES):
             for side, name in enumerate(("chosen_sample", "rejected_sample")):
                 samples[side, places[places >= 0]] = table[name].to_numpy()[places >= 0]
-        return np.stack([_keys(prompts, side) for side in samples])
-
-
-def _keys(prompts: Any, samples: Any) -> np.ndarray:
-    return np.array([f"{p}/{s}" for p, s in zip(prompts, samples, strict=True)], dtype=np.str_)
+        prompts = np.concatenate(found)
+        return prompts[np.argsort(np.concatenate(taken))], samples
 
 
 def _write_mixture(attempt: Attempt, taken: dict[_Side, np.ndarray], total: int) -> None:
@@ -218,8 +284,8 @@ def _write_mixture(attempt: Attempt, taken: dict[_Side, np.ndarray], total: int)
     ):
         scatter, first = Scatter(Path(scratch), held, total), 0
         for side, chosen in taken.items():
-            for found, table in side.pairs(chosen):
-                scatter.add(places[first + found], table)
+            for found, table in side.pairs(chosen, places[first : first + chosen.size]):
+                scatter.add(found, table)
             first += chosen.size
         for table in scatter.tables():
             out.write(table)
@@ -230,37 +296,51 @@ def _write_ledger(attempt: Attempt, human: _Side, generated: _Side) -> dict[str,
 
     Returns how many of the dropped human pairs had a flipped label, and how many are expected by chance.
     """
-    flipped = set(json.loads(attempt.input("rendered").path("flipped.json").read_text()))
+    flipped = json.loads(attempt.input("rendered").path("flipped.json").read_text())
     counts: Counter[tuple[bool, bool]] = Counter()
     with Writer(attempt.write("ledger.parquet"), schema.LEDGER) as out:
         for table in _ledger(attempt, human, generated):
             out.write(table)
-            rows = table.select(["pair_id", "origin", "stage", "kept", "reason"]).to_pylist()
-            attempt.counts.update(f"{row['origin']}/{row['reason']}" for row in rows)
-            counts.update(
-                (row["pair_id"] in flipped, row["kept"])
-                for row in rows
-                if row["origin"] == "human" and row["stage"] in ("select", "mix")
-            )
+            for (origin, reason), count in _counted(table, "origin", "reason"):
+                attempt.counts[f"{origin}/{reason}"] += count
+            if flipped:
+                counts.update(_flipped_and_kept(table, flipped))
     return _flips(counts) if flipped else {}
+
+
+def _counted(table: pa.Table, *names: str) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """(values of these columns, number of rows with them)."""
+    for row in table.group_by(list(names), use_threads=False).aggregate([([], "count_all")]).to_pylist():
+        yield tuple(row[name] for name in names), row["count_all"]
+
+
+def _flipped_and_kept(table: pa.Table, flipped: list[str]) -> dict[tuple[bool, bool], int]:
+    """Number of selected human pairs by (flipped label, kept)."""
+    selected = compute.is_in(table["stage"], value_set=pa.array(["select", "mix"]))
+    rows = table.filter(compute.and_(compute.equal(table["origin"], "human"), selected))
+    of_flipped = compute.is_in(rows["pair_id"], value_set=pa.array(flipped, pa.string()))
+    rows = rows.append_column("flipped", of_flipped)
+    return {(turned, kept): count for (turned, kept), count in _counted(rows, "flipped", "kept")}
 
 
 def _ledger(attempt: Attempt, human: _Side, generated: _Side) -> Iterator[pa.Table]:
     yield from human.ledger()
     yield from generated.ledger()
     for table in row_groups(attempt.input("rendered").path("dropped.parquet"), schema.LEDGER):
-        yield _with(table, "round", [attempt.fields["round"]] * table.num_rows)
+        yield _with(table, "round", pa.repeat(attempt.fields["round"], table.num_rows))
     for name, file in (("samples", "dropped.parquet"), ("responses", "ledger.parquet")):
         if name in attempt.spec.inputs:
             for table in row_groups(attempt.input(name).path(file), schema.LEDGER):
-                yield _with(table, "round", [attempt.fields["round"]] * table.num_rows)  # a file's have none
+                yield _with(
+                    table, "round", pa.repeat(attempt.fields["round"], table.num_rows)
+                )  # a file's have none
 
 
-def _with(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
+def _with(table: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
     """The table with one column replaced."""
     place = table.schema.get_field_index(name)
     field = table.schema.field(place)
-    return table.set_column(place, field, pa.array(values, type=field.type))
+    return table.set_column(place, field, values.cast(field.type))
 
 
 def _flips(counts: Counter[tuple[bool, bool]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sera_core.artifacts import schema
@@ -60,9 +61,16 @@ class _Samples:
     def __len__(self) -> int:
         return self.index.size
 
-    def keys(self) -> Iterator[str]:
-        """`<prompt_id>/<sample>` of each response."""
-        return (f"{self.prompts[p]}/{s}" for p, s in zip(self.index, self.sample, strict=True))
+    def rows_of(self, keys: pa.ChunkedArray) -> np.ndarray:
+        """The row of each response, by its key `<prompt_id>/<sample>`; -1 for one that is not there."""
+        return np.array([self._row_of(*key.rsplit("/", 1)) for key in keys.to_pylist()], dtype=np.int64)
+
+    def _row_of(self, prompt: str, sample: str) -> int:
+        number = int(np.searchsorted(self.prompts, prompt))
+        if number == self.prompts.size or self.prompts[number] != prompt:
+            return -1
+        rows = np.flatnonzero((self.index == number) & (self.sample == int(sample)))
+        return int(rows[0]) if rows.size else -1
 
     def _numbers(self, name: str) -> np.ndarray:
         return numbers(self.path, schema.RESPONSES, name)
@@ -155,7 +163,7 @@ def _judge(
         fields["score"],
         fields["beta"],
         fields["weights"],
-        samples.keys(),
+        samples.rows_of,
         policies,
         references,
         {

@@ -1,7 +1,7 @@
 """Score human pairs with the policy's log-probabilities, and select pairs by margin."""
 
 import json
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.step import Attempt
-from sera_core.artifacts.streaming import numbers, strings
+from sera_core.artifacts.streaming import Lookup, column, compute, keys, numbers, strings, texts
 from sera_core.errors import SeraError
 from sera_core.method.noise import noise_floor
 from sera_core.method.rewards import score_responses
@@ -29,13 +29,15 @@ from sera_core.reviewers import (
 )
 from sera_core.steps import FOLD
 
+_AT_ONCE = 2**16
+"""Pairs whose keys are in memory at once."""
 _SETTINGS = ("fraction", "k", "threshold", "min_margin", "direction")
 
 
 def review_pairs(attempt: Attempt) -> list[str]:
     """Write scored.parquet: rewards, margins and ensemble margins of every pair, in input order."""
     fields = attempt.fields
-    pairs = schema.read_table(attempt.input("pairs").path(fields["file"]), schema.PAIRS)
+    pairs = column(attempt.input("pairs").path(fields["file"]), schema.PAIRS, "pair_id")
     policies = [_logps(attempt, name, pairs) for name in _names(attempt, "policy-")]
     references = [_logps(attempt, name, pairs) for name in _names(attempt, "reference-")]
     tokens = policies[0]["tokens"].to_numpy()
@@ -46,22 +48,22 @@ def review_pairs(attempt: Attempt) -> list[str]:
         [table["logps"].to_numpy() for table in policies],
         [table["logps"].to_numpy() for table in references],
         tokens,
-        _sweep(attempt, pairs["pair_id"].to_pylist(), tokens),
+        _sweep(attempt, pairs, tokens),
     )
     noise = probed_noise(
         fields["score"],
         fields["beta"],
         fields["weights"],
-        policies[0]["id"].to_pylist(),
+        lambda probed: _rows_of(probed, pairs),
         [table["logps"].to_numpy() for table in policies],
         [table["logps"].to_numpy() for table in references],
-        _probes(attempt, pairs),
+        {name: _joined(attempt, name, pairs) for name in _names(attempt, "exact-")},
     )
     attempt.metrics[NOISE] = round(noise_floor(noise, 2), 6)
     if "head_mixture" in attempt.spec.inputs:
         attempt.metrics |= _memory(attempt, pairs, policies[0], references[0] if references else None)
     scored = scored_table(
-        pairs["pair_id"].to_pylist(),
+        pairs,
         interleaved(policies[0]),
         interleaved(references[0]) if references else None,
         (tokens[0::2], tokens[1::2]),
@@ -82,10 +84,7 @@ def review_pairs(attempt: Attempt) -> list[str]:
 def select_pairs(attempt: Attempt) -> list[str]:
     """Write ledger.parquet: rank, kept or dropped, and reason of each scored pair."""
     fields = attempt.fields
-    scored = schema.read_table(attempt.input("review").path("scored.parquet"), schema.SCORED)
-    prompts = _prompt_ids(attempt)
-    ids = scored["pair_id"].to_pylist()
-    margins = scored["ensemble_margin"].to_numpy()
+    ids, prompts, margins = _scored(attempt)
     settings: dict[str, Any] = {name: fields[name] for name in _SETTINGS if name in fields}
     if "seed" in fields:
         settings["seed"] = derived_seed(fields["seed"], fields["round"], fields["origin"], "random")
@@ -93,37 +92,55 @@ def select_pairs(attempt: Attempt) -> list[str]:
     if settings.get("min_margin", -np.inf) > -np.inf:
         settings["min_margin"] = attempt.metrics["floor_nats"] = max(settings["min_margin"], noise)
     if fields["rule"] == BY_VARIANCE:
-        settings["variance"] = _variances(attempt, [prompts[pair] for pair in ids])
-    selection = select(margins, ids, rule=fields["rule"], **settings)
-    ledger = selection_table(
-        ids, [prompts[pair] for pair in ids], margins, selection, fields["origin"], fields["round"]
-    )
+        settings["variance"] = _variances(attempt, prompts)
+    selection = select(margins, keys(ids), rule=fields["rule"], **settings)
+    ledger = selection_table(ids, prompts, margins, selection, fields["origin"], fields["round"])
     schema.write_table(ledger, attempt.write("ledger.parquet"))
-    attempt.counts.update(ledger["reason"].to_pylist())
+    counted = compute.value_counts(ledger["reason"]).to_pylist()
+    attempt.counts.update({found["values"]: found["counts"] for found in counted})
     return ["ledger.parquet"]
 
 
-def _variances(attempt: Attempt, prompts: Sequence[str]) -> np.ndarray:
+def _variances(attempt: Attempt, prompts: pa.ChunkedArray) -> np.ndarray:
     """The variance of preferences between all responses to each pair's prompt."""
     path = attempt.input("review").path("responses.parquet")
     kinds, index = np.unique(strings(path, schema.RESPONSES, "prompt_id"), return_inverse=True)
     found = prompt_variance(numbers(path, schema.RESPONSES, "ensemble_reward"), index)
-    return found[np.searchsorted(kinds, np.array(prompts, dtype=kinds.dtype))]
+    return found[np.searchsorted(kinds, texts(prompts))]
 
 
-def _prompt_ids(attempt: Attempt) -> dict[str, str]:
+def _scored(attempt: Attempt) -> tuple[pa.ChunkedArray, pa.ChunkedArray, np.ndarray]:
+    """Id, prompt and ensemble margin (nats) of each scored pair.
+
+    Raises:
+        SeraError: the scores are of other pairs.
+    """
     pairs = attempt.input("pairs")
     name = "train.parquet" if "train.parquet" in pairs.record.files else "pairs.parquet"
-    table = schema.read_table(pairs.path(name)).select(["pair_id", "prompt_id"])
-    return dict(zip(table["pair_id"].to_pylist(), table["prompt_id"].to_pylist(), strict=True))
+    with ThreadPoolExecutor(1, thread_name_prefix="sera-scores") as beside:
+        scores = beside.submit(_margins, attempt)
+        path = pairs.path(name)
+        own, prompts = (column(path, schema.PAIRS, one) for one in ("pair_id", "prompt_id"))
+        ids, margins = scores.result()
+    if not own.equals(ids):
+        raise SeraError(
+            f"{path}: has other pairs than the scores; delete the step that scored them and run again"
+        )
+    return ids, prompts, margins
 
 
-def _sweep(attempt: Attempt, pair_ids: list[str], tokens: np.ndarray) -> Sweep | None:
+def _margins(attempt: Attempt) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """Id and ensemble margin (nats) of each scored pair."""
+    path = attempt.input("review").path("scored.parquet")
+    return column(path, schema.SCORED, "pair_id"), numbers(path, schema.SCORED, "ensemble_margin")
+
+
+def _sweep(attempt: Attempt, pair_ids: pa.ChunkedArray, tokens: np.ndarray) -> Sweep | None:
     """The sweep for DICE's penalty: lengths of the pairs that this round's selection would keep."""
     if attempt.fields["length_penalty"] != "dice":
         return None
-    tokens = tokens.astype(np.int64)
-    return sweep_of_pairs(tokens, pair_ids, attempt.fields["beta"], attempt.fields["rules"], seed=0)
+    beta, rules = attempt.fields["beta"], attempt.fields["rules"]
+    return sweep_of_pairs(tokens.astype(np.int64), keys(pair_ids), beta, rules, seed=0)
 
 
 def _noise(record: StepRecord) -> float:
@@ -131,47 +148,43 @@ def _noise(record: StepRecord) -> float:
     return max([0.0, *(value for name, value in record.metrics.items() if name.startswith(NOISE))])
 
 
-def _probes(attempt: Attempt, pairs: pa.Table) -> dict[str, pa.Table]:
-    expected = _keys(pairs)
-    return {name: _joined(attempt, name, expected) for name in _names(attempt, "exact-")}
-
-
 def _names(attempt: Attempt, beginning: str) -> list[str]:
     """Inputs that begin so, newest first; those of several folds count once."""
     return sorted({name.split(FOLD)[0] for name in attempt.spec.inputs if name.startswith(beginning)})
 
 
-def _keys(pairs: pa.Table) -> list[str]:
-    """Keys of the pairs' responses, in order."""
-    return [f"{pair}/{side}" for pair in pairs["pair_id"].to_pylist() for side in ("chosen", "rejected")]
+def _rows_of(keys_of: pa.ChunkedArray, pairs: pa.ChunkedArray) -> np.ndarray:
+    """The row of each response (`<pair_id>/<side>`) where both of every pair come in turn; -1 without one."""
+    pair_ids = compute.replace_substring_regex(keys_of, r"/(chosen|rejected)$", "")
+    found = Lookup(keys(pairs)).places(keys(pair_ids))
+    rows = 2 * found + compute.ends_with(keys_of, "/rejected").to_numpy()
+    return np.where(found < 0, -1, rows)
 
 
-def _joined(attempt: Attempt, name: str, keys: Sequence[str]) -> pa.Table:
-    """Log-probabilities from one step, or from one for each fold, put together in the order of `keys`."""
+def _joined(attempt: Attempt, name: str, pairs: pa.ChunkedArray) -> pa.Table:
+    """Log-probabilities from one step, or from one for each fold, put together in the order of `pairs`."""
     names = sorted(n for n in attempt.spec.inputs if n == name or n.startswith(f"{name}{FOLD}"))
     found = [schema.read_table(attempt.input(n).path("logps.parquet"), schema.LOGPS) for n in names]
     if len(found) == 1:
         return found[0]
-    places = {key: place for place, key in enumerate(keys)}
     table = pa.concat_tables(found)
-    order = np.argsort([places.get(id, len(keys)) for id in table["id"].to_pylist()], kind="stable")
-    return table.take(order.astype(np.int64))
+    return table.take(np.argsort(_rows_of(table["id"], pairs), kind="stable"))
 
 
 def _memory(
-    attempt: Attempt, pairs: pa.Table, policy: pa.Table, reference: pa.Table | None
+    attempt: Attempt, pairs: pa.ChunkedArray, policy: pa.Table, reference: pa.Table | None
 ) -> dict[str, float | int | None]:
     """Mean margins, in nats, of the human pairs that the head was trained on: under the head, which may
     remember them, and under its fold policies, which cannot.
 
     Args:
-        pairs: the human pairs.
+        pairs: ids of the human pairs.
         policy, reference: the scores that the review uses in the head's place.
     """
     mixture = attempt.input("head_mixture").path("mixture.parquet")
-    rows = schema.iter_rows(mixture, ["pair_id", "origin"])
-    trained = {row["pair_id"] for row in rows if row["origin"] == "human"}
-    seen = np.array([pair in trained for pair in pairs["pair_id"].to_pylist()], dtype=bool)
+    human = compute.equal(column(mixture, schema.MIXTURE, "origin"), "human")
+    trained = column(mixture, schema.MIXTURE, "pair_id").filter(human)
+    seen = compute.is_in(pairs, value_set=trained.combine_chunks()).to_numpy()
     own = _logps(attempt, "head_policy", pairs)
     refers = _logps(attempt, "head_reference", pairs) if reference is not None else None
     return {
@@ -194,12 +207,23 @@ def _mean_margin(
     return round(float(margins.mean()), 6) if margins.size else None
 
 
-def _logps(attempt: Attempt, name: str, pairs: pa.Table) -> pa.Table:
-    """Log-probabilities under one policy, after a check that they belong to these pairs in this order."""
-    expected = _keys(pairs)
-    table = _joined(attempt, name, expected)
-    if table["id"].to_pylist() != expected:
+def _logps(attempt: Attempt, name: str, pairs: pa.ChunkedArray) -> pa.Table:
+    """Log-probabilities and tokens under one policy, after a check that they are of these pairs in order."""
+    table = _joined(attempt, name, pairs)
+    if table.num_rows != 2 * len(pairs) or not _are_of(table["id"], pairs):
         raise SeraError(
             f"{name}: its log-probabilities belong to other pairs; delete that step and run again"
         )
-    return table
+    return table.drop_columns(["id"])
+
+
+def _are_of(responses: pa.ChunkedArray, pairs: pa.ChunkedArray) -> bool:
+    """Whether these are the keys of the pairs' responses, the chosen and the rejected one of each in turn."""
+    for start in range(0, len(pairs), _AT_ONCE):
+        some = pairs.slice(start, _AT_ONCE)
+        both = responses.slice(2 * start, 2 * len(some))
+        for number, side in enumerate(("chosen", "rejected")):
+            own = both.take(np.arange(number, len(both), 2))
+            if not own.equals(compute.binary_join_element_wise(some, f"/{side}", "")):
+                return False
+    return True

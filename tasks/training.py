@@ -178,7 +178,7 @@ class TrainingRun:
 
     def pair_id(self, pair: dict[str, Any]) -> str:
         """The pair_id of one of `ReviewedDPOTrainer.pairs`."""
-        return self.mixture.pair_ids[pair["row"]]
+        return self.mixture.pair_id(pair["row"])
 
     def rows_of(self, step: int) -> list[int]:
         """Rows of a step's global batch."""
@@ -197,7 +197,7 @@ class TrainingRun:
             self._refuse_other_base()
 
     def _no_pairs(self) -> str:
-        if self.fold is None or not self.mixture.pair_ids:
+        if self.fold is None or not self.mixture.pair_ids.size:
             return "the mixture has no pairs; select or sample more"
         return (
             f"review.crossfit = {self.fold.of}: all {len(self.mixture.pair_ids)} pairs of round "
@@ -227,9 +227,6 @@ class TrainingRun:
 
     def build(self, scratch: Path) -> Any:
         """Create the trainer, resumed from the last checkpoint if there is one."""
-        from datasets import Dataset
-        from datasets.table import InMemoryTable
-
         from sera_core.models.dropout import disable_dropout
         from tasks.engines.dpo_trainer import ReviewedDPOTrainer
         from tasks.engines.optimizers import warmup_schedule
@@ -252,13 +249,12 @@ class TrainingRun:
         first, tracking = len(self.lines), self.tracking
         self._refuse_apart(first)
         logs = self.attempt.spec.where.get("logs") or str(scratch)
-        rows = Dataset(InMemoryTable(self.mixture.table.combine_chunks()))
         hooks = StepHooks(first, lambda: self._begin(checkpoint), self._check, self._done)
         self.trainer = ReviewedDPOTrainer(
             model=self.model,
             train=self.train,
             args=self._arguments(scratch),
-            rows=rows.select(self.order[first * self.train.batch :]),
+            rows=self.mixture.dataset(scratch).select(self.order[first * self.train.batch :]),
             tokenizer=load_tokenizer(self.start),
             optimizers=(
                 self.optimizer,

@@ -1,24 +1,29 @@
 """Read a run without Prefect or torch: rounds and artifacts as DataFrames, the policy as a path.
 
 run = sera_core.open_run("./sera-store", "demo")
-run.rounds; run[2].pairs(); run[2].ledger(); run[2].policy_path(); run.history(pair_id)
+run.rounds; run[2].pairs(); run[2].pair_batches(); run[2].ledger(); run[2].policy_path(); run.history(pair_id)
 run.plot(); run.compare("other"); run[2].compare(run[1])  # in a notebook
 """
 
 import json
+from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sera_core.artifacts import schema
 from sera_core.artifacts.differing import Side
 from sera_core.artifacts.folders import assemble
 from sera_core.artifacts.manifest import Artifact, StepRef
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import open_store
+from sera_core.artifacts.streaming import Lookup, column, keys, numbers, row_groups
 from sera_core.errors import InputError
 from sera_core.notebook.tables import html, rounds_table
 
@@ -143,6 +148,32 @@ class Round:
         margins = self.ledger().drop_duplicates("pair_id")[["pair_id", "ensemble_margin"]]
         return mixture.merge(margins, on="pair_id", how="left")
 
+    def pair_batches(self) -> Iterator[pd.DataFrame]:
+        """The same in pieces of at least 1,024 pairs, one in memory at a time, for what does not fit whole.
+
+        `pandas.concat` of all pieces is `pairs()`. Ids and margins of all pairs are in memory.
+        """
+        if "mixture" not in self.manifest.artifacts:
+            return
+        margins, first = self._margins(), 0
+        for table in row_groups(self._file("mixture"), schema.MIXTURE):
+            frame = table.to_pandas()
+            frame.index = pd.RangeIndex(first, first := first + len(frame))
+            yield frame.assign(ensemble_margin=margins(table["pair_id"]))
+
+    def _margins(self) -> Callable[[pa.ChunkedArray], np.ndarray]:
+        """A function from pair ids to their ensemble margins, in nats; nan without one."""
+        ids = column(self._file("ledger"), schema.LEDGER, "pair_id")
+        is_pair = ids.is_valid()  # prompts without a pair have none
+        lookup = Lookup(keys(ids.filter(is_pair)))
+        values = numbers(self._file("ledger"), schema.LEDGER, "ensemble_margin")[is_pair.to_numpy()]
+
+        def of(pair_ids: pa.ChunkedArray) -> np.ndarray:
+            places = lookup.places(keys(pair_ids))
+            return np.where(places < 0, np.nan, values[places])
+
+        return of
+
     def scored(self) -> pd.DataFrame:
         """Every human pair with its log-probabilities, rewards and margins, in input order."""
         return self._frame("scored")
@@ -208,12 +239,13 @@ class Round:
 
     def _frame(self, role: str) -> pd.DataFrame:
         if role not in self.manifest.artifacts:
-            from sera_core.artifacts import schema
-
             return pd.DataFrame(columns=getattr(schema, role.upper()).names)
+        return pq.read_table(self._file(role)).to_pandas()
+
+    def _file(self, role: str) -> Path:
         place = self.manifest.artifacts[role]
         step = StepRef(step=place["step"], key=place["key"], digest=self._digest(role))
-        return pq.read_table(Artifact(self._store, step).path(place["path"])).to_pandas()
+        return Artifact(self._store, step).path(place["path"])
 
     def _digest(self, role: str) -> str:
         key = self.manifest.artifacts[role]["key"]

@@ -125,17 +125,25 @@ where both answers are the same text. `pair_id` is null for answers of two round
 are in words."""
 
 
-def table(schema: pa.Schema, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
-    """A table with exactly the schema's columns; missing columns are filled with null."""
+def table(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
+    """A table with exactly the schema's columns; missing columns are filled with null.
+
+    Args:
+        columns: values by name: arrow's, numpy's, or any sequence.
+    """
     unknown = set(columns) - set(schema.names)
     if unknown:
         raise KeyError(f"columns {sorted(unknown)} are not in the schema {schema.names}")
     rows = len(next(iter(columns.values())))
     arrays = [
-        pa.array(columns[f.name], type=f.type) if f.name in columns else pa.nulls(rows, type=f.type)
-        for f in schema
+        _array(columns[f.name], f.type) if f.name in columns else pa.nulls(rows, type=f.type) for f in schema
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    held = isinstance(values, pa.Array | pa.ChunkedArray)
+    return values.cast(kind) if held else pa.array(values, type=kind)
 
 
 def from_rows(schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> pa.Table:

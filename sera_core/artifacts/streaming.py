@@ -1,68 +1,140 @@
 """Read and write parquet by row group, so that memory does not grow with the number of rows.
 
 A step keeps numbers (numpy) and ids of all rows in memory; texts and token ids are read by row group.
+
+A table is one parquet file, also with millions of rows. Its row groups of 1,024 rows are written one after
+another and read from any place, so several files a table would need no less memory, and each would cost a
+record and a hash. Only the footer is read whole, and grows with the row groups.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from sera_core.artifacts.schema import ROW_GROUP, as_held
+from sera_core.method.ordinals import hex_numbers
 
+compute: Any = pyarrow.compute
+"""Arrow's functions, which it makes when it is imported, so that type checkers do not know them."""
 _GROUPS_HELD = 2
 _MAX_BLOCKS = 64
 _PLACE = "__place"
+_YIELDED = 16 * ROW_GROUP
+JOINED = 2 * 2**20
+"""`size` of `row_groups` where no row is turned into Python's objects."""
 
 
-def row_groups(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The file's row groups in order, as tables of the schema's columns (or of the named ones)."""
-    wanted = pa.schema([schema.field(name) for name in columns or schema.names])
+def row_groups(
+    path: Path, schema: pa.Schema, columns: Sequence[str] | None = None, size: int = 0
+) -> Iterator[pa.Table]:
+    """The file's rows in order, as tables of the schema's columns (or of the named ones), a row group each.
+
+    Args:
+        size: join row groups up to so many bytes of uncompressed data (all columns), which is faster where
+            rows are short; 0: never.
+    """
     with pq.ParquetFile(path) as file:
-        wanted = as_held(wanted, file.schema_arrow)
-        for group in range(file.num_row_groups):
-            yield (
-                file.read_row_group(group, columns=wanted.names, use_threads=False)
-                .select(wanted.names)
-                .cast(wanted)
-            )
+        wanted = as_held(
+            pa.schema([schema.field(name) for name in columns or schema.names]), file.schema_arrow
+        )
+        yield from _ahead(_read(file, groups, wanted) for groups in _together(file.metadata, size))
+
+
+def _read(file: pq.ParquetFile, groups: list[int], wanted: pa.Schema) -> pa.Table:
+    table = file.read_row_groups(groups, columns=wanted.names, use_threads=False)
+    return table.select(wanted.names).cast(wanted)
+
+
+def _ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The tables; a thread makes the next one while the caller works on one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="sera-ahead") as thread:
+        coming = thread.submit(next, tables, None)
+        while (table := coming.result()) is not None:
+            coming = thread.submit(next, tables, None)
+            yield table
+
+
+def _together(meta: pq.FileMetaData, most: int) -> Iterator[list[int]]:
+    """Numbers of the row groups that are read together."""
+    groups, size = list[int](), 0
+    for number in range(meta.num_row_groups):
+        more = meta.row_group(number).total_byte_size
+        if groups and size + more > most:
+            yield groups
+            groups, size = [], 0
+        groups.append(number)
+        size += more
+    if groups:
+        yield groups
+
+
+def column(path: Path, schema: pa.Schema, name: str) -> pa.ChunkedArray:
+    """A whole column."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=[name], use_threads=False)[name].cast(schema.field(name).type)
 
 
 def numbers(path: Path, schema: pa.Schema, name: str) -> np.ndarray:
     """A column of numbers, [row]; a null becomes nan (and the array float)."""
-    pieces = [table[name].to_numpy() for table in row_groups(path, schema, [name])]
-    return np.concatenate(pieces) if pieces else np.empty(0)
+    found = column(path, schema, name)
+    return found.to_numpy() if len(found) else np.empty(0)
 
 
 def strings(path: Path, schema: pa.Schema, name: str) -> np.ndarray:
     """A column of short strings (ids), [row], as numpy's fixed-width text."""
-    pieces = [texts(table[name]) for table in row_groups(path, schema, [name])]
-    return np.concatenate(pieces) if pieces else texts(pa.chunked_array([], pa.string()))
+    return texts(column(path, schema, name))
 
 
 def texts(column: pa.ChunkedArray) -> np.ndarray:
     """Short strings without nulls, as numpy's fixed-width text."""
-    return np.array(column.to_pylist(), dtype=np.str_)
+    found = keys(column)
+    plain = not (np.ascontiguousarray(found).view(np.uint8) > 127).any()
+    return found.astype(np.str_) if plain else np.char.decode(found, "utf-8")
+
+
+def keys(column: pa.ChunkedArray) -> np.ndarray:
+    """Short strings without nulls, as numpy's fixed-width UTF-8 bytes, which sort as the strings do."""
+    pieces = [_fixed_width(chunk) for chunk in column.chunks if len(chunk)]
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype="S1")
+
+
+def _fixed_width(chunk: pa.StringArray) -> np.ndarray:
+    """One piece; strings of one length are taken as they lie in memory."""
+    span = compute.min_max(compute.binary_length(chunk))
+    width = span["max"].as_py()
+    if width and span["min"].as_py() == width and not chunk.null_count:
+        _, ends, data = chunk.buffers()
+        first = np.frombuffer(ends, dtype=np.int32)[chunk.offset]
+        return np.frombuffer(data, dtype=f"S{width}", count=len(chunk), offset=first)
+    return np.array(chunk.cast(pa.binary()).to_pylist(), dtype=np.bytes_)
 
 
 class Lookup:
-    """Index of each id in an array of distinct ids."""
+    """Index of each id in an array of ids; of equal ones, the first."""
 
     def __init__(self, ids: np.ndarray) -> None:
-        self._order = np.argsort(ids, kind="stable")
-        self._sorted = ids[self._order]
+        """`ids`: texts, UTF-8 bytes or numbers; what is looked up must be of the same kind."""
+        found, fits = hex_numbers(ids)
+        self._hex = bool(fits.all())
+        held = found if self._hex else ids
+        self._order = np.argsort(held, kind="stable")
+        self._sorted = held[self._order]
 
     def places(self, wanted: np.ndarray) -> np.ndarray:
         """Index of each wanted id, int64 of wanted's shape; -1 if it is absent."""
         if not self._sorted.size:
             return np.full(wanted.shape, -1, dtype=np.int64)
-        found = np.minimum(np.searchsorted(self._sorted, wanted), self._sorted.size - 1)
-        return np.where(self._sorted[found] == wanted, self._order[found], -1)
+        asked, fits = hex_numbers(wanted) if self._hex else (wanted, True)
+        found = np.minimum(np.searchsorted(self._sorted, asked), self._sorted.size - 1)
+        return np.where(fits & (self._sorted[found] == asked), self._order[found], -1)
 
 
 class Rows:
@@ -103,13 +175,18 @@ class Rows:
 
 
 class Writer:
-    """Writes tables one by one; the file has the same bytes as one `schema.write_table` of all of them."""
+    """Writes tables one by one; the file has the same bytes as one `schema.write_table` of all of them.
+
+    A thread compresses a table while the caller makes the next one.
+    """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = 0
         self._schema, self._waiting = schema, schema.empty_table()
         self._file = pq.ParquetWriter(path, schema, compression="zstd", store_schema=False)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sera-parquet")
+        self._writing: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -117,19 +194,35 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and (self._waiting.num_rows or not self.rows):
-            self._file.write_table(self._waiting, row_group_size=ROW_GROUP)
-        self._file.close()
+        try:
+            if kind is None:
+                self._finish()
+                if self._waiting.num_rows or not self.rows:
+                    self._file.write_table(self._waiting, row_group_size=ROW_GROUP)
+        finally:
+            self._thread.shutdown()
+            self._file.close()
 
     def write(self, table: pa.Table) -> None:
         """Add a table's rows; complete row groups are written to the file."""
+        self._finish()
         self.rows += table.num_rows
+        if self._waiting.num_rows + table.num_rows < ROW_GROUP:  # too little for the thread
+            self._waiting = pa.concat_tables([self._waiting, table.cast(self._schema)]).combine_chunks()
+        else:
+            self._writing = self._thread.submit(self._append, table)
+
+    def _append(self, table: pa.Table) -> None:
         waiting = pa.concat_tables([self._waiting, table.cast(self._schema)]).combine_chunks()
         whole = waiting.num_rows // ROW_GROUP * ROW_GROUP
-        if whole:
-            self._file.write_table(waiting.slice(0, whole), row_group_size=ROW_GROUP)
-            waiting = waiting.slice(whole).combine_chunks()
-        self._waiting = waiting
+        self._file.write_table(waiting.slice(0, whole), row_group_size=ROW_GROUP)
+        self._waiting = waiting.slice(whole).combine_chunks()
+
+    def _finish(self) -> None:
+        """Wait for the thread, and raise its error."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
 
 
 class Scatter:
@@ -148,18 +241,24 @@ class Scatter:
         self._files: list[Any] = [pa.ipc.new_stream(path, self._schema) for path in self._paths]
 
     def add(self, places: np.ndarray, table: pa.Table) -> None:
-        """Add rows with the place of each."""
-        placed = table.append_column(_PLACE, pa.array(places, pa.int64())).cast(self._schema)
+        """Add rows with the place of each; fastest if the places ascend."""
         blocks = places // self._block
-        for block in np.unique(blocks).tolist():
-            for batch in placed.take(np.flatnonzero(blocks == block)).to_batches():
+        placed = table.append_column(_PLACE, pa.array(places, pa.int64())).cast(self._schema)
+        if (np.diff(blocks) < 0).any():
+            order = np.argsort(blocks, kind="stable")
+            placed, blocks = placed.combine_chunks().take(order), blocks[order]
+        found, starts = np.unique(blocks, return_index=True)
+        for block, start, end in zip(found, starts, [*starts[1:], blocks.size], strict=True):
+            for batch in placed.slice(start, end - start).to_batches():
                 self._files[block].write_batch(batch)
 
     def tables(self) -> Iterator[pa.Table]:
-        """All rows in order, a block at a time."""
+        """All rows in order; a block is in memory at a time."""
         for file in self._files:
             file.close()
         for path in self._paths:
             with pa.ipc.open_stream(path) as stream:
                 table = stream.read_all()
-            yield table.take(np.argsort(table[_PLACE].to_numpy())).drop_columns([_PLACE])
+            table = table.take(np.argsort(table[_PLACE].to_numpy())).drop_columns([_PLACE])
+            for start in range(0, table.num_rows, _YIELDED):
+                yield table.slice(start, _YIELDED)

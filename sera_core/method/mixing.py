@@ -1,12 +1,12 @@
 """Mix human and generated pairs for training, with a generated share that grows from round to round."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from sera_core.method.ordinals import has_repeats, hashes, ordinals
 from sera_core.method.selection import round_half_up
 
 ON_SHORT = ("keep-share", "fill")
@@ -214,16 +214,16 @@ def training_order(
     """
     if order not in ORDERS:
         raise ValueError(f"The order {order!r} is unknown; choose one of {', '.join(ORDERS)}.")
-    if np.unique(np.asarray(ids)).size != len(ids):
+    if has_repeats(ordinals(ids)):
         raise ValueError(
             "Some ids repeat, so their order would depend on the input order; drop duplicate pairs first."
         )
-    hashes = _hashes("order", ids, seed)
+    drawn = hashes(f"order:{seed}:", ids)
     if order == SHUFFLED:
-        return np.argsort(hashes, kind="stable").astype(np.int64)
+        return np.argsort(drawn, kind="stable").astype(np.int64)
     if margins is None or not np.isfinite(margins).all():
         raise ValueError(f"The order {order!r} needs a finite margin of every pair.")
-    return np.lexsort((hashes, -margins if order == "easy-first" else margins)).astype(np.int64)
+    return np.lexsort((drawn, -margins if order == "easy-first" else margins)).astype(np.int64)
 
 
 def _bounds(h: int, s: float, size: int | None) -> list[float | int]:
@@ -242,13 +242,15 @@ def _ceil(x: float | int) -> int:
 def _in_order(
     places: Int[np.ndarray, " pair"], ids: Sequence[str] | np.ndarray, seed: int
 ) -> Int[np.ndarray, " pair"]:
-    return np.lexsort((_hashes("tie", ids, seed), places)).astype(np.int64)
-
-
-def _hashes(purpose: str, ids: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
-    """A hash of each id that depends only on id, seed and purpose."""
-    digests = (hashlib.sha256(f"{purpose}:{seed}:{i}".encode()).digest() for i in ids)
-    return np.fromiter(digests, dtype="S32", count=len(ids))
+    """Indices by place; only pairs of equal places, which a rule with an order has none of, are hashed."""
+    order = np.argsort(places, kind="stable")
+    same = places[order[1:]] == places[order[:-1]]
+    tied = np.flatnonzero(np.append(same, False) | np.append(False, same)[: order.size])
+    if tied.size:
+        rows = np.sort(order[tied])
+        drawn = hashes(f"tie:{seed}:", np.asarray(ids)[rows])
+        order[tied] = rows[np.lexsort((drawn, places[rows]))]
+    return order.astype(np.int64)
 
 
 def _check(

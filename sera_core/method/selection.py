@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt64
 
 from sera_core.errors import InputError
 from sera_core.extensions import Registry, is_own
+from sera_core.method.ordinals import has_repeats, ordinals, sorted_by
 
 UNORDERED_RULES = ("relabel", "none")
 """Rules without an order of preference: a subset of their pairs must be drawn at random."""
@@ -46,8 +47,8 @@ class Pairs:
 
     margins: Float[np.ndarray, " pair"]
     """In nats."""
-    names: np.ndarray
-    """One id per pair."""
+    order: UInt64[np.ndarray, " pair"]
+    """A number per pair, in the order of the ids (`ordinals`)."""
     finite: Bool[np.ndarray, " pair"]
     above_floor: Bool[np.ndarray, " pair"]
     """Finite, and above `min_margin`."""
@@ -131,12 +132,12 @@ def select(
             f"The rule {BY_VARIANCE} needs all responses of each prompt, which only generated pairs have; "
             f"choose one of {', '.join(SELECTION_RULES)}."
         )
-    _check(margins, ids, fraction, k, threshold, min_margin, direction, score_kept)
-    names = np.asarray(ids, dtype=str)
+    order = ordinals(ids)
+    _check(margins, order, fraction, k, threshold, min_margin, direction, score_kept)
     finite = np.isfinite(margins)
     pairs = Pairs(
         margins=margins,
-        names=names,
+        order=order,
         finite=finite,
         above_floor=finite & (margins > min_margin),
         preference=preference,
@@ -147,7 +148,7 @@ def select(
         score_kept=score_kept,
     )
     kept, rank, dropped = _own(choose, rule, pairs) if is_own(rule) else choose(pairs)
-    reason = np.where(kept, "kept", np.where(finite, dropped, "non_finite")).astype(object)
+    reason = _word(kept, "kept", _word(finite, dropped, "non_finite"))
     return Selection(kept, rank, reason, kept & (margins < 0) & (rule == "relabel"))
 
 
@@ -191,8 +192,8 @@ def expected_kept(rule: str, pairs: int, fraction: float | int, k: int) -> int:
 def _by_preference(pairs: Pairs, within: Callable[[np.ndarray], np.ndarray]) -> Chosen:
     """The rules that prefer: above the floor, and within the cut by rank."""
     # Pairs above the floor come first; with direction "small" those below it would otherwise be first.
-    rank = _rank(pairs.finite, pairs.names, -pairs.preference, ~pairs.above_floor)
-    dropped = np.where(pairs.above_floor, "below_cut", "not_preferred")
+    rank = _rank(pairs.finite, pairs.order, -pairs.preference, ~pairs.above_floor)
+    dropped = _word(pairs.above_floor, "below_cut", "not_preferred")
     return pairs.above_floor & within(rank), rank, dropped
 
 
@@ -209,26 +210,26 @@ def _threshold(pairs: Pairs) -> Chosen:
 
 
 def _middle(pairs: Pairs) -> Chosen:
-    place = _rank(pairs.finite, pairs.names, pairs.margins)
+    place = _rank(pairs.finite, pairs.order, pairs.margins)
     finite = int(pairs.finite.sum())
     distance = np.abs(place - (finite + 1) / 2)
-    rank = _rank(pairs.finite, pairs.names, -pairs.margins, distance, ~pairs.above_floor)
-    dropped = np.where(pairs.above_floor, "not_middle", "not_preferred")
+    rank = _rank(pairs.finite, pairs.order, -pairs.margins, distance, ~pairs.above_floor)
+    dropped = _word(pairs.above_floor, "not_middle", "not_preferred")
     return pairs.above_floor & (rank <= round_half_up(pairs.fraction * finite)), rank, dropped
 
 
 def _random(pairs: Pairs) -> Chosen:
-    rank = _random_rank(pairs.finite, pairs.names, pairs.seed)
+    rank = _random_rank(pairs.finite, pairs.order, pairs.seed)
     return pairs.finite & (rank <= pairs.achieved), rank, "not_drawn"
 
 
 def _bottom(pairs: Pairs) -> Chosen:
-    rank = _rank(pairs.finite, pairs.names, pairs.preference)
+    rank = _rank(pairs.finite, pairs.order, pairs.preference)
     return pairs.finite & (rank <= pairs.achieved), rank, "above_cut"
 
 
 def _all(pairs: Pairs) -> Chosen:
-    return pairs.finite, _rank(pairs.finite, pairs.names, -pairs.preference), "kept"
+    return pairs.finite, _rank(pairs.finite, pairs.order, -pairs.preference), "kept"
 
 
 SELECTION: Registry[Callable[[Pairs], Chosen]] = Registry(
@@ -252,7 +253,7 @@ SELECTION_RULES = tuple(name for name in SELECTION.entries if name != BY_VARIANC
 def _own(rule: Callable[..., Any], name: str, pairs: Pairs) -> Chosen:
     """The user's own rule, over the finite pairs by id; the floor is ours."""
     rows = np.flatnonzero(pairs.finite)
-    rows = rows[np.argsort(pairs.names[rows])]
+    rows = rows[np.argsort(pairs.order[rows])]
     returned = np.asarray(rule(pairs.margins[rows].copy(), fraction=pairs.fraction, seed=pairs.seed))
     if returned.shape != rows.shape or returned.dtype != bool:
         raise InputError(
@@ -272,22 +273,29 @@ def round_half_up(x: float | int | np.floating | np.integer) -> int:
     return int(np.floor(x + 0.5 + 1e-9))
 
 
+def _word(where: Bool[np.ndarray, " pair"], yes: str | np.ndarray, no: str | np.ndarray) -> np.ndarray:
+    """`yes` or `no` for each pair, as references to the same few texts."""
+    return np.where(where, np.asarray(yes, dtype=object), np.asarray(no, dtype=object))
+
+
 def _rank(
     finite: Bool[np.ndarray, " pair"],
-    names: np.ndarray,
+    ids: UInt64[np.ndarray, " pair"],
     *keys: Float[np.ndarray, " pair"] | Bool[np.ndarray, " pair"],
 ) -> Int[np.ndarray, " pair"]:
-    """Rank, from 1, of the finite pairs by the keys, ascending, last key first, ties by name; others 0."""
+    """Rank, from 1, of the finite pairs by the keys, ascending, last key first, ties by id; others 0."""
     rows = np.flatnonzero(finite)
-    order = np.lexsort((names[rows], *(key[rows] for key in keys)))
+    order = sorted_by(ids[rows], *(key[rows] for key in keys))
     rank = np.zeros(finite.size, dtype=np.int64)
     rank[rows[order]] = np.arange(1, rows.size + 1)
     return rank
 
 
-def _random_rank(finite: Bool[np.ndarray, " pair"], names: np.ndarray, seed: int) -> Int[np.ndarray, " pair"]:
-    """A seeded random rank that depends on the set of names, not on their order."""
-    rank = _rank(finite, names)
+def _random_rank(
+    finite: Bool[np.ndarray, " pair"], ids: UInt64[np.ndarray, " pair"], seed: int
+) -> Int[np.ndarray, " pair"]:
+    """A seeded random rank that depends on the set of ids, not on their order."""
+    rank = _rank(finite, ids)
     draw = np.random.default_rng(seed).permutation(int(finite.sum())) + 1
     rank[finite] = draw[rank[finite] - 1]
     return rank
@@ -295,7 +303,7 @@ def _random_rank(finite: Bool[np.ndarray, " pair"], names: np.ndarray, seed: int
 
 def _check(
     margins: Float[np.ndarray, " pair"],
-    ids: Sequence[str] | np.ndarray,
+    ids: UInt64[np.ndarray, " id"],
     fraction: float | int,
     k: int,
     threshold: float | int,
@@ -314,10 +322,10 @@ def _check(
             f"min_margin = {min_margin} and threshold = {threshold} must be numbers of nats; "
             "-inf turns the floor off."
         )
-    if len(ids) != margins.size:
-        raise ValueError(f"There are {margins.size} margins but {len(ids)} ids; give one id a pair.")
-    if len(set(ids)) != len(ids):
+    if ids.size != margins.size:
+        raise ValueError(f"There are {margins.size} margins but {ids.size} ids; give one id a pair.")
+    if has_repeats(ids):
         raise ValueError(
-            f"{len(ids) - len(set(ids))} ids repeat, so ties between them could not be settled; "
+            f"{ids.size - np.unique(ids).size} ids repeat, so ties between them could not be settled; "
             "drop duplicate pairs before selecting."
         )

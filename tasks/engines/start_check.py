@@ -52,7 +52,7 @@ class StartCheck:
         from sera_core.models.logprobs import sequence_logps
 
         rows = sorted(self.rows, key=lambda row: -self.mixture.tokens[row])[:PROBE_PAIRS]
-        pairs = self.mixture.table.take(rows).to_pylist()
+        pairs = self.mixture.take(rows)
         items = [
             (pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")
         ]
@@ -80,7 +80,7 @@ class StartCheck:
         if abs(margin) > bound:
             first = "" if self.first_margin is None else f" ({self.first_margin:.4g} in the first try)"
             raise StartDiffersError(
-                f"pair {self.mixture.pair_ids[worst['row']]}: margin {margin:.4g} nats at step 0{first}, "
+                f"pair {self.mixture.pair_id(worst['row'])}: margin {margin:.4g} nats at step 0{first}, "
                 f"although start policy and reference are the same (at most {bound:.2g}; scorer and trainer "
                 f"differ by {noise:.2g}): the reference log-probabilities "
                 "in the mixture belong to another policy, dtype or text; score the reference again",
@@ -93,8 +93,7 @@ class StartCheck:
         if self.bf16:
             return MARGIN_BOUND
         longest = max(self.rows, key=lambda row: self.mixture.tokens[row])
-        pair = self.mixture.table.slice(longest, 1).to_pylist()[0]
-        return TOKEN_BOUND * (len(pair["chosen_ids"]) + len(pair["rejected_ids"]))
+        return TOKEN_BOUND * int(self.mixture.lengths[longest, 1:].sum())
 
 
 def _margin(pair: dict[str, Any]) -> float:

@@ -6,23 +6,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
+from sera_core.artifacts.streaming import Rows, column, compute, keys, row_groups
 from sera_core.errors import InputError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 ORIGINS = ("human", "generated")
-COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The pairs trained on, in the file's order."""
+    """The pairs trained on, in the file's order. Ids and lengths are in memory, token ids stay in files."""
 
-    table: pa.Table
-    pair_ids: list[str]
+    path: Path
+    pair_ids: np.ndarray
+    """In UTF-8."""
+    lengths: np.ndarray
+    """Tokens of prompt, chosen and rejected of each pair, [pair, 3]."""
+    needs_reference: bool
+    smoothing: Mapping[str, float]
 
     @classmethod
     def read(cls, path: Path, needs_reference: bool, smoothing: Mapping[str, float]) -> "Mixture":
@@ -34,43 +46,42 @@ class Mixture:
         Raises:
             InputError: a pair has no finite reference log-probability.
         """
-        table = schema.read_table(path, schema.MIXTURE)
-        pair_ids, origins = table.column("pair_id").to_pylist(), table.column("origin").to_pylist()
-        smoothings = pa.array([smoothing[origin] for origin in origins], pa.float64())
-        table = table.select(COLUMNS)
-        for name in COLUMNS[3:]:
-            values = table.column(name).to_pylist()
-            if not needs_reference:
-                values = [0.0] * len(values)
-            for pair_id, value in zip(pair_ids, values, strict=True):
-                if value is None or not math.isfinite(value):
-                    raise InputError(
-                        f"pair {pair_id}: {name} is {value}; score the mixture's reference again"
-                    )
-            table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.float64()))
-        table = table.append_column("label_smoothing", smoothings)
-        return cls(table.append_column("row", pa.array(range(len(pair_ids)), pa.int64())), pair_ids)
+        pair_ids = keys(column(path, schema.MIXTURE, "pair_id"))
+        for name in REFERENCES if needs_reference else ():
+            values = column(path, schema.MIXTURE, name)
+            finite = compute.fill_null(compute.is_finite(values), False).to_numpy()
+            if not finite.all():
+                row = int(np.argmin(finite))
+                raise InputError(
+                    f"pair {pair_ids[row].decode()}: {name} is {values[row].as_py()}; score the mixture's "
+                    "reference again"
+                )
+        pieces = [_lengths(table) for table in row_groups(path, schema.MIXTURE, IDS)]
+        lengths = np.concatenate([np.empty((0, 3), dtype=np.int64), *pieces])
+        return cls(path, pair_ids, lengths, needs_reference, smoothing)
 
-    @cached_property
-    def lengths(self) -> list[tuple[int, ...]]:
-        """Tokens of prompt, chosen and rejected of each pair."""
-        columns = ([len(ids) for ids in self.table.column(name).to_pylist()] for name in COLUMNS[:3])
-        return list(zip(*columns, strict=True))
+    def pair_id(self, row: int) -> str:
+        """The id of the pair in this row."""
+        return self.pair_ids[row].decode()
 
     @cached_property
     def tokens(self) -> list[int]:
         """Training tokens of each pair: 2|x| + |y_w| + |y_l|, a shared prompt counted twice."""
-        return [2 * prompt + chosen + rejected for prompt, chosen, rejected in self.lengths]
+        return (self.lengths @ np.array([2, 1, 1])).tolist()
 
     @cached_property
     def longest(self) -> int:
         """Positions of the longest pair, its prompt computed once."""
-        return max(map(sum, self.lengths))
+        return int(self.lengths.sum(axis=1).max())
 
     @property
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt with one of its answers."""
-        return max(prompt + max(chosen, rejected) for prompt, chosen, rejected in self.lengths)
+        return int(self._sequences().max())
+
+    def _sequences(self) -> np.ndarray:
+        """Tokens of each prompt with the longer of its answers."""
+        return self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)
 
     def refuse_lengths(self, positions: int | None) -> None:
         """Refuse empty sequences and those longer than the model's positions; nothing is truncated.
@@ -78,15 +89,57 @@ class Mixture:
         Raises:
             InputError: a pair is empty or too long; the message names it.
         """
-        for pair_id, (prompt, chosen, rejected) in zip(self.pair_ids, self.lengths, strict=True):
-            if 0 in (prompt, chosen, rejected):
-                raise InputError(f"pair {pair_id}: prompt, chosen or rejected has no tokens; drop the pair")
-            longest = prompt + max(chosen, rejected)
-            if positions is not None and longest > positions:
-                raise InputError(
-                    f"pair {pair_id}: {longest} tokens, but the model has {positions} positions; lower "
-                    "data.max_prompt_tokens or data.max_response_tokens"
-                )
+        empty, sequences = (self.lengths == 0).any(axis=1), self._sequences()
+        wrong = empty if positions is None else empty | (sequences > positions)
+        if not wrong.any():
+            return
+        row = int(np.argmax(wrong))
+        if empty[row]:
+            raise InputError(
+                f"pair {self.pair_id(row)}: prompt, chosen or rejected has no tokens; drop the pair"
+            )
+        raise InputError(
+            f"pair {self.pair_id(row)}: {sequences[row]} tokens, but the model has {positions} positions; "
+            "lower data.max_prompt_tokens or data.max_response_tokens"
+        )
+
+    def take(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Token ids of a few pairs."""
+        return Rows(self.path, IDS).take(rows)
+
+    def dataset(self, folder: Path) -> "Dataset":
+        """The pairs as the trainer takes them, mapped into memory from a file that is written to `folder`."""
+        from datasets import Dataset
+        from datasets.table import MemoryMappedTable
+
+        file, first = folder / "pairs.arrow", 0
+        with pa.ipc.new_stream(file, _training_schema()) as out:
+            for table in row_groups(self.path, schema.MIXTURE, ["origin", *IDS, *REFERENCES]):
+                out.write_table(self._training_rows(table, first))
+                first += table.num_rows
+        return Dataset(MemoryMappedTable.from_file(str(file)))
+
+    def _training_rows(self, table: pa.Table, first: int) -> pa.Table:
+        rows, references = table.num_rows, list(REFERENCES)
+        columns = {name: table[name] for name in IDS}
+        columns |= {n: table[n] if self.needs_reference else pa.repeat(0.0, rows) for n in references}
+        columns["label_smoothing"] = pa.array(
+            [self.smoothing[origin] for origin in table["origin"].to_pylist()]
+        )
+        columns["row"] = pa.array(np.arange(first, first + rows))
+        return schema.table(_training_schema(), columns)
+
+
+def _lengths(table: pa.Table) -> np.ndarray:
+    """Tokens of each pair's texts, [pair, 3]."""
+    columns = [compute.list_value_length(table[name]).to_numpy() for name in IDS]
+    return np.stack(columns, axis=1).astype(np.int64)
+
+
+def _training_schema() -> pa.Schema:
+    """What the trainer sees of a pair."""
+    mixed = [schema.MIXTURE.field(name) for name in (*IDS, *REFERENCES)]
+    return pa.schema([*mixed, pa.field("label_smoothing", pa.float64()), pa.field("row", pa.int64())])
 
 
 def fold_order(

@@ -1,11 +1,13 @@
 """What is read and written in pieces is what would be read and written whole."""
 
+import threading
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from sera_core.artifacts import schema
-from sera_core.artifacts.streaming import Lookup, Rows, Scatter, Writer, numbers, row_groups, strings
+from sera_core.artifacts import schema, streaming
+from sera_core.artifacts.streaming import Lookup, Rows, Scatter, Writer, keys, numbers, row_groups, strings
 
 COUNT = 2 * schema.ROW_GROUP + 451
 
@@ -51,6 +53,33 @@ def test_columns_and_row_groups_are_those_of_the_file(logps, path):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize(("size", "pieces"), [(0, 3), (10**6, 1)])
+def test_as_many_row_groups_are_joined_as_the_bytes_allow(logps, path, size, pieces):
+    found = list(row_groups(path, schema.LOGPS, ["tokens"], size))
+    assert len(found) == pieces
+    assert pa.concat_tables(found).equals(logps.select(["tokens"]))
+
+
+def test_a_reader_that_stops_early_leaves_no_thread(path):
+    tables = row_groups(path, schema.LOGPS)
+    assert next(tables).num_rows == schema.ROW_GROUP
+    tables.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sera-ahead")]
+
+
+def test_what_fails_in_the_writing_thread_is_raised(logps, tmp_path):
+    wrong = pa.table({"id": ["a"] * 2000, "logps": ["no number"] * 2000, "tokens": [1] * 2000})
+    with pytest.raises(pa.ArrowInvalid, match="no number"), Writer(tmp_path / "a", schema.LOGPS) as out:
+        out.write(wrong)
+
+
+@pytest.mark.parametrize("ids", [["aa", "bb"], ["a", "bbb"], ["é", "日本", "a"], [], ["", ""]])
+def test_ids_are_the_same_as_bytes_and_as_text(ids):
+    column = pa.chunked_array([pa.array(["zz", *ids], pa.string()).slice(1), pa.array(ids, pa.string())])
+    assert [key.decode() for key in keys(column).tolist()] == ids * 2
+    assert streaming.texts(column).tolist() == ids * 2
+
+
 def test_rows_come_in_the_order_asked_for_from_any_row_group(logps, path):
     wanted = np.random.default_rng(6).integers(0, COUNT, 700)
     rows = Rows(path, ["id", "logps"])
@@ -70,3 +99,11 @@ def test_an_id_is_found_where_it_stands_and_an_unknown_one_is_minus_one():
     lookup = Lookup(np.array(["c", "a", "b"]))
     assert lookup.places(np.array(["a", "z", "c", "0"])).tolist() == [1, -1, 0, -1]
     assert Lookup(np.array([], dtype=np.str_)).places(np.array(["a"])).tolist() == [-1]
+
+
+def test_ids_that_are_numbers_are_found_beside_other_ones():
+    ids = np.array([f"{number:016x}" for number in (7, 3, 2**64 - 1)])
+    wanted = np.array([*ids, "short", f"{4:016x}", f"{3:016x}0"])
+    assert Lookup(ids).places(wanted).tolist() == [0, 1, 2, -1, -1, -1]
+    assert Lookup(np.array([b"b", b"a", b"b"])).places(np.array([b"b", b"a"])).tolist() == [0, 1]
+    assert Lookup(np.array([30, 10, 20])).places(np.array([10, 11, 30])).tolist() == [1, -1, 0]

@@ -1,0 +1,1 @@
+"""`python -m tests.scale`: what sera-flow does at sizes that a test does not reach."""
