@@ -15,6 +15,7 @@ from sera_core.judges.names import candidates_file, is_model
 from sera_core.method.pairing import ANCHORED
 from sera_core.method.panel import column_of
 from sera_core.method.selection import BY_VARIANCE
+from sera_core.models.four_bits import ADAMW_8BIT
 from sera_core.settings.data import DataConfig, ModelConfig, Source, StartConfig
 from sera_core.settings.deciding import DecideConfig, EvaluateConfig, LimitsConfig
 from sera_core.settings.execution import ExecutionConfig
@@ -83,6 +84,7 @@ class SeraConfig(Part):
         self.check_own_code()
         refuse_ineffective(self)
         self._check_precision()
+        self._check_sharding()
         self._check_judge()
         decide = self.decide
         if decide.review == "always" and decide.review_default in ("hold", "roll_back"):
@@ -167,6 +169,20 @@ class SeraConfig(Part):
             raise ValueError(
                 'with model.dtype = "nf4" answers are sampled through the same four-bit base as they are '
                 'scored; leave sampling.dtype out, and set sampling.engine = "transformers"'
+            )
+
+    def _check_sharding(self) -> None:
+        if not self.execution.shard_weights:
+            return
+        unsuited = {
+            'model.dtype = "nf4"': self.model.dtype == "nf4",
+            f'train.optimizer = "{ADAMW_8BIT}"': self.train.optimizer == ADAMW_8BIT,
+        }
+        named = [setting for setting, found in unsuited.items() if found]
+        if named:
+            raise ValueError(
+                f"execution.shard_weights = true shares weights and moments by rows, but {named[0]} keeps "
+                "them in blocks with a scale each; change one of the two"
             )
 
     def _check_judge(self) -> None:
