@@ -174,15 +174,10 @@ class SeraConfig(Part):
     def _check_sharding(self) -> None:
         if not self.execution.shard_weights:
             return
-        unsuited = {
-            'model.dtype = "nf4"': self.model.dtype == "nf4",
-            f'train.optimizer = "{ADAMW_8BIT}"': self.train.optimizer == ADAMW_8BIT,
-        }
-        named = [setting for setting, found in unsuited.items() if found]
-        if named:
+        if self.in_blocks:
             raise ValueError(
-                f"execution.shard_weights = true shares weights and moments by rows, but {named[0]} keeps "
-                "them in blocks with a scale each; change one of the two"
+                f"execution.shard_weights = true shares weights and moments by rows, but {self.in_blocks} "
+                "keeps them in blocks with a scale each; change one of the two"
             )
 
     def _check_judge(self) -> None:
@@ -197,6 +192,13 @@ class SeraConfig(Part):
                 'decide.metric = "win-rate" compares answers to held-out prompts, and evaluate.prompts = 0 '
                 "samples none; raise it"
             )
+
+    @property
+    def in_blocks(self) -> str | None:
+        """The setting by which weights or moments are kept in blocks, which cannot be shared by rows."""
+        if self.model.dtype == "nf4":
+            return 'model.dtype = "nf4"'
+        return f'train.optimizer = "{ADAMW_8BIT}"' if self.train.optimizer == ADAMW_8BIT else None
 
     def with_engine(self, engine: str) -> "SeraConfig":
         """The same with another sampling engine."""

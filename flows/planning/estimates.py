@@ -345,7 +345,7 @@ def refuse_what_cannot_fit(config: SeraConfig, shape: ModelShape | None) -> None
         smaller = 'set model.dtype = "bfloat16" or "nf4", or '
     if processes > 1 and not apart:
         smaller = f"lower execution.processes = {processes}, or {smaller}"
-    elif processes > 1 and shares == 1:
+    elif processes > 1 and shares == 1 and config.in_blocks is None:
         smaller = f"set execution.shard_weights = true, or {smaller}"
     raise InputError(
         f"training a model of {shape.parameters / 1e9:.3g} billion parameters cannot fit: weights, "

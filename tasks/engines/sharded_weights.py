@@ -98,7 +98,8 @@ class ShardedWeights(TrainedWeights):
     def clip(self, norm: float) -> Tensor:
         """Clip the gradient of all weights, over all processes, to a norm; returns its norm before."""
         total = super().clip(norm)
-        return total.full_tensor() if isinstance(total, DTensor) else total
+        assert isinstance(total, DTensor)
+        return total.full_tensor()
 
     def whole(self, model: nn.Module) -> dict[str, Tensor]:
         """What `save_policy` writes, gathered tensor by tensor; empty in all processes but the first."""
@@ -107,7 +108,8 @@ class ShardedWeights(TrainedWeights):
             if adapter and not parameter.requires_grad:
                 continue
             if id(parameter) not in seen:  # a tied weight is gathered once
-                gathered = parameter.detach().full_tensor()
+                assert isinstance(parameter, DTensor)
+                gathered = parameter.full_tensor().detach()
                 seen[id(parameter)] = gathered.cpu() if self.ranks.first else None
             if self.ranks.first:
                 found[name] = seen[id(parameter)]
@@ -126,8 +128,8 @@ def blocks_of(transformer: Any) -> list[nn.Module]:
     """
     count = text_config(transformer).num_hidden_layers
     lists = [part for part in transformer.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    owners = [len({id(p) for p in part.parameters()}) == len(_every(part)) for part in lists[:1]]
-    if owners != [True]:
+    found = [parameter for layer in lists[0] for parameter in layer.parameters()] if lists else []
+    if len({id(parameter) for parameter in found}) != len(found) or not found:
         raise InputError(
             f"execution.shard_weights = true: {architecture(transformer)} has no list of {count} layers with "
             f"weights of their own, so it cannot be sharded by layers; {LEFT_OUT}"
@@ -170,11 +172,6 @@ def assert_sharded(model: nn.Module, ranks: Ranks) -> None:
     everywhere = torch.tensor(held)
     dist.all_reduce(everywhere)
     assert everywhere.item() == total, f"{ranks.count} processes hold {everywhere} weights of {total}"
-
-
-def _every(module: nn.Module) -> list[nn.Parameter]:
-    """All parameters of a list's entries, one that is shared as often as it occurs."""
-    return [p for entry in module.children() for p in entry.parameters()]
 
 
 def _whole(module: nn.Module) -> Iterator[nn.Parameter]:
