@@ -15,6 +15,7 @@ from sera_core.judges.names import candidates_file, is_model
 from sera_core.method.pairing import ANCHORED
 from sera_core.method.panel import column_of
 from sera_core.method.selection import BY_VARIANCE
+from sera_core.models.four_bits import ADAMW_8BIT
 from sera_core.settings.data import DataConfig, ModelConfig, Source, StartConfig
 from sera_core.settings.deciding import DecideConfig, EvaluateConfig, LimitsConfig
 from sera_core.settings.execution import ExecutionConfig
@@ -83,6 +84,7 @@ class SeraConfig(Part):
         self.check_own_code()
         refuse_ineffective(self)
         self._check_precision()
+        self._check_sharding()
         self._check_judge()
         decide = self.decide
         if decide.review == "always" and decide.review_default in ("hold", "roll_back"):
@@ -169,6 +171,15 @@ class SeraConfig(Part):
                 'scored; leave sampling.dtype out, and set sampling.engine = "transformers"'
             )
 
+    def _check_sharding(self) -> None:
+        if not self.execution.shard_weights:
+            return
+        if self.in_blocks:
+            raise ValueError(
+                f"execution.shard_weights = true shares weights and moments by rows, but {self.in_blocks} "
+                "keeps them in blocks with a scale each; change one of the two"
+            )
+
     def _check_judge(self) -> None:
         if self.decide.metric != "win-rate":
             return
@@ -181,6 +192,13 @@ class SeraConfig(Part):
                 'decide.metric = "win-rate" compares answers to held-out prompts, and evaluate.prompts = 0 '
                 "samples none; raise it"
             )
+
+    @property
+    def in_blocks(self) -> str | None:
+        """The setting by which weights or moments are kept in blocks, which cannot be shared by rows."""
+        if self.model.dtype == "nf4":
+            return 'model.dtype = "nf4"'
+        return f'train.optimizer = "{ADAMW_8BIT}"' if self.train.optimizer == ADAMW_8BIT else None
 
     def with_engine(self, engine: str) -> "SeraConfig":
         """The same with another sampling engine."""

@@ -212,6 +212,11 @@ EFFECTS: tuple[Row, ...] = (
         "only if decide.review asks a person",
     ),
     Row(
+        "execution.shard_weights",
+        lambda c: c.execution.processes != 1,
+        "only with several execution.processes",
+    ),
+    Row(
         "execution.sampling_batch",
         lambda c: c.sampling.engine in ("auto", "transformers") and samples(c),
         f'with sampling.engine = "transformers", and {SAMPLED}',

@@ -228,11 +228,7 @@ class TrainingRun:
     def build(self, scratch: Path) -> Any:
         """Create the trainer, resumed from the last checkpoint if there is one."""
         from sera_core.models.dropout import disable_dropout
-        from tasks.engines.dpo_trainer import ReviewedDPOTrainer
         from tasks.engines.optimizers import warmup_schedule
-        from tasks.engines.pair_forward import can_share_prompt
-        from tasks.engines.step_hooks import StepHooks
-        from tasks.engines.trained_weights import TrainedWeights
 
         release_policies()
         self._plan_batches()
@@ -240,55 +236,86 @@ class TrainingRun:
         if checkpoint is None and self.first:
             self.probe = self._score_probe()
         self.model, transformer = self._load_model()
-        self.weights = TrainedWeights(self.model, self._exact_weights())
         disable_dropout(self.model)
         text_config = transformer.config.get_text_config()
         self.mixture.refuse_lengths(getattr(text_config, "max_position_embeddings", None))
         refuse_beyond_index_topk(transformer, self.mixture.longest_sequence)
+        if checkpoint is not None:
+            state = json.loads(checkpoint["state.json"].read_text())
+            self.lines, self.step0 = state["log"], state["step0"]
+        first = len(self.lines)
+        self.trainer = self._make_trainer(scratch, transformer, checkpoint)
+        self.weights = self._weights_of(transformer)
         self.optimizer = self._make_optimizer(checkpoint)
-        first, tracking = len(self.lines), self.tracking
         self._refuse_apart(first)
+        schedule = warmup_schedule(self.optimizer, self.train.warmup * self.steps, first)
+        self.trainer.change(self.weights, self.optimizer, schedule)
+        return self.trainer
+
+    def _make_trainer(self, scratch: Path, transformer: Any, checkpoint: dict[str, Path] | None) -> Any:
+        """The trainer of the steps that are left. It probes the model, which has to be whole for that."""
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
+
+        from tasks.engines.dpo_trainer import ReviewedDPOTrainer
+        from tasks.engines.pair_forward import can_share_prompt
+        from tasks.engines.step_hooks import StepHooks
+
+        first, share = len(self.lines), can_share_prompt(transformer, self.mixture.longest)
+        if self.shards:
+            from tasks.engines.sharded_weights import refuse_uneven_passes
+
+            refuse_uneven_passes(transformer, share)
         logs = self.attempt.spec.where.get("logs") or str(scratch)
         hooks = StepHooks(first, lambda: self._begin(checkpoint), self._check, self._done)
-        self.trainer = ReviewedDPOTrainer(
+        return ReviewedDPOTrainer(
             model=self.model,
             train=self.train,
             args=self._arguments(scratch),
             rows=self.mixture.dataset(scratch).select(self.order[first * self.train.batch :]),
             tokenizer=load_tokenizer(self.start),
-            optimizers=(
-                self.optimizer,
-                warmup_schedule(self.optimizer, self.train.warmup * self.steps, first),
-            ),
-            callbacks=[hooks, *trackers(tracking, logs)],
+            optimizers=(None, None),  # see `change`
+            callbacks=[hooks, *trackers(self.tracking, logs)],
             micro_batch=self.micro_batch,
-            share=can_share_prompt(transformer, self.mixture.longest),
-            weights=self.weights,
+            share=share,
             ranks=self.ranks,
         )
-        return self.trainer
+
+    @property
+    def shards(self) -> bool:
+        """Whether processes share the weights by rows."""
+        return self.ranks is not None and self.attempt.execution.shard_weights
+
+    def _weights_of(self, transformer: Any) -> Any:
+        """The weights to train; the model's are shared by rows first if they are to be."""
+        from tasks.engines.trained_weights import TrainedWeights
+
+        if not self.shards:
+            return TrainedWeights(self.model, self._exact_weights(self.device) if self._rounded else None)
+        from tasks.engines.sharded_weights import ShardedWeights
+
+        assert self.ranks is not None
+        exact = (lambda: self._exact_weights("cpu")) if self._rounded else None
+        return ShardedWeights(self.model, transformer, self.ranks, self.device, exact)
 
     def _refuse_apart(self, step: int) -> None:
-        """Check that all processes hold the same weights after so many steps."""
-        if self.ranks is not None:
+        """Check that all processes hold the same weights after so many steps; a shared row is held once."""
+        if self.ranks is not None and not self.shards:
             self.ranks.refuse_apart(self.weights.named, step)
 
     def _plan_batches(self) -> None:
         """Choose the micro-batch, and plan its memory."""
         shape = folder_shape(self.attempt.input("model").folder("policy"))
         dtype, longest = self.attempt.fields["dtype"], self.mixture.longest
+        count, execution = 1 if self.ranks is None else self.ranks.count, self.attempt.execution
         self.micro_batch = micro_batch(
-            self.attempt.execution,
-            self.train,
-            shape,
-            dtype,
-            self.mixture.tokens,
-            longest,
-            1 if self.ranks is None else self.ranks.count,
+            execution, self.train, shape, dtype, self.mixture.tokens, longest, count
         )
         largest = sorted(self.mixture.tokens)[-self.micro_batch :]
-        recompute = self.attempt.execution.gradient_checkpointing
-        planned = training_memory(shape, dtype, self.train, sum(largest), longest, recompute, self.device)
+        recompute, shares = execution.gradient_checkpointing, count if self.shards else 1
+        planned = training_memory(
+            shape, dtype, self.train, sum(largest), longest, recompute, self.device, shares
+        )
         self.attempt.memory.planned = planned
 
     def _make_optimizer(self, checkpoint: dict[str, Path] | None) -> Any:
@@ -297,11 +324,10 @@ class TrainingRun:
         from tasks.engines.optimizers import optimizer_of
 
         optimizer = optimizer_of(self.train.optimizer, self.weights, self.attempt.fields["learning_rate"])
-        self.trainable = sum(weight.numel() for weight in self.weights.named.values())
+        self.trainable = sum(weight.numel() for weight in self.weights.named.values())  # of all processes
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.weights.named, optimizer)
+            load_checkpoint(checkpoint, self.weights.named, optimizer)
             self.weights.to_model()
-            self.lines, self.step0 = state["log"], state["step0"]
         return optimizer
 
     def _load_model(self) -> tuple[Any, Any]:
@@ -323,11 +349,14 @@ class TrainingRun:
             return PeftModel.from_pretrained(base, str(self.start), is_trainable=True), base
         return new_adapter(base, self.train, self.seed), base
 
-    def _exact_weights(self) -> dict[str, Any] | None:
-        """The start policy's weights in float32, if the model to train has rounded them."""
-        if self.train.method == "lora" or not self.bf16:  # an adapter is in float32 anyway
-            return None
-        return dict(load_policy(self.start, "float32", self.device).named_parameters())
+    @property
+    def _rounded(self) -> bool:
+        """Whether the model to train has rounded weights; an adapter is in float32 anyway."""
+        return self.train.method == "full" and self.bf16
+
+    def _exact_weights(self, device: str) -> dict[str, Any]:
+        """The start policy's weights in float32."""
+        return dict(load_policy(self.start, "float32", device).named_parameters())
 
     def _arguments(self, scratch: Path) -> Any:
         from trl.trainer.dpo_config import DPOConfig
@@ -405,10 +434,9 @@ class TrainingRun:
 
     def _save_checkpoint(self, step: int) -> None:
         self._refuse_apart(step)
-        if self.first:
-            state = {"step": step, "log": self.lines, "step0": self.step0}
-            count = None if self.ranks is None else self.ranks.count
-            store_checkpoint(self.attempt, self.weights.named, self.optimizer, state, processes=count)
+        state = {"step": step, "log": self.lines, "step0": self.step0}
+        parameters, sharded = self.weights.named, self.weights.sharded
+        store_checkpoint(self.attempt, parameters, self.optimizer, state, ranks=self.ranks, sharded=sharded)
 
     # -------------------------------------------------------------------------------------------- result
 
@@ -418,12 +446,14 @@ class TrainingRun:
 
         refuse_not_finite(self.weights.named, self.steps - 1)
         self._refuse_apart(self.steps)
+        self.optimizer.state.clear()  # the weights are gathered in the place of their moments
+        weights = self.weights.whole(model)
         if not self.first:
             return []
         self.weights.finish(model)
         folder = self.attempt.write("policy/config.json").parent
         start = self.attempt.input("start").folder("policy")  # check its files again after training
-        save_policy(model, start, folder)
+        save_policy(model, start, folder, weights=weights)
         if self.train.method == "lora":
             base = self.attempt.input("model").ref.model_dump()
             (folder / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")

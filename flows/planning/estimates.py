@@ -189,7 +189,7 @@ class Estimator:
     def __init__(self, config: SeraConfig, store: Store, records: RunStore, size: Workload) -> None:
         self.config, self.size = config, size
         self.rate = gigaflops() * 1e9 * EFFICIENCY * (1.7 if config.model.dtype == "bfloat16" else 1.0)
-        self.measured = _measured(store, records)
+        self.measured = _measured(store, records, accelerator_here(config.execution.device))
 
     def expected(self, spec: StepSpec, counts: RoundCounts | None) -> dict[str, Any]:
         """{"tokens", "seconds", "bytes", "memory"} of a step.
@@ -253,15 +253,23 @@ class Estimator:
         return 0 if counts is None else counts.prompts
 
     def _seconds(self, step: str, tokens: float) -> float | None:
+        devices = self._devices(step)
         if step in self.measured:
-            return round(tokens * self.measured[step], 1)
+            return round(tokens * self.measured[step] / devices, 1)
         if not tokens:
             return 1.0
         if self.size.shape is None:
             return None
         adapter = step in ("train", "sft") and self.config.train.method == "lora"
         cost = COST[step] * (0.7 if adapter else 1.0)
-        return round(tokens * 2 * self.size.shape.parameters * cost / self.rate + 2, 1)
+        return round(tokens * 2 * self.size.shape.parameters * cost / self.rate / devices + 2, 1)
+
+    def _devices(self, step: str) -> int:
+        """Accelerators that share the work of a step; processes on a CPU share its threads."""
+        execution = self.config.execution
+        if step != "train" or not accelerator_here(execution.device):
+            return 1
+        return training_processes(execution, self.config.train.batch)
 
     def _bytes(self, spec: StepSpec) -> int | None:
         size = self.size
@@ -299,7 +307,8 @@ class Estimator:
             processes = training_processes(execution, train.batch)
             count = micro_batch(execution, train, shape, fields["dtype"], pairs, row, processes)
             tokens, recompute = sum(sorted(pairs)[-count:]), execution.gradient_checkpointing
-            each = training_memory(shape, fields["dtype"], train, tokens, row, recompute, device)
+            shares = processes if execution.shard_weights else 1
+            each = training_memory(shape, fields["dtype"], train, tokens, row, recompute, device, shares)
             return each * (processes if device == "cpu" else 1)  # GPUs have a memory of their own
         if spec.step == "sft" and size.conversations:
             train = self.config.train.model_copy(update={"batch": fields["batch"]})
@@ -324,7 +333,9 @@ def refuse_what_cannot_fit(config: SeraConfig, shape: ModelShape | None) -> None
         return
     processes = training_processes(config.execution, config.train.batch)
     apart = accelerator_here(config.execution.device)
-    least = least_training_memory(shape, config.model.dtype, config.train) * (1 if apart else processes)
+    shares = processes if config.execution.shard_weights else 1
+    least = least_training_memory(shape, config.model.dtype, config.train, shares)
+    least *= 1 if apart else processes
     if least <= (total := device_memory(config.execution.device)[0]):
         return
     smaller = ""
@@ -334,6 +345,8 @@ def refuse_what_cannot_fit(config: SeraConfig, shape: ModelShape | None) -> None
         smaller = 'set model.dtype = "bfloat16" or "nf4", or '
     if processes > 1 and not apart:
         smaller = f"lower execution.processes = {processes}, or {smaller}"
+    elif processes > 1 and shares == 1 and config.in_blocks is None:
+        smaller = f"set execution.shard_weights = true, or {smaller}"
     raise InputError(
         f"training a model of {shape.parameters / 1e9:.3g} billion parameters cannot fit: weights, "
         f"gradients and optimizer states alone need {least / 2**30:.1f} GiB, and there are "
@@ -357,8 +370,14 @@ def memory_warning(rows: Sequence[dict[str, Any]], device: str) -> Iterator[str]
         )
 
 
-def _measured(store: Store, records: RunStore) -> dict[str, float]:
-    """Seconds per token of each step in the run's finished rounds."""
+def _measured(store: Store, records: RunStore, apart: bool) -> dict[str, float]:
+    """Seconds per token of each step in the run's finished rounds.
+
+    Args:
+        store: of the steps.
+        records: the run's.
+        apart: whether processes have an accelerator each; then seconds on one of them.
+    """
     tokens: dict[str, float] = {}
     seconds: dict[str, float] = {}
     for manifest in records.rounds():
@@ -366,7 +385,8 @@ def _measured(store: Store, records: RunStore) -> dict[str, float]:
             record = find_record(store, ref.step, ref.key)
             if record is not None and (count := _counted(record)):
                 tokens[ref.step] = tokens.get(ref.step, 0) + count
-                seconds[ref.step] = seconds.get(ref.step, 0) + record.seconds
+                devices = record.environment.get("processes", 1) if apart else 1
+                seconds[ref.step] = seconds.get(ref.step, 0) + record.seconds * devices
     return {step: seconds[step] / count for step, count in tokens.items()}
 
 

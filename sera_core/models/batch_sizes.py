@@ -47,7 +47,8 @@ def micro_batch(
 
     def needs(pairs: int) -> int:
         recompute = execution.gradient_checkpointing
-        return training_memory(shape, dtype, train, sum(longest[:pairs]), row, recompute, device)
+        shares = processes if execution.shard_weights else 1
+        return training_memory(shape, dtype, train, sum(longest[:pairs]), row, recompute, device, shares)
 
     most = math.ceil(train.batch / processes)
     return _fitting(execution.micro_batch, device, PAIRS_ON_CPU, 1, most, needs)

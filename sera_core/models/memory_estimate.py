@@ -49,6 +49,9 @@ class ModelShape:
     outside: int
     """Parameters outside the layers: embeddings and the output layer."""
 
+    layer: int = 0
+    """Parameters of the largest layer."""
+
     def weights(self, dtype: str) -> int:
         """Bytes of the weights in memory."""
         if dtype == "nf4":
@@ -68,7 +71,11 @@ def shape_of(tensors: Mapping[str, Sequence[int]]) -> ModelShape:
     """
     matrices = {name: dims for name, dims in tensors.items() if len(dims) == 2}
     layers: dict[str, int] = {}
+    inside: dict[str, int] = {}
     cached = 0
+    for name, dims in tensors.items():
+        if (layer := _LAYER.search(name)) is not None:
+            inside[layer.group(1)] = inside.get(layer.group(1), 0) + math.prod(dims)
     for name, dims in matrices.items():
         if (layer := _LAYER.search(name)) is not None:
             layers[layer.group(1)] = layers.get(layer.group(1), 0) + sum(dims)
@@ -79,8 +86,9 @@ def shape_of(tensors: Mapping[str, Sequence[int]]) -> ModelShape:
     vocabulary = max((max(dims) for name, dims in matrices.items() if not _LAYER.search(name)), default=0)
     hidden = max((min(dims) for name, dims in matrices.items() if not _LAYER.search(name)), default=0)
     widest = max(layers.values(), default=0)
-    outside = sum(math.prod(dims) for name, dims in tensors.items() if not _LAYER.search(name))
-    return ModelShape(count, sum(layers.values()), widest, cached, vocabulary, len(layers) * hidden, outside)
+    outside, largest = count - sum(inside.values()), max(inside.values(), default=0)
+    kept = len(layers) * hidden
+    return ModelShape(count, sum(layers.values()), widest, cached, vocabulary, kept, outside, largest)
 
 
 def folder_shape(folder: Path) -> ModelShape:
@@ -154,6 +162,7 @@ def training_memory(
     row: int,
     recompute: bool = False,
     device: str = "cpu",
+    shares: int = 1,
 ) -> int:
     """Bytes to train: weights, gradients and Adam's moments, and the activations of a micro-batch.
 
@@ -165,13 +174,18 @@ def training_memory(
         row: tokens of its longest pair.
         recompute: whether activations are computed again (`execution.gradient_checkpointing`).
         device: where it is trained.
+        shares: processes that share the weights by rows (`execution.shard_weights`); of one of them.
     """
-    states = least_training_memory(shape, dtype, train)
-    states += LIBRARIES + _pages(shape, device)
-    states += shape.weights(dtype) if train.method == "full" and dtype != "float32" else 0
     kept = shape.boundaries + KEPT * shape.widest if recompute else KEPT * shape.width
-    activations = int(tokens * kept) * FLOAT32 + row * row * FLOAT32
-    return states + activations + _logits(shape, tokens)
+    activations = int(tokens * kept) * FLOAT32 + row * row * FLOAT32 + _logits(shape, tokens)
+    fixed = LIBRARIES + _pages(shape, device)
+    if shares > 1:
+        part = _states(shape, dtype, train) // shares
+        trained = FLOAT32 * trained_parameters(train, shape) // shares
+        loading = shape.weights(dtype) + trained
+        return fixed + max(loading, part + _gathered(shape, dtype) + activations)
+    rounded = shape.weights(dtype) if train.method == "full" and dtype != "float32" else 0
+    return fixed + _states(shape, dtype, train) + rounded + activations
 
 
 def fine_tuning_memory(
@@ -193,7 +207,7 @@ def fine_tuning_memory(
     return max(training, _loaded(shape, "float32", "cpu") + shape.weights(dtype))
 
 
-def least_training_memory(shape: ModelShape, dtype: str, train: TrainConfig) -> int:
+def least_training_memory(shape: ModelShape, dtype: str, train: TrainConfig, shares: int = 1) -> int:
     """Bytes that training cannot do without: weights, and of what is trained gradients and moments.
 
     What is trained is float32, and an adapter's base has the run's dtype.
@@ -202,7 +216,21 @@ def least_training_memory(shape: ModelShape, dtype: str, train: TrainConfig) -> 
         shape: the model.
         dtype: its dtype.
         train: what is trained, with which optimizer.
+        shares: processes that share all this by rows; of one of them, which loads the model whole before.
     """
+    states = _states(shape, dtype, train)
+    return states if shares == 1 else max(states // shares, shape.weights(dtype))
+
+
+def _gathered(shape: ModelShape, dtype: str) -> int:
+    """Bytes of what a process has whole for a time, of shared weights and their gradients.
+
+    The embeddings and the output layer, the layer that it computes and the one that it fetches.
+    """
+    return 2 * (shape.outside + 2 * shape.layer) * BYTES[dtype]
+
+
+def _states(shape: ModelShape, dtype: str, train: TrainConfig) -> int:
     trained, full = trained_parameters(train, shape), train.method == "full"
     in_8_bits = 0
     if train.optimizer == ADAMW_8BIT:

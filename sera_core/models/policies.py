@@ -168,7 +168,11 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
 
 def save_policy(
-    model: Any, tokenizer_source_folder: Path | str, folder: Path | str, dtype: Dtype = "float32"
+    model: Any,
+    tokenizer_source_folder: Path | str,
+    folder: Path | str,
+    dtype: Dtype = "float32",
+    weights: dict[str, Any] | None = None,
 ) -> Path:
     """Write a trained policy as a policy folder; the same weights give the same bytes.
 
@@ -181,15 +185,16 @@ def save_policy(
         tokenizer_source_folder: the policy folder that training started from.
         folder: output folder.
         dtype: dtype of the weights on disk.
+        weights: the weights by their names, of a model that does not hold them whole; None: the model's own.
     """
     import torch
 
     start, folder = Path(tokenizer_source_folder), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "peft_config"):
-        _save_adapter(model, folder)
+        _save_adapter(model, folder, weights)
     else:
-        state = _cast(model.state_dict(), getattr(torch, dtype))
+        state = _cast(model.state_dict() if weights is None else weights, getattr(torch, dtype))
         with quiet_transformers():
             model.save_pretrained(folder, state_dict=state)
         write_settings(folder / "config.json", read_settings(start / "config.json") | {"dtype": dtype})
@@ -209,9 +214,9 @@ def _cast(state: dict[str, Any], dtype: Any) -> dict[str, Any]:
     return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
 
 
-def _save_adapter(model: Any, folder: Path) -> None:
+def _save_adapter(model: Any, folder: Path, weights: dict[str, Any] | None) -> None:
     """Write adapter_config.json and adapter_model.safetensors, without the base's path and a model card."""
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)
     config = read_settings(folder / "adapter_config.json")
     config["base_model_name_or_path"] = None

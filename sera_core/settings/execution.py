@@ -19,6 +19,10 @@ class ExecutionConfig(Part):
     processes: Size = 1
     """Processes of this machine that train a round together, each on a GPU of its own (on a CPU: with its
     part of the threads). `train.batch` is shared by all of them. auto: one for each visible GPU."""
+    shard_weights: bool = False
+    """Share weights, gradients and optimizer moments by rows among the `processes`, so that each holds its
+    part of them and not all (torch's FSDP2). They then exchange the weights in every forward and backward
+    pass."""
     micro_batch: Size = AUTO
     """Pairs per forward pass in training; gradients accumulate to `train.batch`. auto: 1 on a CPU, where more
     are no faster; on an accelerator what its free memory holds."""

@@ -107,6 +107,10 @@ class ReviewedDPOTrainer(DPOTrainer):
         add_pair_forward(model.get_base_model() if is_adapter else model, args.use_weighting)
         self.remove_callback(PrinterCallback)
 
+    def change(self, weights: TrainedWeights, optimizer: Any, schedule: Any) -> None:
+        """Train these weights, with their optimizer and the schedule of its learning rate."""
+        self.weights, self.optimizer, self.lr_scheduler = weights, optimizer, schedule
+
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         return dataset
 
@@ -138,15 +142,25 @@ class ReviewedDPOTrainer(DPOTrainer):
         for micro in self.ranks.share(inputs):
             self._share = len(micro["row"]) / pairs
             loss += super().training_step(model, micro)
+        if self.weights.sharded:
+            self._keep_step(model, inputs)
         if self.ranks.count == 1:
             self.batch_pairs = {
                 name: torch.cat([part[name] for part in self._parts]).cpu() for name in self._parts[0]
             }
             return loss
-        self.ranks.add_gradients(list(self.weights.named.values()))
+        if not self.weights.sharded:
+            self.ranks.add_gradients(list(self.weights.named.values()))
         names = VALUES + ("weight",) * self.use_weighting
         self.batch_pairs = self.ranks.whole([len(micro["row"]) for micro in inputs], names, self._parts)
         return loss
+
+    def _keep_step(self, model: torch.nn.Module, inputs: list[dict[str, Tensor]]) -> None:
+        """Passes without effect, up to the most of any process: all of them gather a layer together."""
+        self._share = 0.0
+        for _ in range(self.ranks.passes(inputs) - len(self._parts)):
+            super().training_step(model, inputs[-1])
+            self._parts.pop()
 
     def _compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool

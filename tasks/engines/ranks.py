@@ -1,14 +1,16 @@
 """The processes that train a round together: what each computes, and how they add up their results.
 
-Every process has the whole model and reads the same global batch; it computes its share of the batch's
-micro-batches. The sums of gradients and the values of the pairs are then added over the processes, so that
-each of them takes the same step as one process alone would, up to the order in which numbers are added.
+Every process reads the same global batch and computes its share of the batch's micro-batches. The sums of
+gradients and the values of the pairs are then added over the processes, so that each of them takes the same
+step as one process alone would, up to the order in which numbers are added. Every process has the whole
+model, or its rows of it (`sharded_weights`).
 
 Torch's DistributedDataParallel is not used: it averages over processes, adds up in every backward pass, and
 wants equally many passes in each of them; here a loss is a mean over the pairs of the batch, and a batch that
 cannot be divided gives some process a pass more.
 """
 
+import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -43,6 +45,14 @@ class Ranks:
     def share(self, micros: Sequence[Any]) -> Sequence[Any]:
         """The micro-batches of a global batch that this process computes; they are sorted by length."""
         return micros[self.rank :: self.count]
+
+    def passes(self, micros: Sequence[Any]) -> int:
+        """The most micro-batches of a global batch that any process computes."""
+        return math.ceil(len(micros) / self.count)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        dist.barrier()
 
     @torch.no_grad()
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sera_core.artifacts.step import Attempt
+
+if TYPE_CHECKING:
+    from tasks.engines.ranks import Ranks
 
 RATE = "train.learning_rate"
 """The setting to lower if weights are not finite."""
@@ -16,9 +19,12 @@ def store_checkpoint(
     optimizer: Any,
     state: Mapping[str, Any],
     rate: str = RATE,
-    processes: int | None = None,
+    ranks: "Ranks | None" = None,
+    sharded: bool = False,
 ) -> None:
     """Commit a checkpoint as a part, and drop those that it supersedes.
+
+    Of several processes each has to call this, and the first one commits.
 
     Args:
         attempt: the training.
@@ -26,20 +32,29 @@ def store_checkpoint(
         optimizer: their optimizer.
         state: what else to restore; its `step` is the number of steps done.
         rate: the setting of the learning rate, for messages.
-        processes: how many processes train together; None: this one alone.
+        ranks: the processes that train together; None: this one alone.
+        sharded: whether each of them has its own rows of the weights, and so writes them.
 
     Raises:
         SeraError: some trained weights are not finite.
     """
-    from tasks.engines.checkpoints import FILES, refuse_not_finite, save_checkpoint
+    from tasks.engines.checkpoints import checkpoint_files, refuse_not_finite, save_checkpoint
+    from tasks.engines.ranks import ALONE
 
-    step = state["step"]
+    step, part = state["step"], ranks if ranks is not None and sharded else ALONE
+    if ranks is not None and not (ranks.first or sharded):
+        return
     refuse_not_finite(parameters, step - 1, rate)
     folder = f"checkpoint-{step:06d}"
-    save_checkpoint(attempt.write(f"{folder}/{FILES[0]}").parent, parameters, optimizer, state)
+    names = checkpoint_files(part.count)
+    save_checkpoint(attempt.write(f"{folder}/{names[0]}").parent, parameters, optimizer, state, part)
+    if part.count > 1:
+        part.wait()  # until the others' files are complete
+    if not part.first:
+        return
     parts = attempt.parts()
-    files = [f"{folder}/{name}" for name in FILES]
-    several = {} if processes is None else {"processes": processes}
+    files = [f"{folder}/{name}" for name in names]
+    several = {} if ranks is None else {"processes": ranks.count}
     parts.append(attempt.commit_part(len(parts), files, {"step": step, **several}))
     for number in superseded(parts, attempt.execution.keep_checkpoints):
         attempt.drop_part(number)

@@ -18,7 +18,10 @@ class TrainedWeights:
     Attributes:
         named: float32 parameters, which the optimizer changes.
         embeddings: the names of those that are embeddings.
+        sharded: whether this process has only its rows of them.
     """
+
+    sharded = False
 
     def __init__(self, model: nn.Module, copies: Mapping[str, Tensor] | None = None) -> None:
         """`copies`: float32 values of the weights of a bfloat16 model; None: the model's own are trained."""
@@ -53,6 +56,10 @@ class TrainedWeights:
         if self._rounded:
             model.float()
             self.to_model()
+
+    def whole(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """Weights to write instead of the model's own; None: the model's."""
+        return None
 
     def _after_step(self) -> None:
         self.to_model()

@@ -76,6 +76,18 @@ def test_more_processes_than_a_step_has_pairs_are_refused(refused):
     assert "execution.processes = 4, but a step of training has 3 pairs" in said
 
 
+@pytest.mark.parametrize(
+    "setting", [("model.dtype", "nf4", "train.method", "lora"), ("train.optimizer", "adamw_8bit")]
+)
+def test_weights_or_moments_in_blocks_are_not_shared_by_rows(refused, setting):
+    given = [f"{name}={value}" for name, value in zip(setting[::2], setting[1::2], strict=True)]
+    settings = [*given, "train.batch=4", "execution.processes=2", "execution.shard_weights=true"]
+    said = refused(*(word for entry in settings for word in ("--set", entry)))
+    assert (
+        f'shares weights and moments by rows, but {setting[0]} = "{setting[1]}" keeps them in blocks' in said
+    )
+
+
 def test_anchors_and_a_file_of_candidates_are_refused(refused, folder):
     (folder / "candidates.jsonl").write_text('{"prompt": "?", "response": "a", "rating": 1}\n')
     by = f"file:{folder / 'candidates.jsonl'}"

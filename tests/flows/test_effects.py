@@ -64,6 +64,7 @@ CASES = {
     "decide.uncalibrated": ("allow", {"decide": {"metric": "win-rate", "judge": "constant"}}, {}),
     "decide.review_hours": (2.0, {"decide": {"review": "alarm"}}, {}),
     "decide.review_default": ("stop", {"decide": {"review": "always"}}, {}),
+    "execution.shard_weights": (True, {"execution": {"processes": 2}}, {}),
     "execution.sampling_batch": (8, {}, {"sampling": {"engine": "vllm"}}),
     "select_generated.rule": ("none", {}, NO_SHARE),
 } | {

@@ -21,7 +21,7 @@ from sera_core.config import SeraConfig
 MAY_NOT_CHANGE_A_STEP = {
     "execution.device", "execution.micro_batch", "execution.tokens_per_batch", "execution.sampling_batch",
     "execution.checkpoint_steps", "execution.keep_checkpoints", "execution.tracking",
-    "execution.gradient_checkpointing", "execution.processes",
+    "execution.gradient_checkpointing", "execution.processes", "execution.shard_weights",
     "execution.child", "execution.limit", "execution.accept_racy_store",  # how the work is done
     "limits.hours", "limits.tokens",  # where it stops: tested in test_stopping.py
     "decide.review_hours", "decide.review_default",  # what is written when nobody answers: test_reviewing.py
@@ -94,6 +94,7 @@ NEEDS = {
     "train.target_margin": {"train": {"losses": ["simpo"]}},
     "evaluate.harness_items": {"evaluate": {"harness": [HARNESS]}},
     "decide.judge": {"decide": {"metric": "win-rate", "judge": "word-count"}},
+    "execution.shard_weights": {"execution": {"processes": 2}},
 }
 """An experiment that uses the field."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from trainable import CPU, Bench
+from trainable import CPU, Bench, same_steps
 
 from sera_core.artifacts.manifest import StepRecord, StepSpec
 from sera_core.artifacts.step import Attempt
@@ -70,14 +70,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[psutil.Process]:
 
 def gone_within(seconds: float, left: list[psutil.Process]) -> None:
     assert left and not psutil.wait_procs(left, timeout=seconds)[1]
-
-
-def same_steps(one: list[dict[str, Any]], other: list[dict[str, Any]], bound: float = 1e-5) -> None:
-    """Whether two trainings logged the same in every step, up to the order in which numbers are added."""
-    assert [line["pairs"] for line in one] == [3, 3, 3, 1] == [line["pairs"] for line in other]
-    for line, same in zip(one, other, strict=True):
-        assert line.pop("grad_norm") == pytest.approx(same.pop("grad_norm"), rel=bound)
-        assert line == pytest.approx(same, rel=0, abs=bound)
 
 
 # ------------------------------------------------------------------------------------------------ the result

@@ -181,6 +181,11 @@ def test_the_experiments_of_seven_billion_weights_fit_on_their_cards(monkeypatch
     responses = batch_sizes.sampling_batch(execution, shape, dtype, longest)
     assert sampling_memory(shape, dtype, responses, longest, "cuda") < card
     assert (pairs, tokens, responses) == chosen
+    if dtype != "nf4":  # all weights, which the processes of eight such cards share
+        whole, shared = (
+            training_memory(shape, dtype, TrainConfig(), pair, row, True, "cuda", shares) for shares in (1, 8)
+        )
+        assert shared < card < whole
 
 
 def test_batch_sizes_are_fixed_on_a_cpu_and_a_setting_is_kept(tmp_path):
