@@ -216,6 +216,19 @@ EFFECTS: tuple[Row, ...] = (
         lambda c: c.sampling.engine in ("auto", "transformers") and samples(c),
         f'with sampling.engine = "transformers", and {SAMPLED}',
     ),
+    Row(
+        "execution.replicas",
+        lambda c: c.execution.distribute != "none",
+        'only with execution.distribute = "processes" or "ray"',
+    ),
+    *(
+        Row(
+            f"execution.{name}",
+            lambda c: c.execution.distribute == "ray",
+            'only with execution.distribute = "ray"',
+        )
+        for name in ("gpus_per_replica", "address")
+    ),
 )
 """Fields that can be ineffective. A field without a row always has an effect."""
 

@@ -94,6 +94,11 @@ class ShardQueue(Generic[Worker]):
         self._held[worker] = OrderedDict()
         self._room[0].append(worker)
 
+    def add(self, shard: int) -> None:
+        """A further shard is to be done; it was not among those of the beginning."""
+        self._missing.add(shard)
+        heapq.heappush(self._waiting, shard)
+
     def acknowledge(self, worker: Worker, shard: int, now: float) -> bool:
         """A worker has committed a shard; returns whether nobody else had.
 
