@@ -221,13 +221,15 @@ EFFECTS: tuple[Row, ...] = (
         lambda c: c.execution.distribute != "none",
         'only with execution.distribute = "processes" or "ray"',
     ),
-    *(
-        Row(
-            f"execution.{name}",
-            lambda c: c.execution.distribute == "ray",
-            'only with execution.distribute = "ray"',
-        )
-        for name in ("gpus_per_replica", "address")
+    Row(
+        "execution.gpus_per_replica",
+        lambda c: c.execution.distribute == "ray" and c.execution.device != "cpu",
+        'only with execution.distribute = "ray", and not with execution.device = "cpu"',
+    ),
+    Row(
+        "execution.address",
+        lambda c: c.execution.distribute == "ray",
+        'only with execution.distribute = "ray"',
     ),
 )
 """Fields that can be ineffective. A field without a row always has an effect."""

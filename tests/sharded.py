@@ -47,7 +47,7 @@ class Sharded:
     """A step of sampling (64 prompts a shard) and one of scoring (128 pairs a shard), with their inputs."""
 
     def __init__(
-        self, folder: Path, shards: int = 5, responses: int = 2, tokens: int = 6, **policy: Any
+        self, folder: Path, shards: int = 5, responses: int = 4, tokens: int = 12, **policy: Any
     ) -> None:
         """`policy`: of the tiny policy."""
         self.folder = folder
