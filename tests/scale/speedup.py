@@ -22,7 +22,7 @@ def run() -> dict[str, float]:
             rates = []
             for replicas in (1, 2):
                 world = Sharded(
-                    Path(folder) / f"{step}-{replicas}", SHARDS, responses=8, tokens=32, layers=4, hidden=256
+                    Path(folder) / f"{step}-{replicas}", SHARDS, responses=4, tokens=16, layers=4, hidden=128
                 )
                 rates.append(_rate(world, step, replicas))
             found["sampling" if step == "sample" else "scoring"] = round(rates[1] / rates[0], 2)
