@@ -221,6 +221,21 @@ EFFECTS: tuple[Row, ...] = (
         lambda c: c.sampling.engine in ("auto", "transformers") and samples(c),
         f'with sampling.engine = "transformers", and {SAMPLED}',
     ),
+    Row(
+        "execution.replicas",
+        lambda c: c.execution.distribute != "none",
+        'only with execution.distribute = "processes" or "ray"',
+    ),
+    Row(
+        "execution.gpus_per_replica",
+        lambda c: c.execution.distribute == "ray" and c.execution.device != "cpu",
+        'only with execution.distribute = "ray", and not with execution.device = "cpu"',
+    ),
+    Row(
+        "execution.address",
+        lambda c: c.execution.distribute == "ray",
+        'only with execution.distribute = "ray"',
+    ),
 )
 """Fields that can be ineffective. A field without a row always has an effect."""
 

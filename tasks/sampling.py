@@ -2,8 +2,9 @@
 
 Prompts are split into shards of fixed size in prompt_id order; finished shards are committed and not sampled
 again. Batches of the transformers engine never span shards, so an interrupted run gives the same bytes as an
-uninterrupted one. vLLM begins with the next shards while a shard's last responses are unfinished; after an
-interruption its responses are the same up to float noise.
+uninterrupted one, and several workers (`execution.distribute`) the same as one. vLLM begins with the next
+shards while a shard's last responses are unfinished, as one of several workers with one more; after an
+interruption, and by several workers, its responses are the same up to float noise.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from sera_core.models.batch_sizes import few_tokens, sampling_batch
 from sera_core.models.devices import device_of
 from sera_core.models.memory_estimate import folder_shape, sampling_memory
 from sera_core.models.shared_policies import shared_policy
+from tasks.engines.child_step import Channel
 from tasks.engines.choose import open_sampler
+from tasks.engines.finish_shards import finish_shards
+from tasks.engines.replica_processes import serve
 from tasks.engines.sampler import (
     Finished,
     LooksAhead,
@@ -36,6 +40,7 @@ from tasks.engines.sampler import (
     no_progress,
     position_limit,
 )
+from tasks.engines.shards import Checked, Shards
 
 SHARD_PROMPTS = 64
 """Prompts per shard: fixed, so that batches are the same on every machine."""
@@ -112,41 +117,59 @@ def sample_responses(attempt: Attempt) -> list[str]:
     The sampler's log-probabilities are kept if it uses the scorer's dtype and a probe agrees. The start
     policy's responses to the same prompts (`anchors`) follow the policy's, prompt by prompt.
     """
-    prompts = _choose_prompts(attempt)
-    shards = [prompts[start : start + SHARD_PROMPTS] for start in range(0, len(prompts), SHARD_PROMPTS)]
-    parts = attempt.parts()
-    work = _Work(attempt, shards)
-    try:
-        for number in range(len(shards)):
-            if number >= len(parts):
-                parts.append(work.sample_shard(number))
-            if number == 0 and not work.fills_device:
-                _probe(attempt, shards[0], _read_part(attempt, parts[0]))
-    finally:
-        work.close()
-    if work.fills_device:
-        _probe(attempt, shards[0], _read_part(attempt, parts[0]))
+    fitting, dropped = _choose_prompts(attempt)
+    _write_dropped(attempt, dropped)
+    parts = finish_shards(attempt, _Work(attempt, fitting), f"{__name__}:open_work")
     _merge(attempt, parts)
-    attempt.counts["prompts"] = len(prompts)
+    attempt.counts["prompts"] = len(fitting)
     return ["responses.parquet", "dropped.parquet"]
 
 
-class _Work:
-    """The shards, and the engine, which is loaded on first use."""
+def open_work(attempt: Attempt) -> Shards:
+    """The shards of the step, for one of several workers."""
+    return _Work(attempt, _choose_prompts(attempt)[0])
 
-    def __init__(self, attempt: Attempt, shards: Sequence[Sequence[Prompt]]) -> None:
-        self.attempt, self.shards = attempt, shards
+
+def do_as_replica(request: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Do shards of the step as one of several processes; see `tasks.engines.replica_processes`."""
+    return serve(request, channel)
+
+
+class _Work:
+    """The shards, and the engine, which is loaded on first use; see `Shards`."""
+
+    unit = "responses"
+
+    def __init__(self, attempt: Attempt, prompts: Sequence[Prompt]) -> None:
+        self.attempt = attempt
+        self.shards = [
+            prompts[start : start + SHARD_PROMPTS] for start in range(0, len(prompts), SHARD_PROMPTS)
+        ]
         self.renderer = Renderer(_folders(attempt)[1])
         self.sampler: Sampler | None = None
+        self.begun: set[int] = set()
 
-    def sample_shard(self, number: int) -> dict[str, Any]:
+    @property
+    def sizes(self) -> list[int]:
+        """Responses of each shard."""
+        return [len(shard) * self.attempt.fields["responses"] for shard in self.shards]
+
+    @property
+    def checked(self) -> Checked:
+        """The first shard is checked as soon as there is room for the scorer's model."""
+        return "at the end" if self.fills_device else "early"
+
+    @property
+    def ahead(self) -> int:
+        """Shards that a worker should know of at once."""
+        return 2 if self.attempt.fields["engine"] == "vllm" else 1
+
+    def do(self, number: int, following: Sequence[int], finished: Finished) -> None:
         """Sample one shard and commit it."""
         attempt, fields = self.attempt, self.attempt.fields
         if self.sampler is None:
             self.sampler = self._open()
-            self._look_ahead(self.sampler, number)
-        before = sum(map(len, self.shards[:number])) * fields["responses"]
-        total = sum(map(len, self.shards)) * fields["responses"]
+        self._look_ahead(self.sampler, [number, *following])
         table = sample_prompts(
             self.sampler,
             self.renderer,
@@ -155,24 +178,32 @@ class _Work:
             responses=fields["responses"],
             seed=fields["seed"],
             round=fields["round"],
-            finished=lambda done: attempt.progress(before + done, total, "responses"),
+            finished=finished,
         )
         relative = f"part-{number:05d}.parquet"
         schema.write_table(table, attempt.write(relative))
-        return attempt.commit_part(number, [relative], {"responses": table.num_rows})
+        attempt.commit_part(number, [relative], {"responses": table.num_rows})
+
+    def check(self) -> None:
+        """Compare the first shard's log-probabilities with the scorer's."""
+        _probe(self.attempt, self.shards[0], _read_part(self.attempt, self.attempt.shards(1)[0]))
 
     def _settings(self) -> Settings:
         fields = self.attempt.fields
         stop_ids = self.renderer.stop_ids
         return Settings(fields["temperature"], fields["top_p"], fields["max_tokens"], stop_ids)
 
-    def _look_ahead(self, sampler: Sampler, number: int) -> None:
-        """Let an engine that can begin with all responses from this shard on."""
+    def _look_ahead(self, sampler: Sampler, numbers: Sequence[int]) -> None:
+        """Let an engine that can begin with all responses of these shards."""
         if isinstance(sampler, LooksAhead):
             fields = self.attempt.fields
-            for shard in self.shards[number:]:
-                keys = requests_of(shard, fields["responses"], fields["seed"], fields["round"])
-                sampler.enqueue([request for _, _, request in keys], self._settings())
+            for number in numbers:
+                if number not in self.begun:
+                    self.begun.add(number)
+                    keys = requests_of(
+                        self.shards[number], fields["responses"], fields["seed"], fields["round"]
+                    )
+                    sampler.enqueue([request for _, _, request in keys], self._settings())
 
     @property
     def fills_device(self) -> bool:
@@ -184,6 +215,7 @@ class _Work:
         """Free the engine."""
         if self.sampler is not None:
             self.sampler.close()
+            self.sampler = None
 
     def _open(self) -> Sampler:
         fields, execution = self.attempt.fields, self.attempt.execution
@@ -218,7 +250,6 @@ def _read_part(attempt: Attempt, part: dict[str, Any]) -> pa.Table:
 
 def _merge(attempt: Attempt, parts: list[dict[str, Any]]) -> None:
     """Merge all shards into one file, without log-probabilities in another dtype than the scorer's."""
-    attempt.use_parts(parts)
     tables = [_read_part(attempt, part) for part in parts]
     merged = pa.concat_tables([schema.table(schema.RESPONSES, {"prompt_id": []}), *tables]).combine_chunks()
     _measure(attempt, merged)
@@ -250,8 +281,10 @@ def _with_anchors(attempt: Attempt, own: pa.Table) -> pa.Table:
 # --------------------------------------------------------------------------------------------------- prompts
 
 
-def _choose_prompts(attempt: Attempt) -> list[Prompt]:
+def _choose_prompts(attempt: Attempt) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
     """The side's distinct prompts in prompt_id order: all that fit, or `prompts` of them drawn at random.
+
+    Also the others by reason.
 
     Train prompts are drawn anew each round; held-out prompts are the same in all rounds, so that metrics are
     comparable.
@@ -266,8 +299,8 @@ def _choose_prompts(attempt: Attempt) -> list[Prompt]:
     limit = len(fitting) if fields["prompts"] is None else fields["prompts"]
     drawn = {prompt.prompt_id for prompt in sorted(fitting, key=place)[:limit]}
     not_drawn = [prompt for prompt in fitting if prompt.prompt_id not in drawn]
-    _write_dropped(attempt, {"not_drawn": not_drawn, "prompt_too_long": too_long})
-    return [prompt for prompt in fitting if prompt.prompt_id in drawn]
+    dropped = {"not_drawn": not_drawn, "prompt_too_long": too_long}
+    return [prompt for prompt in fitting if prompt.prompt_id in drawn], dropped
 
 
 def _distinct_prompts(attempt: Attempt) -> tuple[list[Prompt], list[Prompt]]:

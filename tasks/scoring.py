@@ -16,6 +16,11 @@ from sera_core.models.batch_sizes import tokens_per_batch
 from sera_core.models.devices import device_of
 from sera_core.models.memory_estimate import ModelShape, folder_shape, scoring_memory
 from sera_core.models.shared_policies import shared_policy
+from tasks.engines.child_step import Channel
+from tasks.engines.finish_shards import finish_shards
+from tasks.engines.replica_processes import serve
+from tasks.engines.sampler import Finished
+from tasks.engines.shards import Shards
 
 SHARD_ROWS = 128
 """Rows per shard: fixed, so that batches are the same on every machine."""
@@ -43,18 +48,49 @@ def score_texts(attempt: Attempt) -> list[str]:
     """
     if "probe" in attempt.fields:
         return _score_probe(attempt)
-    texts = _Texts(attempt)
-    parts = attempt.parts()
-    policy = shape = None
-    for number in range(len(parts), -(-len(texts.rows) // SHARD_ROWS)):
-        policy, shape = policy or _load(attempt), shape or _shape(attempt)
-        first = number * SHARD_ROWS
-        shard = texts.read(texts.rows[first : first + SHARD_ROWS])
-        size = _plan_memory(attempt, shape, shard)
-        done, total = first * texts.per_row, len(texts.rows) * texts.per_row
-        parts.append(_score_shard(attempt, policy, number, shard, size, done, total))
-    _merge(attempt, parts)
+    _merge(attempt, finish_shards(attempt, open_work(attempt), f"{__name__}:open_work"))
     return ["logps.parquet"]
+
+
+def open_work(attempt: Attempt) -> Shards:
+    """The shards of the step, for it or for one of several workers."""
+    return _Work(attempt)
+
+
+def do_as_replica(request: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Do shards of the step as one of several processes; see `tasks.engines.replica_processes`."""
+    return serve(request, channel)
+
+
+class _Work:
+    """The shards, and the policy, which is loaded on first use; see `Shards`."""
+
+    unit, checked, ahead = "responses", None, 1
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt, self.texts = attempt, _Texts(attempt)
+        self.policy: Any = None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Responses of each shard."""
+        rows, most = len(self.texts.rows), SHARD_ROWS
+        return [self.texts.per_row * min(most, rows - first) for first in range(0, rows, most)]
+
+    def do(self, number: int, following: Sequence[int], finished: Finished) -> None:
+        """Score one shard and commit it."""
+        if self.policy is None:
+            self.policy, self.shape = _load(self.attempt), _shape(self.attempt)
+        first = number * SHARD_ROWS
+        shard = self.texts.read(self.texts.rows[first : first + SHARD_ROWS])
+        size = _plan_memory(self.attempt, self.shape, shard)
+        _score_shard(self.attempt, self.policy, number, shard, size, finished)
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+    def close(self) -> None:
+        """The policy stays loaded for the next step (`shared_policy`)."""
 
 
 def _score_probe(attempt: Attempt) -> list[str]:
@@ -168,14 +204,14 @@ def _plan_memory(attempt: Attempt, shape: ModelShape, texts: Sequence[Text]) -> 
 
 
 def _score_shard(
-    attempt: Attempt, policy: Any, number: int, shard: Sequence[Text], size: int, done: int, total: int
-) -> dict[str, Any]:
+    attempt: Attempt, policy: Any, number: int, shard: Sequence[Text], size: int, finished: Finished
+) -> None:
     from sera_core.models.logprobs import response_token_logps, score_tokens, sequence_logps
 
     items, alpha = [(text.prompt_ids, text.response_ids) for text in shard], attempt.fields.get("ld_alpha")
     how: dict[str, Any] = {
         "tokens_per_batch": size,
-        "progress": lambda scored, _: attempt.progress(done + scored, total, "responses"),
+        "progress": lambda scored, _: finished(scored),
     }
     if alpha is None:
         values = sequence_logps(policy, items, **how)
@@ -189,11 +225,10 @@ def _score_shard(
         "tokens": [len(text.response_ids) for text in shard],
     }
     schema.write_table(schema.table(schema.LOGPS, columns), attempt.write(relative))
-    return attempt.commit_part(number, [relative], {"tokens": score_tokens(items)})
+    attempt.commit_part(number, [relative], {"tokens": score_tokens(items)})
 
 
 def _merge(attempt: Attempt, parts: Sequence[dict[str, Any]]) -> None:
-    attempt.use_parts(list(parts))
     with Writer(attempt.write("logps.parquet"), schema.LOGPS) as out:
         for part in parts:
             path = attempt.part_path(part, next(iter(part["files"])))

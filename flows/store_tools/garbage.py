@@ -27,7 +27,7 @@ from sera_core.errors import BusyError, InputError, StoreError
 MIN_AGE_WITH_ACTIVE_RUN = 3600.0
 """Minimum age in seconds of deleted files while a run is active."""
 _STEP = re.compile(r"steps/([a-z]+)/([0-9a-f]{64})/(.+)")
-_PART = re.compile(r"part-[0-9]{5}\.json")
+_PART = re.compile(r"part-[0-9]{5,}\.json")
 _ATTEMPT = re.compile(r"[0-9a-f]{16}")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -242,7 +242,7 @@ def _relative(file: Stored) -> str:
 
 
 def _records_first(files: Sequence[Stored]) -> list[Stored]:
-    """Deletion order: parts from the last, so that the series has no gap; the record's copy at the end."""
+    """Deletion order: parts from the last, so that checkpoints have no gap; the record's copy at the end."""
     parts = sorted((f for f in files if _PART.fullmatch(_relative(f))), key=_relative, reverse=True)
     copy = [file for file in files if _relative(file) == COLLECTED]
     return [*parts, *(file for file in files if file not in parts and file not in copy), *copy]

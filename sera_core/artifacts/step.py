@@ -3,11 +3,13 @@
 import contextlib
 import logging
 import platform
+import re
 import secrets
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -29,13 +31,16 @@ from sera_core.artifacts.manifest import (
     parse_part,
     parse_record,
 )
-from sera_core.artifacts.records import FORMAT, read_series
+from sera_core.artifacts.records import FORMAT, read_record, read_series
 from sera_core.artifacts.store import Store, create_json, remove_workspace
 from sera_core.config import ExecutionConfig
 from sera_core.errors import SeraError
 from sera_core.guards.memory import MemoryWatch
 
 LOG = logging.getLogger("sera.step")
+READERS = 16
+"""Parts that are read at once."""
+_PART = re.compile(r"part-([0-9]{5,})\.json")
 Progress = Callable[[int, int, str], None]
 """progress(done, total, unit): called now and then while a step runs."""
 MEMORY_SETTINGS = {
@@ -96,12 +101,36 @@ class Attempt:
         return path
 
     def parts(self) -> list[dict[str, Any]]:
-        """Finished parts (shards or checkpoints) of this step, by any attempt, in order."""
+        """Finished parts of this step, by any attempt, in order, up to the first gap.
+
+        Checkpoints and answers are numbered without gaps; for shards see `shards`.
+        """
         found = []
         for number, record in read_series(self.store, self.spec.path + "/part-{:05d}.json"):
             parse_part(record, f"{self.store.url}/{self.spec.path}/{_part_name(number)}")
             found.append(self._parts.setdefault(number, record))
         return found
+
+    def shards(self, total: int) -> dict[int, dict[str, Any]]:
+        """Finished parts of a step of `total` shards by number, in order; workers may have left gaps.
+
+        They are found by a listing. A part that it misses is done again, and then the stored record wins.
+        """
+        known = sum(number in self._parts for number in range(total))
+        listed = part_numbers(self.store, self.spec.path) if known < total else []
+        unread = [number for number in listed if number < total and number not in self._parts]
+        with ThreadPoolExecutor(READERS) as readers:  # one by one they take hours in an object store
+            for number, record in zip(unread, readers.map(self._part, unread), strict=True):
+                if record is not None:
+                    self._parts[number] = record
+        return {number: self._parts[number] for number in range(total) if number in self._parts}
+
+    def _part(self, number: int) -> dict[str, Any] | None:
+        path = f"{self.spec.path}/{_part_name(number)}"
+        record = read_record(self.store, path)
+        if record is not None:
+            parse_part(record, f"{self.store.url}/{path}")
+        return record
 
     def part_path(self, part: dict[str, Any], relative: str) -> Path:
         """Local path of one file of a part, its hash checked unless this attempt wrote it."""
@@ -125,9 +154,9 @@ class Attempt:
         return self._parts.setdefault(number, record)
 
     def drop_part(self, number: int) -> None:
-        """Delete the files of a part that is no longer needed.
+        """Delete the files of a part (a checkpoint) that is no longer needed.
 
-        The part's record stays, because readers of the numbered series stop at a gap. After a kill, gc
+        The part's record stays, because readers of checkpoints stop at a gap. After a kill, gc
         removes leftover files once the step is done. If the store does not allow deletion, the files stay,
         with a warning.
         """
@@ -210,6 +239,16 @@ class Attempt:
 
 def _part_name(number: int) -> str:
     return f"part-{number:05d}.json"
+
+
+def part_numbers(store: Store, path: str) -> list[int]:
+    """Numbers of a step's finished parts, in order, possibly with gaps.
+
+    Args:
+        store: the store.
+        path: the step's folder in it.
+    """
+    return sorted(int(found[1]) for name in store.names(path) if (found := _PART.fullmatch(name)))
 
 
 Work = Callable[[Attempt], list[str]]

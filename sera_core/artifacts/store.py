@@ -86,7 +86,10 @@ class Store(Protocol):
         ...
 
     def names(self, path: str) -> list[str]:
-        """Names directly below a folder; for display only, steps never find inputs by listing."""
+        """Names directly below a folder; none if it does not exist.
+
+        For display, and to see which shards need not be done again: steps never find inputs by listing.
+        """
         ...
 
 

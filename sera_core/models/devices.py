@@ -24,16 +24,31 @@ def training_processes(execution: ExecutionConfig, batch: int) -> int:
     Raises:
         InputError: there are fewer GPUs than processes.
     """
-    wanted, here = execution.processes, accelerator_here(execution.device)
+    count = _processes(execution, execution.processes, "execution.processes")
+    return min(count, batch) if execution.processes == AUTO else count
+
+
+def replica_processes(execution: ExecutionConfig) -> int:
+    """Processes of this machine that sample and score (`execution.replicas`).
+
+    Raises:
+        InputError: there are fewer GPUs than processes.
+    """
+    return _processes(execution, execution.replicas, "execution.replicas")
+
+
+def _processes(execution: ExecutionConfig, wanted: int | str, setting: str) -> int:
+    here = accelerator_here(execution.device)
     if wanted == 1 or (wanted == AUTO and not here):
         return 1
     import torch
 
+    visible = torch.cuda.device_count() if here else 0
     if wanted == AUTO:
-        return max(1, min(torch.cuda.device_count(), batch))
-    if here and int(wanted) > (visible := torch.cuda.device_count()):
+        return max(1, visible)
+    if here and int(wanted) > visible:
         raise InputError(
-            f"execution.processes = {wanted}, but {visible} GPUs are visible, and each process trains on one "
+            f"{setting} = {wanted}, but {visible} GPUs are visible, and each process computes on one "
             'of its own; lower it, set it to "auto", or see CUDA_VISIBLE_DEVICES'
         )
     return int(wanted)

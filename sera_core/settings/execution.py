@@ -1,10 +1,19 @@
 """How the work is done."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from sera_core.settings.kinds import AUTO, Part, Positive, Size
+
+
+def _ray_address(address: str) -> str:
+    if address not in ("", "auto", "local") and not re.fullmatch(
+        r"[^\s:/@]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}", address
+    ):
+        raise ValueError('give host:port of a Ray cluster\'s head (without "ray://"), "auto" or "local"')
+    return address
 
 
 class ExecutionConfig(Part):
@@ -23,6 +32,20 @@ class ExecutionConfig(Part):
     """Share weights, gradients and optimizer moments by rows among the `processes`, so that each holds its
     part of them and not all (torch's FSDP2). They then exchange the weights in every forward and backward
     pass."""
+    distribute: Literal["none", "processes", "ray"] = "none"
+    """Who samples and scores: this process (none); several processes of this machine, each on a GPU of its
+    own (on a CPU: with its part of the threads); or workers on a Ray cluster, with the extra `ray`. Each
+    loads the policy and takes shards of 64 prompts or 128 rows; a lost worker's shards are done by others.
+    Only vLLM's responses depend on who samples them, by float noise."""
+    replicas: Size = 1
+    """Workers that sample and score. auto: one for each visible GPU, or as many as the Ray cluster holds."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] | None = None
+    """GPUs, or a part of one, that Ray keeps for each worker, which computes on one of them. Empty: 1 if the
+    cluster has any and `execution.device` is not cpu. 0: compute on the CPU, with a part of its cores."""
+    address: Annotated[str, AfterValidator(_ray_address)] = ""
+    """Ray cluster: `host:port`; auto: the one that this machine belongs to; local: one on this machine that
+    ends with the run. Empty: RAY_ADDRESS, else like auto, else like local. All its machines must reach the
+    store, and have the same packages."""
     micro_batch: Size = AUTO
     """Pairs per forward pass in training; gradients accumulate to `train.batch`. auto: 1 on a CPU, where more
     are no faster; on an accelerator what its free memory holds."""

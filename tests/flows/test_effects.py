@@ -66,6 +66,13 @@ CASES = {
     "decide.review_default": ("stop", {"decide": {"review": "always"}}, {}),
     "execution.shard_weights": (True, {"execution": {"processes": 2}}, {}),
     "execution.sampling_batch": (8, {}, {"sampling": {"engine": "vllm"}}),
+    "execution.replicas": (2, {"execution": {"distribute": "processes"}}, {}),
+    "execution.gpus_per_replica": (
+        0.5,
+        {"execution": {"distribute": "ray"}},
+        {"execution": {"distribute": "processes"}},
+    ),
+    "execution.address": ("10.0.0.1:6379", {"execution": {"distribute": "ray"}}, {}),
     "select_generated.rule": ("none", {}, NO_SHARE),
 } | {
     f"{section}.{name}": (value, {section: {"rule": rule}}, {section: {"rule": idle}})

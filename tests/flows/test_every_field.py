@@ -22,6 +22,7 @@ MAY_NOT_CHANGE_A_STEP = {
     "execution.device", "execution.micro_batch", "execution.tokens_per_batch", "execution.sampling_batch",
     "execution.checkpoint_steps", "execution.keep_checkpoints", "execution.tracking",
     "execution.gradient_checkpointing", "execution.processes", "execution.shard_weights",
+    "execution.distribute", "execution.replicas", "execution.gpus_per_replica", "execution.address",
     "execution.child", "execution.limit", "execution.accept_racy_store",  # how the work is done
     "limits.hours", "limits.tokens",  # where it stops: tested in test_stopping.py
     "decide.review_hours", "decide.review_default",  # what is written when nobody answers: test_reviewing.py
