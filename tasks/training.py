@@ -257,8 +257,6 @@ class TrainingRun:
 
     def _make_trainer(self, scratch: Path, transformer: Any, checkpoint: dict[str, Path] | None) -> Any:
         """The trainer of the steps that are left. It probes the model, which has to be whole for that."""
-        from datasets import Dataset
-        from datasets.table import InMemoryTable
 
         from tasks.engines.dpo_trainer import ReviewedDPOTrainer
         from tasks.engines.pair_forward import can_share_prompt
