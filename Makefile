@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 
-.PHONY: demo quick lab up deploy image test real kills system fast check fuzz recovery faults bench golden reference clean
+.PHONY: demo quick lab up deploy image test real kills system fast check fuzz recovery faults bench scale golden reference clean
 
 demo: .venv/core            ## three rounds with a real model and real preferences (about ten minutes)
 	$(BIN)/sera demo
@@ -73,6 +73,9 @@ bench: .venv/dev            ## measure speed, each figure next to a baseline fro
 	$(BIN)/python -m tests.benchmarks.speed
 	$(BIN)/python -m tests.benchmarks.orchestration
 	$(BIN)/python -m tests.benchmarks.store
+
+scale: .venv/dev            ## kill Ray nodes, time two workers, select 10 million pairs: tests/scale/latest.json
+	$(BIN)/python -m tests.scale
 
 golden: .venv/dev           ## regenerate the table of what every step writes (after raising a step's version)
 	PYTHONPATH=tests $(BIN)/python -m golden.table
