@@ -36,7 +36,7 @@ class ExecutionConfig(Part):
     """Who samples and scores: this process (none); several processes of this machine, each on a GPU of its
     own (on a CPU: with its part of the threads); or workers on a Ray cluster, with the extra `ray`. Each
     loads the policy and takes shards of 64 prompts or 128 rows; a lost worker's shards are done by others.
-    Only vLLM's responses depend on who samples them, by float noise."""
+    Only vLLM's responses and, on a CPU, the number of threads change what is written, by float noise."""
     replicas: Size = 1
     """Workers that sample and score. auto: one for each visible GPU, or as many as the Ray cluster holds."""
     gpus_per_replica: Annotated[float, Field(ge=0)] | None = None
