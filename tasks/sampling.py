@@ -250,7 +250,7 @@ def _read_part(attempt: Attempt, part: dict[str, Any]) -> pa.Table:
 
 def _merge(attempt: Attempt, parts: list[dict[str, Any]]) -> None:
     """Merge all shards into one file, without log-probabilities in another dtype than the scorer's."""
-    tables = [_read_part(attempt, part) for part in parts]
+    tables = [schema.read_table(path, schema.RESPONSES) for path in attempt.part_paths(parts)]
     merged = pa.concat_tables([schema.table(schema.RESPONSES, {"prompt_id": []}), *tables]).combine_chunks()
     _measure(attempt, merged)
     if "anchors" in attempt.spec.inputs:

@@ -230,8 +230,7 @@ def _score_shard(
 
 def _merge(attempt: Attempt, parts: Sequence[dict[str, Any]]) -> None:
     with Writer(attempt.write("logps.parquet"), schema.LOGPS) as out:
-        for part in parts:
-            path = attempt.part_path(part, next(iter(part["files"])))
+        for path in attempt.part_paths(parts):
             out.write(schema.read_table(path, schema.LOGPS))
     attempt.counts["responses"] = out.rows
     attempt.metrics["tokens/scored"] = sum(part["info"]["tokens"] for part in parts)

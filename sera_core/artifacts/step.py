@@ -7,9 +7,9 @@ import re
 import secrets
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -139,6 +139,17 @@ class Attempt:
             return self.folder / relative
         path = f"{self.spec.path}/{file.attempt}/{relative}"
         return self.store.fetch(path, file.sha256, file.bytes, relative)
+
+    def part_paths(self, parts: Iterable[dict[str, Any]]) -> Iterator[Path]:
+        """Local path of the one file of each part, in order; the next ones are fetched meanwhile."""
+        ahead: deque[Future[Path]] = deque()
+        with ThreadPoolExecutor(READERS) as readers:
+            for part in parts:
+                ahead.append(readers.submit(self.part_path, part, next(iter(part["files"]))))
+                if len(ahead) == READERS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
     def commit_part(self, number: int, files: list[str], info: dict[str, Any]) -> dict[str, Any]:
         """Create part-<number>.json for files of this attempt; returns the stored record.

@@ -13,12 +13,13 @@ from faultproxy import FOR_EVER, FaultProxy
 
 from sera_core.artifacts import s3_transfer
 from sera_core.artifacts.manifest import StepSpec
-from sera_core.artifacts.s3_requests import Patience
+from sera_core.artifacts.s3_requests import Patience, Requests
 from sera_core.artifacts.s3_store import S3Store
-from sera_core.artifacts.step import run_step
+from sera_core.artifacts.step import Attempt, run_step
 from sera_core.artifacts.store import open_store, remove_workspace
 from sera_core.config import ExecutionConfig
 from sera_core.errors import InputError, StoreError
+from tests.scale.simulator import COMMIT_WRITES
 
 pytestmark = pytest.mark.s3
 
@@ -74,6 +75,28 @@ def test_a_file_comes_back_as_it_went_and_its_progress_is_told(server, size):
         assert done == sorted(done) and done[-1] == size
         assert len(done) >= -(-size // PART)
     assert {tuple(rest) for _, _, *rest in told} == {(size, "bytes")}
+
+
+def test_a_shard_costs_two_writes_and_is_read_back_in_order(server, monkeypatch):
+    store, asked = open_store(server.bucket()), []
+    call = Requests._call
+
+    def counted(self, method, **arguments):
+        asked.append(method)
+        return call(self, method, **arguments)
+
+    monkeypatch.setattr(Requests, "_call", counted)
+    attempt = Attempt(store, StepSpec(step="logps", version=1, fields={}, inputs={}), ExecutionConfig())
+    parts = []
+    for number in range(40):  # more than are read at once
+        name = f"part-{number:05d}.txt"
+        attempt.write(name).write_bytes(bytes([number]))
+        parts.append(attempt.commit_part(number, [name], {}))
+    assert asked == ["put_object"] * COMMIT_WRITES * len(parts)
+    reader = Attempt(store, attempt.spec, ExecutionConfig())
+    assert [path.read_bytes()[0] for path in reader.part_paths(parts)] == list(range(40))
+    remove_workspace(store, attempt.folder)
+    remove_workspace(store, reader.folder)
 
 
 def test_an_upload_that_fails_leaves_no_object_and_no_unfinished_upload(server):

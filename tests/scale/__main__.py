@@ -1,8 +1,8 @@
-"""Kill Ray nodes and owners, time two workers against one, and select and mix 10 million pairs.
+"""Kill Ray nodes and owners, time two workers against one, mix 10 million pairs, simulate 1,024 workers.
 
-python -m tests.scale [ray] [speedup] [selection] [--pairs N]
+python -m tests.scale [ray] [speedup] [selection] [simulator] [--pairs N]
 
-Without names all three run, about half an hour. What was measured is written to tests/scale/latest.json,
+Without names all four run, about half an hour. What was measured is written to tests/scale/latest.json,
 beside what an earlier call has written of the others.
 """
 
@@ -38,7 +38,18 @@ def _selection(pairs: int) -> Any:
     return run(pairs)
 
 
-SECTIONS: dict[str, Callable[[int], Any]] = {"ray": _ray, "speedup": _speedup, "selection": _selection}
+def _simulator(pairs: int) -> Any:
+    from tests.scale.simulator import run
+
+    return run(pairs)
+
+
+SECTIONS: dict[str, Callable[[int], Any]] = {
+    "ray": _ray,
+    "speedup": _speedup,
+    "selection": _selection,
+    "simulator": _simulator,
+}
 
 
 def main() -> None:
