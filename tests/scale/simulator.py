@@ -16,6 +16,7 @@ import time
 import tracemalloc
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from sera_core.artifacts.manifest import FileRecord
@@ -80,23 +81,21 @@ def simulate(shards: int, workers: int, rates: Rates, seed: int) -> dict[str, An
         "merge_s": round(2 * -(-shards // READERS) * rates.request_s, 3),
         "merge_one_by_one_s": round(shards * rates.request_s, 3),
         "scheduler_s": round(world.scheduler_s, 2),
-        "owner_mib": owner_mib(shards, workers),
+        "owner_mib": owner_mib(shards),
         "metadata_mib": round(shards * len(_part_record(0)) / 2**20, 1),
         "assumed": asdict(rates),
     }
 
 
-def owner_mib(shards: int, workers: int) -> float:
-    """Memory of the queue and of the records of all parts, which the owner holds before it merges them."""
+@cache
+def owner_mib(shards: int) -> float:
+    """Memory of a queue and of the records of all parts, which the owner holds before it merges them."""
     tracemalloc.start()
     queue: ShardQueue[int] = ShardQueue(range(shards))
-    for worker in range(workers):
-        queue.join(worker)
-    given = queue.assign(0.0)
     records = {number: json.loads(_part_record(number)) for number in range(shards)}
     held = tracemalloc.get_traced_memory()[0] / 2**20
     tracemalloc.stop()
-    assert len(given) == min(workers, shards) and len(records) == shards
+    assert queue.missing == len(records)
     return round(held, 1)
 
 
