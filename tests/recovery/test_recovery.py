@@ -199,7 +199,7 @@ def test_cancel_ends_every_process_and_a_new_trigger_goes_on(own_place, tmp_path
     assert at_work
     run.disturb(lambda: set_state(own_place, run.flow_run, "CANCELLING"))
     until(lambda: not servers.processes_under(own_place.hands.pid).keys() & at_work.keys(), 30, 0.2)
-    servers.wait_for_state(own_place.environment, run.flow_run, ("CANCELLED",), 60)
+    servers.wait_for_state(own_place.environment, run.flow_run, ("CANCELLED",), 180)
     until(lambda: slots(own_place, "sera-run-cancelled") == 0, 120, 0.5)
     assert len(sera_core.open_run(str(run.store), run.run)) < ROUNDS  # it was not done yet
     run.execution = {}  # changes no result, and is faster than a process for each step
