@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,21 @@ def message(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
 
 
-def text_of(ids: np.ndarray) -> str:
-    """Words in place of ids, about as long as text is."""
-    return " ".join(map(str, ids))
+@cache
+def made_text(number: int) -> tuple[np.ndarray, str]:
+    """Token ids, and words in place of them, about as long as text is."""
+    ids = np.random.default_rng(number).integers(3, 500, TOKENS)
+    return ids, " ".join(map(str, ids))
 
 
 def token_ids(key: str, count: int = TOKENS) -> np.ndarray:
-    """Some ids, always the same for a key."""
-    return np.random.default_rng(int(key[:12], 16)).integers(3, 500, count)
+    """One of 4,096 rows of ids, always the same for a key."""
+    return made_text(int(key[:3], 16))[0][:count]
+
+
+def text_of(key: str) -> str:
+    """Text of the same row."""
+    return made_text(int(key[:3], 16))[1]
 
 
 def write(attempt: Attempt, name: str, kind: pa.Schema, rows: list[dict[str, Any]]) -> None:
@@ -88,7 +96,7 @@ def rendered(count: int) -> Any:
         rows = [
             {
                 "prompt_id": id,
-                "prompt": message("user", text_of(token_ids(id))),
+                "prompt": message("user", text_of(id)),
                 "prompt_ids": token_ids(id, 40),
             }
             for id in prompts(count)
@@ -107,9 +115,10 @@ def sampled(count: int) -> Any:
         rows = []
         for id in prompts(count):
             for sample in range(RESPONSES):
-                ids = token_ids(made_id(id, sample))
+                response = made_id(id, sample)
+                ids, text = token_ids(response), text_of(response)
                 rows.append(
-                    {"prompt_id": id, "sample": sample, "response": text_of(ids), "response_ids": ids}
+                    {"prompt_id": id, "sample": sample, "response": text, "response_ids": ids}
                     | {"seed": sample, "finish_reason": "stop", "tokens": TOKENS}
                     | {"policy_logps": -float(ids[0]), "past_logps": [], "past_ref_logps": []}
                 )
@@ -142,12 +151,13 @@ def pairs(count: int, kind: str) -> Any:
         for number, prompt in enumerate(prompts(count)):
             id, answers = made_id(kind, prompt), {}
             for side in ("chosen", "rejected"):
-                ids = token_ids(made_id(kind, prompt, side))
-                answers |= {side: message("assistant", text_of(ids)), f"{side}_ids": ids}
+                answer = made_id(kind, prompt, side)
+                ids = token_ids(answer)
+                answers |= {side: message("assistant", text_of(answer)), f"{side}_ids": ids}
                 logps.append({"id": f"{id}/{side}", "logps": -float(ids[0]), "tokens": TOKENS})
             row = {"pair_id": id, "prompt_id": prompt, "origin": kind, "round": 0}
             told = {
-                "prompt": message("user", text_of(token_ids(prompt))),
+                "prompt": message("user", text_of(prompt)),
                 "prompt_ids": token_ids(prompt, 40),
             }
             rows.append(row | answers | told | {"format": "conversational"})
@@ -155,14 +165,13 @@ def pairs(count: int, kind: str) -> Any:
             reason = ("below_cut", "kept", "relabelled" if number % 2 else "kept")[number % 3]
             ledger.append(row | {"kept": kept, "rank": number + 1, "reason": reason, "stage": "select"})
             samples.append({"pair_id": id, "chosen_sample": 0, "rejected_sample": 1})
-        names = {"train.parquet": schema.PAIRS, "pairs.parquet": schema.PAIRS}
-        for name, some in names.items():
-            write(attempt, name, some, rows)
+        name = "train.parquet" if kind == "human" else "pairs.parquet"
+        write(attempt, name, schema.PAIRS, rows)
         write(attempt, "logps.parquet", schema.LOGPS, logps)
         write(attempt, "ledger.parquet", schema.LEDGER, ledger)
         write(attempt, "dropped.parquet", schema.LEDGER, [])
         attempt.write("flipped.json").write_text(json.dumps([]))
-        return [*names, "logps.parquet", "ledger.parquet", "dropped.parquet", "flipped.json"]
+        return [name, "logps.parquet", "ledger.parquet", "dropped.parquet", "flipped.json"]
 
     return work
 
