@@ -1,6 +1,7 @@
 """A store with a tiny policy, prompts and pairs: the steps whose shards several workers can do."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class Sharded:
         self, folder: Path, shards: int = 5, responses: int = 4, tokens: int = 12, **policy: Any
     ) -> None:
         """`policy`: of the tiny policy."""
-        self.folder = folder
+        self.folder, self.shards = folder, shards
         self.url = str(folder / "store")
         self.store = open_store(self.url)
         self.model = self._put("model", lambda attempt: self._policy(attempt, policy))
@@ -60,6 +61,11 @@ class Sharded:
         self.sample = StepSpec(step="sample", version=1, fields=fields, inputs=inputs)
         fields = {"file": "train.parquet", "dtype": "float32"}
         self.logps = StepSpec(step="logps", version=1, fields=fields, inputs=inputs)
+
+    def copy(self, to: Path) -> "Sharded":
+        """The same in another folder."""
+        shutil.copytree(self.folder, to)
+        return Sharded(to, self.shards)
 
     def _put(self, step: str, work: Callable[[Attempt], list[str]]) -> Any:
         return run_step(self.store, StepSpec(step=step, version=1, fields={}, inputs={}), work, CPU).ref

@@ -2,13 +2,17 @@
 
 import json
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import servers
 import tinyrun
+from commandline import process
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from raycluster import cluster
 
 import sera_core
 from flows.orchestration.limits import make_limit
@@ -33,10 +37,30 @@ def artifacts(place, run: str) -> dict[str, dict]:
     return {a["key"]: a for a in every if (a["key"] or "").startswith(f"{run}-")}
 
 
-def test_a_run_from_the_form_names_itself_shows_its_rounds_and_is_not_done_twice(place, tmp_path):
-    store = str(tmp_path / "store")
-    form = tinyrun.form(tmp_path, limits={"rounds": 2})
-    first = ended(place, trigger(place, config=form, run="tiny-{date}-{data}", store=store))
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """An experiment of two rounds, as a file."""
+    folder = tmp_path_factory.mktemp("experiment")
+    return tinyrun.experiment(folder, limits={"rounds": 2}, evaluate={"prompts": 0})
+
+
+@pytest.fixture(scope="module")
+def from_the_form(place, experiment):
+    """The form filled in as the file says, the store, and the flow run that did it."""
+    overrides = tomllib.loads(experiment.read_text())
+    form = {
+        "model": overrides["model"].pop("source"),
+        "data": overrides["data"].pop("train")[0]["path"],
+        "rounds": overrides["limits"].pop("rounds"),
+        "preset": "full",
+        "overrides": overrides,
+    }
+    store = str(experiment.parent / "pool")
+    return form, store, ended(place, trigger(place, config=form, run="tiny-{date}-{data}", store=store))
+
+
+def test_a_run_from_the_form_names_itself_shows_its_rounds_and_is_not_done_twice(place, from_the_form):
+    form, store, first = from_the_form
     run = first["name"]
     assert run.startswith(f"tiny-{datetime.now(UTC):%Y}-") and "{" not in run
     assert sera_core.open_run(store, run).stop_reason == "max_rounds"
@@ -50,7 +74,37 @@ def test_a_run_from_the_form_names_itself_shows_its_rounds_and_is_not_done_twice
     assert f"nothing new: run {run} is identical and finished" in again["state"]["message"]
     same = ended(place, trigger(place, config=form, run=run, store=store))
     assert "nothing new" in same["state"]["message"]
-    assert [path.name for path in (tmp_path / "store/runs").iterdir()] == [run]
+    assert [path.name for path in Path(store, "runs").iterdir()] == [run]
+
+
+def test_one_experiment_is_the_same_run_on_a_laptop_on_a_ray_cluster_and_in_a_pool(
+    place, experiment, from_the_form
+):
+    """Configuration, key of every step and, with one thread each, bytes of every policy."""
+    _, pool, first = from_the_form
+    run, folder = first["name"], experiment.parent
+    done = process("run", experiment, "--name", run, "--store", folder / "laptop")
+    assert done.returncode == 0, done.stderr
+    with cluster(1) as nodes:
+        settings = ("distribute=ray", "replicas=1", f"address={nodes.address}")
+        on_ray = [word for setting in settings for word in ("--set", f"execution.{setting}")]
+        servers.sera(
+            place.environment, "run", str(experiment), "--name", run, "--store", str(folder / "ray"), *on_ray
+        )
+    shown, steps, where = {}, {}, {}
+    for store in (str(folder / "laptop"), str(folder / "ray"), pool):
+        told = json.loads(process("show", run, "--store", store, "--json").stdout)
+        policies = [round["artifacts"]["policy"]["sha256"] for round in told["rounds"]]
+        shown[store] = (told["config_sha256"], told["stop_reason"], policies)
+        lineage = json.loads(process("lineage", run, "--round", "1", "--store", store, "--json").stdout)
+        steps[store] = {(step["step"], step["key"], step["digest"]) for step in lineage["steps"]}
+        where[store] = {
+            step["step"] for step in lineage["steps"] if step["environment"].get("distribute") == "ray"
+        }
+    assert len(set(shown[pool][2])) == 2
+    assert shown[str(folder / "laptop")] == shown[str(folder / "ray")] == shown[pool]
+    assert steps[str(folder / "laptop")] == steps[str(folder / "ray")] == steps[pool]
+    assert list(where.values()) == [set(), {"sample", "logps"}, set()]
 
 
 def test_a_dry_run_publishes_the_plan_and_does_nothing(place, tmp_path):

@@ -1,9 +1,9 @@
-"""Kill Ray nodes and owners, time two workers against one, mix 10 million pairs, simulate 1,024 workers.
+"""Kill Ray nodes and owners, time workers, train in two processes, mix 10 million pairs, simulate workers.
 
-python -m tests.scale [ray] [speedup] [selection] [simulator] [--pairs N]
+python -m tests.scale [ray] [speedup] [training] [selection_10m] [simulator] [--pairs N]
 
-Without names all four run, about half an hour. What was measured is written to tests/scale/latest.json,
-beside what an earlier call has written of the others.
+Without names all five run, about half an hour. What was measured is written to tests/scale/latest.json, by
+section, beside what an earlier call has written of the others; `machine` there says where each was measured.
 """
 
 import argparse
@@ -32,6 +32,12 @@ def _speedup(_: int) -> Any:
     return run()
 
 
+def _training(_: int) -> Any:
+    from tests.scale.training import run
+
+    return run()
+
+
 def _selection(pairs: int) -> Any:
     from tests.scale.big_tables import run
 
@@ -47,27 +53,36 @@ def _simulator(pairs: int) -> Any:
 SECTIONS: dict[str, Callable[[int], Any]] = {
     "ray": _ray,
     "speedup": _speedup,
-    "selection": _selection,
+    "training": _training,
+    "selection_10m": _selection,
     "simulator": _simulator,
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """See above."""
     parser = argparse.ArgumentParser(prog="python -m tests.scale")
     parser.add_argument("sections", nargs="*", metavar="section", help=", ".join(SECTIONS))
     parser.add_argument("--pairs", type=int, default=10_000_000)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if unknown := set(given.sections) - set(SECTIONS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; the sections are {', '.join(SECTIONS)}")
-    sys.path.insert(0, str(TESTS))  # the cases share modules with the tests
-    latest = json.loads(LATEST.read_text()) if LATEST.exists() else {}
+    if str(TESTS) not in sys.path:
+        sys.path.insert(0, str(TESTS))  # the cases share modules with the tests
     for name in given.sections or SECTIONS:
         measured = SECTIONS[name](given.pairs)
-        machine = {"cores": os.cpu_count(), "system": platform.platform()}
-        latest[name] = {"machine": machine, "measured": measured}
-        LATEST.write_text(json.dumps(latest, indent=1) + "\n")
+        write(name, measured)
         sys.stdout.write(json.dumps({name: measured}) + "\n")
+
+
+def write(name: str, measured: Any) -> None:
+    """Put a section into the file, and where it was measured; the other sections stay."""
+    earlier = json.loads(LATEST.read_text()) if LATEST.exists() else {}
+    machines = earlier.get("machine", {})
+    machines[name] = {"cores": os.cpu_count(), "system": platform.platform()}
+    sections = {**earlier, name: measured}
+    told = {section: sections[section] for section in SECTIONS if section in machines}
+    LATEST.write_text(json.dumps({**told, "machine": machines}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

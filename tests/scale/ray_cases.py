@@ -1,6 +1,5 @@
 """What a Ray cluster of two nodes loses when a node, the owner of the step or both are killed: nothing."""
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,19 +27,13 @@ WAIT_SECONDS = 600
 def run() -> list[dict[str, Any]]:
     """A row for each case: same_policy (same bytes as one process), shards_repeated, lost."""
     with tempfile.TemporaryDirectory(prefix="sera-ray-") as folder:
-        inputs = Path(folder) / "inputs"
-        Sharded(inputs, SHARDS)
-        alone = _copy(inputs, Path(folder) / "alone")
+        inputs = Sharded(Path(folder) / "inputs", SHARDS)
+        alone = inputs.copy(Path(folder) / "alone")
         expected = {spec.step: alone.run(spec).digest for spec in (alone.sample, alone.logps)}
         return [
-            _case(_copy(inputs, Path(folder) / f"case-{number}"), case, expected)
+            _case(inputs.copy(Path(folder) / f"case-{number}"), case, expected)
             for number, case in enumerate(CASES)
         ]
-
-
-def _copy(inputs: Path, to: Path) -> Sharded:
-    shutil.copytree(inputs, to)
-    return Sharded(to, SHARDS)
 
 
 def _case(world: Sharded, case: tuple[str, str, bool, bool], expected: dict[str, str]) -> dict[str, Any]:

@@ -1,38 +1,86 @@
-"""How much faster two workers of one thread sample and score than one: the policies are loaded in both."""
+"""How much faster two workers of one thread are than one, and what handing a shard to a worker costs.
 
+The start of the processes and the loading of the policy are left out: they take the same with any number of
+shards.
+"""
+
+import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from raycluster import cluster
 from sharded import CPU, Sharded
 
+from sera_core.config import ExecutionConfig
+from tasks.scoring import SHARD_ROWS
+
 SHARDS = 12
+SMALL_SHARDS = 100
+"""Shards of the overhead's step, each of some ten milliseconds."""
+TURNS = 3
+ONE_WORKER = CPU.model_copy(update={"distribute": "processes", "replicas": 1})
 
 
 def run() -> dict[str, float]:
-    """Ratio of the times of sampling and of scoring, from the first finished shard to the last.
-
-    The start of the processes and the loading of the policy are left out: they take the same with any number
-    of shards. With w workers, w shards are done or under way when the first is finished.
-    """
-    found: dict[str, float] = {}
+    """Ratio of the times of sampling and of scoring; a shard's overhead in milliseconds."""
     with tempfile.TemporaryDirectory(prefix="sera-speedup-") as folder:
-        for step in ("sample", "logps"):
-            rates = []
-            for replicas in (1, 2):
-                world = Sharded(
-                    Path(folder) / f"{step}-{replicas}", SHARDS, responses=4, tokens=16, layers=4, hidden=128
-                )
-                rates.append(_rate(world, step, replicas))
-            found["sampling" if step == "sample" else "scoring"] = round(rates[1] / rates[0], 2)
-    return found
+        return {
+            "sampling": _speedup(Path(folder), "sample"),
+            "scoring": _speedup(Path(folder), "logps"),
+            **_overheads(Path(folder)),
+        }
 
 
-def _rate(world: Sharded, step: str, replicas: int) -> float:
-    """Responses a second once every worker works."""
+def _speedup(folder: Path, step: str) -> float:
+    """Two processes against one: there too a process of its own does the shards."""
+    rates = []
+    for replicas in (1, 2):
+        world = Sharded(folder / f"{step}-{replicas}", SHARDS, responses=4, tokens=16, layers=4, hidden=128)
+        rates.append(_rate(world, step, ONE_WORKER.model_copy(update={"replicas": replicas})))
+    return round(rates[1] / rates[0], 2)
+
+
+def _overheads(folder: Path) -> dict[str, float]:
+    """Milliseconds that a small shard of scoring takes longer in one worker than in the owner itself.
+
+    `shard_overhead_ms`: in a process of this machine; `shard_overhead_ray_ms`: on a Ray cluster.
+    """
+    small = Sharded(folder / "small", SMALL_SHARDS, layers=1, hidden=32)
+    with _ray_worker() as on_ray:
+        ways = {"alone": CPU, "process": ONE_WORKER, "ray": on_ray}
+        turns = [
+            {name: _shard_ms(small.copy(folder / f"{name}-{turn}"), way) for name, way in ways.items()}
+            for turn in range(TURNS)
+        ]
+    beyond = {
+        name: round(statistics.median(turn[name] - turn["alone"] for turn in turns), 1)
+        for name in ("process", "ray")
+    }
+    return {"shard_overhead_ms": beyond["process"], "shard_overhead_ray_ms": beyond["ray"]}
+
+
+@contextmanager
+def _ray_worker() -> Iterator[ExecutionConfig]:
+    """The settings of one worker on a cluster, which this process leaves at the end."""
+    import ray
+
+    with cluster(1) as nodes:
+        yield CPU.model_copy(update={"distribute": "ray", "replicas": 1, "address": nodes.address})
+        ray.shutdown()
+
+
+def _shard_ms(world: Sharded, execution: ExecutionConfig) -> float:
+    """Milliseconds of a shard of scoring, two responses a row."""
+    return 1000 * 2 * SHARD_ROWS / _rate(world, "logps", execution)
+
+
+def _rate(world: Sharded, step: str, execution: ExecutionConfig) -> float:
+    """Responses a second once every worker works: from the first quarter of them to nine tenths."""
     seen: list[tuple[float, int]] = []
-    execution = CPU.model_copy(update={"distribute": "processes", "replicas": replicas})
 
     def progress(done: int, *_: Any) -> None:
         seen.append((time.monotonic(), done))
