@@ -21,6 +21,7 @@ from sera_core.artifacts.records import FORMAT
 from sera_core.artifacts.runs import RunStore
 from sera_core.artifacts.store import create_json, open_store
 from sera_core.errors import BusyError, InputError, StoreError
+from tasks import sampling
 
 pytestmark = pytest.mark.slow
 
@@ -218,6 +219,31 @@ def test_a_killed_unfinished_run_loses_nothing(present_store, sources, killed):
             before[f"steps/sample/{sampled.key}/part-00000.json"] == (step / "part-00000.json").read_bytes()
         )
         assert all((step / file["attempt"] / name).exists() for name, file in part["files"].items())
+
+
+def test_shards_behind_a_gap_are_no_fault_outlive_gc_and_are_not_done_again(tmp_path, sources, monkeypatch):
+    """Killed when the second of four shards, of a worker that died, was not recorded yet."""
+    monkeypatch.setattr(sampling, "SHARD_PROMPTS", 1)
+    store = tmp_path / "store"
+    records = tinyrun.work(sources, store, "first")
+    policies = tinyrun.policy_shas(records)
+    (step,) = [path.parent for path in store.glob("steps/sample/*/part-00003.json")]
+    kept = {path: path.read_bytes() for path in step.glob("part-*.json")}
+    del kept[step / "part-00001.json"]
+    ended = store.glob("runs/first/final-*.json")
+    for path in (step / "done.json", step / "part-00001.json", *ended, store / "runs/first/round-001.json"):
+        path.unlink()
+    assert holds(aged(store), "first")
+    gc(store)
+    gc(aged(store))
+    assert holds(store, "first")
+    left = {path.name for path in step.glob("*/part-*")}
+    assert left == {f"part-{number:05d}.parquet" for number in (0, 2, 3)}, "only the unrecorded one goes"
+    written = {path: path.stat().st_mtime_ns for path in step.glob("*/part-*")}
+    assert tinyrun.policy_shas(tinyrun.work(sources, store, "first")) == policies
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert len(list(step.glob("*/part-*"))) == 4 and holds(store, "first")
 
 
 def test_the_answered_round_of_a_waiting_run_is_kept(tmp_path, sources, monkeypatch):
