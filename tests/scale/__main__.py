@@ -67,12 +67,18 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if unknown := set(given.sections) - set(SECTIONS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; the sections are {', '.join(SECTIONS)}")
-    if str(TESTS) not in sys.path:
-        sys.path.insert(0, str(TESTS))  # the cases share modules with the tests
+    _share_the_tests_modules()
     for name in given.sections or SECTIONS:
         measured = SECTIONS[name](given.pairs)
         write(name, measured)
         sys.stdout.write(json.dumps({name: measured}) + "\n")
+
+
+def _share_the_tests_modules() -> None:
+    """The cases share modules with the tests, in this process and in those that it starts."""
+    if str(TESTS) not in sys.path:
+        sys.path.insert(0, str(TESTS))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
 
 
 def write(name: str, measured: Any) -> None:

@@ -7,22 +7,23 @@ shards.
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from raycluster import cluster
 from sharded import CPU, Sharded
+from smallshards import number_shards
 
+from sera_core.artifacts.manifest import StepSpec
+from sera_core.artifacts.step import Progress, run_step
 from sera_core.config import ExecutionConfig
-from tasks.scoring import SHARD_ROWS
 
 SHARDS = 12
-SMALL_SHARDS = 100
-"""Shards of the overhead's step, each of some ten milliseconds."""
 TURNS = 3
 ONE_WORKER = CPU.model_copy(update={"distribute": "processes", "replicas": 1})
+TWO_WORKERS = ONE_WORKER.model_copy(update={"replicas": 2})
 
 
 def run() -> dict[str, float]:
@@ -37,23 +38,31 @@ def run() -> dict[str, float]:
 
 def _speedup(folder: Path, step: str) -> float:
     """Two processes against one: there too a process of its own does the shards."""
-    rates = []
-    for replicas in (1, 2):
-        world = Sharded(folder / f"{step}-{replicas}", SHARDS, responses=4, tokens=16, layers=4, hidden=128)
-        rates.append(_rate(world, step, ONE_WORKER.model_copy(update={"replicas": replicas})))
-    return round(rates[1] / rates[0], 2)
+    one, two = (
+        Sharded(folder / f"{step}-{replicas}", SHARDS, responses=4, tokens=16, layers=4, hidden=128)
+        for replicas in (1, 2)
+    )
+    rate = _rate(lambda progress: one.run(getattr(one, step), ONE_WORKER, progress))
+    return round(_rate(lambda progress: two.run(getattr(two, step), TWO_WORKERS, progress)) / rate, 2)
 
 
 def _overheads(folder: Path) -> dict[str, float]:
-    """Milliseconds that a small shard of scoring takes longer in one worker than in the owner itself.
+    """Milliseconds that a shard takes longer in one worker than in the owner itself, with the same work.
 
-    `shard_overhead_ms`: in a process of this machine; `shard_overhead_ray_ms`: on a Ray cluster.
+    `shard_overhead_ms`: in a process of this machine; `shard_overhead_ray_ms`: on a Ray cluster. The shards
+    write a small file and nothing else, so that the work does not hide what is measured.
     """
-    small = Sharded(folder / "small", SMALL_SHARDS, layers=1, hidden=32)
+    world = Sharded(folder / "small", 1, layers=1, hidden=32)
+    inputs = {"policy": world.model, "model": world.model}
     with _ray_worker() as on_ray:
         ways = {"alone": CPU, "process": ONE_WORKER, "ray": on_ray}
         turns = [
-            {name: _shard_ms(small.copy(folder / f"{name}-{turn}"), way) for name, way in ways.items()}
+            {
+                name: _shard_ms(
+                    world, StepSpec(step="logps", version=turn, fields={"as": name}, inputs=inputs), way
+                )
+                for name, way in ways.items()
+            }
             for turn in range(TURNS)
         ]
     beyond = {
@@ -73,19 +82,19 @@ def _ray_worker() -> Iterator[ExecutionConfig]:
         ray.shutdown()
 
 
-def _shard_ms(world: Sharded, execution: ExecutionConfig) -> float:
-    """Milliseconds of a shard of scoring, two responses a row."""
-    return 1000 * 2 * SHARD_ROWS / _rate(world, "logps", execution)
+def _shard_ms(world: Sharded, spec: StepSpec, execution: ExecutionConfig) -> float:
+    """Milliseconds of a shard."""
+    return 1000 / _rate(lambda progress: run_step(world.store, spec, number_shards, execution, progress))
 
 
-def _rate(world: Sharded, step: str, execution: ExecutionConfig) -> float:
-    """Responses a second once every worker works: from the first quarter of them to nine tenths."""
+def _rate(work: Callable[[Progress], object]) -> float:
+    """Responses or shards a second once every worker works: from the first quarter of them to nine tenths."""
     seen: list[tuple[float, int]] = []
 
     def progress(done: int, *_: Any) -> None:
         seen.append((time.monotonic(), done))
 
-    world.run(getattr(world, step), execution, progress)
+    work(progress)
     total = seen[-1][1]
     start = next((at, done) for at, done in seen if done >= total / 4)
     end = next((at, done) for at, done in seen if done >= total * 0.9)

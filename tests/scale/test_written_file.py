@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from sera_core.artifacts.manifest import StepRef
 from tests.scale import __main__ as scale
 from tests.scale import big_tables, ray_cases, speedup, training
 
@@ -22,18 +24,22 @@ class World:
         *(SimpleNamespace(step=step, key="k", path="p") for step in ("sample", "logps")),
     )
 
+    model = StepRef(step="model", key="0" * 64, digest="0" * 64)
+
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def copy(self, _: Path) -> "World":
         return self
 
-    def run(self, spec: Any) -> Any:
-        return SimpleNamespace(digest=spec.step)
+    def run(self, spec: Any, execution: Any = None, _: Any = None) -> Any:
+        return SimpleNamespace(digest=spec.step) if execution is None else execution.replicas * 1.5
 
     def shards_written(self, _: Any) -> list[str]:
         return ["part"] * (SHARDS + 1)
 
 
+RATES = {"none": 100.0, "processes": 50.0, "ray": 25.0}
+"""Small shards a second."""
 LOSSES = {"store": [1.0, 2.0], "whole_copies": [1.5, 2.0], "shared_weights": [1.0, 1.75]}
 
 
@@ -57,6 +63,7 @@ class Training:
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Calls `python -m tests.scale` with these words; what the file then holds."""
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # put back at the end
     monkeypatch.setattr(scale, "LATEST", tmp_path / "latest.json")
     monkeypatch.setattr(ray_cases, "Sharded", World)
     monkeypatch.setattr(ray_cases, "cluster", contextlib.nullcontext)
@@ -64,13 +71,13 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(ray_cases, "find_record", lambda _, step, __: SimpleNamespace(digest=step))
     monkeypatch.setattr(ray_cases, "part_numbers", lambda *_: [0, 1])
     monkeypatch.setattr(speedup, "Sharded", World)
-    monkeypatch.setattr(speedup, "_ray_worker", lambda: contextlib.nullcontext("ray"))
-    rates = {speedup.CPU.distribute: 25_600.0, "processes": 12_800.0}
     monkeypatch.setattr(
         speedup,
-        "_rate",
-        lambda _, __, way: 6400.0 if way == "ray" else rates[way.distribute] * (way.replicas),
+        "_ray_worker",
+        lambda: contextlib.nullcontext(speedup.CPU.model_copy(update={"distribute": "ray"})),
     )
+    monkeypatch.setattr(speedup, "_rate", lambda work: work(None))
+    monkeypatch.setattr(speedup, "run_step", lambda *given: RATES[given[3].distribute] * given[3].replicas)
     monkeypatch.setattr(training, "Bench", Training)
     told = {"seconds": 2.0, "peak_mib": 30, "rows": 5}
     monkeypatch.setattr(big_tables, "_in_process", lambda *_: told)
@@ -95,7 +102,7 @@ def test_every_section_has_its_shape(written: Any) -> None:
     assert found["speedup"] == {
         "sampling": 2.0,
         "scoring": 2.0,
-        "shard_overhead_ms": 10.0,  # 20 ms a shard of 256 responses in a worker, 10 in the owner
+        "shard_overhead_ms": 10.0,  # 20 ms a shard in a worker, 10 in the owner
         "shard_overhead_ray_ms": 30.0,
     }
     assert found["training"] == {
