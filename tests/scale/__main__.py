@@ -1,9 +1,11 @@
 """Kill Ray nodes and owners, time workers, train in two processes, mix 10 million pairs, simulate workers.
 
 python -m tests.scale [ray] [speedup] [training] [selection_10m] [simulator] [--pairs N]
+python -m tests.scale --replay STORE RUN [--pairs N]    a finished run's last round on many workers
 
-Without names all five run, about half an hour. What was measured is written to tests/scale/latest.json, by
-section, beside what an earlier call has written of the others; `machine` there says where each was measured.
+Without names all five sections run, about half an hour. What was measured is written to
+tests/scale/latest.json, by section, beside what an earlier call has written of the others; `machine` there
+says where each was measured.
 """
 
 import argparse
@@ -50,6 +52,15 @@ def _simulator(pairs: int) -> Any:
     return run(pairs)
 
 
+def _replay(store: str, run: str, pairs: int) -> Any:
+    from tests.scale.measured_times import replay, round_times
+    from tests.scale.simulator import WORKERS
+
+    times = round_times(store, run)
+    return [replay(times, pairs, workers) for workers in (1, *WORKERS)]
+
+
+REPLAY = "replay"
 SECTIONS: dict[str, Callable[[int], Any]] = {
     "ray": _ray,
     "speedup": _speedup,
@@ -64,14 +75,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.scale")
     parser.add_argument("sections", nargs="*", metavar="section", help=", ".join(SECTIONS))
     parser.add_argument("--pairs", type=int, default=10_000_000)
+    parser.add_argument(
+        "--replay", nargs=2, metavar=("STORE", "RUN"), help="rates from a finished run's round"
+    )
     given = parser.parse_args(argv)
     if unknown := set(given.sections) - set(SECTIONS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; the sections are {', '.join(SECTIONS)}")
     _share_the_tests_modules()
-    for name in given.sections or SECTIONS:
-        measured = SECTIONS[name](given.pairs)
-        write(name, measured)
-        sys.stdout.write(json.dumps({name: measured}) + "\n")
+    if given.replay:
+        tell(REPLAY, _replay(*given.replay, given.pairs))
+    for name in given.sections or ([] if given.replay else SECTIONS):
+        tell(name, SECTIONS[name](given.pairs))
+
+
+def tell(name: str, measured: Any) -> None:
+    """Write and print a section."""
+    write(name, measured)
+    sys.stdout.write(json.dumps({name: measured}) + "\n")
 
 
 def _share_the_tests_modules() -> None:
@@ -87,7 +107,7 @@ def write(name: str, measured: Any) -> None:
     machines = earlier.get("machine", {})
     machines[name] = {"cores": os.cpu_count(), "system": platform.platform()}
     sections = {**earlier, name: measured}
-    told = {section: sections[section] for section in SECTIONS if section in machines}
+    told = {section: sections[section] for section in (*SECTIONS, REPLAY) if section in machines}
     LATEST.write_text(json.dumps({**told, "machine": machines}, indent=1) + "\n")
 
 

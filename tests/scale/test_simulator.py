@@ -1,9 +1,14 @@
 """The simulator against what can be computed by hand, and what it must not lose."""
 
+import json
+import os
+
 import pytest
 import tinyrun
 
 from sera_core.config import SeraConfig
+from sera_core.errors import InputError
+from tests.scale import __main__ as scale
 from tests.scale.measured_times import RoundTimes, StepTimes, replay, round_times
 from tests.scale.simulator import COMMIT_WRITES, PREFIX_WRITES_PER_S, SCORING, Rates, simulate
 
@@ -44,7 +49,10 @@ def test_a_round_is_replayed_with_more_workers():
 
 
 @pytest.mark.slow
-def test_the_times_are_those_of_the_run(tmp_path):
+def test_the_times_are_those_of_the_run(tmp_path, monkeypatch):
+    written = tmp_path / "latest.json"
+    monkeypatch.setattr(scale, "LATEST", written)
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # put back at the end
     settings = tinyrun.settings(tmp_path, limits={"rounds": 2}, execution={"child": "never"})
     records = tinyrun.work(SeraConfig.model_validate(settings), tmp_path / "store")
     times = round_times(str(tmp_path / "store"), records.run)
@@ -54,4 +62,11 @@ def test_the_times_are_those_of_the_run(tmp_path):
     assert sum(part.step == "logps" for part in times.shared) >= 1
     assert times.others_s > 0
     assert len(last.used) > len(times.shared)
-    assert replay(times, 24, 1)["makespan_s"] > 0
+
+    scale.main(["--replay", str(tmp_path / "store"), records.run, "--pairs", "2400"])
+    rows = json.loads(written.read_text())["replay"]
+    assert [row["workers"] for row in rows] == [1, 8, 64, 1024]
+    assert all(row["pairs"] == 2400 and row["others_s"] == round(100 * times.others_s, 1) for row in rows)
+    assert rows[0]["makespan_s"] > rows[-1]["makespan_s"] > rows[-1]["others_s"]
+    with pytest.raises(InputError, match="no finished round"):
+        round_times(str(tmp_path / "store"), "another")
