@@ -14,7 +14,14 @@ from flows.commands.output import print_note
 from flows.commands.summary import closing_lines, rounds_table
 from flows.commands.tables import leaves_room, print_folding_table, print_table, print_text
 from flows.compare import Finish
-from flows.display.run_view import PLANNED_COLUMNS, gibibytes, planned_cells, run_records, show
+from flows.display.run_view import (
+    PLANNED_COLUMNS,
+    gibibytes,
+    planned_cells,
+    planned_step,
+    run_records,
+    show,
+)
 from flows.experiments import load_experiment, with_changes
 from flows.planning.plan import RESUMES, plan
 from flows.running import open_run
@@ -30,6 +37,8 @@ from sera_core.errors import InputError
 DEMO = "bundled:demo"
 WHY_WIDTH = 30
 """Columns that what a step waits for needs at least, to be readable."""
+STEP_WIDTH = 12
+"""The same of a step, folded."""
 
 
 def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -152,21 +161,33 @@ def _planned(args: argparse.Namespace) -> tuple[SeraConfig, str]:
 
 def _print_steps(title: str, steps: list[dict[str, Any]]) -> None:
     """The table of a plan's steps; where it is narrow, what each waits for is left out."""
-    numbers = ["tokens", "seconds", "bytes"]
-    columns, narrow = ["round", "step", "status", "why", *numbers], ["round", "step", "status", *numbers]
+    narrow = ["round", "step", "status", "tokens", "seconds", "bytes", "memory"]
+    columns = [*narrow[:3], "why", *narrow[3:]]
 
     def rows(names: list[str]) -> list[list[Any]]:
-        return [[*(row[name] for name in names), gibibytes(row["memory"])] for row in steps]
+        return [[_step_cell(row, name) for name in names] for row in steps]
 
-    if leaves_room([*narrow, "memory"], rows(narrow), WHY_WIDTH):
-        print_folding_table(title, [*columns, "memory"], rows(columns), "why")
+    if leaves_room(narrow, rows(narrow), WHY_WIDTH):
+        print_folding_table(title, columns, rows(columns), "why")
         return
-    print_table(title, [*narrow, "memory"], rows(narrow), keys=2)
+    numbers = [name for name in narrow if name != "step"]
+    if leaves_room(numbers, rows(numbers), STEP_WIDTH):
+        print_folding_table(title, narrow, rows(narrow), "step")
+    else:
+        print_table(title, narrow, rows(narrow), keys=2)
     for row in steps:
         if row["why"].startswith(RESUMES):
-            print_text(f"round {row['round']}, {row['step']}: {row['why']}")
+            print_text(f"round {row['round']}, {planned_step(row)}: {row['why']}")
     if any(row["status"] == "depends" for row in steps):
         print_text("depends: on steps that are not done yet; a wider terminal, or --json, names them.")
+
+
+def _step_cell(row: dict[str, Any], name: str) -> Any:
+    if name == "step":
+        return planned_step(row)
+    if name == "seconds" and row[name] is not None:
+        return f"{row[name]:,.1f}"
+    return gibibytes(row[name]) if name == "memory" else row[name]
 
 
 def run_name(args: argparse.Namespace) -> str:

@@ -21,7 +21,7 @@ from flows.display.judged_arms import (
 )
 from flows.display.markdown import escape, table, verbatim
 from flows.display.round_card import command, round_card, stop_words, with_interval
-from flows.display.run_view import PLANNED_COLUMNS, gibibytes, planned_cells, verdict_words
+from flows.display.run_view import PLANNED_COLUMNS, gibibytes, planned_cells, planned_step, verdict_words
 from flows.judged_arms import JudgedArms
 from sera_core.artifacts.run_records import RoundManifest
 from sera_core.artifacts.runs import RunStore
@@ -200,7 +200,7 @@ def plan_card(run: str, found: dict[str, Any]) -> str:
     rows = [
         [
             "–" if row["round"] is None else str(row["round"]),
-            escape(row["step"]),
+            escape(planned_step(row)),
             row["status"],
             escape(row["why"]),
             f"{row['tokens']:,}",

@@ -85,6 +85,11 @@ def gibibytes(memory: int | None) -> str:
     return "–" if memory is None else f"{memory / 2**30:.1f} GiB"
 
 
+def planned_step(row: dict[str, Any]) -> str:
+    """A step of a plan (`steps` of flows.planning.plan.plan), with what tells it from others of its kind."""
+    return row["step"] if row["subject"] is None else f"{row['step']}: {row['subject']}"
+
+
 def planned_cells(row: dict[str, Any]) -> list[Any]:
     """One round of a plan (`rounds` of flows.planning.plan.plan) as cells of that table."""
     names = ("human_kept", "prompts", "generated_kept", "human", "generated")

@@ -14,6 +14,7 @@ from flows.planning.estimates import (
     workload,
 )
 from flows.planning.forecast import PlannedRound, forecast, warnings_of
+from flows.planning.subjects import made_policy, subject
 from flows.round import Past, Ref, Steps
 from flows.running.open_run import (
     check_template,
@@ -59,6 +60,8 @@ class Walk:
         self.round: int | None = None
         self._seen: set[str] = set()
         self._found: dict[str, StepRecord] = {}
+        self._policies: dict[StepRef, str] = {}
+        """Policies in words."""
 
     def do(self, spec: StepSpec) -> Ref:
         """List the step. Returns a reference to it, or to its future result."""
@@ -72,7 +75,10 @@ class Walk:
         if key not in self._seen:
             self._seen.add(key)
             self.rows.append(self._row(spec, unknown, reuse=record is not None))
-        return record.ref if record else StepRef(step=spec.step, key=key, digest=UNKNOWN + key)
+        ref = record.ref if record else StepRef(step=spec.step, key=key, digest=UNKNOWN + key)
+        if (policy := made_policy(spec)) is not None:
+            self._policies[ref] = policy
+        return ref
 
     def look(self, ref: Ref) -> StepRecord | None:
         """The record of a step; None if it is not done."""
@@ -90,6 +96,7 @@ class Walk:
         row: dict[str, Any] = {
             "round": self.round,
             "step": spec.step,
+            "subject": subject(spec, self._policies),
             "key": None if unknown else spec.key,
         }
         cost: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "bytes": 0, "memory": None}

@@ -257,9 +257,10 @@ def test_a_plan_card_says_of_each_step_whether_it_runs_and_why(folder, records):
     config = tinyrun.config(folder, limits={"rounds": 3})
     found = plan(config, "other", records.store.url)
     card = text_of(plan_card("other", found))
-    shown = re.findall(r"^(\d|–)\n(\w+)\n(reuse|run|depends)\n(.+)\n[\d,]+\n.+$", card, re.M)
+    shown = re.findall(r"^(\d|–)\n(\w+(?:: .+)?)\n(reuse|run|depends)\n(.+)\n[\d,]+\n.+$", card, re.M)
     assert [row[2] for row in shown] == [row["status"] for row in found["steps"]]
     assert {"reuse", "run", "depends"} == {row[2] for row in shown}
+    assert "logps: start policy, held-out answers" in {row[1] for row in shown}
     assert f"{found['reuse']} steps are in the store" in card
 
 
