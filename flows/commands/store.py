@@ -1,15 +1,18 @@
 """`sera diff`, `sera gc`: compare rounds, and delete unreferenced steps."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from flows.commands.output import print_result
-from flows.commands.tables import metric_cell, print_table, print_text
+from flows.commands.tables import leaves_room, metric_cell, print_compared_table, print_text
 from flows.store_tools.diff import side_of
 from flows.store_tools.garbage import collect, collected_lines, parse_age
 from sera_core.artifacts.differing import difference
 from sera_core.artifacts.store import open_store
+
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def add_diff(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -33,7 +36,7 @@ def diff_command(args: argparse.Namespace) -> int:
     names = [_name(found["left"]), _name(found["right"])]
     _table("settings", ["key", *names, "changes results"], found["config"], "key", "changes_result")
     _table("steps", ["role", *names, "why"], found["steps"], "role", "why")
-    _table("metrics", ["metric", *names], found["metrics"], "metric")
+    _metrics(names, found["metrics"])
     return 0
 
 
@@ -77,11 +80,34 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]], *names: s
         cells = [
             [row[first], _cell(row["left"]), _cell(row["right"]), *(row[n] for n in more)] for row in rows
         ]
-        print_table(title, columns, cells)
+        print_compared_table(title, columns, cells)
+
+
+def _metrics(names: list[str], rows: list[dict[str, Any]]) -> None:
+    """Both values of each metric; where there is room, also by how much they differ."""
+    columns = ["metric", *names]
+    cells = [[row["metric"], _cell(row["left"]), _cell(row["right"])] for row in rows]
+    changes = [_change(row["left"], row["right"]) for row in rows]
+    if rows and leaves_room(columns, cells, max(map(len, ["change", *changes]))):
+        columns = [*columns, "change"]
+        cells = [[*row, change] for row, change in zip(cells, changes, strict=True)]
+    if rows:
+        print_compared_table("metrics", columns, cells)
 
 
 def _cell(value: Any) -> Any:
-    """A step as shortened key and digest, a metric with its interval."""
+    """A step as shortened key and digest, a metric with its interval, a digest shortened."""
     if isinstance(value, dict) and "digest" in value:
         return f"key {value['key'][:12]}… digest {value['digest'][:12]}…"
+    if isinstance(value, str) and DIGEST.fullmatch(value):
+        return f"{value[:12]}…"
     return metric_cell(value)
+
+
+def _change(left: Any, right: Any) -> str:
+    """The right number less the left one; of rates their values."""
+    left, right = (side.get("value") if isinstance(side, dict) else side for side in (left, right))
+    if not all(isinstance(side, int | float) and not isinstance(side, bool) for side in (left, right)):
+        return "–"
+    change = right - left
+    return (f"{change:+,}" if isinstance(change, int) else f"{change:+.3f}").replace("-", "−")

@@ -18,6 +18,8 @@ from sera_core.guards.shown import shown
 
 PIPE_WIDTH = 160
 """Of tables in pipes and logs, which have no width, unless COLUMNS gives one."""
+FOLDED_WIDTH = 14
+"""Columns that a folded column of compared values needs at least, to be readable."""
 _BORDERS = 3
 """Columns that a table's column takes besides its text."""
 
@@ -64,6 +66,19 @@ def print_folding_table(title: str, columns: Sequence[str], rows: Sequence[Seque
     left = console.width - _width(widths) + widths[folding]
     widths[folding] = max(1, min(widths[folding], left))
     console.print(_table(title, heads, cells, widths))
+
+
+def print_compared_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table whose columns are compared: they stay side by side, their cells folded where needed.
+
+    Where the first column leaves the others too little, a list has them below each other, row by row.
+    """
+    console, (heads, cells) = _console(), _shown(columns, rows)
+    widths = _widths(heads, cells)
+    if _width([widths[0], *(min(width, FOLDED_WIDTH) for width in widths[1:])]) > console.width:
+        print_text("\n".join(_listed(title, columns, rows)))
+        return
+    console.print(_table(title, heads, cells, [widths[0], *[None] * (len(heads) - 1)]))
 
 
 def _console() -> Console:
@@ -123,7 +138,9 @@ def _below(cells: Cells, number: int, width: int, *heads: str) -> Text:
     return Text("\n".join(lines))
 
 
-def _table(title: str, columns: Sequence[str], cells: Cells, widths: Sequence[int] | None = None) -> Table:
+def _table(
+    title: str, columns: Sequence[str], cells: Cells, widths: Sequence[int | None] | None = None
+) -> Table:
     table = Table(title=escape(shown(title)) or None, title_justify="left")
     for number, name in enumerate(columns):
         table.add_column(escape(name), overflow="fold", width=None if widths is None else widths[number])

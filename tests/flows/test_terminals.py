@@ -113,6 +113,23 @@ def test_a_plan_fits_too_and_leaves_out_only_what_each_step_waits_for(tmp_path, 
     assert sum("│ logps" in line for line in narrow) == sum("│ logps" in line for line in wide)
 
 
+@pytest.mark.parametrize("columns", [80, 160])
+def test_both_sides_of_a_difference_stay_side_by_side(kept_store, at_width, columns):
+    lines = at_width(columns, "diff", "first:1", "second:1", "--store", kept_store)
+    assert max(map(cell_len, lines)) <= columns
+    heads = [line for line in lines if line.startswith("┃")]
+    assert len(heads) == 3 and all("first:1" in head and "second:1" in head for head in heads)
+    (kept,) = [line for line in lines if "human/kept" in line]
+    change = ["−2"] if columns == 160 else []
+    assert [cell.strip() for cell in kept.strip("│").split("│")] == ["human/kept", "9", "7", *change]
+
+
+def test_where_two_sides_do_not_fit_they_are_below_each_other(kept_store, at_width):
+    lines = at_width(60, "diff", "first:1", "second:1", "--store", kept_store)
+    at = lines.index("  metric: human/kept")
+    assert lines[at + 1 : at + 3] == ["  first:1: 9", "  second:1: 7"]
+
+
 def test_a_terminal_of_80_columns_is_one(kept_store):
     code, said = on_terminal(["show", "first", "--store", "store"], 80, kept_store.parent)
     assert code == 0 and max(cell_len(line) for line in COLORS.sub("", said).splitlines()) <= 80
