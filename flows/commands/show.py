@@ -133,7 +133,7 @@ def _print_round(manifest: RoundManifest, found: dict[str, Any]) -> None:
         for name, value in manifest.metrics.items()
         if name.startswith(("human/", "generated/", "prompts/", "responses"))
     }
-    print_table("pairs and prompts by reason", ["what", "count"], sorted(ledger.items()))
+    print_table("pairs and prompts by reason (kept: trained on)", ["what", "count"], sorted(ledger.items()))
     if reliance_rows := evidence.reliance_rows(manifest.metrics):
         rows = [
             [row.feature, *(cell.value for cell in row.cells[:3]), row.cells[0].n] for row in reliance_rows

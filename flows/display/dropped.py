@@ -48,14 +48,14 @@ def reasons(counts: Counter[str]) -> str:
 
 
 def over_share_words(manifest: RoundManifest) -> str | None:
-    """A warning if the mix dropped more than half of the human pairs kept; None at a share of 1."""
+    """A warning if the mix dropped more than half of the human pairs selected; None at a share of 1."""
     mixed = manifest.pairs["human"]
     over = int(manifest.metrics.get("human/over_share", 0))
     if manifest.target_share == 1 or not drops_most(mixed + over, mixed):
         return None
     generated = words.plural(manifest.pairs["generated"], "generated pair")
     return (
-        f"the mix dropped {over} of the {words.plural(mixed + over, 'human pair')} kept, for a share of "
+        f"the mix dropped {over} of the {words.plural(mixed + over, 'human pair')} selected, for a share of "
         f"{manifest.target_share:.2f} with {generated}; see "
         'sampling.prompts = "auto", mix.size, mix.shares and mix.on_short = "fill"'
     )

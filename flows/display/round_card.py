@@ -125,7 +125,7 @@ def _plots(rounds: Sequence[RoundManifest], ledger: Sequence[Row]) -> list[str]:
     drawn = [image(plot, caption) for plot, caption in trends(rounds)]
     margins = dict(histograms(ledger)).get("human")
     if margins is not None:
-        drawn.append(image(margins, "Ensemble margins of this round's human pairs, kept and dropped."))
+        drawn.append(image(margins, "Ensemble margins of this round's human pairs, trained on and dropped."))
     return drawn
 
 

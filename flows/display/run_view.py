@@ -74,7 +74,7 @@ def _round(records: RunStore, manifest: RoundManifest) -> dict[str, Any]:
 
 
 PLANNED_COLUMNS = (
-    "round", "numbers", "share", "human pairs kept", "prompts sampled", "generated pairs kept",
+    "round", "numbers", "share", "human pairs selected", "prompts sampled", "generated pairs selected",
     "human trained on", "generated trained on",
 )  # fmt: skip
 """Columns of a plan's table of rounds."""

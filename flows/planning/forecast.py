@@ -109,13 +109,13 @@ def warnings_of(config: SeraConfig, rounds: Sequence[RoundCounts]) -> Iterator[s
 
 
 def dropped_warning(config: SeraConfig, found: RoundCounts) -> str | None:
-    """A warning if the mix would drop more than half of the human pairs kept; a share of 1 asks for that."""
+    """Warn if the mix would drop more than half of the selected human pairs; a share of 1 asks for that."""
     if found.share == 1 or not drops_most(found.human_kept, found.human):
         return None
     dropped = found.human_kept - found.human
     return (
         f"round {found.round}: the mix is expected to drop {dropped} of the {found.human_kept} human pairs "
-        f"kept and to train on {found.human} human and {found.generated} generated pairs from "
+        f"selected and to train on {found.human} human and {found.generated} generated pairs from "
         f"{found.prompts} of {found.prompts_available} prompts, at a share of {found.share:.2f}. To keep "
         f"more, {', or '.join(_remedies(config, found))}"
     )

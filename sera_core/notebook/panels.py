@@ -30,7 +30,7 @@ COLUMNS = 4
 FEATURES = len(LINES)
 """Features whose reliance is drawn."""
 FATES = (("dropped", DROPPED), ("over_share", ROOM), ("kept", KEPT))
-FATE_WORDS = {"over_share": "selected, no room in the mix"}
+FATE_WORDS = {"kept": "trained on", "over_share": "selected, no room in the mix"}
 Margins = dict[str, Float[np.ndarray, " pair"]]
 """By fate: `kept`, `over_share`, `dropped`; in nats."""
 
@@ -209,7 +209,7 @@ def _histogram(axes: Axes, found: Margins, edges: Sequence[float], what: str) ->
     if cut is not None:
         axes.axvline(cut, color=LINES[1], linewidth=1.2, label="smallest margin selected")
     kept, every = len(found["kept"]), len(_every(found))
-    _frame(axes, f"{what}: {kept:,} of {every:,} kept")
+    _frame(axes, f"{what}: {kept:,} of {every:,} trained on")
     axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 

@@ -124,12 +124,12 @@ def selection_rows(decision: Metrics | None) -> list[RelianceRow]:
             continue
         cells = [
             rate_line("all pairs", _counted(before["more"])),
-            rate_line("kept pairs", _counted(after["more"])),
+            rate_line("selected pairs", _counted(after["more"])),
             rate_line("difference", _counted(feature["excess"]), signed=True),
             rate_line("correlation, all pairs", _counted(before["correlation"]), signed=True),
-            rate_line("kept pairs", _counted(after["correlation"]), signed=True),
+            rate_line("selected pairs", _counted(after["correlation"]), signed=True),
             rate_line("after length, all pairs", _counted(before["after_length"]), signed=True),
-            rate_line("kept pairs", _counted(after["after_length"]), signed=True),
+            rate_line("selected pairs", _counted(after["after_length"]), signed=True),
         ]
         rows.append(RelianceRow(words.feature(name), cells))
     return rows
@@ -200,7 +200,12 @@ def signals(decision: Metrics | None) -> list[Line]:
     found = (decision or {}).get("signals") or {}
     thresholds = ((decision or {}).get("verdict") or {}).get("thresholds") or {}
     rows = (
-        ("overlap of the human pairs kept (Jaccard)", "overlap", "at least", thresholds.get("min_overlap")),
+        (
+            "overlap of the human pairs selected (Jaccard)",
+            "overlap",
+            "at least",
+            thresholds.get("min_overlap"),
+        ),
         ("shift of the train margins (KS distance)", "ks", "at most", thresholds.get("max_ks")),
     )
     return [

@@ -17,7 +17,7 @@ _PARTS = (
     ("aligned_change", "accuracy where the chosen answer has more of it, change", "did not fall", 0),
     (
         "kept_share_excess",
-        "share of chosen answers with more of it: kept pairs minus all pairs",
+        "share of chosen answers with more of it: selected pairs minus all pairs",
         "is larger",
         1,
     ),
@@ -27,7 +27,7 @@ _PARTS = (
 def shares(
     files: RoundFiles, ledger: Sequence[Row], evidence: dict[str, Any] | None
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Share of pairs whose chosen answer is the longer one: all and kept pairs by origin, held-out pairs."""
+    """Share of pairs whose chosen answer is the longer one: all, trained-on and held-out ones, by origin."""
     found = []
     kept = {row["pair_id"]: row["reason"] == "relabelled" for row in ledger if row["kept"]}
     for role, name in (("scored", "human pairs"), ("responses", "generated pairs")):
@@ -36,7 +36,7 @@ def shares(
             turned = [kept.get(row["pair_id"], False) for row in rows]
             differences = np.array([_difference(row) for row in rows])
             trained = np.where(turned, -differences, differences)[[row["pair_id"] in kept for row in rows]]
-            found += [(f"all {name}", _share(differences)), (f"kept {name}", _share(trained))]
+            found += [(f"all {name}", _share(differences)), (f"{name} trained on", _share(trained))]
     if evidence is not None:
         found += [
             ("held-out pairs", evidence["heldout/chosen_longer"]),

@@ -78,7 +78,10 @@ def bins(values: Float[np.ndarray, " value"]) -> list[float] | None:
 
 
 def histogram(kept: Sequence[float], dropped: Sequence[float], label: str) -> Markup | None:
-    """Counts of kept and dropped values, stacked; outer bins hold what lies beyond. None without spread."""
+    """Counts of values of pairs trained on and dropped, stacked; outer bins hold what lies beyond.
+
+    None without spread.
+    """
     sides = [np.asarray(values, dtype=np.float64) for values in (kept, dropped)]
     if (edges := bins(np.concatenate(sides))) is None:
         return None
@@ -91,7 +94,7 @@ def histogram(kept: Sequence[float], dropped: Sequence[float], label: str) -> Ma
         at, width = x(edges[number]), x(edges[number + 1]) - x(edges[number])
         bars += [_bar(at, width, y(d), y(0), "dropped"), _bar(at, width, y(d + k), y(d), "kept")]
     zero = [_line(x(0), TOP, x(0), HEIGHT - BOTTOM, "zero")] if edges[0] <= 0 <= edges[-1] else []
-    legend = _legend([("kept", f"kept ({len(kept):,})"), ("dropped", f"dropped ({len(dropped):,})")])
+    legend = _legend([("kept", f"trained on ({len(kept):,})"), ("dropped", f"dropped ({len(dropped):,})")])
     counts = [value for value in ticks(0, tallest, 4) if value == int(value)]
     return _svg(label, [*_y_axis(y, counts), *bars, *zero, *_x_axis(x, edges, label), *legend])
 

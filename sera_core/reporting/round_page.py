@@ -76,7 +76,7 @@ def round_page(number: int, artifacts: Mapping[str, Artifact]) -> str:
 
 
 EXAMPLES = {
-    "kept": "Kept: the human pair with the largest margin",
+    "kept": "Trained on: the human pair with the largest margin",
     "dropped": "Dropped: of the human pairs left out, the one with the lowest margin",
     "suspicious": "Dropped as suspicious: the human pair with the lowest margin",
     "unclear": "Dropped as not clearly preferred: the human pair with the lowest margin",
@@ -102,7 +102,7 @@ def _sentence(number: int, files: RoundFiles, blocks: Sequence[flow.Block]) -> s
         selected = sum(row["kept"] for row in files.rows("human", "ledger.parquet", ["kept"]))
         crossfit = "head_mixture" in files.artifacts["scored"].record.inputs
         margins = "the margins of fold policies" if crossfit else "the head's own margins"
-        did = f"Round {number} reviewed {pairs} by {margins} and kept {selected:,}"
+        did = f"Round {number} reviewed {pairs} by {margins} and selected {selected:,}"
     if len(blocks) == 3:
         answers = files.size("responses", "responses.parquet")
         asked = {row["prompt_id"] for row in files.rows("responses", "responses.parquet", ["prompt_id"])}
@@ -217,7 +217,7 @@ def _margins_plot(evidence: dict[str, Any]) -> Markup | None:
 
 def _shares_plot(shares: Sequence[tuple[str, dict[str, Any]]]) -> Markup | None:
     rows = [
-        (name, "b" if name.startswith("kept") else "a" if name.startswith("held") else "c", _point(rate))
+        (name, "b" if name.endswith("trained on") else "a" if name.startswith("held") else "c", _point(rate))
         for name, rate in shares
         if rate["value"] is not None
     ]
@@ -229,7 +229,7 @@ def _point(rate: dict[str, Any], x: float = 0.0) -> Point:
 
 
 def histograms(ledger: Sequence[Row]) -> list[tuple[str, Markup]]:
-    """Margins of the pairs that were judged, kept and dropped."""
+    """Margins of the pairs that were judged: trained on, or dropped."""
     made = []
     for origin in ("human", "generated"):
         sides: dict[bool, list[float]] = {True: [], False: []}

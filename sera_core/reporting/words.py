@@ -43,7 +43,7 @@ ALARMS = {
     "counter_side_holds": "Not raised: where the chosen answer is the shorter one, accuracy did not fall.",
     "both_sides_fall": "Not raised: accuracy fell on both sides: the policy got worse, whatever the length.",
     "selection_not_skewed": "Not raised: accuracy fell where the chosen answer is the shorter one, but "
-    "the kept pairs do not favour longer answers.",
+    "the selected pairs do not favour longer answers.",
 }
 
 FEATURES = {
@@ -80,8 +80,8 @@ REASONS = {
     "empty": "an empty answer",
     "too_long": "an answer over the limit",
     "prompt_too_long": "a prompt over the limit",
-    "kept": "kept",
-    "relabelled": "kept, with chosen and rejected swapped",
+    "kept": "trained on",
+    "relabelled": "trained on, with chosen and rejected swapped",
     "non_finite": "its margin is not a number",
     "not_preferred": "the policy does not prefer the chosen answer clearly",
     "below_cut": "preferred, but beyond the cut",

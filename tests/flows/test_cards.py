@@ -135,7 +135,7 @@ def test_a_round_card_names_every_artifact_with_its_place_hash_and_size(records)
 def test_the_plots_of_a_card_are_drawings_with_a_size(records, without_pairs):
     last = plots_of(round_card(records, records.rounds()[1], show_text=False))
     assert len(last) == 4  # accuracy, reliance and margins over the rounds, and margins kept and dropped
-    assert "kept (" in last[-1] and "dropped (" in last[-1]
+    assert "trained on (" in last[-1] and "dropped (" in last[-1]
     for run in (records, without_pairs):
         for manifest in run.rounds():
             for plot in plots_of(round_card(run, manifest, show_text=False)):

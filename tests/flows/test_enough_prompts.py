@@ -43,7 +43,7 @@ def test_a_plan_expects_the_counts_of_each_round(folder):
     rounds, warnings = expected(folder)
     assert rounds == [(24, 0, 0, 24, 0), (17, 10, 7, 13, 4), (17, 10, 7, 7, 7)]
     (warning,) = warnings
-    assert warning.startswith("round 2: the mix is expected to drop 10 of the 17 human pairs kept")
+    assert warning.startswith("round 2: the mix is expected to drop 10 of the 17 human pairs selected")
     assert "7 human and 7 generated pairs from 10 of 24 prompts, at a share of 0.50" in warning
     for setting in ('sampling.prompts = "auto" or a number above 10', 'mix.on_short = "fill"', "mix.shares"):
         assert setting in warning
@@ -102,7 +102,7 @@ def test_the_yield_before_the_first_reviewed_round_is_that_of_the_settings(folde
 def test_the_command_prints_counts_and_warnings_and_json_holds_both(folder, sera):
     command = ("plan", tinyrun.experiment(folder), "--store", folder / "empty")
     out, err = sera(*command)
-    assert "sera: warning: round 2: the mix is expected to drop 10 of the 17 human pairs kept" in err
+    assert "sera: warning: round 2: the mix is expected to drop 10 of the 17 human pairs selected" in err
     assert "pairs of each round" in out and "expected" in out
     found = sera(*command, "--json").json
     assert [row["human"] for row in found["rounds"]] == [24, 13, 7] and len(found["warnings"]) == 1
@@ -210,7 +210,7 @@ def test_the_summary_says_that_the_mix_dropped_most_human_pairs(starved, automat
     over = first.metrics["human/over_share"]
     assert over > first.pairs["human"]
     (line,) = [line for line in closing_lines(starved) if "the mix dropped" in line]
-    assert f"dropped {over} of the {over + first.pairs['human']} human pairs kept" in line
+    assert f"dropped {over} of the {over + first.pairs['human']} human pairs selected" in line
     assert not [line for line in closing_lines(automatic) if "the mix dropped" in line]
 
 

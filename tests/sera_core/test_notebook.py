@@ -107,13 +107,13 @@ def test_the_margins_are_the_ledger_s_by_what_became_of_the_pairs(kept_store):
     edges = [bar.get_x() for bar in axes.containers[0]]
     edges.append(edges[-1] + axes.containers[0][0].get_width())
     drawn = bars(axes)
-    wanted = {"kept": kept, "selected, no room in the mix": over, "dropped": dropped}
+    wanted = {"trained on": kept, "selected, no room in the mix": over, "dropped": dropped}
     assert drawn.keys() == wanted.keys() and all(wanted.values())
     for name, values in wanted.items():
         assert drawn[name].tolist() == np.histogram(values, edges)[0].tolist()
     cut = next(line for line in axes.lines if line.get_label() == "smallest margin selected")
     assert cut.get_xdata()[0] == min(kept + over) >= max(dropped)
-    assert axes.get_title() == f"round 1: {len(kept)} of {len(human)} kept"
+    assert axes.get_title() == f"round 1: {len(kept)} of {len(human)} trained on"
 
 
 def test_there_is_no_cut_where_the_rule_drops_larger_margins():
@@ -174,7 +174,7 @@ def test_one_round_shows_both_kinds_of_pairs_and_the_reasons(kept_store):
     for axes, origin in ((human, "human"), (generated, "generated")):
         judged = [r for r in ledger if r["origin"] == origin and r["ensemble_margin"] is not None]
         assert sum(heights.sum() for heights in bars(axes).values()) == len(judged)
-        assert bars(axes)["kept"].sum() == sum(row["kept"] for row in judged)
+        assert bars(axes)["trained on"].sum() == sum(row["kept"] for row in judged)
     counts = {label.get_text(): place for place, label in enumerate(reasons.get_yticklabels())}
     for held in reasons.containers:
         for reason, place in counts.items():
@@ -368,7 +368,7 @@ def test_a_figure_is_one_picture_with_its_words(kept_store):
     data, told = DisplayFormatter().format(figure)
     picture = Image.open(io.BytesIO(data["image/png"]))
     assert picture.width == 2 * told["image/png"]["width"] == 2200
-    assert "round 1: 9 of 20 kept" in told["image/png"]["alt"]
+    assert "round 1: 9 of 20 trained on" in told["image/png"]["alt"]
     assert len(set(picture.convert("L").getdata())) > 10  # something is drawn
 
 

@@ -124,7 +124,7 @@ def test_a_histogram_has_kept_above_dropped_in_proportion_to_their_counts():
     kept, dropped = ([h for h in heights(svg, s) if h != 10.0] for s in ("kept", "dropped"))
     assert len(kept) == len(dropped) == 1
     assert kept[0] == pytest.approx(3 * dropped[0], abs=0.2)
-    assert "kept (3)" in svg
+    assert "trained on (3)" in svg
     assert "dropped (1)" in svg
 
 
@@ -275,7 +275,7 @@ def test_a_relabelled_pair_counts_by_its_new_labels_among_the_kept_lengths(made)
     rows = [ledger_row("a", 1.0, True, "kept"), ledger_row("b", -4.0, True, "relabelled")]
     shares = dict(length.shares(made(rows, ["a", "b"], ["a", "b"]), rows, None))
     assert shares["all human pairs"]["value"] == 1.0
-    assert shares["kept human pairs"]["value"] == 0.5
+    assert shares["human pairs trained on"]["value"] == 0.5
 
 
 def test_reports_and_examples_import_neither_torch_nor_prefect():

@@ -84,7 +84,7 @@ function row(at, place) {
   line.setAttribute("aria-current", String(at === selected));
   const number = (value, digits) => (value === null ? "–" : value.toFixed(digits));
   line.append(
-    make("span", data.kept[at] ? "kept" : "dropped", data.kept[at] ? "" : "dropped"), make("span", data.origin[at]),
+    make("span", data.kept[at] ? "trained on" : "dropped", data.kept[at] ? "" : "dropped"), make("span", data.origin[at]),
     make("span", data.reason[at]), make("span", number(data.margin[at], 2), "n"),
     make("span", number(data.chosen[at], 0), "n"), make("span", number(data.rejected[at], 0), "n"),
     make("span", data.prompt[at]),
@@ -115,7 +115,7 @@ function seraTexts(shard, pairs) {
 function read([prompt, chosen, rejected], note) {
   const at = selected, margin = data.margin[at], reason = data.reason[at];
   const about = document.createElement("p");
-  about.append("pair ", make("code", data.id[at]), `, ${data.origin[at]}, ${data.kept[at] ? "kept" : "dropped"} at `);
+  about.append("pair ", make("code", data.id[at]), `, ${data.origin[at]}, ${data.kept[at] ? "trained on" : "dropped"} at `);
   about.append(`${data.stage[at]}: `, make("code", reason), reasons[reason] && reason !== "kept" ? `, ${reasons[reason]}` : "");
   about.append(margin === null ? "" : `; margin ${margin.toFixed(3)} nats`);
   const parts = [about];
