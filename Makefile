@@ -74,7 +74,7 @@ bench: .venv/dev            ## measure speed, each figure next to a baseline fro
 	$(BIN)/python -m tests.benchmarks.orchestration
 	$(BIN)/python -m tests.benchmarks.store
 
-scale: .venv/dev            ## kill Ray nodes, time two workers, select 10 million pairs: tests/scale/latest.json
+scale: .venv/dev            ## kill Ray nodes, time two workers, train in two processes, select 10 million pairs: tests/scale/latest.json
 	$(BIN)/python -m tests.scale
 
 golden: .venv/dev           ## regenerate the table of what every step writes (after raising a step's version)
