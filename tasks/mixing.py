@@ -46,9 +46,15 @@ def mix_pairs(attempt: Attempt) -> list[str]:
     human.drop(mixture.over_share_human)
     generated.drop(mixture.over_share_generated)
     total = mixture.human.size + mixture.generated.size
-    with ThreadPoolExecutor(1, thread_name_prefix="sera-ledger") as beside:
+    with (
+        tempfile.TemporaryDirectory(prefix="sera-mix-") as scratch,
+        ThreadPoolExecutor(1, thread_name_prefix="sera-ledger") as beside,
+    ):
+        ordered = _ordered(attempt, {human: mixture.human, generated: mixture.generated}, Path(scratch))
         flips = beside.submit(_write_ledger, attempt, human, generated)
-        _write_mixture(attempt, {human: mixture.human, generated: mixture.generated}, total)
+        with Writer(attempt.write("mixture.parquet"), ordered.schema) as out:
+            for table in ordered.tables():
+                out.write(table)
     reason = mixture.reason or (None if total else "no_pairs")
     attempt.metrics |= {
         "pairs/human": len(mixture.human),
@@ -224,7 +230,7 @@ class _References:
 
     def _read_logps(self, path: Path) -> None:
         """Read a file whose rows alternate between chosen and rejected response of each pair."""
-        for places, table in self._places.pieces(path, schema.LOGPS):
+        for places, table in self._places.pieces(path, schema.LOGPS, ["id", "logps"]):
             rows = np.flatnonzero(places >= 0)
             values, known = table["logps"].to_numpy(), table["logps"].is_valid().to_numpy()
             for side in (0, 1):
@@ -269,26 +275,26 @@ class _References:
         return prompts[np.argsort(np.concatenate(taken))], samples
 
 
-def _write_mixture(attempt: Attempt, taken: dict[_Side, np.ndarray], total: int) -> None:
+def _ordered(attempt: Attempt, taken: dict[_Side, np.ndarray], scratch: Path) -> Scatter:
+    """The rows of the mixture in training order, in blocks in an empty folder."""
     ids = np.concatenate([side.ids[chosen] for side, chosen in taken.items()])
     fields = attempt.fields
     margins = np.concatenate([side.margins[chosen] for side, chosen in taken.items()])
     seed = derived_seed(fields["seed"], fields["round"], "order")
     order = training_order(ids, seed, margins, fields.get("order", SHUFFLED))
-    places = np.empty(total, dtype=np.int64)
-    places[order] = np.arange(total)
+    places = np.empty(ids.size, dtype=np.int64)
+    places[order] = np.arange(ids.size)
     held = schema.as_held(schema.MIXTURE, *(side.schema for side, chosen in taken.items() if chosen.size))
-    with (
-        tempfile.TemporaryDirectory(prefix="sera-mix-") as scratch,
-        Writer(attempt.write("mixture.parquet"), held) as out,
-    ):
-        scatter, first = Scatter(Path(scratch), held, total), 0
-        for side, chosen in taken.items():
-            for found, table in side.pairs(chosen, places[first : first + chosen.size]):
-                scatter.add(found, table)
-            first += chosen.size
-        for table in scatter.tables():
-            out.write(table)
+    scatter = Scatter(scratch, held, ids.size)
+
+    def add(side: _Side, own: np.ndarray) -> None:
+        for found, table in side.pairs(taken[side], own):
+            scatter.add(found, table)
+
+    ends = np.cumsum([chosen.size for chosen in taken.values()])[:-1]
+    with ThreadPoolExecutor(len(taken), thread_name_prefix="sera-side") as threads:
+        list(threads.map(add, taken, np.split(places, ends)))
+    return scatter
 
 
 def _write_ledger(attempt: Attempt, human: _Side, generated: _Side) -> dict[str, Any]:

@@ -11,7 +11,17 @@ from sera_core.artifacts import schema
 from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.manifest import StepRecord
 from sera_core.artifacts.step import Attempt
-from sera_core.artifacts.streaming import Lookup, column, compute, keys, numbers, strings, texts
+from sera_core.artifacts.streaming import (
+    Lookup,
+    column,
+    columns,
+    compute,
+    keys,
+    numbers,
+    strings,
+    texts,
+    values,
+)
 from sera_core.errors import SeraError
 from sera_core.method.noise import noise_floor
 from sera_core.method.rewards import score_responses
@@ -120,7 +130,7 @@ def _scored(attempt: Attempt) -> tuple[pa.ChunkedArray, pa.ChunkedArray, np.ndar
     with ThreadPoolExecutor(1, thread_name_prefix="sera-scores") as beside:
         scores = beside.submit(_margins, attempt)
         path = pairs.path(name)
-        own, prompts = (column(path, schema.PAIRS, one) for one in ("pair_id", "prompt_id"))
+        own, prompts = columns(path, schema.PAIRS, ["pair_id", "prompt_id"])
         ids, margins = scores.result()
     if not own.equals(ids):
         raise SeraError(
@@ -132,7 +142,8 @@ def _scored(attempt: Attempt) -> tuple[pa.ChunkedArray, pa.ChunkedArray, np.ndar
 def _margins(attempt: Attempt) -> tuple[pa.ChunkedArray, np.ndarray]:
     """Id and ensemble margin (nats) of each scored pair."""
     path = attempt.input("review").path("scored.parquet")
-    return column(path, schema.SCORED, "pair_id"), numbers(path, schema.SCORED, "ensemble_margin")
+    ids, margins = columns(path, schema.SCORED, ["pair_id", "ensemble_margin"])
+    return ids, values(margins)
 
 
 def _sweep(attempt: Attempt, pair_ids: pa.ChunkedArray, tokens: np.ndarray) -> Sweep | None:

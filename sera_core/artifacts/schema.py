@@ -14,6 +14,20 @@ REASONED = pa.list_(pa.struct([*_MESSAGE, ("reasoning_content", pa.string())]))
 IDS = pa.list_(pa.int32())
 NATS = pa.float64()
 ROW_GROUP = 1024
+"""Rows written together, where a row may have long texts."""
+_REPEATED = (
+    "format",
+    "origin",
+    "round",
+    "stage",
+    "kept",
+    "reason",
+    "finish_reason",
+    "order",
+    "better",
+    "rater",
+)
+"""Columns with few different values."""
 
 _PAIR = [
     ("pair_id", pa.string()),
@@ -89,6 +103,8 @@ LEDGER = pa.schema(
         ("reason", pa.string()),
     ]
 )
+_NARROW = (LEDGER, SCORED)
+"""Schemas whose rows are numbers and ids, so that many of them may be in memory."""
 RATINGS = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -173,11 +189,42 @@ def _has_reasoning(kind: pa.DataType) -> bool:
     return messages and kind.value_type.get_field_index("reasoning_content") >= 0
 
 
-def write_table(data: pa.Table, path: Path) -> None:
-    """Write parquet whose bytes depend only on the content: zstd, row groups of 1,024 rows, no host data."""
+def row_group(schema: pa.Schema) -> int:
+    """Rows of a row group of a table with this schema."""
+    return 16 * ROW_GROUP if any(schema.equals(one) for one in _NARROW) else ROW_GROUP
+
+
+def open_writer(path: Path, schema: pa.Schema, rows: int) -> pq.ParquetWriter:
+    """A writer of parquet whose bytes depend only on the content: zstd, no host data.
+
+    A table of more than ROW_GROUP rows is written without statistics, which nothing reads, and with
+    dictionaries only where they make it smaller; both cost more time than to compress it.
+
+    Args:
+        rows: rows of the table, as far as they are known: only whether they are more than ROW_GROUP matters.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetWriter(path, data.schema, compression="zstd", store_schema=False) as writer:
-        writer.write_table(data, row_group_size=ROW_GROUP)
+    fast: dict[str, Any] = {"write_statistics": False, "use_dictionary": _dictionaries(schema)}
+    return pq.ParquetWriter(
+        path, schema, compression="zstd", store_schema=False, **(fast if rows > ROW_GROUP else {})
+    )
+
+
+def _dictionaries(schema: pa.Schema) -> list[str]:
+    """Columns written with a dictionary, by their paths in parquet: few values, or token ids."""
+    return [
+        f"{field.name}.list.element" if field.type == IDS else field.name
+        for field in schema
+        if field.name in _REPEATED or field.type == IDS
+    ]
+
+
+def write_table(data: pa.Table, path: Path) -> None:
+    """Write a table by `open_writer`, in row groups of `row_group` rows."""
+    size = row_group(data.schema)
+    with open_writer(path, data.schema, data.num_rows) as writer:
+        for start in range(0, max(1, data.num_rows), size):
+            writer.write_table(data.slice(start, size).combine_chunks(), row_group_size=size)
 
 
 def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:

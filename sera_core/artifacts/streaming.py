@@ -2,15 +2,16 @@
 
 A step keeps numbers (numpy) and ids of all rows in memory; texts and token ids are read by row group.
 
-A table is one parquet file, also with millions of rows. Its row groups of 1,024 rows are written one after
-another and read from any place, so several files a table would need no less memory, and each would cost a
-record and a hash. Only the footer is read whole, and grows with the row groups.
+A table is one parquet file, also with millions of rows. Its row groups are written one after another and
+read from any place, so several files a table would need no less memory, and each would cost a record and a
+hash. Only the footer is read whole, and grows with the row groups.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from sera_core.artifacts.schema import ROW_GROUP, as_held
+from sera_core.artifacts.schema import ROW_GROUP, as_held, open_writer, row_group
 from sera_core.method.ordinals import hex_numbers
 
 compute: Any = pyarrow.compute
@@ -78,14 +79,24 @@ def _together(meta: pq.FileMetaData, most: int) -> Iterator[list[int]]:
 
 def column(path: Path, schema: pa.Schema, name: str) -> pa.ChunkedArray:
     """A whole column."""
+    return columns(path, schema, [name])[0]
+
+
+def columns(path: Path, schema: pa.Schema, names: Sequence[str]) -> list[pa.ChunkedArray]:
+    """Whole columns, in the order of their names; faster than one by one, because the footer is read once."""
     with pq.ParquetFile(path) as file:
-        return file.read(columns=[name], use_threads=False)[name].cast(schema.field(name).type)
+        table = file.read(columns=list(names), use_threads=False)
+    return [table[name].cast(schema.field(name).type) for name in names]
 
 
 def numbers(path: Path, schema: pa.Schema, name: str) -> np.ndarray:
     """A column of numbers, [row]; a null becomes nan (and the array float)."""
-    found = column(path, schema, name)
-    return found.to_numpy() if len(found) else np.empty(0)
+    return values(column(path, schema, name))
+
+
+def values(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of numbers in memory, as `numbers`."""
+    return column.to_numpy() if len(column) else np.empty(0)
 
 
 def strings(path: Path, schema: pa.Schema, name: str) -> np.ndarray:
@@ -181,10 +192,10 @@ class Writer:
     """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = 0
-        self._schema, self._waiting = schema, schema.empty_table()
-        self._file = pq.ParquetWriter(path, schema, compression="zstd", store_schema=False)
+        self._path, self._schema, self._group = path, schema, row_group(schema)
+        self._waiting: list[pa.Table] = [schema.empty_table()]
+        self._file: pq.ParquetWriter | None = None  # opened when it is known whether the table is short
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sera-parquet")
         self._writing: Future[None] | None = None
 
@@ -197,26 +208,37 @@ class Writer:
         try:
             if kind is None:
                 self._finish()
-                if self._waiting.num_rows or not self.rows:
-                    self._file.write_table(self._waiting, row_group_size=ROW_GROUP)
+                if self._rows_waiting() or not self.rows:
+                    self._write(pa.concat_tables(self._waiting))
         finally:
             self._thread.shutdown()
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
 
     def write(self, table: pa.Table) -> None:
         """Add a table's rows; complete row groups are written to the file."""
         self._finish()
         self.rows += table.num_rows
-        if self._waiting.num_rows + table.num_rows < ROW_GROUP:  # too little for the thread
-            self._waiting = pa.concat_tables([self._waiting, table.cast(self._schema)]).combine_chunks()
+        if (
+            self._rows_waiting() + table.num_rows <= self._group
+        ):  # too little for the thread, or for the layout
+            self._waiting.append(table.cast(self._schema))
         else:
             self._writing = self._thread.submit(self._append, table)
 
+    def _rows_waiting(self) -> int:
+        return sum(table.num_rows for table in self._waiting)
+
     def _append(self, table: pa.Table) -> None:
-        waiting = pa.concat_tables([self._waiting, table.cast(self._schema)]).combine_chunks()
-        whole = waiting.num_rows // ROW_GROUP * ROW_GROUP
-        self._file.write_table(waiting.slice(0, whole), row_group_size=ROW_GROUP)
-        self._waiting = waiting.slice(whole).combine_chunks()
+        waiting = pa.concat_tables([*self._waiting, table.cast(self._schema)])
+        whole = waiting.num_rows // self._group * self._group
+        self._write(waiting.slice(0, whole))
+        self._waiting = [waiting.slice(whole).combine_chunks()]
+
+    def _write(self, table: pa.Table) -> None:
+        if self._file is None:
+            self._file = open_writer(self._path, self._schema, self.rows)
+        self._file.write_table(table.combine_chunks(), row_group_size=self._group)
 
     def _finish(self) -> None:
         """Wait for the thread, and raise its error."""
@@ -226,7 +248,7 @@ class Writer:
 
 
 class Scatter:
-    """Sorts rows by a given place, through blocks on disk.
+    """Sorts rows by a given place, through blocks on disk. Several threads may add rows.
 
     Args:
         folder: an empty folder for the blocks.
@@ -236,21 +258,23 @@ class Scatter:
     def __init__(self, folder: Path, schema: pa.Schema, total: int) -> None:
         groups = -(-total // ROW_GROUP)
         self._block = ROW_GROUP * max(1, -(-groups // _MAX_BLOCKS))
-        self._schema = schema.append(pa.field(_PLACE, pa.int64()))
+        self.schema = schema
+        self._placed, self._adding = schema.append(pa.field(_PLACE, pa.int64())), Lock()
         self._paths = [folder / f"{number:02d}.arrow" for number in range(-(-total // self._block))]
-        self._files: list[Any] = [pa.ipc.new_stream(path, self._schema) for path in self._paths]
+        self._files: list[Any] = [pa.ipc.new_stream(path, self._placed) for path in self._paths]
 
     def add(self, places: np.ndarray, table: pa.Table) -> None:
         """Add rows with the place of each; fastest if the places ascend."""
         blocks = places // self._block
-        placed = table.append_column(_PLACE, pa.array(places, pa.int64())).cast(self._schema)
+        placed = table.append_column(_PLACE, pa.array(places, pa.int64())).cast(self._placed)
         if (np.diff(blocks) < 0).any():
             order = np.argsort(blocks, kind="stable")
             placed, blocks = placed.combine_chunks().take(order), blocks[order]
         found, starts = np.unique(blocks, return_index=True)
-        for block, start, end in zip(found, starts, [*starts[1:], blocks.size], strict=True):
-            for batch in placed.slice(start, end - start).to_batches():
-                self._files[block].write_batch(batch)
+        with self._adding:
+            for block, start, end in zip(found, starts, [*starts[1:], blocks.size], strict=True):
+                for batch in placed.slice(start, end - start).to_batches():
+                    self._files[block].write_batch(batch)
 
     def tables(self) -> Iterator[pa.Table]:
         """All rows in order; a block is in memory at a time."""

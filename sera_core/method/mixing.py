@@ -124,8 +124,8 @@ def mix(
         generated=generated_kept,
         target_share=float(share),
         share=n_generated / max(n_human + n_generated, 1),
-        over_share_human=~np.isin(np.arange(human.size), human_kept),
-        over_share_generated=~np.isin(np.arange(generated.size), generated_kept),
+        over_share_human=_left_out(human.size, human_kept),
+        over_share_generated=_left_out(generated.size, generated_kept),
         reason="no_pairs" if no_pairs else None,
     )
 
@@ -220,10 +220,17 @@ def training_order(
         )
     drawn = hashes(f"order:{seed}:", ids)
     if order == SHUFFLED:
-        return np.argsort(drawn, kind="stable").astype(np.int64)
+        return np.argsort(drawn).astype(np.int64)
     if margins is None or not np.isfinite(margins).all():
         raise ValueError(f"The order {order!r} needs a finite margin of every pair.")
     return np.lexsort((drawn, -margins if order == "easy-first" else margins)).astype(np.int64)
+
+
+def _left_out(count: int, kept: Int[np.ndarray, " kept"]) -> Bool[np.ndarray, " pair"]:
+    """Whether each of `count` pairs is not kept."""
+    left = np.ones(count, dtype=bool)
+    left[kept] = False
+    return left
 
 
 def _bounds(h: int, s: float, size: int | None) -> list[float | int]:
@@ -243,7 +250,7 @@ def _in_order(
     places: Int[np.ndarray, " pair"], ids: Sequence[str] | np.ndarray, seed: int
 ) -> Int[np.ndarray, " pair"]:
     """Indices by place; only pairs of equal places, which a rule with an order has none of, are hashed."""
-    order = np.argsort(places, kind="stable")
+    order = np.argsort(places)
     same = places[order[1:]] == places[order[:-1]]
     tied = np.flatnonzero(np.append(same, False) | np.append(False, same)[: order.size])
     if tied.size:

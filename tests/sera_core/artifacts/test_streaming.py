@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sera_core.artifacts import schema, streaming
@@ -43,6 +44,41 @@ def test_a_file_without_rows_is_the_same_too(logps, tmp_path):
     schema.write_table(logps.slice(0, 0), tmp_path / "expected.parquet")
     assert (tmp_path / "none.parquet").read_bytes() == (tmp_path / "expected.parquet").read_bytes()
     assert strings(tmp_path / "none.parquet", schema.LOGPS, "id").size == 0
+
+
+def ledger(rows: int) -> pa.Table:
+    numbers = np.arange(rows)
+    columns = {
+        "pair_id": [f"{n:016x}" for n in numbers],
+        "reason": ["kept"] * rows,
+        "ensemble_margin": -numbers,
+    }
+    return schema.table(schema.LEDGER, columns)
+
+
+@pytest.mark.parametrize("rows", [1, schema.ROW_GROUP, schema.ROW_GROUP + 1, 3 * 16 * schema.ROW_GROUP + 5])
+@pytest.mark.parametrize("piece", [1000, 20_000])
+def test_a_ledger_in_pieces_has_the_bytes_of_the_whole_and_large_row_groups(tmp_path, rows, piece):
+    whole = ledger(rows)
+    schema.write_table(whole, tmp_path / "whole.parquet")
+    chunked = pa.concat_tables([whole.slice(start, 700) for start in range(0, rows, 700)])
+    schema.write_table(chunked, tmp_path / "chunked.parquet")
+    with Writer(tmp_path / "pieces.parquet", schema.LEDGER) as out:
+        for start in range(0, rows, piece):
+            out.write(whole.slice(start, piece))
+    found = {(tmp_path / f"{name}.parquet").read_bytes() for name in ("whole", "chunked", "pieces")}
+    assert len(found) == 1
+    assert pq.read_metadata(tmp_path / "whole.parquet").num_row_groups == -(-rows // (16 * schema.ROW_GROUP))
+    assert schema.read_table(tmp_path / "whole.parquet", schema.LEDGER).equals(whole)
+
+
+@pytest.mark.parametrize("rows", [schema.ROW_GROUP, 3 * schema.ROW_GROUP])
+def test_short_tables_keep_the_older_layout_which_is_read_in_any_case(tmp_path, rows):
+    whole, older, now = ledger(rows), tmp_path / "older.parquet", tmp_path / "now.parquet"
+    pq.write_table(whole, older, compression="zstd", store_schema=False, row_group_size=schema.ROW_GROUP)
+    schema.write_table(whole, now)
+    assert (older.read_bytes() == now.read_bytes()) == (rows == schema.ROW_GROUP)
+    assert pa.concat_tables(row_groups(older, schema.LEDGER)).equals(whole)
 
 
 def test_columns_and_row_groups_are_those_of_the_file(logps, path):
