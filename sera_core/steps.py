@@ -40,7 +40,7 @@ VERSIONS = {
     "evaluate": 3,
     "test": 3,
     "decide": 4,
-    "report": 6,
+    "report": 7,
 }
 PARITY_NATS = {"float32": 0.01, "bfloat16": 4.0, "nf4": 4.0}
 """Default bound of the sampler's parity probe: rounding alone stays below it."""

@@ -49,6 +49,8 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
+LEAST_SPAN = 1e-3
+"""What an axis covers at least, as a share of its largest value."""
 NO_SPAN = 1e-300
 """Below this a step has no power of ten."""
 
@@ -67,6 +69,12 @@ def ticks(low: float, high: float, pieces: int = 5) -> list[float]:
     if first == last:
         first, last = first - 1, last + 1
     return [number * step for number in range(first, last + 1)]
+
+
+def axis_ticks(low: float, high: float, pieces: int = 5) -> list[float]:
+    """The same for an axis: values that its labels can hardly tell apart get some room."""
+    room = LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
+    return ticks(low - room / 2, high + room / 2, pieces) if room > 0 else ticks(low, high, pieces)
 
 
 def bins(values: Float[np.ndarray, " value"]) -> list[float] | None:
@@ -106,7 +114,7 @@ def lines(series: Sequence[Series], x_label: str, label: str, mark: float | None
         return None
     ends = [end for p in points for end in (p.value, p.low, p.high) if end is not None]
     ends += [] if mark is None else [mark]
-    y_ticks = ticks(min(ends), max(ends))
+    y_ticks = axis_ticks(min(ends), max(ends))
     y = _y_scale(y_ticks[0], y_ticks[-1])
     first, last = min(p.x for p in points), max(p.x for p in points)
     pad = 0.5 if last - first < 12 else 0.02 * (last - first)
@@ -126,7 +134,7 @@ def intervals(rows: Sequence[tuple[str, str, Point]], label: str, mark: float | 
         return None
     ends = [end for _, _, p in rows for end in (p.value, p.low, p.high) if end is not None]
     ends += [] if mark is None else [mark]
-    places = ticks(min(ends), max(ends), 6)
+    places = axis_ticks(min(ends), max(ends), 6)
     height = 12 + 24 * len(rows) + BOTTOM
     x = Scale(places[0], places[-1], LABELS, WIDTH - RIGHT - 10)
     drawn = [] if mark is None else [_line(x(mark), 6, x(mark), height - BOTTOM, "mark")]
@@ -151,7 +159,7 @@ def paths(series: Sequence[Series], x_label: str, y_label: str) -> Markup | None
     if not points:
         return None
     x_ticks, y_ticks = (
-        ticks(min(values), max(values)) for values in ([p.x for p in points], [p.value for p in points])
+        axis_ticks(min(values), max(values)) for values in ([p.x for p in points], [p.value for p in points])
     )
     rows = [series[start : start + LEGEND_WIDTH] for start in range(0, len(series), LEGEND_WIDTH)]
     top = TOP + 18 * len(rows)
@@ -203,11 +211,11 @@ def _y_scale(low: float, high: float) -> Scale:
 
 def _y_axis(y: Scale, values: Sequence[float]) -> list[str]:
     drawn = []
-    for value in values:
+    for value, label in zip(values, _labels(values), strict=True):
         if y.low - 1e-9 <= value <= y.high + 1e-9:
             drawn += [
                 _line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid"),
-                _text(LEFT - 6, y(value) + 4, _short(value), "end"),
+                _text(LEFT - 6, y(value) + 4, label, "end"),
             ]
     return drawn
 
@@ -215,7 +223,10 @@ def _y_axis(y: Scale, values: Sequence[float]) -> list[str]:
 def _x_axis(x: Scale, values: Sequence[float], label: str, height: int = HEIGHT) -> list[str]:
     shown = values[:: math.ceil(len(values) / 9)]
     drawn = [_line(x.start, height - BOTTOM, x.end, height - BOTTOM, "axis")]
-    drawn += [_text(x(value), height - BOTTOM + 15, _short(value), "middle") for value in shown]
+    drawn += [
+        _text(x(value), height - BOTTOM + 15, said, "middle")
+        for value, said in zip(shown, _labels(shown), strict=True)
+    ]
     return [*drawn, _text((x.start + x.end) / 2, height - 4, label, "middle", "name")]
 
 
@@ -227,8 +238,18 @@ def _legend(entries: Sequence[tuple[str, str]], down: float = 0) -> list[str]:
     return drawn
 
 
-def _short(value: float) -> str:
-    text = f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+def _labels(values: Sequence[float]) -> list[str]:
+    """Labels of an axis, with as many digits as tell them apart."""
+    labels: list[str] = []
+    for digits in range(4, 12):
+        labels = [_short(value, digits) for value in values]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _short(value: float, digits: int) -> str:
+    text = f"{value:.{digits}g}" if abs(value) < 10_000 else f"{value:,.{digits - 4}f}"
     return "0" if float(f"{value:.9f}") == 0 else text.replace("-", "−")
 
 

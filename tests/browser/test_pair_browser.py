@@ -22,6 +22,17 @@ def report(tmp_path_factory):
     return folder / "report"
 
 
+@pytest.mark.parametrize("width", [390, 1200])
+def test_no_page_is_wider_than_the_screen(chromium, report, width):
+    page = chromium.new_page(viewport={"width": width, "height": 800})
+    pages = sorted(report.rglob("*.html"))
+    assert {"index.html", "answers.html", "round-001.html", "pairs.html"} <= {path.name for path in pages}
+    for path in pages:
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+    page.close()
+
+
 def test_pairs_are_found_sorted_and_read(chromium, report):
     page = chromium.new_page()
     problems = []

@@ -112,6 +112,15 @@ def test_ticks_cover_their_range_in_equal_round_steps(low, span):
     assert 2 <= len(found) <= 8
 
 
+@pytest.mark.parametrize("value", [0.0, 4.0, -0.25, 0.00123, 12_345.0, 3e6])
+@pytest.mark.parametrize("spread", [0.0, 1e-7])
+def test_labels_of_an_axis_differ_also_where_the_values_hardly_do(value, spread):
+    points = [plots.Point(0, value), plots.Point(1, value * (1 + spread))]
+    svg = str(plots.lines([plots.Series("loss", "a", points)], "step", "loss"))
+    labels = re.findall(r'text-anchor="end">([^<]+)<', svg)
+    assert 2 <= len(labels) == len(set(labels)) and max(map(len, labels)) <= 9
+
+
 def heights(svg, style):
     return [
         float(h) for h in re.findall(rf'class="bar {style}" x="\S+" y="\S+" width="\S+" height="(\S+)"', svg)
