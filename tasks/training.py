@@ -8,29 +8,23 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sera_core.artifacts.canonical import derived_seed
 from sera_core.artifacts.local_store import disk_full_error
 from sera_core.artifacts.step import Attempt
-from sera_core.config import TrainConfig
-from sera_core.data.folds import fold_of
-from sera_core.errors import InputError, SeraError
+from sera_core.errors import SeraError
 from sera_core.models.architecture import refuse_beyond_index_topk
-from sera_core.models.batch_sizes import few_tokens, micro_batch
+from sera_core.models.batch_sizes import few_tokens
 from sera_core.models.devices import device_of, training_processes
-from sera_core.models.memory_estimate import folder_shape, training_memory
 from sera_core.models.policies import load_policy, load_tokenizer, save_policy, weights_digest
 from sera_core.models.shared_policies import release_policies
 from sera_core.steps import FOLD_TOKENS
 from tasks.engines.child_step import Channel
-from tasks.engines.heads_consistency import heads_consistency
 from tasks.engines.library_logs import hide_library_notices
 from tasks.engines.members import speaking
+from tasks.engines.planned_training import PlannedTraining
 from tasks.engines.processes import SharedAttempt, train_in_processes
 from tasks.engines.start_check import Probe, StartCheck, StartDiffersError
 from tasks.engines.stored_checkpoints import latest_checkpoint, store_checkpoint
-from tasks.engines.tracking import ended, refuse_missing, trackers
-from tasks.engines.trainer_arguments import trainer_arguments
-from tasks.engines.training_data import ORIGINS, Mixture, fold_order, training_order
+from tasks.engines.tracking import ended, trackers
 
 if TYPE_CHECKING:
     from tasks.engines.ranks import Ranks
@@ -115,8 +109,8 @@ def _finish(run: "TrainingRun", files: list[str]) -> list[str]:
     return [*files, "log.jsonl"]
 
 
-class TrainingRun:
-    """State of one training attempt: settings, data, log and checkpoint position."""
+class TrainingRun(PlannedTraining):
+    """State of one training attempt: the plan, model, log and checkpoint position."""
 
     def __init__(
         self, attempt: Attempt, first_margin: float | None = None, ranks: "Ranks | None" = None
@@ -128,103 +122,21 @@ class TrainingRun:
             first_margin: margin at step 0, in nats, with which the first try was refused; else None.
             ranks: the processes that train together; None: this one alone.
         """
-        fields, self.ranks = attempt.fields, ranks
-        self.attempt, self.train = attempt, TrainConfig.model_validate(fields["train"])
-        self.bf16 = fields["dtype"] != "float32"
-        path = attempt.input("mixture").path("mixture.parquet")
-        self.consistency = heads_consistency(attempt)
-        smoothing = self._smoothing()
-        self.mixture = Mixture.read(path, self.train.needs_reference, smoothing)
-        seed = (fields["seed"], fields["round"])
-        self.fold, self.rows = fold_of(fields), list(range(len(self.mixture.pair_ids)))
-        settings = (self.train.batch, self.train.epochs, seed, fields.get("token_budget"))
-        if self.fold is None:
-            self.order = training_order(self.mixture.tokens, *settings)
-        else:
-            held = set(self.fold.rows(path).tolist())
-            self.rows = [row for row in self.rows if row not in held]
-            self.order = fold_order(self.mixture.tokens, self.rows, self.fold.of, *settings)
-        self.seed = derived_seed("train", *seed) % 2**32
-        self.start = attempt.input("start").folder("policy")
-        self.device = device_of(attempt.execution.device)
+        super().__init__(attempt, ranks)
         self.lines: list[dict[str, Any]] = []
         self.step0: dict[str, float] = {}
         self.start_check = StartCheck(self.mixture, self.rows_of(0), self.train.beta, self.bf16, first_margin)
         self.probe: Probe = {}
-        self.trainable = self.micro_batch = 0
-
-    def _smoothing(self) -> dict[str, float]:
-        """Label smoothing ε of the pairs, by origin."""
-        if isinstance(fixed := self.train.label_smoothing, float):
-            return dict.fromkeys(ORIGINS, fixed)
-        return {"human": 0.0, "generated": 0.0 if self.consistency is None else 1 - self.consistency}
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes and reports: it trains alone, or is the first of several."""
-        return self.ranks is None or self.ranks.first
-
-    @property
-    def tracking(self) -> str:
-        """`execution.tracking` of this process."""
-        return self.attempt.execution.tracking if self.first else "none"
+        self.trainable = 0
 
     @property
     def must_start_at_zero(self) -> bool:
         """Whether every margin of the first batch must be zero up to noise."""
         return self.train.needs_reference and self.attempt.fields["start_is_reference"]
 
-    @property
-    def steps(self) -> int:
-        """Total number of optimizer steps."""
-        return math.ceil(len(self.order) / self.train.batch)
-
     def pair_id(self, pair: dict[str, Any]) -> str:
         """The pair_id of one of `ReviewedDPOTrainer.pairs`."""
         return self.mixture.pair_id(pair["row"])
-
-    def rows_of(self, step: int) -> list[int]:
-        """Rows of a step's global batch."""
-        return self.order[step * self.train.batch : (step + 1) * self.train.batch]
-
-    def refuse_unusable(self) -> None:
-        """All checks that do not need a loaded model."""
-        if not self.order:
-            raise InputError(self._no_pairs())
-        refuse_missing(self.attempt.execution.tracking)
-        if self.train.method == "full" and self.starts_from_adapter:
-            raise SeraError(
-                'the start policy is an adapter, but train.method is "full"; keep one method per run'
-            )
-        if self.train.method == "lora":
-            self._refuse_other_base()
-
-    def _no_pairs(self) -> str:
-        if self.fold is None or not self.mixture.pair_ids.size:
-            return "the mixture has no pairs; select or sample more"
-        return (
-            f"review.crossfit = {self.fold.of}: all {len(self.mixture.pair_ids)} pairs of round "
-            f"{self.attempt.fields['round']} have prompts of fold {self.fold.out + 1}, so none is left for "
-            "training its policy, and these settings are fixed in a run: start a new run that keeps more "
-            "pairs, has another seed, or review.crossfit = 0"
-        )
-
-    @property
-    def starts_from_adapter(self) -> bool:
-        """Whether the start policy is the adapter of an earlier round."""
-        return (self.start / "adapter_config.json").is_file()
-
-    def _refuse_other_base(self) -> None:
-        """Check that the start adapter belongs to the run's model."""
-        start, model = self.attempt.input("start").ref, self.attempt.input("model").ref
-        base = start.model_dump()
-        if self.starts_from_adapter:
-            base = json.loads((self.start / "base.json").read_text())
-        if base["digest"] != model.digest:
-            raise SeraError(
-                f"the start policy's base has the weights {base['digest'][:12]}…, but the run's model is "
-                f"{model.digest[:12]}…: an adapter works only with its base; start from the run's model"
-            )
 
     # ------------------------------------------------------------------------------------------ building
 
@@ -234,7 +146,7 @@ class TrainingRun:
         from tasks.engines.optimizers import warmup_schedule
 
         release_policies()
-        self._plan_batches()
+        self.plan_batches()
         checkpoint = latest_checkpoint(self.attempt)
         if checkpoint is None and self.first:
             self.probe = self._score_probe()
@@ -272,7 +184,7 @@ class TrainingRun:
         return ReviewedDPOTrainer(
             model=self.model,
             train=self.train,
-            args=self._arguments(scratch),
+            args=self.trl_arguments(scratch),
             rows=self.mixture.dataset(scratch).select(self.order[first * self.train.batch :]),
             tokenizer=load_tokenizer(self.start),
             optimizers=(None, None),  # see `change`
@@ -282,42 +194,22 @@ class TrainingRun:
             ranks=self.ranks,
         )
 
-    @property
-    def shards(self) -> bool:
-        """Whether processes share the weights by rows."""
-        return self.ranks is not None and self.attempt.execution.shard_weights
-
     def _weights_of(self, transformer: Any) -> Any:
         """The weights to train; the model's are shared by rows first if they are to be."""
         from tasks.engines.trained_weights import TrainedWeights
 
         if not self.shards:
-            return TrainedWeights(self.model, self._exact_weights(self.device) if self._rounded else None)
+            return TrainedWeights(self.model, self._exact_weights(self.device) if self.rounded else None)
         from tasks.engines.sharded_weights import ShardedWeights
 
         assert self.ranks is not None
-        exact = (lambda: self._exact_weights("cpu")) if self._rounded else None
+        exact = (lambda: self._exact_weights("cpu")) if self.rounded else None
         return ShardedWeights(self.model, transformer, self.ranks, self.device, exact)
 
     def _refuse_apart(self, step: int) -> None:
         """Check that all processes hold the same weights after so many steps; a shared row is held once."""
         if self.ranks is not None and not self.shards:
             self.ranks.refuse_apart(self.weights.named, step)
-
-    def _plan_batches(self) -> None:
-        """Choose the micro-batch, and plan its memory."""
-        shape = folder_shape(self.attempt.input("model").folder("policy"))
-        dtype, longest = self.attempt.fields["dtype"], self.mixture.longest
-        count, execution = 1 if self.ranks is None else self.ranks.count, self.attempt.execution
-        self.micro_batch = micro_batch(
-            execution, self.train, shape, dtype, self.mixture.tokens, longest, count
-        )
-        largest = sorted(self.mixture.tokens)[-self.micro_batch :]
-        recompute, shares = execution.gradient_checkpointing, count if self.shards else 1
-        planned = training_memory(
-            shape, dtype, self.train, sum(largest), longest, recompute, self.device, shares
-        )
-        self.attempt.memory.planned = planned
 
     def _make_optimizer(self, checkpoint: dict[str, Path] | None) -> Any:
         """The optimizer of the trained weights; restores weights, moments and log from a checkpoint."""
@@ -350,40 +242,9 @@ class TrainingRun:
             return PeftModel.from_pretrained(base, str(self.start), is_trainable=True), base
         return new_adapter(base, self.train, self.seed), base
 
-    @property
-    def _rounded(self) -> bool:
-        """Whether the model to train has rounded weights; an adapter is in float32 anyway."""
-        return self.train.method == "full" and self.bf16
-
     def _exact_weights(self, device: str) -> dict[str, Any]:
         """The start policy's weights in float32."""
         return dict(load_policy(self.start, "float32", device).named_parameters())
-
-    def _arguments(self, scratch: Path) -> Any:
-        from trl.trainer.dpo_config import DPOConfig
-
-        from tasks.engines.dpo_trainer import trl_losses
-
-        (losses, weights), smoothing = trl_losses(self.train), self.train.label_smoothing
-        execution = self.attempt.execution.model_copy(update={"tracking": self.tracking})
-        arguments = DPOConfig(
-            **trainer_arguments(scratch, self.train, self.seed, execution, self._tracked_as()),
-            max_length=None,
-            precompute_ref_log_probs=True,
-            beta=self.train.beta,
-            loss_type=losses,
-            loss_weights=weights or None,
-            ld_alpha=None if self.train.ld_alpha == 1 else self.train.ld_alpha,
-            use_weighting=self.train.pair_weights == "wpo",
-            label_smoothing=smoothing if isinstance(smoothing, float) else 0.0,
-        )
-        arguments._n_gpu = min(1, arguments.n_gpu)  # train on one device, even if more are visible
-        return arguments
-
-    def _tracked_as(self) -> str:
-        """Name of the tracker's run."""
-        fold = "" if self.fold is None else f"-fold-{self.fold.out}"
-        return f"{self.attempt.spec.where.get('run', 'sera')}-round-{self.attempt.fields['round']}{fold}"
 
     # ----------------------------------------------------------------------------------------- each step
 
