@@ -33,6 +33,7 @@ from sera_core.artifacts.store import open_store
 from sera_core.config import SeraConfig
 from sera_core.data.loading import format_counts
 from sera_core.errors import InputError
+from sera_core.reporting.words import plural
 
 DEMO = "bundled:demo"
 WHY_WIDTH = 30
@@ -251,7 +252,7 @@ def forecast(found: dict[str, Any]) -> str:
     seconds = found["seconds"]
     time_needed = "an unknown time (the model is not here yet)" if seconds is None else _minutes(seconds)
     return (
-        f"run {found['run']}: {found['reuse']} steps to reuse, {todo} to do; "
+        f"run {found['run']}: {plural(found['reuse'], 'step')} to reuse, {todo} to do; "
         f"about {found['tokens']:,} tokens, {found['bytes'] / 1e6:,.0f} MB, "
         f"{time_needed} on this machine{_at_most(found['memory'])}{_priced(found)} (estimated)."
     )
