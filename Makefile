@@ -14,7 +14,7 @@ APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -q
 
 .PHONY: demo quick lab up deploy image test real kills system fast check fuzz recovery faults bench scale golden reference clean
 
-demo: .venv/core            ## three rounds with a real model and real preferences (about ten minutes)
+demo: .venv/core            ## three rounds with a real model and real preferences (ten to twenty minutes)
 	$(BIN)/sera demo
 
 quick: .venv/core           ## smoke test: one reviewed round (one to three minutes)
